@@ -1,0 +1,1 @@
+"""Partial network cloning: move classes between trained PyTorch classifiers without changing a bit of them."""
