@@ -1,0 +1,285 @@
+"""Heads that extend the target by new classes and leave its own logits as they are.
+
+A head sees the target's penultimate features, the clone's, and the target's logits, and gives the logits of the new
+classes only. From any posterior over base and new classes it makes
+
+    z_new[k] = log p(k | new, x) + log-odds(new against base | x) + logsumexp(z_base),
+
+so that softmax([z_base, z_new]) gives the new classes exactly that posterior and keeps, among the base classes, exactly
+the target's own distribution.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SHRINKAGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
+ONE_CLASS_WEIGHT = 0.05
+ONE_CLASS_QUANTILE = 0.2
+
+
+@dataclass(frozen=True)
+class HeadSamples:
+    """What heads are fitted on, sample by sample.
+
+    Attributes:
+        target_features: The target's penultimate features, (N, D_t).
+        clone_features: The clone's penultimate features, (N, D_s).
+        base_logits: The target's logits, (N, K_base).
+        labels: Class ids, (N,): base classes first, then the new ones.
+        groups: Image ids, (N,): augmented copies of one image share theirs and never part in cross-validation.
+        n_classes: K_base + K_new.
+    """
+
+    target_features: Tensor
+    clone_features: Tensor
+    base_logits: Tensor
+    labels: Tensor
+    groups: Tensor
+    n_classes: int
+
+    @property
+    def n_base(self) -> int:
+        """Number of base classes."""
+        return self.base_logits.shape[1]
+
+    @property
+    def has_base(self) -> bool:
+        """Whether there is any sample of a base class."""
+        return bool((self.labels < self.n_base).any())
+
+    def select(self, rows: Tensor) -> "HeadSamples":
+        """Keep the given rows, a bool mask or indices."""
+        return HeadSamples(
+            self.target_features[rows],
+            self.clone_features[rows],
+            self.base_logits[rows],
+            self.labels[rows],
+            self.groups[rows],
+            self.n_classes,
+        )
+
+
+class DiscriminantHead(nn.Module):
+    """Linear discriminants over the features of both networks, for when base samples are at hand.
+
+    Args:
+        n_base: K_base.
+        n_classes: K_base + K_new.
+        n_features: D_t + D_s.
+    """
+
+    kind = "discriminant"
+
+    def __init__(self, n_base: int, n_classes: int, n_features: int) -> None:
+        super().__init__()
+        self.n_base = n_base
+        self.register_buffer("weight", torch.zeros(n_classes, n_features))
+        self.register_buffer("bias", torch.zeros(n_classes))
+        self.weight: Tensor
+        self.bias: Tensor
+
+    def forward(self, target_features: Tensor, clone_features: Tensor, base_logits: Tensor) -> Tensor:
+        """Give the logits of the new classes, (B, K_new), in the dtype of `base_logits` (B, K_base)."""
+        features = torch.cat([target_features, clone_features], 1).to(self.weight.dtype)
+        scores = F.linear(features, self.weight, self.bias)
+        against_base = scores[:, self.n_base :] - scores[:, : self.n_base].logsumexp(1, keepdim=True)
+        return (against_base + base_logits.to(scores.dtype).logsumexp(1, keepdim=True)).to(base_logits.dtype)
+
+
+class OneClassHead(nn.Module):
+    """The source's own logits, corrected by how well a sample fits the new classes in the target's feature space.
+
+    For when no base sample is at hand. Without the correction this is the direct ensemble of both networks.
+
+    Args:
+        n_new: K_new.
+        n_target_features: D_t.
+        n_clone_features: D_s.
+        rank: Directions in which the covariance of the new classes is kept; it is isotropic in the others.
+    """
+
+    kind = "one_class"
+
+    def __init__(self, n_new: int, n_target_features: int, n_clone_features: int, rank: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(n_new, n_clone_features))
+        self.register_buffer("bias", torch.zeros(n_new))
+        self.register_buffer("means", torch.zeros(n_new, n_target_features))
+        self.register_buffer("whitening", torch.zeros(rank, n_target_features))
+        self.register_buffer("isotropic", torch.ones(n_target_features))
+        self.register_buffer("offset", torch.zeros(()))
+        self.weight: Tensor
+        self.bias: Tensor
+        self.means: Tensor
+        self.whitening: Tensor
+        self.isotropic: Tensor
+        self.offset: Tensor
+
+    def forward(self, target_features: Tensor, clone_features: Tensor, base_logits: Tensor) -> Tensor:
+        """Give the logits of the new classes, (B, K_new), in the dtype of `base_logits` (B, K_base)."""
+        logits = F.linear(clone_features.to(self.weight.dtype), self.weight, self.bias)
+        correction = ONE_CLASS_WEIGHT * (self.fit_score(target_features) - self.offset)
+        return (logits + correction[:, None]).to(base_logits.dtype)
+
+    def fit_score(self, target_features: Tensor) -> Tensor:
+        """Log-density of the mixture of the new classes' Gaussians, (B,), up to a constant, in nats."""
+        centred = target_features.to(self.means.dtype)[:, None] - self.means  # (B, K_new, D_t)
+        distance = (centred * self.isotropic).square().sum(2) - (centred @ self.whitening.T).square().sum(2)
+        return (-0.5 * distance).logsumexp(1)
+
+
+Head = DiscriminantHead | OneClassHead
+
+
+def fit_discriminant(samples: HeadSamples, shrinkage: float) -> DiscriminantHead:
+    """Fit linear discriminant analysis with one pooled, shrunk covariance and equal class priors.
+
+    Args:
+        samples: With at least one sample of every class.
+        shrinkage: Weight of the identity against the within-class correlation matrix, in (0, 1].
+    Source: Friedman, Regularized Discriminant Analysis, JASA 84 (1989); features are scaled to unit within-class
+        variance before shrinking.
+    """
+    spectrum = _within_class_spectrum(samples)
+    weight, bias = spectrum.discriminants(shrinkage)
+    head = DiscriminantHead(samples.n_base, samples.n_classes, weight.shape[1])
+    head.weight.copy_(weight)
+    head.bias.copy_(bias)
+    return head
+
+
+def fit_one_class(
+    samples: HeadSamples, source_weight: Tensor, source_bias: Tensor, shrinkage: float = 0.1, max_rank: int = 64
+) -> OneClassHead:
+    """Fit the head for a support without base samples: only the density of the new classes is estimated.
+
+    Args:
+        samples: Of new classes only.
+        source_weight: Rows of the source's classifier for the new classes, (K_new, D_s).
+        source_bias: Their biases, (K_new,).
+        shrinkage: As in `fit_discriminant`.
+        max_rank: Bound on the kept directions of the covariance, so that the file stays small.
+    """
+    n_base = samples.n_base
+    labels = samples.labels - n_base
+    features = samples.target_features.double()
+    means = _class_means(features, labels, samples.n_classes - n_base)
+    centred = features - means[labels]
+    scale = centred.square().mean(0).sqrt().clamp_min(1e-6)
+    eigenvalues, eigenvectors = _leading_eigen(centred / scale, max_rank)
+    # Precision of (1 - a) V diag(e) V' + a I: 1/a in all directions, less what the kept directions widen.
+    kept = (1 - shrinkage) * eigenvalues
+    widening = (kept / (shrinkage * (kept + shrinkage))).sqrt()
+    head = OneClassHead(len(source_weight), features.shape[1], source_weight.shape[1], len(eigenvalues))
+    head.weight.copy_(source_weight)
+    head.bias.copy_(source_bias)
+    head.means.copy_(means)
+    head.isotropic.copy_(1 / (scale * shrinkage**0.5))
+    head.whitening.copy_(widening[:, None] * eigenvectors.T / scale)
+    head.offset.copy_(torch.quantile(head.fit_score(samples.target_features), ONE_CLASS_QUANTILE))
+    return head
+
+
+def choose_shrinkage(samples: HeadSamples, n_folds: int, seed: int) -> tuple[float, Tensor]:
+    """Choose the shrinkage of `fit_discriminant` by cross-validation.
+
+    Args:
+        samples: With at least two images of every class (one image cannot be held out: then the strongest is taken).
+        n_folds: Number of folds, at least 2.
+        seed: Of the division into folds.
+    Returns:
+        The shrinkage of lowest held-out log-loss, base and new samples weighing the same, and the held-out composite
+        logits (N, K_base + K_new) that belong to it.
+    """
+    losses = torch.zeros(len(SHRINKAGES), dtype=torch.float64)
+    logits = torch.zeros(len(SHRINKAGES), len(samples.labels), samples.n_classes, dtype=torch.float64)
+    features = torch.cat([samples.target_features, samples.clone_features], 1).double()
+    base_logits = samples.base_logits.double()
+    n_base = samples.n_base
+    for train, held_out in _folds(samples, n_folds, seed):
+        spectrum = _within_class_spectrum(samples.select(train))
+        for index, shrinkage in enumerate(SHRINKAGES):
+            weight, bias = spectrum.discriminants(shrinkage)
+            scores = features[held_out] @ weight.T + bias
+            new = scores[:, n_base:] - scores[:, :n_base].logsumexp(1, keepdim=True)
+            new = new + base_logits[held_out].logsumexp(1, keepdim=True)
+            logits[index, held_out] = torch.cat([base_logits[held_out], new], 1)
+    is_base = samples.labels < n_base
+    for index in range(len(SHRINKAGES)):
+        loss = F.cross_entropy(logits[index], samples.labels, reduction="none")
+        losses[index] = loss[is_base].mean() + loss[~is_base].mean()
+    best = int(losses.argmin())
+    return SHRINKAGES[best], logits[best]
+
+
+def _folds(samples: HeadSamples, n_folds: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Stratified folds as bool masks (training rows, held-out rows); all rows of one group stay together."""
+    generator = torch.Generator().manual_seed(seed)
+    groups, first = _unique_groups(samples.groups)
+    fold_of_group = torch.empty(len(groups), dtype=torch.long)
+    for label in samples.labels[first].unique():
+        members = (samples.labels[first] == label).nonzero().squeeze(1)
+        members = members[torch.randperm(len(members), generator=generator)]
+        fold_of_group[members] = torch.arange(len(members)) % n_folds
+    fold = fold_of_group[torch.searchsorted(groups, samples.groups)]
+    for index in range(n_folds):
+        yield fold != index, fold == index
+
+
+def _unique_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
+    unique, inverse = groups.unique(return_inverse=True)
+    first = torch.full((len(unique),), len(groups)).scatter_reduce(0, inverse, torch.arange(len(groups)), "amin")
+    return unique, first
+
+
+def _class_means(features: Tensor, labels: Tensor, n_classes: int) -> Tensor:
+    sums = features.new_zeros(n_classes, features.shape[1]).index_add(0, labels, features)
+    counts = labels.bincount(minlength=n_classes).clamp_min(1)
+    return sums / counts[:, None]
+
+
+@dataclass(frozen=True)
+class _Spectrum:
+    """Class means and within-class correlation of one training set, ready for any shrinkage."""
+
+    means: Tensor
+    scale: Tensor
+    eigenvalues: Tensor
+    eigenvectors: Tensor
+
+    def discriminants(self, shrinkage: float) -> tuple[Tensor, Tensor]:
+        """Weight (K, D) and bias (K,) of the linear discriminants."""
+        centre = self.means.mean(0)
+        means = (self.means - centre) / self.scale
+        gain = 1 / (shrinkage + (1 - shrinkage) * self.eigenvalues) - 1 / shrinkage
+        weight = means / shrinkage + (means @ self.eigenvectors * gain) @ self.eigenvectors.T
+        bias = -0.5 * (means * weight).sum(1)
+        weight = weight / self.scale
+        return weight, bias - weight @ centre
+
+
+def _within_class_spectrum(samples: HeadSamples) -> _Spectrum:
+    features = torch.cat([samples.target_features, samples.clone_features], 1).double()
+    means = _class_means(features, samples.labels, samples.n_classes)
+    centred = features - means[samples.labels]
+    scale = centred.square().mean(0).sqrt()
+    scale = scale.clamp_min(1e-6 * float(scale.max()) + 1e-12)  # features that never move carry no information
+    eigenvalues, eigenvectors = _leading_eigen(centred / scale, len(features))
+    return _Spectrum(means, scale, eigenvalues, eigenvectors)
+
+
+def _leading_eigen(rows: Tensor, max_rank: int) -> tuple[Tensor, Tensor]:
+    """Leading eigenvalues and eigenvectors (columns) of rows' covariance, through the smaller of its two Gram matrices."""
+    n, n_features = rows.shape
+    if n_features <= n:
+        eigenvalues, vectors = torch.linalg.eigh(rows.T @ rows / n)
+    else:
+        eigenvalues, left = torch.linalg.eigh(rows @ rows.T / n)
+        vectors = rows.T @ (left / (eigenvalues.clamp_min(1e-12) * n).sqrt())
+    kept = eigenvalues.argsort(descending=True)[:max_rank]
+    kept = kept[eigenvalues[kept] > 1e-10]
+    return eigenvalues[kept], vectors[:, kept]

@@ -1,0 +1,103 @@
+"""Accuracy and locality of a composite, as pure functions of logits and labels.
+
+Logits over all classes hold the base classes first: column k < n_base is the target's own class k.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pnc.errors import InputError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well base and new classes are told apart, and how much the target's own answers moved.
+
+    Attributes:
+        base_accuracy: Accuracy on samples of base classes, in [0, 1], predicting over base and new classes.
+        new_accuracy: The same on samples of the new classes.
+        average_accuracy: Mean of both.
+        conditional_kl: Mean KL divergence, in nats, from the target's distribution to the composite's distribution
+            restricted to the base classes, on base samples.
+        leak: Mean probability given to new classes on base samples.
+        locality_kl: Mean KL divergence, in nats, from the target's distribution to the composite's over all classes.
+        base_drop: The target's own accuracy among the base classes minus `base_accuracy`.
+    """
+
+    base_accuracy: float
+    new_accuracy: float
+    average_accuracy: float
+    conditional_kl: float
+    leak: float
+    locality_kl: float
+    base_drop: float
+
+
+def evaluate(logits: Tensor, labels: Tensor, target_logits: Tensor) -> Evaluation:
+    """Measure logits over base and new classes against labels and against the target's own logits.
+
+    Args:
+        logits: Of the composite or a rival, (N, K_base + K_new).
+        labels: Class ids, (N,), each in [0, K_base + K_new); at least one base and one new sample.
+        target_logits: Of the target alone on the same samples, (N, K_base).
+    Raises:
+        InputError: shapes do not belong together, or no base or no new sample is there.
+    """
+    n_base = target_logits.shape[1]
+    if logits.shape[0] != labels.shape[0] or logits.shape[0] != target_logits.shape[0] or logits.shape[1] <= n_base:
+        raise InputError(
+            f"logits, labels and target_logits must be (N, K_base + K_new), (N,) and (N, K_base); "
+            f"got {tuple(logits.shape)}, {tuple(labels.shape)}, {tuple(target_logits.shape)}"
+        )
+    base = labels < n_base
+    if not base.any() or base.all():
+        raise InputError("labels must contain samples of base classes and of new classes; only one kind is there")
+    correct = logits.argmax(1) == labels
+    base_accuracy, new_accuracy = _mean(correct[base]), _mean(correct[~base])
+    own_accuracy = _mean(target_logits[base].argmax(1) == labels[base])
+    return Evaluation(
+        base_accuracy=base_accuracy,
+        new_accuracy=new_accuracy,
+        average_accuracy=(base_accuracy + new_accuracy) / 2,
+        conditional_kl=conditional_kl(logits[base], target_logits[base]),
+        leak=leak(logits[base], n_base),
+        locality_kl=locality_kl(logits[base], target_logits[base]),
+        base_drop=own_accuracy - base_accuracy,
+    )
+
+
+def conditional_kl(logits: Tensor, target_logits: Tensor) -> float:
+    """Mean KL(target || composite restricted to the base classes), in nats; 0 where only new columns were added.
+
+    Args:
+        logits: (N, K_base + K_new).
+        target_logits: (N, K_base).
+    """
+    return _kl(target_logits, logits[:, : target_logits.shape[1]].double().log_softmax(1))
+
+
+def locality_kl(logits: Tensor, target_logits: Tensor) -> float:
+    """Mean KL(target || composite over all classes), in nats: `conditional_kl` plus the mean of -log(1 - leak).
+
+    Args:
+        logits: (N, K_base + K_new).
+        target_logits: (N, K_base).
+    """
+    return _kl(target_logits, logits.double().log_softmax(1)[:, : target_logits.shape[1]])
+
+
+def leak(logits: Tensor, n_base: int) -> float:
+    """Mean probability that goes to the new classes, columns `n_base` and up of `logits` (N, K_base + K_new)."""
+    return _mean(logits.double().softmax(1)[:, n_base:].sum(1))
+
+
+def _kl(target_logits: Tensor, log_probabilities: Tensor) -> float:
+    reference = target_logits.double().log_softmax(1)
+    per_sample = (reference.exp() * (reference - log_probabilities)).sum(1)
+    return max(0.0, _mean(per_sample))  # rounding of equal distributions may fall below zero
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.to(torch.float64).mean())
