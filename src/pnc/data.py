@@ -1,0 +1,405 @@
+"""Class names, labelled images, and the support that a clone is made from."""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from pnc.errors import ClassNameError, InputError
+
+
+# --------------------------------------------------------------------------------------------------- class names
+def check_class_names(names: Sequence[str], argument: str) -> tuple[str, ...]:
+    """Return `names` as a tuple after checking that there is one at least, that all are non-empty strings and differ.
+
+    Raises:
+        ClassNameError: the message names `argument`.
+    """
+    if isinstance(names, str):
+        raise ClassNameError(
+            f"{argument}: expected a sequence of class names, got the one string {names!r}; put it in a list"
+        )
+    names = tuple(names)
+    wrong = [name for name in names if not isinstance(name, str) or not name]
+    if wrong:
+        raise ClassNameError(f"{argument}: class names are non-empty strings, got {wrong[0]!r}; pass names, not ids")
+    if not names:
+        raise ClassNameError(f"{argument}: expected at least one class name, got none")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ClassNameError(f"{argument}: {listed(twice)} given twice; every class needs a name of its own")
+    return names
+
+
+def class_ids(names: Sequence[str], known: Sequence[str], argument: str = "classes") -> list[int]:
+    """Return the place of each name within `known`, in the order of `names`.
+
+    Raises:
+        ClassNameError: a name is given twice or unknown; the message lists what exists.
+    """
+    place = {name: index for index, name in enumerate(known)}
+    names = check_class_names(names, argument)
+    for name in names:
+        if name not in place:
+            raise ClassNameError(f"{argument}: {unknown_name(name, known)}")
+    return [place[name] for name in names]
+
+
+def parse_classes(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Read a list of classes as it is written on the command line.
+
+    Items are separated by commas. An item is a name of `known`, which may hold commas itself; or, where no name reads
+    like that, an index or a range of indices into `known`, both ends included.
+
+    Raises:
+        ClassNameError: an item is neither, a class comes twice, or the list is empty; the message lists what exists.
+
+    >>> parse_classes("0-1,dog", ["cat", "cow", "dog"])
+    ('cat', 'cow', 'dog')
+    """
+    parts, names = text.split(","), set(known)
+    reach = 1 + max((name.count(",") for name in known), default=0)
+    found: list[str] = []
+    while parts:
+        sizes = range(min(reach, len(parts)), 0, -1)
+        size = next((size for size in sizes if ",".join(parts[:size]).strip() in names), 1)
+        item = ",".join(parts[:size]).strip()
+        del parts[:size]
+        if item in names:
+            found.append(item)
+        elif span := re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", item):
+            first, last = int(span[1]), int(span[2] or span[1])
+            if not first <= last < len(known):
+                raise ClassNameError(
+                    f"classes: {item!r} is no range within 0-{len(known) - 1}; the classes are {listed(known)}"
+                )
+            found.extend(known[first : last + 1])
+        elif item:
+            raise ClassNameError(f"classes: {unknown_name(item, known)}")
+    return check_class_names(found, "classes")
+
+
+def unknown_name(name: str, known: Sequence[str], what: str = "class") -> str:
+    """Say that there is no such name, which one is like it, and which ones there are."""
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"there is no {what} {name!r}{hint}; there are {listed(known)}"
+
+
+def listed(names: Sequence[str], limit: int = 20) -> str:
+    """Join names for a message; of more than `limit` the first ones and the number of all."""
+    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more if names else "none"
+
+
+# --------------------------------------------------------------------------------------------------- image sets
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Labelled images of one size, with the names of their classes.
+
+    Attributes:
+        images: (N, C, H, W), uint8 in [0, 255] or floating point in [0, 1].
+        labels: (N,), int64, each a place in `classes`.
+        classes: Class names, all different; a class may have no image.
+
+    Raises:
+        InputError: a shape, dtype or value is not as above.
+        ClassNameError: a class name is empty or comes twice.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", check_class_names(self.classes, "classes"))
+        _check_images(self.images, "images")
+        if self.images.dtype != torch.uint8 and (self.images.min() < 0 or self.images.max() > 1):
+            low, high = self.images.min().item(), self.images.max().item()
+            raise InputError(
+                f"images: floating-point pixels must lie in [0, 1], these lie in [{low:.3g}, {high:.3g}]; "
+                "pass them before any normalisation (networks hold their own)"
+            )
+        _check_labels(self.labels, len(self.images), len(self.classes))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape of one image, (C, H, W)."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of images per class name, in the order of `classes`."""
+        return dict(zip(self.classes, torch.bincount(self.labels, minlength=len(self.classes)).tolist(), strict=True))
+
+
+def images_as_float(images: Tensor) -> Tensor:
+    """Return images as float32 in [0, 1]: uint8 divided by 255, floating point converted."""
+    if images.dtype == torch.uint8:
+        return images.float().div_(255)
+    return images.float()
+
+
+def select(data: ImageSet, indices: Tensor) -> ImageSet:
+    """Return the images at `indices` (int64, in that order) with their labels."""
+    return ImageSet(data.images[indices], data.labels[indices], data.classes)
+
+
+def relabel(data: ImageSet, classes: Sequence[str]) -> ImageSet:
+    """Return the same images with labels that are places in `classes`, matched by name.
+
+    `classes` may reorder the names or add others, but must hold every class that has images.
+
+    Raises:
+        ClassNameError: a class that has images is missing from `classes`.
+    """
+    classes = check_class_names(classes, "classes")
+    place = {name: index for index, name in enumerate(classes)}
+    missing = [name for name, count in data.counts().items() if count and name not in place]
+    if missing:
+        raise ClassNameError(
+            f"classes: {listed(missing)} missing, which the data has images of; add it or use class_subset"
+        )
+    new_ids = torch.tensor([place.get(name, -1) for name in data.classes])
+    return ImageSet(data.images, new_ids[data.labels], classes)
+
+
+def class_subset(data: ImageSet, classes: Sequence[str]) -> ImageSet:
+    """Return the images of some classes, in their order in `data`, labelled by their place in `classes`.
+
+    Raises:
+        ClassNameError: a name is unknown or given twice.
+        InputError: none of the classes has an image.
+    """
+    wanted = torch.tensor(class_ids(classes, data.classes))
+    indices = torch.isin(data.labels, wanted).nonzero().flatten()
+    if not len(indices):
+        raise InputError(f"classes: the data has no image of {listed(classes)}")
+    return relabel(select(data, indices), classes)
+
+
+def sample_per_class(
+    data: ImageSet,
+    n_samples: int | None,
+    pick: Literal["first", "last", "random"] = "random",
+    generator: torch.Generator | None = None,
+) -> ImageSet:
+    """Return `n_samples` images of every class (None: all), grouped by class in the order of `data.classes`.
+
+    Args:
+        data: Where to take them from.
+        n_samples: Images per class, at least 1.
+        pick: The first or last of each class, or a draw without replacement.
+        generator: Randomness of the draw; needed for "random" unless all are taken.
+
+    Raises:
+        InputError: a class has fewer images than that; the message says how many it has.
+    """
+    chosen = [_pick(data, class_id, n_samples, pick, generator) for class_id in range(len(data.classes))]
+    return select(data, torch.cat(chosen))
+
+
+def _pick(data: ImageSet, class_id: int, n_samples: int | None, pick: str, generator: torch.Generator | None) -> Tensor:
+    indices = (data.labels == class_id).nonzero().flatten()
+    name = data.classes[class_id]
+    if n_samples is None and len(indices):
+        return indices
+    if n_samples is None or n_samples < 1 or len(indices) < n_samples:
+        wanted = "at least one image" if n_samples is None else f"{n_samples} images"
+        raise InputError(
+            f"n_samples: asked for {wanted} of class {name!r}, which has {len(indices)}; ask for 1 to that many"
+        )
+    if pick == "random":
+        if generator is None:
+            raise InputError("generator: a random draw needs one, got None; pass torch.Generator().manual_seed(...)")
+        return indices[torch.randperm(len(indices), generator=generator)[:n_samples]]
+    return indices[:n_samples] if pick == "first" else indices[-n_samples:]
+
+
+def _check_images(images: Tensor, argument: str) -> None:
+    if not isinstance(images, Tensor) or images.ndim != 4 or 0 in images.shape:
+        came = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise InputError(f"{argument}: expected a non-empty tensor (N, C, H, W), got {came}")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise InputError(f"{argument}: expected uint8 or floating point, got {images.dtype}; convert them first")
+    if images.is_floating_point() and not images.isfinite().all():
+        bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten()
+        raise InputError(
+            f"{argument}: {len(bad)} of {len(images)} hold NaN or infinity, first at index {bad[0].item()}; remove them"
+        )
+
+
+def _check_labels(labels: Tensor, n_images: int, n_classes: int) -> None:
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (n_images,):
+        came = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise InputError(f"labels: expected one int64 id per image, shape ({n_images},), got {came}")
+    if labels.min() < 0 or labels.max() >= n_classes:
+        raise InputError(
+            f"labels: ids must lie in 0-{n_classes - 1} ({n_classes} class names), "
+            f"these lie in {labels.min().item()}-{labels.max().item()}"
+        )
+
+
+# --------------------------------------------------------------------------------------------------- support
+@dataclass(frozen=True, eq=False)
+class Support:
+    """The few labelled samples that a clone is made from; made by `as_support` or `draw_support`.
+
+    Attributes:
+        images: (N, C, H, W), float32, as the networks take them.
+        labels: (N,), int64, each a place in `names`.
+        names: Class names, all different; a class may have no sample.
+    """
+
+    images: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", check_class_names(self.names, "names"))
+        _check_images(self.images, "support")
+        _check_labels(self.labels, len(self.images), len(self.names))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def as_support(data: Any, names: Sequence[str] | None = None) -> Support:
+    """Turn whatever holds labelled samples into a `Support`; the global random state stays as it was.
+
+    Args:
+        data: A `Support`; an `ImageSet`; a pair (images, labels); a `Dataset` of such pairs, one sample each; or a
+            `DataLoader` of batches of them. Images are tensors, (C, H, W) each, uint8 (divided by 255) or floating
+            point (taken as they are). Labels are class names, or ids.
+        names: Class names. With ids it gives the name of each id, unless the data knows its names itself (a `Support`,
+            an `ImageSet`, a dataset with `classes`). With class names as labels it says which there are and in which
+            order; without it they are those that occur, sorted.
+
+    Raises:
+        InputError: no samples, samples of several shapes, NaN or infinite values, ids out of range or without names,
+            another kind of data.
+        ClassNameError: a label is not among `names`, or `names` has a name twice.
+    """
+    if isinstance(data, Support):
+        return data
+    if isinstance(data, ImageSet):
+        return Support(images_as_float(data.images), data.labels, data.classes)
+    with torch.random.fork_rng(devices=[]):  # iterating a loader, even an unshuffled one, draws from the global state
+        images, labels = _collected(data)
+    _check_images(images, "support")
+    if not isinstance(labels, Tensor):
+        known = check_class_names(sorted(set(labels)) if names is None else names, "names")
+        place = dict(zip(sorted(set(labels)), class_ids(sorted(set(labels)), known, "labels"), strict=True))
+        return Support(images_as_float(images), torch.tensor([place[label] for label in labels]), known)
+    own = _own_names(data)
+    names = names if own is None else own
+    if names is None:
+        raise InputError("names: the labels are ids; give the name of each id as names=[...], or names as labels")
+    return Support(images_as_float(images), labels, check_class_names(names, "names"))
+
+
+def draw_support(
+    data: ImageSet,
+    new_classes: Sequence[str],
+    base_classes: Sequence[str],
+    n_new: int | None,
+    n_base: int | None,
+    generator: torch.Generator,
+) -> Support:
+    """Draw a support: `n_new` images per new class and `n_base` per base class, without replacement.
+
+    None takes all images of a class, an `n_base` of 0 none. The samples are grouped by class, base classes first, and
+    `names` is base_classes + new_classes in any case. With equally seeded generators the new classes' samples do not
+    depend on `n_base`, and fewer of a class are the first ones of more.
+
+    Raises:
+        ClassNameError: a class is unknown, given twice, or both new and base.
+        InputError: a class has too few images; the message says how many it has.
+    """
+    names = check_class_names([*base_classes, *new_classes], "new_classes and base_classes")
+    class_ids(names, data.classes, "new_classes and base_classes")
+    parts = [sample_per_class(class_subset(data, new_classes), n_new, "random", generator)]
+    if base_classes and n_base != 0:
+        parts.insert(0, sample_per_class(class_subset(data, base_classes), n_base, "random", generator))
+    parts = [relabel(part, names) for part in parts]
+    images, labels = torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
+    return Support(images_as_float(images), labels, names)
+
+
+def _own_names(data: Any) -> Sequence[str] | None:
+    """Return `classes` of the dataset at the bottom of a loader or of subsets, which is what its ids point into."""
+    while isinstance(data, DataLoader | Subset):
+        data = data.dataset
+    names: Sequence[str] | None = getattr(data, "classes", None)
+    return names
+
+
+def _collected(data: Any) -> tuple[Tensor, Tensor | list[str]]:
+    """Return images (N, C, H, W) and labels, ids (N,) or names, of a pair, dataset or loader."""
+    if isinstance(data, DataLoader):
+        batches = list(_pairs(data))
+        labels = [label for _, batch in batches for label in batch]
+        return _concatenated([_image_tensor(images) for images, _ in batches]), _label_column(labels)
+    if isinstance(data, Dataset):
+        samples = list(_pairs(_items(data)))
+        labels = [label for _, label in samples]
+        return _concatenated([_image_tensor(image)[None] for image, _ in samples]), _label_column(labels)
+    if isinstance(data, tuple | list) and len(data) == 2:
+        images, labels = data
+        return _image_tensor(images), _label_column(list(labels))
+    raise InputError(
+        f"support: expected a pair (images, labels), an ImageSet, a Dataset or a DataLoader, got {type(data).__name__}"
+    )
+
+
+def _items(dataset: Dataset[Any]) -> Iterable[Any]:
+    if isinstance(dataset, IterableDataset):
+        return dataset
+    if not hasattr(dataset, "__len__"):
+        raise InputError(f"support: {type(dataset).__name__} has no length; give it __len__, or pass a DataLoader")
+    return (dataset[index] for index in range(len(dataset)))
+
+
+def _pairs(items: Iterable[Any]) -> Iterable[tuple[Any, Any]]:
+    for item in items:
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise InputError(f"support: every item must be a pair (image, label), got {type(item).__name__}")
+        yield item[0], item[1]
+
+
+def _image_tensor(image: Any) -> Tensor:
+    if not isinstance(image, Tensor):
+        raise InputError(f"support: images must be tensors, got {type(image).__name__}; add a transform that makes one")
+    return image.detach().cpu()
+
+
+def _concatenated(images: list[Tensor]) -> Tensor:
+    if not images:
+        raise InputError("support: expected at least one sample, got none")
+    shapes = sorted({str(tuple(image.shape[1:])) for image in images})
+    if len(shapes) > 1:
+        raise InputError(f"support: the images have {len(shapes)} shapes, {listed(shapes, 3)}; give all one shape")
+    return torch.cat(images)
+
+
+def _label_column(labels: list[Any]) -> Tensor | list[str]:
+    values = [label.item() if isinstance(label, Tensor | np.generic) and label.ndim == 0 else label for label in labels]
+    names = [value for value in values if isinstance(value, str)]
+    ids = [value for value in values if isinstance(value, int)]
+    if len(ids) == len(values):
+        return torch.tensor(ids, dtype=torch.int64)
+    if len(names) == len(values):
+        return names
+    strange = [value for value in values if not isinstance(value, str | int)]
+    came = repr(strange[0]) if strange else "a mix of both"
+    raise InputError(f"support: labels must be all class names or all integer ids, got {came}")
