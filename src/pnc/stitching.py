@@ -1,6 +1,6 @@
-"""Adapters: affine maps, fitted in closed form, from a tensor of the target to the tensor that a source expects at a cut.
+"""Adapters: affine maps, fitted in closed form, from a tensor of the target to the one that a source has at a cut.
 
-Every cut tensor is read as a grid of positions with channels, (B, C, H, W), plus prefix tokens (B, P, C) in front: a map
+Every cut tensor is read as a grid of positions with channels, (B, C, H, W), plus prefix tokens (B, P, C): a map
 is its own grid, tokens form a square grid where their number is a square, a vector is a grid of one position. The
 adapter resizes the grid and maps channels by one matrix, the same at every position (a 1x1 convolution); each prefix
 token of the source has a matrix of its own, fed by the target's class token or, where it has none, by the mean of its
@@ -89,6 +89,11 @@ class Adapter(nn.Module):
             height, width = grid_size(self.target_cut)
         return self.weight.numel() * height * width + self.prefix_weight.numel()
 
+    @property
+    def n_params(self) -> int:
+        """Number of fitted values."""
+        return sum(buffer.numel() for buffer in self.buffers())
+
     def forward(self, tensor: Tensor) -> Tensor:
         """Map the target's tensor, (B, *target_cut.shape), to (B, *source_cut.shape)."""
         grid, prefix = to_grid(tensor, self.target_cut)
@@ -107,6 +112,29 @@ class Adapter(nn.Module):
     def _maps_before_resizing(self) -> bool:
         # A matrix over channels and a resize whose weights sum to one commute: the smaller grid is the cheaper one.
         return math.prod(grid_size(self.target_cut)) < math.prod(grid_size(self.source_cut))
+
+
+class Stitched(nn.Module):
+    """A part of the source behind an adapter: the target's tensor at one cut in, the source's penultimate features out.
+
+    Args:
+        adapter: From the target's cut to the source's.
+        body: The source from its cut to its penultimate features.
+        features: The cut of those features.
+    """
+
+    def __init__(self, adapter: Adapter, body: nn.Module, features: CutPoint) -> None:
+        super().__init__()
+        self.adapter, self.body, self.features = adapter, body, features
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Map (B, *target_cut.shape) to pooled features (B, D_s)."""
+        return pool(self.body(self.adapter(tensor)), self.features)
+
+
+def pool(tensor: Tensor, cut: CutPoint) -> Tensor:
+    """One feature vector per sample, (B, C), from the tensor at `cut`: as it is, its class token, or its mean."""
+    return tensor if tensor.dim() == 2 else prefix_summary(*to_grid(tensor, cut))
 
 
 def n_channels(cut: CutPoint) -> int:
@@ -163,7 +191,7 @@ class AdapterFitter:
                 self._moments.setdefault((cut.name, part), _Moments()).update(_rows(x, chosen), y)
 
     def solve(self, target_cut: CutPoint, source_cut: CutPoint) -> tuple[Adapter, float]:
-        """Fit the adapter of one pair; also gives the share of the source tensor's variance that it misses, in [0, 1]."""
+        """Fit the adapter of one pair; also give the share of the source tensor's variance that it misses, in [0, 1]."""
         adapter = Adapter(target_cut, source_cut, rectify=self._lowest[source_cut.name] >= 0)
         part = grid_size(source_cut)
         columns = self._columns[part][source_cut.name, -1]

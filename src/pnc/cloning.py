@@ -1,0 +1,234 @@
+"""The whole job: two networks and a few labelled images in, a clone out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pnc.channels import channel_spaces
+from pnc.compaction import compact
+from pnc.cuts import CutPoint
+from pnc.errors import InputError
+from pnc.heads import DiscriminantHead, Head, choose_shrinkage, fit_discriminant, fit_one_class
+from pnc.integrity import Fingerprint, fingerprint
+from pnc.localization import Method, localize, reestimate_statistics
+from pnc.masks import ChannelMasks
+from pnc.positions import N_FOLDS, Position, Progress, Scan, run_stitched, scan, source_body
+from pnc.stitching import Adapter, Stitched
+from pnc.task import CloneTask, prepare_task
+
+
+class Branch(nn.Module):
+    """The inserted part: adapter, the source's part, and the head of the new classes."""
+
+    def __init__(self, stitched: Stitched, head: Head) -> None:
+        super().__init__()
+        self.stitched, self.head = stitched, head
+        self.eval().requires_grad_(False)
+
+    def forward(self, tensor: Tensor, target_features: Tensor, base_logits: Tensor) -> Tensor:
+        """Give the logits of the new classes, (B, K_new).
+
+        Args:
+            tensor: The target's tensor at its cut.
+            target_features: Its penultimate features, (B, D_t).
+            base_logits: Its logits, (B, K_base).
+        """
+        return self.head(target_features, self.stitched(tensor), base_logits)
+
+
+@dataclass(frozen=True, eq=False)
+class Clone:
+    """A part of a source that gives a target new classes. Made by `clone` or read by `load`; put to work by `attach`.
+
+    Attributes:
+        name: By which it is detached again.
+        classes: The new classes, in the order of its logits.
+        base_classes: The classes of the target that it was made for.
+        branch: The inserted module; holds its own copies of all weights.
+        masks: Which channels of the source's part were kept.
+        source: Fingerprint of the source.
+        target: Fingerprint of the target.
+        input_shape: Of the target's images, (C, H, W).
+        source_input_shape: Of the source's.
+        target_features: The cut of the target's penultimate features, which the head reads.
+        recipe: How it was made and what it promises: plain values.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    base_classes: tuple[str, ...]
+    branch: Branch
+    masks: ChannelMasks
+    source: Fingerprint
+    target: Fingerprint
+    input_shape: tuple[int, ...]
+    source_input_shape: tuple[int, ...]
+    target_features: CutPoint
+    recipe: Mapping[str, Any]
+
+    @property
+    def target_cut(self) -> CutPoint:
+        """Where it leaves the target."""
+        return self.branch.stitched.adapter.target_cut
+
+    @property
+    def source_cut(self) -> CutPoint:
+        """Where it enters the source."""
+        return self.branch.stitched.adapter.source_cut
+
+    @property
+    def n_params(self) -> int:
+        """Number of values that it adds to the target."""
+        tensors = [*self.branch.parameters(), *self.branch.buffers()]
+        return sum(tensor.numel() for tensor in tensors)
+
+
+def clone(
+    source: nn.Module,
+    target: nn.Module,
+    support: Any,
+    *,
+    classes: Sequence[str] | None = None,
+    source_classes: Sequence[str],
+    base_classes: Sequence[str],
+    name: str | None = None,
+    density: float = 1.0,
+    method: Method = "taylor",
+    max_macs: float | None = None,
+    flip: bool = False,
+    seed: int = 0,
+    batch_size: int = 128,
+    progress: Progress | None = None,
+) -> Clone:
+    """Clone what the source knows about some classes, for the target; both networks stay as they are.
+
+    Scans all positions in closed form, takes the cheapest that is not significantly worse than the best, localizes
+    channels if `density` asks for it, and fits the head. It is the one verb that most users need, hence its arguments.
+
+    Args:
+        source: Classifier that knows the classes, (B, C, H, W) to (B, K).
+        target: Classifier that shall get them.
+        support: A few labelled images, as both networks take them: a pair (images, labels), a Dataset, a DataLoader or
+            an ImageSet. Labels are class names, or ids of base classes followed by new ones. Samples of base classes
+            are optional (all of them or none); with them the new classes are told from the old ones much better.
+        classes: Names of the classes to clone; None takes all of the source's that the target lacks.
+        source_classes: Names of the source's outputs, in order.
+        base_classes: Names of the target's outputs, in order.
+        name: Of the clone; None joins the names of its classes.
+        density: Share of the prunable parameters of the source's part to keep, in (0, 1].
+        method: How channels are chosen below density 1.
+        max_macs: Bound on the added MACs as a share of the source's.
+        flip: Use the mirror image of each sample too: right for photographs, wrong for digits.
+        seed: Of every random choice; the same inputs and seed give the same clone.
+        batch_size: Images that go through a network at a time.
+        progress: Called with what is being done, the steps done, and the steps in all.
+    Raises:
+        InputError, ClassNameError, RecordingError: as `prepare_task`; InputError also where no position is within
+            `max_macs`, or `density` is out of range.
+    """
+    if not 0 < density <= 1:
+        raise InputError(f"density must be in (0, 1]: the share of prunable parameters that is kept; got {density}")
+    if name is not None and (not name or not name.isprintable()):
+        raise InputError(f"name must be printable text; got {name!r}")
+    task = prepare_task(
+        source,
+        target,
+        support,
+        classes=classes,
+        source_classes=source_classes,
+        base_classes=base_classes,
+        flip=flip,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    found = scan(task, progress=progress)
+    position = found.choose(max_macs)
+    return fit(task, position, found.adapter(position), density=density, method=method, name=name, progress=progress)
+
+
+def fit(
+    task: CloneTask,
+    position: Position,
+    adapter: Adapter,
+    *,
+    density: float = 1.0,
+    method: Method = "taylor",
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Clone:
+    """Make the clone at one position: localize, compact, fit the head. The steps of `clone` after the scan.
+
+    Args:
+        task: From `prepare_task`.
+        position: A position that `scan` scored.
+        adapter: Its adapter, from the same scan.
+        density: As in `clone`.
+        method: As in `clone`.
+        name: As in `clone`.
+        progress: As in `clone`.
+    """
+    body = source_body(task, position.source_cut)
+    masks = ChannelMasks({})
+    spaces = channel_spaces(body)
+    if density < 1 and spaces.spaces:
+        generator = torch.Generator().manual_seed(task.seed)
+        inputs = torch.cat(list(_adapted(task, adapter)))
+        masks = localize(body, inputs, spaces, density=density, method=method, generator=generator)
+    own_body = compact(body, spaces, masks)
+    if masks.kept:
+        reestimate_statistics(own_body, _adapted(task, adapter))
+    stitched = Stitched(adapter, own_body, task.source.head.features)
+    (samples,) = run_stitched(task, [stitched], progress)
+    head, shrinkage = _fit_head(task, samples)
+    recipe = {
+        "adapter_error": position.adapter_error,
+        "density": density,
+        "flip": bool(len(task.samples.groups) > int(task.samples.groups.max()) + 1),
+        "macs_share": position.macs_share,
+        "method": method if masks.kept else None,
+        "n_base_samples": _n_images(task, base=True),
+        "n_new_samples": _n_images(task, base=False),
+        "score": position.score,
+        "seed": task.seed,
+        "shrinkage": shrinkage,
+        "standard_error": position.standard_error,
+    }
+    return Clone(
+        name=name or "+".join(task.new_classes),
+        classes=task.new_classes,
+        base_classes=task.target.classes,
+        branch=Branch(stitched, head),
+        masks=masks,
+        source=fingerprint(task.source.model),
+        target=fingerprint(task.target.model),
+        input_shape=task.target.recording.input_shape,
+        source_input_shape=task.source.recording.input_shape,
+        target_features=task.target.head.features,
+        recipe=recipe,
+    )
+
+
+def _adapted(task: CloneTask, adapter: Adapter) -> Iterator[Tensor]:
+    """The support, batch by batch, as the source's part sees it behind the adapter."""
+    prefix = extract(task.target.recording, None, [adapter.target_cut])
+    with evaluating(task.target.model):
+        for images in task.samples.images.split(task.batch_size):
+            yield adapter(prefix(images.to(device_of(task.target.model))))
+
+
+def _fit_head(task: CloneTask, samples: HeadSamples) -> tuple[Head, float]:
+    """Fit the head that the support allows; also give the shrinkage that it took."""
+    if not samples.has_base:
+        classifier = task.source.head
+        weight, bias = classifier.weight[task.source_ids], classifier.bias[task.source_ids]
+        return fit_one_class(samples, weight, bias), ONE_CLASS_SHRINKAGE
+    shrinkage, _ = choose_shrinkage(samples, N_FOLDS, task.seed)
+    return fit_discriminant(samples, shrinkage), shrinkage
+
+
+def _n_images(task: CloneTask, base: bool) -> int:
+    labels, groups = task.samples.labels, task.samples.groups
+    return len(groups[(labels < task.n_base) == base].unique())

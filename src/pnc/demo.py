@@ -1,0 +1,57 @@
+"""The demonstration: a target learns digits 5-9 from another network, on data that scikit-learn carries."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pnc.bench import main_job
+from pnc.data import class_subset, draw_support, relabel
+from pnc.pretraining import EpochReport, Recipe, pretrain
+from pnc.positions import Progress
+from pnc.readers import load_data
+
+BASE_CLASSES = tuple("01234")
+NEW_CLASSES = tuple("56789")
+N_NEW, N_BASE = 20, 5
+RECIPE = Recipe(epochs=30, batch_size=64, crop_padding=1, flip=False)
+
+
+def run_demo(
+    seed: int = 0,
+    progress: Progress | None = None,
+    trained: Callable[[str, EpochReport], None] | None = None,
+) -> dict[str, Any]:
+    """Train a target on digits 0-4 and a source on 5-9, clone all five new classes, and compare.
+
+    Args:
+        seed: Of the networks, of the support and of the clone.
+        progress: Called while cloning, as in `pnc.clone`.
+        trained: Called after each epoch with "target" or "source".
+    Returns:
+        As `pnc.bench.main_job.run`.
+    """
+    train, test = load_data("digits", "train"), load_data("digits", "test")
+    recipe = Recipe(**{**RECIPE.facts(), "seed": seed})
+    with tempfile.TemporaryDirectory() as folder:
+        networks = {}
+        for role, classes in (("target", BASE_CLASSES), ("source", NEW_CLASSES)):
+            networks[role] = pretrain(
+                "zoo:cnn",
+                class_subset(train, classes),
+                class_subset(test, classes),
+                recipe,
+                Path(folder) / f"{role}.safetensors",
+                progress=None if trained is None else lambda report, role=role: trained(role, report),  # type: ignore[misc]
+            )
+        generator = torch.Generator().manual_seed(seed)
+        job = main_job.Job(
+            source=networks["source"],
+            target=networks["target"],
+            support=draw_support(train, NEW_CLASSES, BASE_CLASSES, N_NEW, N_BASE, generator),
+            test=relabel(test, (*BASE_CLASSES, *NEW_CLASSES)),
+            seed=seed,
+        )
+        return main_job.run(job, list(main_job.RIVALS), Path(folder), progress)

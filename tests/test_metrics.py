@@ -1,0 +1,61 @@
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score
+
+from pnc.errors import InputError
+from pnc.metrics import conditional_kl, evaluate, leak, locality_kl
+
+GENERATOR = torch.Generator().manual_seed(0)
+TARGET = torch.randn(200, 3, generator=GENERATOR)
+NEW = torch.randn(200, 2, generator=GENERATOR)
+LABELS = torch.randint(5, (200,), generator=GENERATOR)
+
+
+def test_accuracies_agree_with_scikit_learn():
+    logits = torch.cat([TARGET, NEW], 1)
+    found = evaluate(logits, LABELS, TARGET)
+    right = (logits.argmax(1) == LABELS).int()
+    is_new = (LABELS >= 3).int()
+    # accuracy of "right or not" seen as recall of a constant label per group
+    expected = balanced_accuracy_score(is_new, torch.where(right.bool(), is_new, 1 - is_new))
+    assert found.average_accuracy == pytest.approx(expected, abs=1e-12)
+    assert found.average_accuracy == (found.base_accuracy + found.new_accuracy) / 2
+
+
+def test_added_columns_leave_the_conditional_distribution_alone():
+    logits = torch.cat([TARGET, NEW], 1)
+    # float64 rounding of log_softmax, nothing else
+    assert conditional_kl(logits, TARGET) < 1e-12
+    moved = logits.clone()
+    moved[:, 0] += 1
+    assert conditional_kl(moved, TARGET) > 1e-3
+
+
+def test_locality_is_conditional_plus_what_leaks():
+    logits = torch.cat([TARGET + 0.3 * torch.randn(200, 3, generator=GENERATOR), NEW], 1)
+    escaped = logits.double().softmax(1)[:, 3:].sum(1)
+    expected = conditional_kl(logits, TARGET) - float((1 - escaped).log().mean())
+    assert locality_kl(logits, TARGET) == pytest.approx(expected, rel=1e-9)  # float64 sums in another order
+    assert leak(logits, 3) == pytest.approx(float(escaped.mean()), rel=1e-12)
+
+
+def test_base_drop_counts_what_the_new_classes_took():
+    labels = TARGET.argmax(1).clone()
+    labels[:10] = 3
+    logits = torch.cat([TARGET, torch.full((200, 2), -100.0)], 1)
+    assert evaluate(logits, labels, TARGET).base_drop == 0
+    logits[50:145, 3] = 100
+    assert evaluate(logits, labels, TARGET).base_drop == pytest.approx(95 / 190)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "words"),
+    [
+        (torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), "must be"),
+        (torch.zeros(4, 5), torch.zeros(3, dtype=torch.long), "must be"),
+        (torch.zeros(4, 5), torch.zeros(4, dtype=torch.long), "only one kind"),
+    ],
+)
+def test_wrong_shapes_and_one_sided_labels_are_refused(logits, labels, words):
+    with pytest.raises(InputError, match=words):
+        evaluate(logits, labels, torch.zeros(4, 3))
