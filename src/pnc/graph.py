@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from pnc.errors import InputError, RecordingError
 from pnc.tracing import BATCH_SIZES, NodeInfo, Op, Recorder, Ref, Tape, info, operation_name, tensors_in
 
-__all__ = ["BATCH_SIZES", "NodeInfo", "Recording", "dominators", "info", "record", "subgraph"]
+__all__ = ["BATCH_SIZES", "NodeInfo", "Recording", "dominators", "info", "needed_for", "record", "subgraph"]
 
 _VERIFIED_CUTS = 3
 _PROBE_SIZE = 4
@@ -39,9 +39,10 @@ class Recording:
 
     Attributes:
         module: The network's eval-mode forward, from one image batch to logits (B, K). It has its own module objects,
-            always in eval mode, and its own parameter objects, without gradients, over the network's own memory: it
-            costs no memory and follows changes of the network's weights, but nothing done to it (train(), to(),
-            backward) reaches the network. Each node carries a `NodeInfo`.
+            in eval mode, and its own parameter objects over the network's own memory: it costs no memory and follows
+            changes of the network's weights, while flags, gradients, hooks and moves to another device stay apart.
+            (Only operations that write in place reach the network, such as BatchNorm's in train mode; an optimizer
+            must work on a deep copy.) Each node carries a `NodeInfo`.
         input_shape: Shape of one image, without batch.
         n_classes: K.
         probe: Fresh input (4 images) on which graph and network were compared.
@@ -291,12 +292,15 @@ def _check_alike(first: Tape, second: Tape) -> None:
 
 
 def _dependencies(ops: Sequence[Op]) -> list[list[int]]:
-    """For each operation those whose data it needs: its arguments and the last writers of the memory that it reads."""
+    """For each operation those whose data it needs: its arguments, and what wrote to their memory since they were made."""
     writers: dict[int, int] = {}
     dependencies = []
     for i, op in enumerate(ops):
-        last = [writers[storage] for storage in op.reads if storage in writers]
-        dependencies.append(sorted({*_refs((op.args, op.kwargs)), *last}))
+        args = set(_refs((op.args, op.kwargs)))
+        last = {
+            writers.get(storage, -1) for arg in args for storage in ops[arg].holds if writers.get(storage, -1) > arg
+        }
+        dependencies.append(sorted(args | last))
         writers.update(dict.fromkeys(op.writes, i))
     return dependencies
 
@@ -436,11 +440,13 @@ class _Twins:
         self._tensors: dict[int, Tensor] = {}
 
     def tensor(self, tensor: Tensor) -> Tensor:
-        """The same memory as another object without gradient."""
+        """The same memory as another object, with a gradient of its own."""
         if id(tensor) not in self._tensors:
             alias = tensor.detach()
-            is_parameter = isinstance(tensor, nn.Parameter)
-            self._tensors[id(tensor)] = nn.Parameter(alias, requires_grad=False) if is_parameter else alias
+            if isinstance(tensor, nn.Parameter):
+                # Not simply False: `matmul` picks its kernel by this flag, even without gradients, and so the bits.
+                alias = nn.Parameter(alias, requires_grad=tensor.requires_grad)
+            self._tensors[id(tensor)] = alias
         return self._tensors[id(tensor)]
 
     def module(self, module: nn.Module) -> nn.Module:
@@ -482,6 +488,19 @@ def _needs(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return {n: [*n.all_input_nodes, *(names[name] for name in info(n).after)] for n in graph.nodes}
 
 
+def needed_for(outputs: Sequence[fx.Node], start: fx.Node | None = None) -> set[fx.Node]:
+    """Every node that the outputs need, themselves included, as far as `start` (excluded) does not stand for it."""
+    needs = _needs(outputs[0].graph)
+    found: set[fx.Node] = set()
+    todo = list(outputs)
+    while todo:
+        node = todo.pop()
+        if node not in found and node is not start:
+            found.add(node)
+            todo.extend([] if _is_batch_size(node) else needs[node])
+    return found
+
+
 def dominators(graph: fx.Graph) -> list[fx.Node]:
     """Nodes through which everything that the output takes from the input has to pass, the input first.
 
@@ -519,13 +538,7 @@ def subgraph(module: fx.GraphModule, start: fx.Node, outputs: Sequence[fx.Node])
     Raises:
         InputError: an output needs more of the network's input than `start` carries.
     """
-    needs = _needs(module.graph)
-    wanted, todo = set(), list(outputs)
-    while todo:
-        node = todo.pop()
-        if node not in wanted and node is not start:
-            wanted.add(node)
-            todo.extend([] if _is_batch_size(node) else needs[node])
+    wanted = needed_for(outputs, start)
     if any(node.op == "placeholder" for node in wanted):
         raise InputError(f"start: {outputs[-1].name} cannot be computed from {start.name} alone")
     new = fx.Graph()

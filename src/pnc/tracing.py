@@ -188,7 +188,7 @@ class _FlopCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(
@@ -214,7 +214,7 @@ class _Storages:
 
     def number(self, tensor: Tensor, where: str) -> int:
         try:
-            reference = StorageWeakRef(tensor.untyped_storage())
+            reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
         except (NotImplementedError, RuntimeError) as error:
             raise RecordingError(
                 f"{where} works on a {type(tensor).__name__} without memory of its own (vmap, a sparse or an mkldnn "
@@ -272,7 +272,7 @@ class Recorder(TorchFunctionMode):
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = self._modules.get(id(module))
         # Not through __call__: that would run the code that `module.compile()` put there, out of our sight.
-        forward = module._call_impl
+        forward: Callable[..., Any] = module._call_impl
         if name is None:  # made on the fly: its operations count as its caller's
             return forward(*args, **kwargs)
         self._scopes.append(name)

@@ -1,0 +1,339 @@
+"""Where a network can be cut in two: cut points as data, the classifier's head, and the parts themselves."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from pnc.errors import InputError
+from pnc.graph import Recording, dominators, info, needed_for, subgraph
+from pnc.tracing import operation_name
+
+INPUT = "input"
+"""Name of the cut point in front of everything."""
+
+LOGITS = "logits"
+"""Names the network's output in `extract`."""
+
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv_transpose2d")
+
+
+@dataclass(frozen=True)
+class CutPoint:
+    """A tensor through which everything passes on its way from the input to the logits.
+
+    Attributes:
+        name: Name of the node that makes it (the last one of a chain in place), `INPUT` for the network's input.
+        index: Order from the input, 0 for the input.
+        scope: Qualified name of the module in whose forward it was made.
+        kind: "map": (B, C, H, W), or (B, H, W, C) where `channel_dim` is 3; "tokens": (B, N, D), or (B, D, N) where
+            `channel_dim` is 1; "vector": (B, D).
+        shape: Without batch.
+        channel_dim: Dimension of the channels, batch counted.
+        n_prefix_tokens: Class, distillation or register tokens in front of the tokens of the image.
+        n_macs: Of the part before the cut, per sample.
+        n_params: Of the part before the cut.
+    """
+
+    name: str
+    index: int
+    scope: str
+    kind: Literal["map", "tokens", "vector"]
+    shape: tuple[int, ...]
+    channel_dim: int
+    n_prefix_tokens: int
+    n_macs: int
+    n_params: int
+
+    @property
+    def n_channels(self) -> int:
+        """Size of the channel dimension."""
+        return self.shape[self.channel_dim - 1]
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether there is one position only, so that it is as good as a vector."""
+        return math.prod(self.shape) == self.n_channels
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """What turns features into logits.
+
+    Attributes:
+        features: Input of the last linear layer. A vector, or a map or tokens where the head pools afterwards; where
+            several last layers read different parts of one tensor (distilled ViTs), that tensor.
+        module: Qualified name of that layer; None where there are several or it is no module.
+        n_features: Size of the features' channel dimension.
+        weight: (K, n_features); None unless logits = mean of the features over their positions @ weight.T + bias.
+        bias: (K,); None where `weight` is, or where the layer has none.
+    """
+
+    features: CutPoint
+    module: str | None
+    n_features: int
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+# ----------------------------------------------------------------------------------------------------------- cut points
+
+
+def cut_points(recording: Recording) -> tuple[CutPoint, ...]:
+    """Every cut point of a recorded network, from its input on.
+
+    Only tensors with the batch in front and 2 to 4 dimensions count.
+    """
+    graph = recording.module.graph
+    nodes = [n for n in dominators(graph) if len(info(n).shape or ()) in (2, 3, 4)]
+    channel_dims, prefix_tokens = _channel_dims(recording), _prefix_tokens(graph)
+    return tuple(_cut_point(node, index, channel_dims, prefix_tokens.get(node, 0)) for index, node in enumerate(nodes))
+
+
+def _cut_point(node: fx.Node, index: int, channel_dims: dict[fx.Node, int], n_prefix_tokens: int) -> CutPoint:
+    shape = info(node).shape
+    assert shape is not None
+    before = [info(n) for n in needed_for([node])]
+    kinds: dict[int, Literal["map", "tokens", "vector"]] = {2: "vector", 3: "tokens", 4: "map"}
+    kind = kinds[len(shape)]
+    return CutPoint(
+        name=INPUT if node.op == "placeholder" else node.name,
+        index=index,
+        scope=info(node).scope,
+        kind=kind,
+        shape=shape[1:],
+        channel_dim=channel_dims.get(node, 2 if kind == "tokens" else 1),
+        n_prefix_tokens=n_prefix_tokens if kind == "tokens" else 0,
+        n_macs=sum(facts.n_macs for facts in before),
+        n_params=sum(facts.n_params for facts in before),
+    )
+
+
+def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...]:
+    """The cut points worth trying, from the input to the deepest one before the head's features.
+
+    Of cuts with no multiply-accumulate between them (convolution, norm, activation, dropout, pooling to a smaller
+    map) only the last is kept, as it saves the most at no cost. The input stays, and so does the last tensor with
+    more than one position where positions are then pooled away; what that gives is kept as well, but not where it is
+    as good as the head's features. Of what remains, `limit` are spread evenly over the depth in MACs.
+
+    Raises:
+        InputError: `limit` is below 2, or the network's head is not found (`find_head`).
+    """
+    if limit < 2:
+        raise InputError(f"limit: expected at least 2 (the input and the deepest cut), got {limit}")
+    features = find_head(recording).features
+    cuts = cut_points(recording)
+    chain_ends = [cuts[0]]
+    for n_macs, chain in itertools.groupby(cuts[1 : features.index], key=lambda cut: cut.n_macs):
+        if n_macs > 0:
+            chain_ends.extend(_chain_ends(list(chain), is_last=n_macs == features.n_macs))
+    return _spread(chain_ends, limit)
+
+
+def _chain_ends(chain: Sequence[CutPoint], is_last: bool) -> list[CutPoint]:
+    """The cuts to keep of those with the same cost; `is_last`: the head's features belong to them as well."""
+    spatial = [cut for cut in chain if not cut.is_pooled][-1:]
+    pooled = [cut for cut in chain if cut.is_pooled and not is_last][-1:]
+    only_flattened = spatial and pooled and math.prod(spatial[0].shape) == math.prod(pooled[0].shape)
+    return spatial if only_flattened else [*spatial, *pooled]
+
+
+def _spread(cuts: Sequence[CutPoint], limit: int) -> tuple[CutPoint, ...]:
+    """At most `limit` of the cuts, first and last included, nearest to even steps in MACs."""
+    if len(cuts) <= limit:
+        return tuple(cuts)
+    chosen = {0, len(cuts) - 1}
+    total = cuts[-1].n_macs
+    for step in range(1, limit - 1):
+        wanted = total * step / (limit - 1)
+        free = [i for i in range(len(cuts)) if i not in chosen]
+        chosen.add(min(free, key=lambda i: (abs(cuts[i].n_macs - wanted), i)))
+    return tuple(cuts[i] for i in sorted(chosen))
+
+
+def _channel_dims(recording: Recording) -> dict[fx.Node, int]:
+    """Where each tensor has its channels, followed from the layers that define it; unknown ones are left out."""
+    dims: dict[fx.Node, int] = {}
+    nodes = [n for n in recording.module.graph.nodes if info(n).from_input and info(n).shape is not None]
+    for node in nodes:
+        found = [1 if node.op == "placeholder" else _defined_channel_dim(recording.module, node)]
+        found += [_carried(node, source, dims) for source in node.all_input_nodes]
+        dims.update((node, dim) for dim in found[::-1] if dim is not None)
+    for node in reversed(nodes):  # what no layer before it has defined, the layer that reads it may
+        if node not in dims:
+            found = [_defined_channel_dim(recording.module, user) for user in node.users]
+            dims.update((node, dim) for dim in found[::-1] if dim is not None)
+    return dims
+
+
+def _defined_channel_dim(module: fx.GraphModule, node: fx.Node) -> int | None:
+    """Where a linear layer or a convolution puts its channels."""
+    layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    name = operation_name(node.target)
+    if isinstance(layer, nn.Linear) or name == "linear":
+        return len(info(node).shape or ()) - 1
+    return 1 if isinstance(layer, _ConvNd) or name in _CONVOLUTIONS else None
+
+
+def _carried(node: fx.Node, source: fx.Node, dims: dict[fx.Node, int]) -> int | None:
+    """The channel dimension of a node's result, given that of one of its arguments."""
+    shape, before = info(node).shape, info(source).shape
+    dim = dims.get(source)
+    if shape is None or before is None or dim is None:
+        return None
+    name, numbers = operation_name(node.target), _numbers(node.args[1:]) or _numbers(tuple(node.kwargs.values()))
+    if len(numbers) == len(shape) and name == "permute":
+        return [number % len(shape) for number in numbers].index(dim)
+    if len(numbers) == 2 and name in ("transpose", "swapaxes", "swapdims"):
+        a, b = (number % len(shape) for number in numbers)
+        return {a: b, b: a}.get(dim, dim)
+    if len(shape) == len(before):
+        return dim if shape[dim] == before[dim] or name in ("cat", "getitem", "__getitem__") else None
+    if dim == 1 and len(shape) > 1 and shape[1] == before[1]:
+        return 1
+    return len(shape) - 1 if dim == len(before) - 1 and shape[-1] == before[-1] else None
+
+
+def _numbers(args: object) -> list[int]:
+    """The integers in the arguments, whether given one by one or as one tuple."""
+    if isinstance(args, int):
+        return [args]
+    return [n for part in args for n in _numbers(part)] if isinstance(args, (tuple, list)) else []
+
+
+def _prefix_tokens(graph: fx.Graph) -> dict[fx.Node, int]:
+    """How many tokens that do not come from the image stand in front, for tensors (B, N, D)."""
+    counts: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        shape = info(node).shape
+        if shape is None or len(shape) != 3 or not info(node).from_input:
+            continue
+        name = operation_name(node.target)
+        if name in ("cat", "concat", "concatenate") and isinstance(node.args[0], (tuple, list)):
+            counts[node] = _leading_tokens(node.args[0], counts)
+            continue
+        same = [n for n in node.all_input_nodes if (info(n).shape or ())[1:2] == shape[1:2]]
+        counts[node] = max((counts.get(n, 0) for n in same), default=0)
+        if name in ("getitem", "__getitem__") and isinstance(source := node.args[0], fx.Node) and source in counts:
+            dropped = (info(source).shape or (0, 0))[1] - shape[1]
+            counts[node] = max(0, counts[source] - dropped) if _skips_in_front(node.args[1], dropped) else 0
+    return counts
+
+
+def _leading_tokens(parts: Sequence[object], counts: dict[fx.Node, int]) -> int:
+    total = 0
+    for part in parts:
+        if not isinstance(part, fx.Node) or (shape := info(part).shape) is None or len(shape) != 3:
+            return total
+        if info(part).from_input:
+            return total + counts.get(part, 0)
+        total += shape[1]
+    return total
+
+
+def _skips_in_front(index: object, n_dropped: int) -> bool:
+    """Whether an index expression only leaves out the first `n_dropped` tokens."""
+    second = index[1] if isinstance(index, (tuple, list)) and len(index) > 1 else None
+    return isinstance(second, slice) and second.start == n_dropped and second.stop is None
+
+
+# ----------------------------------------------------------------------------------------------------------------- head
+
+
+def find_head(recording: Recording) -> Head:
+    """The layer that makes the logits, and the features that it reads.
+
+    Walks from the logits back to the last operations that multiply and add. If it is one, its input are the
+    features; if there are several (distilled ViTs average two), or if it mixes several tensors, the features are the
+    deepest cut point, provided that what follows it is not the whole network.
+
+    Raises:
+        InputError: no such layer, or no cut point in front of it; the message lists the last cut points.
+    """
+    cuts = cut_points(recording)
+    layers = _last_layers(recording.output)
+    inputs = {n.name for layer in layers for n in layer.all_input_nodes if info(n).from_input}
+    common = set.intersection(
+        *({n.name for n in needed_for([layer])} - {layer.name} for layer in layers or [recording.output])
+    )
+    found = [cut for cut in cuts[1:] if cut.name in (inputs if len(inputs) == 1 else common)]
+    if not layers or not found:
+        raise InputError(
+            "model: no classifier head found, that is, no linear layer whose output becomes the logits; the deepest "
+            f"cut points are {', '.join(cut.name for cut in cuts[-5:])}"
+        )
+    features = found[-1]
+    module = str(layers[0].target) if len(layers) == 1 and layers[0].op == "call_module" else None
+    weight, bias = _affine_map(recording, features, module)
+    return Head(features, module, features.n_channels, weight, bias)
+
+
+def _last_layers(output: fx.Node) -> list[fx.Node]:
+    """The operations with multiply-accumulates that reach the output through none other."""
+    found, seen, todo = [], set(), [output]
+    while todo:
+        node = todo.pop()
+        if node in seen or not info(node).from_input:
+            continue
+        seen.add(node)
+        if info(node).n_macs:
+            found.append(node)
+        else:
+            todo.extend(node.all_input_nodes)
+    return found
+
+
+def _affine_map(recording: Recording, features: CutPoint, module: str | None) -> tuple[Tensor | None, Tensor | None]:
+    """The layer's weight and bias if logits = mean features @ weight.T + bias, tried on noise; else (None, None)."""
+    layer = None if module is None else recording.module.get_submodule(module)
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    if not isinstance(weight, Tensor) or weight.numel() != recording.n_classes * features.n_channels:
+        return None, None
+    weight = weight.detach().reshape(recording.n_classes, features.n_channels)
+    bias = bias.detach() if isinstance(bias, Tensor) else None
+    noise = torch.randn((2, *features.shape), generator=torch.Generator().manual_seed(0)).to(weight)
+    pooled = noise.movedim(features.channel_dim, 1).flatten(2).mean(2) if noise.dim() > 2 else noise
+    expected = nn.functional.linear(pooled, weight, bias)
+    with torch.no_grad():
+        found = extract(recording, features, [LOGITS])(noise)
+    # Another order of summation: rounding grows with the root of the number of terms.
+    tolerance = 8 * torch.finfo(weight.dtype).eps * features.n_channels**0.5 * expected.abs().max()
+    return (weight, bias) if (found - expected).abs().max() <= tolerance else (None, None)
+
+
+# ------------------------------------------------------------------------------------------------------------ the parts
+
+
+def extract(recording: Recording, start: CutPoint | None, outputs: Sequence[str | CutPoint]) -> fx.GraphModule:
+    """A part of the network as a module over the same weights, in eval mode.
+
+    Works at any batch size. The tensor that it is given is never written to; a tensor handed out is copied where the
+    network goes on to write to it.
+
+    Args:
+        start: The cut point whose tensor the part takes; None for the network's input.
+        outputs: Cut points, names of nodes, or `LOGITS`. One gives a tensor, several a tuple in this order.
+    Raises:
+        InputError: an unknown name, no output, or one that `start` does not determine.
+    """
+    if not outputs:
+        raise InputError("outputs: expected at least one cut point, node name or LOGITS, got none")
+    nodes = {node.name: node for node in recording.module.graph.nodes if info(node).shape is not None}
+    nodes[INPUT] = next(iter(recording.module.graph.nodes))
+    nodes[LOGITS] = recording.output
+    names = [output.name if isinstance(output, CutPoint) else output for output in outputs]
+    start_name = INPUT if start is None else start.name
+    unknown = [name for name in (start_name, *names) if name not in nodes]
+    if unknown:
+        raise InputError(f"cut: the network has no tensor named {unknown[0]!r}; its cut points: {_names(recording)}")
+    return subgraph(recording.module, nodes[start_name], [nodes[name] for name in names])
+
+
+def _names(recording: Recording) -> str:
+    return ", ".join(cut.name for cut in cut_points(recording))
