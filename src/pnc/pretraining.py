@@ -99,9 +99,9 @@ def pretrain(
 
     On one device and number of threads, the same arguments give the same file, byte for byte. After every epoch all
     that is needed to go on is written to `out` + ".partial.safetensors", so that a run that was stopped goes on from
-    there and ends with the same weights. A finished file made with the same arguments is loaded, not made again. Torch's
-    global random state and number of threads stay as they were. (Seven arguments: what, on what, how, whereto, and two
-    for the caller's comfort.)
+    there and ends with the same weights. A finished file made with the same arguments is loaded, not made again.
+    Torch's global random state and number of threads stay as they were. (Seven arguments: what, on what, how, whereto,
+    and two for the caller's comfort.)
 
     Args:
         spec: ``zoo:...`` or ``py:...``, as for `load_model`.

@@ -165,7 +165,7 @@ def _read_columns(table: Any, options: Mapping[str, str]) -> ImageSet:
     names = [f"the image in row {row}" for row in range(len(encoded))]
     feature = table.features[label_column]
     labels, classes = _label_ids(values, list(feature.names) if isinstance(feature, datasets.ClassLabel) else None)
-    return ImageSet(_decode(encoded, names, options), labels, classes)
+    return ImageSet(_decode_as_asked(encoded, names, options), labels, classes)
 
 
 def _encoded_image(cell: Mapping[str, Any] | None) -> bytes:
@@ -194,11 +194,13 @@ def _label_ids(values: Sequence[Any], classes: Sequence[str] | None) -> tuple[Te
 def _column(table: Any, role: str, options: Mapping[str, str], fits: Callable[[Any], bool]) -> str:
     """Return the column asked for; else the one named `role` or "fine_`role`"; else the only one whose type fits."""
     there: list[str] = list(table.features)
+    found = [name for name in there if fits(table.features[name])]
     if role in options:
         if options[role] not in there:
             raise InputError(f"spec: {unknown_name(options[role], there, 'column')}")
+        if role == "image" and options[role] not in found:
+            raise InputError(f"spec: the column {options[role]} holds no images; those that do are {listed(found)}")
         return options[role]
-    found = [name for name in there if fits(table.features[name])]
     for name in (role, f"fine_{role}"):
         if name in found or (name == role == "label" and name in there):
             return name
@@ -226,31 +228,62 @@ def _read_folder(body: str, split: Split, options: Mapping[str, str]) -> ImageSe
     ]
     if not files:
         raise InputError(f"spec: no image in {root}/CLASS/; expected one folder of images per class")
-    images = _decode([file.read_bytes() for _, file in files], [str(file) for _, file in files], options)
+    encoded, names = [file.read_bytes() for _, file in files], [str(file) for _, file in files]
+    images = _decode_as_asked(encoded, names, options)
     return ImageSet(images, torch.tensor([class_id for class_id, _ in files]), tuple(folder.name for folder in folders))
 
 
-def _decode(encoded: Sequence[bytes], names: Sequence[str], options: Mapping[str, str]) -> Tensor:
-    """Decode image files to uint8 (N, C, H, W); the headers first, because they decide on size and channels.
+def load_images(paths: Sequence[str | Path], input_shape: Sequence[int]) -> Tensor:
+    """Read image files as a network takes them.
+
+    Args:
+        paths: Files; any sizes.
+        input_shape: (C, H, W), with 1 or 3 channels. Images are cropped at their centre to that ratio and resized.
+
+    Returns:
+        (N, C, H, W), uint8.
+
+    Raises:
+        InputError: a file is not there or no image, or C is neither 1 nor 3.
+    """
+    channels, height, width = input_shape
+    if channels not in _PIL_MODES:
+        raise InputError(f"input_shape: image files have 1 or 3 channels, this network takes {channels}; pass tensors")
+    missing = [str(path) for path in paths if not Path(path).is_file()]
+    if missing or not paths:
+        raise InputError(f"images: there is no file {listed(missing, 3)}")
+    return _decode([Path(path).read_bytes() for path in paths], list(map(str, paths)), channels, (width, height))
+
+
+def _decode_as_asked(encoded: Sequence[bytes], names: Sequence[str], options: Mapping[str, str]) -> Tensor:
+    size = _option_int(options, "size", range(1, 4097))
+    return _decode(encoded, names, _option_int(options, "channels", (1, 3)), (size, size) if size else None)
+
+
+def _decode(
+    encoded: Sequence[bytes], names: Sequence[str], channels: int | None, size: tuple[int, int] | None
+) -> Tensor:
+    """Decode image files to uint8 (N, C, H, W); the headers first, because they decide on what is not given.
 
     Args:
         encoded: The files' bytes.
         names: What to call each in a message.
-        options: `size` and `channels` of the spec.
+        channels: 1 or 3; None takes what most images have.
+        size: (width, height); None takes the one that all images have.
     """
     ops, resampling = _require("PIL.ImageOps", "data"), _require("PIL.Image", "data").Resampling.BILINEAR
     headers = [_opened(content, name) for content, name in zip(encoded, names, strict=True)]
     if not headers:
         raise InputError("spec: the data has no row")
-    n_grey = sum(image.mode in _GREY_MODES for image in headers)
-    channels = _option_int(options, "channels", (1, 3)) or (1 if n_grey > len(headers) / 2 else 3)
-    size = _option_int(options, "size", range(1, 4097))
-    turned = [image.getexif().get(_ORIENTATION, 1) for image in headers]
-    shapes = {image.size[:: -1 if turn >= 5 else 1] for image, turn in zip(headers, turned, strict=True)}
-    if size is None and len(shapes) > 1:
-        some = listed([f"{width}x{height}" for width, height in sorted(shapes)], 3)
+    if channels is None:
+        channels = 1 if sum(image.mode in _GREY_MODES for image in headers) > len(headers) / 2 else 3
+    # Asking a PNG without EXIF for it would decode the image.
+    turned = [image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1 for image in headers]
+    sizes = {image.size[:: -1 if turn >= 5 else 1] for image, turn in zip(headers, turned, strict=True)}
+    if size is None and len(sizes) > 1:
+        some = listed([f"{width}x{height}" for width, height in sorted(sizes)], 3)
         raise InputError(f"spec: the images have different sizes ({some}); choose one, as in ?size=64")
-    width, height = (size, size) if size else next(iter(shapes))
+    width, height = size or next(iter(sizes))
     pixels = np.empty((len(headers), height, width, channels), dtype=np.uint8)
     for index, (image, turn) in enumerate(zip(headers, turned, strict=True)):
         with _image_errors(names[index]):
@@ -259,6 +292,7 @@ def _decode(encoded: Sequence[bytes], names: Sequence[str], options: Mapping[str
         if upright.size != (width, height):
             upright = ops.fit(upright, (width, height), method=resampling)
         pixels[index] = np.asarray(upright).reshape(height, width, channels)
+        image.close()  # frees its pixels, which have any size
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
