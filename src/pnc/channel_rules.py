@@ -1,0 +1,94 @@
+"""Which rule an operation follows: one table for functions and methods, one for modules.
+
+An operation without a rule freezes all that it reads.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import fx, nn
+
+from pnc import layer_rules as layers
+from pnc import tensor_rules as tensors
+from pnc.layouts import Result, Tracker, family, opaque
+
+Rule = Callable[[Tracker, fx.Node], Result]
+
+
+def apply_rule(t: Tracker, node: fx.Node) -> Result:
+    """Layout of a node's result."""
+    if node.op == "call_module" and node.target in t.shared:
+        return opaque(t, node, f"{node.target} is used more than once or shares its weights")
+    return _rule(t, node)(t, node)
+
+
+def opens_channels(t: Tracker, node: fx.Node) -> bool:
+    """Whether a node makes new channels whatever it reads."""
+    return _rule(t, node) in (layers.convolution, layers.linear, layers.foreign_convolution)
+
+
+def _rule(t: Tracker, node: fx.Node) -> Rule:
+    """From the tables; for a module, the rule of the nearest base class whose forward it really has."""
+    if node.op != "call_module":
+        return FUNCTION_RULES.get(family(node), opaque)
+    module = t.modules[str(node.target)]
+    for base in type(module).__mro__:
+        if base in MODULE_RULES and type(module).forward is base.forward:
+            return MODULE_RULES[base]
+    return layers.foreign_convolution if isinstance(module, layers.CONVOLUTIONS) else layers.foreign_leaf
+
+
+_ELEMENTWISE = """
+    relu relu6 gelu silu hardswish hardsigmoid hardtanh sigmoid tanh leaky_relu elu selu celu mish softplus softsign
+    logsigmoid threshold dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout clamp clamp_min clamp_max
+    clip float double half bfloat16 to type neg negative abs exp log sqrt rsqrt reciprocal square sin cos erf pow
+    nan_to_num detach clone contiguous
+"""
+_MOVEMENTS = "reshape view flatten unflatten permute transpose movedim t .T .mT unsqueeze expand repeat split chunk"
+
+FUNCTION_RULES: dict[str, Rule] = {
+    **dict.fromkeys(_ELEMENTWISE.split(), tensors.elementwise),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), layers.convolution),
+    "linear": layers.linear,
+    "batch_norm": layers.channel_norm,
+    "group_norm": layers.group_norm,
+    **dict.fromkeys(("layer_norm", "rms_norm"), layers.layer_norm),
+    "softmax": layers.softmax,
+    "normalize": layers.normalize,
+    **dict.fromkeys(("add", "sub", "maximum", "minimum"), tensors.total),
+    "mul": tensors.product,
+    "div": tensors.quotient,
+    **{f"{kind}_pool{n}d": partial(tensors.spatial, n_dims=n) for kind in ("max", "avg", "lp") for n in (1, 2, 3)},
+    **{f"adaptive_{kind}_pool{n}d": partial(tensors.spatial, n_dims=n) for kind in ("max", "avg") for n in (1, 2, 3)},
+    "interpolate": tensors.spatial,
+    "sum": partial(tensors.reduction, adds=True),
+    **dict.fromkeys(("mean", "amax", "amin"), partial(tensors.reduction, adds=False)),
+    **dict.fromkeys(("matmul", "bmm"), tensors.matmul),
+    "einsum": tensors.einsum,
+    "scaled_dot_product_attention": tensors.attention,
+    **dict.fromkeys(_MOVEMENTS.split(), tensors.movement),
+    "getitem": tensors.indexing,
+    **dict.fromkeys(("unbind", "select"), partial(tensors.keep_size, position=1, name="dim", default=0)),
+    "flip": partial(tensors.keep_size, position=1, name="dims", default=None),
+    "roll": partial(tensors.keep_size, position=2, name="dims", default=None),
+    "squeeze": partial(tensors.keep_size, position=1, name="dim", default=None),
+    "cat": tensors.concatenate,
+    "stack": tensors.stacking,
+    "pad": tensors.padding,
+}
+
+MODULE_RULES: dict[type[nn.Module], Rule] = {
+    **dict.fromkeys(layers.CONVOLUTIONS, layers.convolution),
+    nn.Linear: layers.linear,
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), layers.channel_norm),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), layers.channel_norm),
+    nn.GroupNorm: layers.group_norm,
+    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), layers.layer_norm),
+    nn.Softmax: layers.softmax,
+    **dict.fromkeys((nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d), partial(tensors.spatial, n_dims=1)),
+    **dict.fromkeys((nn.MaxPool2d, nn.AvgPool2d), partial(tensors.spatial, n_dims=2)),
+    **dict.fromkeys((nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), partial(tensors.spatial, n_dims=2)),
+    **dict.fromkeys((nn.Upsample, nn.ZeroPad2d), tensors.spatial),
+    nn.Flatten: tensors.movement,
+}
+"""Rules of `torch.nn` layers; activations, dropout and modules of other libraries are found out by experiment."""

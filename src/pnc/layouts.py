@@ -1,0 +1,324 @@
+"""Channel layouts as data: which removable atom every index of a tensor belongs to, and which atoms must go together.
+
+Every output channel of every convolution or linear layer is an *atom*, an integer. A tensor's layout says along which
+of its dims atoms lie. Operations that only move data are followed by running them on the atom numbers themselves, so
+that no rule about reshapes, permutations or slices is written down twice. Operations that need two channels to go
+together unite their atoms; whatever is not understood freezes the atoms that it touches.
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from pnc.tracing import BATCH_SIZES, info, operation_name
+
+FIXED = 0
+"""The atom of every index that can never be removed."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which atom each index of one tensor belongs to.
+
+    Attributes:
+        ids: int64, same rank as the tensor; size 1 along dims where nothing is tracked, the tensor's size otherwise.
+        zero: Removed channels hold exactly 0 here once the producers' rows are zeroed.
+    """
+
+    ids: Tensor
+    zero: bool = True
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Dims along which atoms lie, ascending; empty when the whole tensor is fixed."""
+        return tuple(d for d, size in enumerate(self.ids.shape) if size > 1)
+
+
+def fixed(rank: int) -> Layout:
+    """Layout of a tensor of which nothing can be removed."""
+    return Layout(torch.full((1,) * rank, FIXED))
+
+
+Result = Layout | tuple[Layout, ...]
+"""Layout of a node's result: one per tensor."""
+
+
+class Atoms:
+    """Atoms, the pairs that must go together, and the frozen ones with their reasons.
+
+    Pairs are only collected; `roots` finds the connected components of all of them at once, so that the cost is a few
+    vector operations instead of one Python step per channel.
+    """
+
+    def __init__(self) -> None:
+        self.n_atoms = 1
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        self._frozen: list[tuple[Tensor, str]] = []
+
+    def fresh(self, size: int) -> Tensor:
+        """New atoms (size,), ascending."""
+        ids = torch.arange(self.n_atoms, self.n_atoms + size)
+        self.n_atoms += size
+        return ids
+
+    def freeze(self, ids: Tensor, reason: str) -> None:
+        """Forbid for good that any atom in `ids` be removed."""
+        self._frozen.append((ids.reshape(-1), reason))
+
+    def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
+        """Bind the atoms of two broadcastable arrays pairwise; one that meets a fixed index is frozen with `reason`."""
+        a, b = torch.broadcast_tensors(a, b)
+        mixed = (a == FIXED) != (b == FIXED)
+        if bool(mixed.any()):
+            self.freeze((a + b)[mixed], reason)
+        differ = (a != b) & ~mixed
+        if bool(differ.any()):
+            self._pairs.append((a[differ], b[differ]))
+
+    def bind_whole(self, ids: Tensor, keep: Sequence[int], reason: str) -> Tensor:
+        """Bind all atoms that share their index along the dims in `keep`.
+
+        Where an operation mixes the other dims, what remains removable is a whole index of the kept ones.
+
+        Returns:
+            One representative per index of the kept dims; size 1 along the others.
+        """
+        first = ids
+        for dim in range(ids.dim()):
+            if dim not in keep:
+                first = first.narrow(dim, 0, 1)
+        if first.shape != ids.shape:
+            self.unite(ids, first, reason)
+        return first
+
+    def roots(self) -> Tensor:
+        """Smallest atom of each atom's component, (n_atoms,)."""
+        parent = torch.arange(self.n_atoms)
+        if not self._pairs:
+            return parent
+        a = torch.cat([p for p, _ in self._pairs])
+        b = torch.cat([q for _, q in self._pairs])
+        while True:
+            root_a, root_b = parent[a], parent[b]
+            if torch.equal(root_a, root_b):
+                return parent
+            low = torch.minimum(root_a, root_b)
+            parent.scatter_reduce_(0, root_a, low, "amin")
+            parent.scatter_reduce_(0, root_b, low, "amin")
+            while not torch.equal(parent[parent], parent):
+                parent = parent[parent]
+
+    def frozen_reasons(self, roots: Tensor) -> dict[int, str]:
+        """Reason per frozen root: the first one recorded for any atom of its component."""
+        reasons = {FIXED: "fixed"}
+        for ids, reason in self._frozen:
+            for root in roots[ids].unique().tolist():
+                reasons.setdefault(root, reason)
+        return reasons
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that can be cut to size: a leaf module's parameter or buffer, or an operand inside the graph.
+
+    Attributes:
+        name: Qualified name of the module's tensor; name of the operand's node where `user` is set.
+        user: Name of the node that reads the operand; "" for a module's tensor.
+        shape: Its shape.
+        is_parameter: It is a parameter, not a buffer or something computed.
+    """
+
+    name: str
+    user: str
+    shape: tuple[int, ...]
+    is_parameter: bool
+
+
+@dataclass(frozen=True)
+class AtomSlice:
+    """One dim of a weight that follows atoms.
+
+    Attributes:
+        weight: The tensor.
+        dim: The dim; None for an operand where it is not known yet along which dim the channels will lie.
+        ids: Atoms (size of `dim`,); where `dim` is None, laid out like the result that the operand is broadcast to.
+        zeroed: A mask writes zeros there.
+    """
+
+    weight: Weight
+    dim: int | None
+    ids: Tensor
+    zeroed: bool
+
+
+class Tracker:
+    """Everything that one walk over a segment collects; the rules write here.
+
+    Attributes:
+        modules: All modules of the segment by qualified name.
+        parameters: Qualified names of its parameters.
+        data: Nodes whose content depends on the segment's input.
+        shared: Leaf modules that are called, or whose weights are used, more than once.
+        layouts: Layout per node, a tuple for a node with several results.
+        slices: Weights and operands that follow atoms.
+        forms: (ids, dims allowed to shrink) of every tensor with atoms along several dims: only whole indices of one
+            of them can be removed.
+    """
+
+    def __init__(self, segment: fx.GraphModule) -> None:
+        self.modules: dict[str, nn.Module] = dict(segment.named_modules())
+        self.parameters = {name for name, _ in segment.named_parameters()}
+        self.atoms = Atoms()
+        self.layouts: dict[fx.Node, Result] = {}
+        self.slices: list[AtomSlice] = []
+        self.forms: list[tuple[Tensor, tuple[int, ...]]] = []
+        self.data: set[fx.Node] = set()
+        self.shared = _shared_leaves(segment, self.modules)
+
+    def of(self, node: object) -> Layout:
+        """Layout of a node with a single tensor output; a fixed scalar's for anything else."""
+        layout = self.layouts.get(node) if isinstance(node, fx.Node) else None
+        return layout if isinstance(layout, Layout) else fixed(0)
+
+    def inputs(self, node: fx.Node) -> list[Layout]:
+        """Layouts of all tensors that a node reads, those inside tuples included."""
+        found: list[Layout] = []
+        for source in node.all_input_nodes:
+            layout = self.layouts.get(source)
+            found += [layout] if isinstance(layout, Layout) else list(layout or ())
+        return found
+
+    def weight(self, node: fx.Node, position: int, name: str) -> Weight | None:
+        """A layer's weight: a tensor of the module, or an operand of the functional form; None where it has none."""
+        if node.op != "call_module":
+            operand = argument(node, position, name)
+            return self.operand(node, operand) if isinstance(operand, fx.Node) else None
+        module = self.modules[str(node.target)]
+        tensor = getattr(module, name, None)
+        if not isinstance(tensor, Tensor):
+            return None
+        return Weight(f"{node.target}.{name}", "", tuple(tensor.shape), name not in module._buffers)
+
+    def operand(self, node: fx.Node, operand: fx.Node) -> Weight:
+        """An operand that `node` reads, as something that can be cut to size."""
+        parameter = operand.op == "get_attr" and operand.target in self.parameters
+        return Weight(operand.name, node.name, shape_of(operand), parameter)
+
+    def follow(self, weight: Weight | None, dim: int | None, ids: Tensor, zeroed: bool) -> None:
+        """Note that a dim of a weight follows atoms; `None` for a weight that the layer does not have."""
+        if weight is not None and bool((ids != FIXED).any()):
+            self.slices.append(AtomSlice(weight, dim, ids, zeroed))
+
+    def freeze(self, node: fx.Node, reason: str) -> None:
+        """Freeze everything that a node reads."""
+        for layout in self.inputs(node):
+            if layout.dims:
+                self.atoms.freeze(layout.ids, reason)
+
+    def rigid(self, ids: Tensor, dim: int, reason: str) -> None:
+        """Dim `dim` of a tensor must keep its size: other dims have to carry the removal, or nothing does."""
+        others = tuple(d for d, size in enumerate(ids.shape) if size > 1 and d != dim)
+        if others:
+            self.forms.append((ids, others))
+        else:
+            self.atoms.freeze(ids, reason)
+
+    def store(self, node: fx.Node, result: Result) -> None:
+        """Note a node's layout and, where atoms lie along several dims, that they must stay rectangular."""
+        self.layouts[node] = result
+        for layout in (result,) if isinstance(result, Layout) else result:
+            if len(layout.dims) > 1:
+                self.forms.append((layout.ids, layout.dims))
+
+
+def _shared_leaves(segment: fx.GraphModule, modules: dict[str, nn.Module]) -> set[str]:
+    """Leaf modules whose weights serve more than one call: shrinking them for one call would break the other."""
+    users: dict[int, set[str]] = {}
+    for node in segment.graph.nodes:
+        if node.op == "call_module":
+            tensors: Iterable[Tensor] = modules[node.target].parameters()
+        elif node.op == "get_attr":
+            tensors = [operator.attrgetter(node.target)(segment)]
+        else:
+            continue
+        for tensor in tensors:
+            users.setdefault(id(tensor), set()).add(node.name)
+    busy = {name for names in users.values() if len(names) > 1 for name in names}
+    return {str(n.target) for n in segment.graph.nodes if n.op == "call_module" and n.name in busy}
+
+
+def describe(node: fx.Node) -> str:
+    """A node in words, for reasons."""
+    return f"{family(node)} ({node.name})"
+
+
+def family(node: fx.Node) -> str:
+    """Name of a call without the marks of in-place and operator variants: `__iadd__`, `add_` -> `add`."""
+    if node.target is getattr:
+        return f".{node.args[1]}"
+    name = operation_name(node.target).strip("_")
+    return _ALIASES.get(name, name)
+
+
+_ALIASES = {
+    **{f"{mark}{name}": name for mark in "ir" for name in ("add", "mul")},
+    **dict.fromkeys(("isub", "rsub", "subtract"), "sub"),
+    **dict.fromkeys(("truediv", "itruediv", "divide", "true_divide"), "div"),
+    **dict.fromkeys(("imatmul", "rmatmul"), "matmul"),
+    "ipow": "pow",
+    "multiply": "mul",
+    **dict.fromkeys(("concat", "concatenate"), "cat"),
+    **dict.fromkeys(("swapaxes", "swapdims"), "transpose"),
+    "moveaxis": "movedim",
+    "tile": "repeat",
+}
+
+
+def opaque(t: Tracker, node: fx.Node, reason: str = "") -> Layout:
+    """Freeze all that a node reads; nothing of its result is removable."""
+    t.freeze(node, reason or f"no rule for {describe(node)}")
+    return fixed(len(shape_of(node)))
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """Argument of a call, given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def shape_of(node: object) -> tuple[int, ...]:
+    """Shape at batch size 2; () for anything that is no node with a single tensor result."""
+    return (info(node).shape or ()) if isinstance(node, fx.Node) else ()
+
+
+def batch_dims(node: fx.Node) -> tuple[int, ...]:
+    """Dims whose size follows the batch."""
+    sizes = zip(info(node).shape or (), info(node).shape3 or (), strict=True)
+    return tuple(d for d, (a, b) in enumerate(sizes) if a != b)
+
+
+def scalar_value(node: fx.Node) -> Any:
+    """Value at batch size 2 of a node that follows the batch: the batch size itself, or a multiple of it."""
+    if node.op == "call_method":
+        return BATCH_SIZES[0]
+    function: Callable[..., Any] = node.target  # type: ignore[assignment]
+    return function(*map_arg(node.args, scalar_value))
+
+
+def compress(full: Tensor) -> Tensor:
+    """Drop the dims along which an array of atoms does not vary: (full shape) -> size 1 there."""
+    for dim in range(full.dim()):
+        if full.shape[dim] > 1:
+            first = full.narrow(dim, 0, 1)
+            if full.stride(dim) == 0 or bool((full == first).all()):
+                full = first
+    return full.contiguous()
+
+
+def align(ids: Tensor, rank: int) -> Tensor:
+    """Prepend dims of size 1, as broadcasting does."""
+    return ids.reshape((1,) * (rank - ids.dim()) + tuple(ids.shape))

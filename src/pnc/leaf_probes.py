@@ -1,0 +1,170 @@
+"""Numeric experiments on leaf modules of any library: does one work channel by channel, does it map 0 to 0?
+
+Each experiment runs a copy of the module, in float64, on a small random input, so that no list of class names is
+needed. What an experiment cannot show is taken as not understood.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError, AssertionError)
+"""What the forward of a foreign module may raise on an input that it was not made for."""
+
+_MAX_EXTENT = 9
+"""Spatial size of the probes: larger than usual kernels, small enough to be cheap."""
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """A leaf module whose output channel i depends on its input channel i only.
+
+    Attributes:
+        tensors: (name, dim) of each parameter and buffer that has one entry per channel.
+        zero: Its output is exactly 0 where those parameters are 0.
+    """
+
+    tensors: tuple[tuple[str, int], ...]
+    zero: bool
+
+
+def run(module: nn.Module, x: Tensor) -> Tensor | None:
+    """Output of a copy of the module in evaluation mode and float64; None where it fails or gives no single tensor.
+
+    Calls `forward` directly, so that hooks of the module's owner see nothing, and keeps the global random state.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            out = copy.deepcopy(module).to(dtype=torch.float64).eval().forward(x.clone())
+        except _FAILURES:
+            return None
+    return out if isinstance(out, Tensor) else None
+
+
+def probe_input(shape: Sequence[int], dim: int) -> Tensor:
+    """Random tensor of a recorded shape, its spatial dims cut down; float64."""
+    sizes = [min(s, _MAX_EXTENT) if len(shape) > 3 and d not in (0, dim) else s for d, s in enumerate(shape)]
+    return torch.randn(sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def is_elementwise(module: nn.Module, rank: int) -> bool:
+    """Whether each output entry depends on the input entry at its own place only; False for modules with tensors."""
+    if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
+        return False
+    x = torch.randn((2, 4, 3, 3, 3)[:rank], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = run(module, x)
+    if y is None or y.shape != x.shape:
+        return False
+    for place in (0, x.numel() // 3, x.numel() - 1):
+        other = x.clone()
+        other.view(-1)[place] += 3.0
+        changed = run(module, other)
+        if changed is None:
+            return False
+        same = changed == y
+        same.view(-1)[place] = True
+        if not bool(same.all()):
+            return False
+    return True
+
+
+def maps_zero_to_zero(module: nn.Module, rank: int) -> bool:
+    """Whether f(0) = 0 exactly, for an elementwise module."""
+    y = run(module, torch.zeros((1, 1, 2, 2, 2)[:rank], dtype=torch.float64))
+    return y is not None and not bool(y.any())
+
+
+def per_channel(module: nn.Module, shape: Sequence[int], dim: int) -> PerChannel | None:
+    """Whether a module with parameters treats the channels at `dim` one by one; None where that cannot be shown.
+
+    Dropping two channels of the input, and the entries of the parameters that have one per channel, must drop the same
+    two channels of the output and change nothing else.
+    """
+    x = probe_input(shape, dim)
+    n_channels = shape[dim]
+    y = run(module, x)
+    if y is None or y.shape != x.shape or n_channels < 3:
+        return None
+    tensors = []
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        dims = [d for d, size in enumerate(tensor.shape) if size == n_channels]
+        if len(dims) > 1:
+            return None
+        tensors += [(name, d) for d in dims]
+    dropped = torch.tensor([0, n_channels // 2])
+    keep = torch.tensor([c for c in range(n_channels) if c not in (0, n_channels // 2)])
+    smaller, masked = copy.deepcopy(module), copy.deepcopy(module)
+    parameters = {name for name, _ in module.named_parameters()}
+    for name, d in tensors:
+        replace_tensor(smaller, name, owned_tensor(smaller, name).index_select(d, keep))
+        if name in parameters:
+            replace_tensor(masked, name, owned_tensor(masked, name).index_fill(d, dropped, 0.0))
+    resize_attributes(smaller, n_channels, len(keep))
+    part, zeroed = run(smaller, x.index_select(dim, keep)), run(masked, x)
+    if part is None or zeroed is None or part.shape != x.index_select(dim, keep).shape:
+        return None
+    if not torch.allclose(part, y.index_select(dim, keep), rtol=1e-9, atol=1e-12):
+        return None
+    return PerChannel(tuple(tensors), zero=not bool(zeroed.index_select(dim, dropped).any()))
+
+
+def owned_tensor(root: nn.Module, name: str) -> Tensor:
+    """Parameter or buffer by qualified name, detached."""
+    owner, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(root.get_submodule(owner), leaf)
+    return tensor.detach()
+
+
+def replace_tensor(root: nn.Module, name: str, value: Tensor) -> None:
+    """Put another tensor in the place of a parameter (a new one, without gradient) or buffer of a copied module."""
+    owner, _, leaf = name.rpartition(".")
+    module = root.get_submodule(owner)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(value.clone(), requires_grad=False)
+    else:
+        module._buffers[leaf] = value.clone()
+
+
+def resize_attributes(module: nn.Module, old: int, new: int) -> None:
+    """Correct the numbers that layers keep beside their tensors when `old` channels became `new`."""
+    for name in ("num_features", "num_channels", "num_parameters", "dim", "in_channels", "out_channels", "groups"):
+        if getattr(module, name, None) == old and isinstance(getattr(module, name), int):
+            setattr(module, name, new)
+
+
+def sliceable_conv(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, shape: Sequence[int]) -> tuple[bool, bool]:
+    """Whether a convolution with a forward of its own still works output by output, and is linear in each input.
+
+    Returns:
+        (rows, columns): dropping rows of its weight drops outputs and changes nothing else; dropping input channels
+        with the weight's columns equals setting them to zero. False where it has groups but is not depthwise.
+    """
+    x = probe_input(shape, 1)
+    y = run(module, x)
+    depthwise = 1 < module.groups == module.in_channels == module.out_channels
+    if y is None or min(module.in_channels, module.out_channels) < 3 or not (module.groups == 1 or depthwise):
+        return False, False
+    keep_in = torch.arange(1, module.in_channels)
+    keep_out = keep_in if depthwise else torch.arange(1, module.out_channels)
+    smaller = copy.deepcopy(module)
+    resize_attributes(smaller, module.out_channels, len(keep_out))
+    for name in ("weight", "bias"):
+        if getattr(module, name) is not None:
+            replace_tensor(smaller, name, owned_tensor(module, name).index_select(0, keep_out))
+    part = run(smaller, x.index_select(1, keep_in) if depthwise else x)
+    rows = part is not None and _close(part, y.index_select(1, keep_out))
+    if depthwise or not rows:
+        return rows, rows
+    zeroed = run(module, x.index_fill(1, torch.tensor([0]), 0.0))
+    smaller = copy.deepcopy(module)
+    smaller.in_channels = len(keep_in)
+    replace_tensor(smaller, "weight", owned_tensor(module, "weight").index_select(1, keep_in))
+    part = run(smaller, x.index_select(1, keep_in))
+    return rows, part is not None and zeroed is not None and _close(part, zeroed)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,330 @@
+"""Rules for operations on tensors: arithmetic, pooling, reductions, products, data movement.
+
+Operations that only move data are run on the atoms themselves.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from pnc.layouts import (
+    FIXED,
+    Layout,
+    Result,
+    Tracker,
+    align,
+    argument,
+    batch_dims,
+    compress,
+    describe,
+    fixed,
+    opaque,
+    scalar_value,
+    shape_of,
+)
+from pnc.tracing import info
+
+# ------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def elementwise(t: Tracker, node: fx.Node) -> Result:
+    """A function of each entry alone; zero stays zero where f(0) = 0, which is tried out."""
+    source = t.of(node.args[0])
+    if len(node.all_input_nodes) > 1:
+        return opaque(t, node)
+    zero = torch.zeros((1,) * source.ids.dim())
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        function = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+        out = function(zero, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    return Layout(source.ids, source.zero and not bool(out.any()))
+
+
+def total(t: Tracker, node: fx.Node) -> Result:
+    """Addition, subtraction, maximum: zero where both operands are."""
+    a, b, rank = *_operands(node), len(shape_of(node))
+    first, second = t.of(a), t.of(b)
+    if first.dims and second.dims:
+        return _united(t, node, first, second, zero=first.zero and second.zero)
+    source, other = (first, b) if first.dims else (second, a)
+    ids = align(source.ids, rank)
+    if not isinstance(other, fx.Node) or _varies_along(other, source.dims, rank) == ():
+        return Layout(ids, zero=False)
+    if other in t.data or (info(node).writes and other is node.args[0]):
+        return opaque(t, node, f"added to fixed channels by {describe(node)}")
+    # A constant with one entry per channel, such as a bias: cut to size, and masked like one.
+    t.follow(t.operand(node, other), None, ids, zeroed=source.zero)
+    return Layout(ids, zero=source.zero and _varies_along(other, source.dims, rank) == source.dims)
+
+
+def product(t: Tracker, node: fx.Node) -> Result:
+    """Multiplication: zero where either operand is; fixed channels on the other side are cut to size."""
+    a, b = _operands(node)
+    first, second = t.of(a), t.of(b)
+    if first.dims and second.dims:
+        return _united(t, node, first, second, zero=first.zero or second.zero)
+    source, other = (first, b) if first.dims else (second, a)
+    return _scaled(t, node, source, other)
+
+
+def quotient(t: Tracker, node: fx.Node) -> Result:
+    """Division: zero where the numerator is, as long as the denominator is not."""
+    a, b = _operands(node)
+    first, second = t.of(a), t.of(b)
+    if second.dims and (second.zero or not first.dims):
+        return opaque(t, node, f"divided by channels that would be 0 in {describe(node)}")
+    if second.dims:
+        return _united(t, node, first, second, zero=first.zero)
+    return _scaled(t, node, first, b)
+
+
+def _operands(node: fx.Node) -> tuple[object, object]:
+    return argument(node, 0, "input"), argument(node, 1, "other")
+
+
+def _united(t: Tracker, node: fx.Node, first: Layout, second: Layout, zero: bool) -> Layout:
+    rank = len(shape_of(node))
+    a, b = align(first.ids, rank), align(second.ids, rank)
+    t.atoms.unite(a, b, f"combined with fixed channels by {describe(node)}")
+    return Layout(a if a.numel() >= b.numel() else b, zero)
+
+
+def _scaled(t: Tracker, node: fx.Node, source: Layout, other: object) -> Result:
+    rank = len(shape_of(node))
+    ids = align(source.ids, rank)
+    if isinstance(other, fx.Node) and _varies_along(other, source.dims, rank) != ():
+        if info(node).writes and other is node.args[0]:
+            return opaque(t, node, f"written into fixed channels by {describe(node)}")
+        t.follow(t.operand(node, other), None, ids, zeroed=False)
+    return Layout(ids, source.zero)
+
+
+def _varies_along(node: fx.Node, dims: Sequence[int], rank: int) -> tuple[int, ...]:
+    """Those of `dims` (of a result of `rank`) along which an operand has more than one entry."""
+    shape = (1,) * (rank - len(shape_of(node))) + shape_of(node)
+    return tuple(d for d in dims if shape[d] > 1)
+
+
+# -------------------------------------------------------------------------------------- pooling, reductions, attention
+
+
+def spatial(t: Tracker, node: fx.Node, n_dims: int = 0) -> Result:
+    """Pooling and resizing over the last dims (all behind the second where `n_dims` is 0), channel by channel."""
+    source = t.of(node.args[0])
+    rank = source.ids.dim()
+    if source.dims and source.dims[-1] >= (rank - n_dims if n_dims else 2):
+        return opaque(t, node, f"{describe(node)} pools over channels")
+    return source
+
+
+def reduction(t: Tracker, node: fx.Node, adds: bool) -> Result:
+    """Mean and the like over some dims; zeros add nothing to a sum, so that summed channels may go."""
+    source, dims = t.of(node.args[0]), argument(node, 1, "dim")
+    rank = source.ids.dim()
+    if dims is None:
+        return opaque(t, node)
+    reduced = sorted({d % rank for d in ((dims,) if isinstance(dims, int) else dims)})
+    others = [d for d in source.dims if d not in reduced]
+    if others:
+        ids = t.atoms.bind_whole(source.ids, others, f"mixed with fixed channels by {describe(node)}")
+    elif adds and source.zero:
+        ids = torch.full((1,) * rank, FIXED)
+    else:
+        return opaque(t, node, f"{describe(node)} mixes the channels")
+    if len(shape_of(node)) < rank:
+        ids = ids.reshape([size for d, size in enumerate(ids.shape) if d not in reduced])
+    return Layout(ids, source.zero)
+
+
+def _contract(t: Tracker, node: fx.Node, sources: Sequence[fx.Node], letters: Sequence[str], out: str) -> Result:
+    """Product summed over the letters that `out` lacks; in einsum's notation, two operands.
+
+    Channels along batch letters (attention heads) go together in both operands; channels along a summed letter too.
+    """
+    layouts = [t.of(source) for source in sources]
+    tracked = [{ls[d] for d in layout.dims} for ls, layout in zip(letters, layouts, strict=True)]
+    batch = set(letters[0]) & set(letters[1]) & set(out)
+    reason = f"multiplied with fixed channels by {describe(node)}"
+    if (tracked[0] | tracked[1]) & batch:
+        parts = []
+        for source, layout, ls in zip(sources, layouts, letters, strict=True):
+            whole = t.atoms.bind_whole(layout.ids, [d for d, c in enumerate(ls) if c in batch], reason)
+            sizes = dict(zip(ls, shape_of(source), strict=True))
+            if any(sizes.get(c, 1) > 1 for c in batch & (tracked[0] | tracked[1])):
+                parts.append(_arranged(whole, ls, out))
+        if len(parts) > 1:
+            t.atoms.unite(parts[0], parts[1], reason)
+        zero = any(bool(layout.dims) and layout.zero for layout in layouts)
+        return Layout(max(parts, key=Tensor.numel), zero)
+    summed = (set(letters[0]) & set(letters[1])) - set(out)
+    if len(tracked[0]) == 1 and tracked[0] == tracked[1] <= summed and (layouts[0].zero or layouts[1].zero):
+        t.atoms.unite(layouts[0].ids.reshape(-1), layouts[1].ids.reshape(-1), reason)
+        return fixed(len(out))
+    for one, other in ((0, 1), (1, 0)):
+        if not tracked[other] and len(tracked[one]) == 1 and tracked[one] <= set(out):
+            return Layout(_arranged(layouts[one].ids, letters[one], out), layouts[one].zero)
+    return opaque(t, node, reason)
+
+
+def _arranged(ids: Tensor, letters: str, out: str) -> Tensor:
+    """Atoms of an operand at the places of the result's dims; size 1 for letters that only one of them has."""
+    shared = [c for c in out if c in letters]
+    ids = ids.movedim([letters.index(c) for c in shared], list(range(len(shared))))
+    ids = ids[(...,) + (0,) * (ids.dim() - len(shared))] if ids.dim() > len(shared) else ids
+    sizes = dict(zip(shared, ids.shape, strict=True))
+    return ids.reshape([sizes.get(c, 1) for c in out])
+
+
+def matmul(t: Tracker, node: fx.Node) -> Result:
+    """Matrix product of two tensors of at least two dims."""
+    a, b = node.args[0], argument(node, 1, "other", node.kwargs.get("mat2"))
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or min(len(shape_of(a)), len(shape_of(b))) < 2:
+        return opaque(t, node)
+    batch = "abcdefgh"[: len(shape_of(node)) - 2]
+    first, second = (batch[len(batch) + 2 - len(shape_of(n)) :] for n in (a, b))
+    return _contract(t, node, (a, b), (first + "xy", second + "yz"), batch + "xz")
+
+
+def einsum(t: Tracker, node: fx.Node) -> Result:
+    """Einsum of two operands without repeated letters or ellipsis."""
+    operands = node.args[1:] if not isinstance(node.args[1], (tuple, list)) else tuple(node.args[1])
+    inputs, _, out = str(node.args[0]).replace(" ", "").partition("->")
+    letters = inputs.split(",")
+    sources = [o for o in operands if isinstance(o, fx.Node)]
+    if len(sources) != 2 or not out or "." in inputs or any(len(set(ls)) < len(ls) for ls in letters):
+        return opaque(t, node)
+    return _contract(t, node, sources, letters, out)
+
+
+def attention(t: Tracker, node: fx.Node) -> Result:
+    """Scaled dot product attention: whole heads go, in queries, keys, values and mask together."""
+    sources = [argument(node, i, name) for i, name in enumerate(("query", "key", "value"))]
+    mask, rank = argument(node, 3, "attn_mask"), len(shape_of(node))
+    layouts = [t.of(source) for source in sources]
+    heads = [d for d in range(rank - 2) if any(d in layout.dims for layout in layouts)]
+    same = len({shape_of(source)[:-2] for source in sources}) == 1
+    if not heads or not same or (isinstance(mask, fx.Node) and t.of(mask).dims):
+        return opaque(t, node, f"{describe(node)} mixes the channels")
+    reason = f"attends together with fixed channels in {describe(node)}"
+    parts = [t.atoms.bind_whole(layout.ids, heads, reason) for layout in layouts]
+    t.atoms.unite(parts[0], parts[1], reason)
+    t.atoms.unite(parts[0], parts[2], reason)
+    ids = max(parts, key=Tensor.numel)
+    if isinstance(mask, fx.Node) and _varies_along(mask, heads, rank) != ():
+        t.follow(t.operand(node, mask), None, ids, zeroed=False)
+    return Layout(ids, layouts[2].zero)
+
+
+# ------------------------------------------------------------------------------------------------------- data movement
+
+
+def movement(t: Tracker, node: fx.Node) -> Result:
+    """An operation that only moves entries: run on the atoms themselves."""
+    sources = t.inputs(node)
+
+    def atoms_of(source: fx.Node) -> object:
+        return t.of(source).ids.expand(shape_of(source)) if shape_of(source) else scalar_value(source)
+
+    args, kwargs = map_arg(node.args, atoms_of), map_arg(node.kwargs, atoms_of)
+    if node.op == "call_module":
+        function = t.modules[str(node.target)].forward
+    else:
+        function = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+    out = function(*args, **kwargs)  # type: ignore[operator]
+    zero = all(source.zero for source in sources if source.dims)
+    if isinstance(out, Tensor):
+        return _moved(t, node, compress(out), batch_dims(node), zero)
+    return tuple(_moved(t, node, compress(part), (), zero) for part in out)
+
+
+def _moved(t: Tracker, node: fx.Node, ids: Tensor, follow_batch: Sequence[int], zero: bool) -> Layout:
+    lone = ids.numel() == 1 and bool((ids != FIXED).any())
+    if lone or any(ids.shape[d] > 1 for d in follow_batch):
+        t.atoms.freeze(ids, f"{describe(node)} merges channels with the batch or takes one of them")
+        return fixed(ids.dim())
+    return Layout(ids, zero)
+
+
+def indexing(t: Tracker, node: fx.Node) -> Result:
+    """Indexing: a part of a tuple, or integers and slices along the dims of a tensor."""
+    source, index = node.args[0], node.args[1]
+    layout = t.layouts.get(source) if isinstance(source, fx.Node) else None
+    if isinstance(layout, tuple):
+        assert isinstance(index, int)
+        return layout[index]
+    places = index if isinstance(index, tuple) else (index,)
+    if not all(p is None or p is Ellipsis or isinstance(p, (int, slice)) for p in places) or not t.of(source).dims:
+        return opaque(t, node)
+    for dim, place in indexed_dims(places, t.of(source).ids.dim()):
+        if dim in t.of(source).dims and (isinstance(place, int) or place.step not in (None, 1)):
+            t.rigid(t.of(source).ids, dim, f"{describe(node)} takes single channels")
+    return movement(t, node)
+
+
+def indexed_dims(places: Sequence[object], rank: int) -> list[tuple[int, int | slice]]:
+    """(dim of the tensor, integer or slice) of every entry of an index; `None` and `...` take no part."""
+    n_used = sum(isinstance(p, (int, slice)) for p in places)
+    found: list[tuple[int, int | slice]] = []
+    dim = 0
+    for place in places:
+        if place is Ellipsis:
+            dim += rank - n_used
+        elif isinstance(place, (int, slice)):
+            found.append((dim, place))
+            dim += 1
+    return found
+
+
+def keep_size(t: Tracker, node: fx.Node, position: int, name: str, default: object) -> Result:
+    """Data movement along dims whose size must stay as it is: unbind, select, flip, roll."""
+    source, dims = t.of(node.args[0]), argument(node, position, name, default)
+    rank = source.ids.dim()
+    for dim in range(rank) if dims is None else (dims,) if isinstance(dims, int) else dims:
+        if dim % rank in source.dims:
+            t.rigid(source.ids, dim % rank, f"{describe(node)} depends on the order of the channels")
+    return movement(t, node)
+
+
+def concatenate(t: Tracker, node: fx.Node) -> Result:
+    """Concatenation, on the atoms without expanding the other dims."""
+    sources, dim = list(node.args[0]), argument(node, 1, "dim", 0)  # type: ignore[arg-type]
+    rank = len(shape_of(node))
+    dim %= rank
+    layouts = [t.of(source) for source in sources]
+    others = {d for layout in layouts for d in layout.dims if d != dim}
+    parts = []
+    for source, layout in zip(sources, layouts, strict=True):
+        shape = shape_of(source)
+        parts.append(layout.ids.expand([shape[d] if d == dim or d in others else 1 for d in range(rank)]))
+    ids = compress(torch.cat(parts, dim))
+    if others and ids.shape[dim] > 1:
+        t.rigid(ids, dim, f"{describe(node)} joins different channels along another dim")
+    return Layout(ids, all(layout.zero for layout in layouts if layout.dims))
+
+
+def stacking(t: Tracker, node: fx.Node) -> Result:
+    """Stacking: the new dim has one index per operand, which must all stay."""
+    result = movement(t, node)
+    assert isinstance(result, Layout)
+    dim = argument(node, 1, "dim", 0) % len(shape_of(node))
+    if dim in result.dims:
+        t.rigid(result.ids, dim, f"{describe(node)} makes a dim of them")
+    return result
+
+
+def padding(t: Tracker, node: fx.Node) -> Result:
+    """Padding; new channels of zeros are atoms of their own, that go with the ones they are added to."""
+    source, widths = t.of(node.args[0]), argument(node, 1, "pad")
+    mode, value = argument(node, 2, "mode", "constant"), argument(node, 3, "value")
+    rank = source.ids.dim()
+    padded = [rank - 1 - i // 2 for i, width in enumerate(widths) if width != 0]
+    inside = [d for d in source.dims if d in padded]
+    if not inside:
+        return Layout(source.ids, source.zero and not value)
+    dim = inside[0]
+    before, after = widths[2 * (rank - 1 - dim) : 2 * (rank - 1 - dim) + 2]
+    if len(source.dims) > 1 or mode != "constant" or value or min(before, after) < 0:
+        return opaque(t, node)
+    parts = (t.atoms.fresh(before), source.ids.reshape(-1), t.atoms.fresh(after))
+    return Layout(torch.cat(parts).reshape([-1 if d == dim else 1 for d in range(rank)]), source.zero)
