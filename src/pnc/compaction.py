@@ -36,7 +36,7 @@ def mask_segment(segment: fx.GraphModule, spaces: ChannelSpaces, masks: ChannelM
     Raises:
         MismatchError: `masks` were made for other spaces.
     """
-    return _mask(own_copy(segment), spaces, kept_flags(spaces, masks))
+    return _own(_mask(_structure(segment), spaces, kept_flags(spaces, masks)))
 
 
 def compact(segment: fx.GraphModule, spaces: ChannelSpaces, masks: ChannelMasks) -> fx.GraphModule:
@@ -52,9 +52,10 @@ def compact(segment: fx.GraphModule, spaces: ChannelSpaces, masks: ChannelMasks)
         PNCError: the smaller network differs from the masked one, or cannot run.
     """
     flags = kept_flags(spaces, masks)
-    exact = _as_double(own_copy(segment))
-    _check(_mask(copy.deepcopy(exact), spaces, flags), _shrink(exact, spaces, flags), spaces, flags)
-    return _shrink(own_copy(segment), spaces, flags)
+    smaller = _own(_shrink(_structure(segment), spaces, flags))
+    masked = _mask(_structure(segment), spaces, flags)
+    _check(_as_double(masked), _as_double(_structure(smaller)), spaces, flags)
+    return smaller
 
 
 def output_channels(spaces: ChannelSpaces, masks: ChannelMasks) -> Tensor | None:
@@ -64,16 +65,40 @@ def output_channels(spaces: ChannelSpaces, masks: ChannelMasks) -> Tensor | None
     return kept_flags(spaces, masks)[spaces.output.units].nonzero().reshape(-1)
 
 
-def own_copy(segment: fx.GraphModule) -> fx.GraphModule:
-    """Deep copy to change: own tensors, evaluation mode, no gradients, parametrizations made plain weights."""
-    own = copy.deepcopy(segment)
-    for module in own.modules():
+def _structure(segment: fx.GraphModule) -> fx.GraphModule:
+    """Copy of graph and modules that still shares the tensors, in evaluation mode, parametrizations made plain weights.
+
+    Tensors of the copy may be replaced but not written to; `_own` ends the sharing.
+    """
+    tensors = [*segment.named_parameters(), *segment.named_buffers()]
+    # Taking a parametrization off writes to its tensors.
+    shared = {id(tensor): tensor for name, tensor in tensors if "parametrizations" not in name.split(".")}
+    structure = copy.deepcopy(segment, dict(shared))
+    for module in structure.modules():
         module.training = False
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    own.requires_grad_(False)
-    return own
+    return structure
+
+
+def _own(segment: fx.GraphModule, dtype: torch.dtype | None = None) -> fx.GraphModule:
+    """Give a structure its own tensors, without gradients; floating-point ones converted if `dtype` says so."""
+    for module in segment.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None:
+                    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+                    copied = tensor.detach().to(wanted, copy=True)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    table[name] = nn.Parameter(copied, requires_grad=False) if is_parameter else copied
+    return segment
+
+
+def own_copy(segment: fx.GraphModule) -> fx.GraphModule:
+    """Copy of a segment with its own tensors, in evaluation mode, without gradients, parametrizations made plain."""
+    return _own(_structure(segment))
 
 
 def kept_flags(spaces: ChannelSpaces, masks: ChannelMasks) -> Tensor:
@@ -215,7 +240,7 @@ def _pieces(node: fx.Node, spaces: ChannelSpaces, flags: Tensor) -> None:
     how, dim = argument(node, 1, name, node.kwargs.get("split_size")), argument(node, 2, "dim", 0)
     if dim % len(shape_of(source)) == channels.dim:
         kept = flags[channels.units]
-        pieces = kept.split(how) if family(node) == "split" else kept.chunk(how)  # type: ignore[no-untyped-call]
+        pieces = torch.split(kept, how) if family(node) == "split" else torch.chunk(kept, how)
         node.op, node.target = "call_function", torch.split
         node.args, node.kwargs = (source, [int(piece.sum()) for piece in pieces], dim), {}
 
@@ -289,7 +314,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _as_double(segment: fx.GraphModule) -> fx.GraphModule:
-    """Turn a copied segment to float64, casts inside the graph included."""
+    """Give a structure tensors of float64, and turn the casts inside its graph to float64 too."""
 
     def double(value: Any) -> Any:
         return torch.float64 if value in _FLOATS else value
@@ -299,7 +324,7 @@ def _as_double(segment: fx.GraphModule) -> fx.GraphModule:
             node.target = "double"
         node.args, node.kwargs = map_aggregate(node.args, double), map_aggregate(node.kwargs, double)
     segment.recompile()
-    return segment.double()
+    return _own(segment, torch.float64)
 
 
 def _check(masked: fx.GraphModule, smaller: fx.GraphModule, spaces: ChannelSpaces, flags: Tensor) -> None:
