@@ -11,8 +11,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from pnc.errors import InputError
-from pnc.graph import Recording, dominators, info, needed_for, subgraph
-from pnc.tracing import operation_name
+from pnc.graph import Recording
+from pnc.segments import costs_before, dominators, needed_for, subgraph
+from pnc.tracing import info, operation_name
 
 INPUT = "input"
 """Name of the cut point in front of everything."""
@@ -91,27 +92,27 @@ def cut_points(recording: Recording) -> tuple[CutPoint, ...]:
     """
     graph = recording.module.graph
     nodes = [n for n in dominators(graph) if len(info(n).shape or ()) in (2, 3, 4)]
-    channel_dims, prefix_tokens = _channel_dims(recording), _prefix_tokens(graph)
-    return tuple(_cut_point(node, index, channel_dims, prefix_tokens.get(node, 0)) for index, node in enumerate(nodes))
-
-
-def _cut_point(node: fx.Node, index: int, channel_dims: dict[fx.Node, int], n_prefix_tokens: int) -> CutPoint:
-    shape = info(node).shape
-    assert shape is not None
-    before = [info(n) for n in needed_for([node])]
+    channel_dims, prefix_tokens, costs = _channel_dims(recording), _prefix_tokens(graph), costs_before(nodes)
     kinds: dict[int, Literal["map", "tokens", "vector"]] = {2: "vector", 3: "tokens", 4: "map"}
-    kind = kinds[len(shape)]
-    return CutPoint(
-        name=INPUT if node.op == "placeholder" else node.name,
-        index=index,
-        scope=info(node).scope,
-        kind=kind,
-        shape=shape[1:],
-        channel_dim=channel_dims.get(node, 2 if kind == "tokens" else 1),
-        n_prefix_tokens=n_prefix_tokens if kind == "tokens" else 0,
-        n_macs=sum(facts.n_macs for facts in before),
-        n_params=sum(facts.n_params for facts in before),
-    )
+    found = []
+    for index, node in enumerate(nodes):
+        shape = info(node).shape
+        assert shape is not None
+        kind = kinds[len(shape)]
+        found.append(
+            CutPoint(
+                name=INPUT if node.op == "placeholder" else node.name,
+                index=index,
+                scope=info(node).scope,
+                kind=kind,
+                shape=shape[1:],
+                channel_dim=channel_dims.get(node, 2 if kind == "tokens" else 1),
+                n_prefix_tokens=prefix_tokens.get(node, 0) if kind == "tokens" else 0,
+                n_macs=costs[index][0],
+                n_params=costs[index][1],
+            )
+        )
+    return tuple(found)
 
 
 def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...]:
@@ -325,7 +326,7 @@ def extract(recording: Recording, start: CutPoint | None, outputs: Sequence[str 
     if not outputs:
         raise InputError("outputs: expected at least one cut point, node name or LOGITS, got none")
     nodes = {node.name: node for node in recording.module.graph.nodes if info(node).shape is not None}
-    nodes[INPUT] = next(iter(recording.module.graph.nodes))
+    nodes[INPUT] = recording.input
     nodes[LOGITS] = recording.output
     names = [output.name if isinstance(output, CutPoint) else output for output in outputs]
     start_name = INPUT if start is None else start.name

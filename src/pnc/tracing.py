@@ -214,7 +214,7 @@ class _Storages:
 
     def number(self, tensor: Tensor, where: str) -> int:
         try:
-            reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            reference = StorageWeakRef(tensor.untyped_storage())
         except (NotImplementedError, RuntimeError) as error:
             raise RecordingError(
                 f"{where} works on a {type(tensor).__name__} without memory of its own (vmap, a sparse or an mkldnn "
@@ -223,8 +223,31 @@ class _Storages:
         return self._numbers.setdefault(reference.cdata, (len(self._numbers), reference))[0]
 
 
+class _Values:
+    """Finds the operation that made a tensor, without keeping the tensor alive."""
+
+    def __init__(self) -> None:
+        self._objects: dict[int, tuple[weakref.ref[Tensor], Ref]] = {}
+        self._aliases: dict[tuple[object, ...], Ref] = {}
+
+    def add(self, tensor: Tensor, storage: int, ref: Ref) -> None:
+        self._objects[id(tensor)] = (weakref.ref(tensor), ref)
+        self._aliases[self._alias(tensor, storage)] = ref
+
+    def find(self, tensor: Tensor, storage: int) -> Ref | None:
+        known = self._objects.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        # Autograd functions and checkpoints hand out another object for the same memory.
+        return self._aliases.get(self._alias(tensor, storage))
+
+    @staticmethod
+    def _alias(tensor: Tensor, storage: int) -> tuple[object, ...]:
+        return (storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj())
+
+
 class Recorder(TorchFunctionMode):
-    """Writes a `Tape` of one forward run: `Recorder(network).run(x, pick)`; each instance records one run."""
+    """Writes the `Tape` of one forward run of a network; each instance records one run."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -235,17 +258,15 @@ class Recorder(TorchFunctionMode):
         self._owned: dict[int, str] = {}
         for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
             self._owned.setdefault(id(tensor), name)
-        self._values: dict[int, tuple[weakref.ref[Tensor], Ref]] = {}
-        self._aliases: dict[tuple[Any, ...], Ref] = {}
-        self._storages = _Storages()
+        self._values, self._storages = _Values(), _Storages()
         self._from_input: set[int] = set()
         self._scopes = [""]
-        self._in_leaf = False
+        self._paused = False
         self._flops = _FlopCounter()
-        self._autocast: bool | None = None
+        self._autocast = False
 
     def run(self, x: Tensor, pick_logits: Callable[[object], Tensor]) -> Tensor:
-        """Run the network on `x` and note what it does.
+        """Run the network on `x`, note what it does, and return its logits.
 
         `nn.Module.__call__` is replaced meanwhile, for the whole process, but acts in this thread only.
         """
@@ -255,7 +276,7 @@ class Recorder(TorchFunctionMode):
         thread, original = threading.get_ident(), nn.Module.__call__
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread or self._in_leaf:
+            if self._paused or threading.get_ident() != thread:
                 return original(module, *args, **kwargs)
             return self._call(module, args, kwargs)
 
@@ -287,7 +308,7 @@ class Recorder(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._in_leaf:
+        if self._paused:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__"):  # x.T, x.data = y
@@ -307,40 +328,35 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any],
         noted_args: tuple[Any, ...] | None = None,
     ) -> Any:
-        """Run an operation and append it to the tape (`noted_args`: as these arguments), unless it only read shapes."""
-        inputs = list(tensors_in((args, kwargs)))
-        versions = [_version(tensor) for tensor in inputs]
-        flops = self._flops.total
-        was_in_leaf, self._in_leaf = self._in_leaf, True
+        """Run an operation, and append it to the tape unless all it did was to look at a tensor.
+
+        `noted_args` are the positional arguments for the tape, where they differ from those of the call.
+        """
+        self._paused = True  # neither what runs inside nor what is asked about its tensors are the network's operations
         try:
+            inputs = list(tensors_in((args, kwargs)))
+            versions = [_version(tensor) for tensor in inputs]
+            flops = self._flops.total
             out = run(*args, **kwargs)
-        finally:
-            self._in_leaf = was_in_leaf
-        written = [t for t, v in zip(inputs, versions, strict=True) if _version(t) != v]
-        where = f"{operation_name(target)} in {self._scopes[-1] or 'the network'}"
-        if not written and next(tensors_in(out), None) is None:
-            if operation_name(target) in _DATA_READS and self._depends_on_input(inputs, where):
-                self.data_reads.append(where)
+            written = [t for t, version in zip(inputs, versions, strict=True) if _version(t) != version]
+            where = f"{operation_name(target)} in {self._scopes[-1] or 'the network'}"
+            reads = self._numbers(inputs, where)
+            if not written and next(tensors_in(out), None) is None:
+                if operation_name(target) in _DATA_READS and reads & self._from_input:
+                    self.data_reads.append(where)
+                return out
+            noted = (args if noted_args is None else noted_args, kwargs)
+            if not _is_plain(noted):
+                if written or reads & self._from_input:
+                    raise RecordingError(f"{where} takes an argument that a graph cannot hold: {_strange_types(noted)}")
+                return out  # such as torch.tensor(numpy array): a constant, if anything uses it
+            self._check_context(inputs, where)
+            refs: tuple[Any, Any] = self._ref(noted)
+            op = Op(kind, target, refs[0], refs[1], self._scopes[-1], reads, self._numbers(written, where))
+            self._append(dataclasses.replace(op, flops=self._flops.total - flops), out)
             return out
-        noted = (args if noted_args is None else noted_args, kwargs)
-        if not _is_plain(noted):
-            if written or self._depends_on_input(inputs, where):
-                raise RecordingError(f"{where} takes an argument that a graph cannot hold: {_strange_types(noted)}")
-            return out  # such as torch.tensor(numpy array): a constant, if anything uses it
-        self._check_context(inputs, where)
-        noted_args, noted_kwargs = self._ref(noted)
-        op = Op(
-            kind,
-            target,
-            noted_args,
-            noted_kwargs,
-            scope=self._scopes[-1],
-            reads=frozenset(self._storages.number(t, where) for t in inputs),
-            writes=frozenset(self._storages.number(t, where) for t in written),
-            flops=self._flops.total - flops,
-        )
-        self._append(op, out)
-        return out
+        finally:
+            self._paused = False
 
     def _check_context(self, inputs: Sequence[Tensor], where: str) -> None:
         if not self._autocast and any(torch.is_autocast_enabled(tensor.device.type) for tensor in inputs):
@@ -354,42 +370,33 @@ class Recorder(TorchFunctionMode):
                 "cannot be followed; use torch.no_grad there"
             )
 
-    def _depends_on_input(self, tensors: Sequence[Tensor], where: str) -> bool:
-        return any(self._storages.number(tensor, where) in self._from_input for tensor in tensors)
+    def _numbers(self, tensors: Sequence[Tensor], where: str) -> frozenset[int]:
+        return frozenset([self._storages.number(tensor, where) for tensor in tensors])
 
     def _append(self, op: Op, out: object) -> Ref:
         """Append an operation with the facts about its result, and remember which tensors it made."""
         where = f"{operation_name(op.target)} in {op.scope or 'the network'}"
         tensors = list(tensors_in(out))
-        holds = frozenset(self._storages.number(tensor, where) for tensor in tensors)
-        single = out if isinstance(out, Tensor) else None
-        self.tape.ops.append(
-            dataclasses.replace(
-                op,
-                holds=holds,
-                shape=None if single is None else tuple(single.shape),
-                dtype=None if single is None else single.dtype,
-                is_tensor=bool(tensors),
-            )
-        )
+        facts: dict[str, Any] = {"holds": self._numbers(tensors, where), "is_tensor": bool(tensors)}
+        if isinstance(out, Tensor):
+            facts.update(shape=tuple(out.shape), dtype=out.dtype)
+        self.tape.ops.append(dataclasses.replace(op, **facts))
         if op.reads & self._from_input:
-            self._from_input.update(holds | op.writes)
+            self._from_input.update(facts["holds"] | op.writes)
         ref = Ref(len(self.tape.ops) - 1)
-        if single is not None:
-            self._values[id(single)] = (weakref.ref(single), ref)
-            self._aliases[self._alias(single)] = ref
+        if isinstance(out, Tensor):
+            self._values.add(out, self._storages.number(out, where), ref)
         elif tensors:
             self._append_parts(out, ref, op.scope)
         return ref
 
     def _append_parts(self, out: object, whole: Ref, scope: str) -> None:
         """One further operation for each part that holds tensors, so that later operations can refer to it."""
-        subscript = isinstance(out, (tuple, list, Mapping))
+        target: Any = operator.getitem if isinstance(out, (tuple, list, Mapping)) else getattr
+        reads = self.tape.ops[whole.index].holds
         for key, part in _parts(out):
             if next(tensors_in(part), None) is not None:
-                target: Any = operator.getitem if subscript else getattr
-                reads = self.tape.ops[whole.index].holds
-                self._append(Op("call_function", target, (whole, key), {}, scope, reads=reads), part)
+                self._append(Op("call_function", target, (whole, key), {}, scope, reads), part)
 
     def _ref(self, value: Any) -> Any:
         """An argument with its tensors replaced by `Ref`, and with nothing in it but what a graph can hold."""
@@ -404,26 +411,18 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, list):
             return [self._ref(part) for part in value]
         if isinstance(value, tuple):  # torch.Size and named tuples become plain ones
-            return tuple(self._ref(part) for part in value)
+            return tuple([self._ref(part) for part in value])
         return value
 
     def _tensor_ref(self, tensor: Tensor) -> Ref:
-        known = self._values.get(id(tensor))
-        if known is not None and known[0]() is tensor:
-            return known[1]
+        known = self._values.find(tensor, self._storages.number(tensor, self._scopes[-1] or "the network"))
+        if known is not None:
+            return known
         name = self._owned.get(id(tensor))
         if name is None:
-            # Autograd functions and `detach_` return another object for the same memory.
-            alias = self._aliases.get(self._alias(tensor))
-            if alias is not None:
-                return alias
-            name = f"constant{len(self.tape.constants)}"
+            name = f"recorded_constant_{len(self.tape.constants)}"
             self.tape.constants[name] = tensor.detach()
         return self._append(Op("get_attr", name, (), {}, self._scopes[-1]), tensor)
-
-    def _alias(self, tensor: Tensor) -> tuple[Any, ...]:
-        storage = self._storages.number(tensor, self._scopes[-1] or "the network")
-        return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_conj())
 
 
 def _version(tensor: Tensor) -> int:

@@ -1,0 +1,117 @@
+"""Parts of a recorded graph: through which nodes everything passes, and the sub-network between given nodes."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from torch import fx
+
+from pnc.errors import InputError
+from pnc.merging import eval_module
+from pnc.tracing import BATCH_SIZES, NodeInfo, info
+
+
+def _needs(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node those whose data it needs: its arguments, and the last writers of what it reads."""
+    names = {node.name: node for node in graph.nodes}
+    return {n: [*n.all_input_nodes, *(names[name] for name in info(n).after)] for n in graph.nodes}
+
+
+def needed_for(outputs: Sequence[fx.Node], start: fx.Node | None = None) -> set[fx.Node]:
+    """Every node that the outputs need, themselves included, as far as `start` (excluded) does not stand for it."""
+    needs = _needs(outputs[0].graph)
+    found: set[fx.Node] = set()
+    todo = list(outputs)
+    while todo:
+        node = todo.pop()
+        if node not in found and node is not start:
+            found.add(node)
+            todo.extend([] if _is_batch_size(node) else needs[node])
+    return found
+
+
+def dominators(graph: fx.Graph) -> list[fx.Node]:
+    """Nodes through which everything that the output takes from the input has to pass, the input first.
+
+    Each holds one floating-point tensor with the batch in front. The output's own tensor is not among them.
+    """
+    needs = {n: [d for d in before if info(d).from_input] for n, before in _needs(graph).items() if info(n).from_input}
+    order = list(needs)
+    position = {node: i for i, node in enumerate(order)}
+    last_use = list(range(len(order)))
+    for node, before in needs.items():
+        for other in before:
+            last_use[position[other]] = max(last_use[position[other]], position[node])
+    found, reach = [], 0
+    for i, node in enumerate(order[:-2]):  # the last two: the logits and the output
+        if reach <= i and _is_batch(info(node)):
+            found.append(node)
+        reach = max(reach, last_use[i])
+    return found
+
+
+def _is_batch(facts: NodeInfo) -> bool:
+    if facts.shape is None or facts.shape3 is None or facts.dtype is None or not facts.dtype.is_floating_point:
+        return False
+    leading = (facts.shape[:1], facts.shape3[:1])
+    return leading == (BATCH_SIZES[:1], BATCH_SIZES[1:]) and facts.shape[1:] == facts.shape3[1:]
+
+
+def costs_before(cuts: Sequence[fx.Node]) -> list[tuple[int, int]]:
+    """(n_macs, n_params) of the part up to each of some dominators, given in their order; MACs are per sample."""
+    needs = _needs(cuts[0].graph)
+    found: set[fx.Node] = set()
+    n_macs, n_params, costs = 0, 0, []
+    for cut in cuts:
+        todo = [cut]
+        while todo:
+            node = todo.pop()
+            if node not in found:
+                found.add(node)
+                todo.extend(needs[node])
+                n_macs, n_params = n_macs + info(node).n_macs, n_params + info(node).n_params
+        costs.append((n_macs, n_params))
+    return costs
+
+
+def subgraph(module: fx.GraphModule, start: fx.Node, outputs: Sequence[fx.Node]) -> fx.GraphModule:
+    """The part of a recorded graph that computes `outputs` from `start`, over the same modules and tensors.
+
+    One output comes as a tensor, several as a tuple. The tensor given for `start` is never written to, and an output
+    that a later operation writes to is copied first. Integers that follow the batch come from the given tensor.
+
+    Raises:
+        InputError: an output needs more of the network's input than `start` carries.
+    """
+    wanted = needed_for(outputs, start)
+    if any(node.op == "placeholder" for node in wanted):
+        raise InputError(f"start: {outputs[-1].name} cannot be computed from {start.name} alone")
+    new = fx.Graph()
+    given = new.placeholder("x")
+    given.meta["pnc"] = dataclasses.replace(info(start), n_macs=0, n_params=0, after=(), writes=frozenset())
+    nodes = [node for node in module.graph.nodes if node in wanted]
+    overwritten = any(info(start).holds & info(node).writes for node in nodes)
+    copies = {start: _clone(new, given) if overwritten else given}
+    taps = {start: given}
+    for i, node in enumerate(nodes):
+        if _is_batch_size(node):
+            copies[node] = new.call_method("size", (given, 0))
+            copies[node].meta["pnc"] = info(node)
+            continue
+        copies[node] = taps[node] = new.node_copy(node, copies.__getitem__)
+        if node in outputs and any(info(node).holds & info(later).writes for later in nodes[i + 1 :]):
+            taps[node] = _clone(new, copies[node])
+    result = new.output(taps[outputs[0]] if len(outputs) == 1 else tuple(taps[node] for node in outputs))
+    result.meta["pnc"] = dataclasses.replace(info(outputs[-1]), n_macs=0, n_params=0, after=(), writes=frozenset())
+    new.lint()
+    return eval_module(module, new)
+
+
+def _is_batch_size(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target == "size" and not info(node).is_tensor
+
+
+def _clone(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    clone = graph.call_method("clone", (node,))
+    kept = dataclasses.replace(info(node), n_macs=0, n_params=0, after=(), holds=frozenset(), writes=frozenset())
+    clone.meta["pnc"] = kept
+    return clone
