@@ -215,8 +215,9 @@ def _number(key: str, text: str, limit: int, whole: bool) -> float:
 
 
 def _build_py(request: _Request) -> LoadedModel:
-    place, colon, name = request.name.rpartition(":")
-    if not colon or request.options:
+    place, _, name = request.name.rpartition(":")
+    relative = place.startswith(".") and not place.endswith(".py")
+    if not place or relative or request.options:
         raise InputError(f"model: expected py:MODULE:FUNCTION or py:FILE.py:FUNCTION, got {request.spec!r}")
     function = getattr(_imported(place), name, None)
     if not callable(function):
