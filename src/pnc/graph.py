@@ -10,7 +10,7 @@ import copy
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,7 +160,11 @@ class _State:
                 container.extend(content)
             else:
                 container.update(content)
-        changed = [(name, tensor, saved) for name, tensor, saved in self._tensors if not same_bits(tensor, saved)]
+        changed = [
+            (name, tensor, saved)
+            for name, tensor, saved in self._tensors
+            if not (torch.equal(tensor, saved) or same_bits(tensor, saved))  # the first is faster, the second knows NaN
+        ]
         with torch.no_grad():
             for _, tensor, saved in changed:
                 tensor.copy_(saved)
@@ -200,7 +204,7 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
 
 def _rows(example: Tensor, size: int) -> Tensor:
     """A batch of the wanted size out of the example's images, repeated where they are too few."""
-    return example.detach()[torch.arange(size, device=example.device) % len(example)]
+    return _laid_out(example.detach()[torch.arange(size, device=example.device) % len(example)], example)
 
 
 def _fresh_images(example: Tensor) -> Tensor:
@@ -210,9 +214,13 @@ def _fresh_images(example: Tensor) -> Tensor:
     spread = images.std((0, 2, 3), keepdim=True, correction=0).clamp_min(1e-3)
     shape = (_PROBE_SIZE, *example.shape[1:])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(example.device)
+    return _laid_out((noise * spread + mean).to(example.dtype), example)
+
+
+def _laid_out(images: Tensor, example: Tensor) -> Tensor:
+    """The images in the memory format of the example: kernels, and so bits, depend on it."""
     channels_last = example.is_contiguous(memory_format=torch.channels_last) and not example.is_contiguous()
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return (noise * spread + mean).to(example.dtype).contiguous(memory_format=layout)
+    return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _run(forward: Callable[[Tensor], object], x: Tensor) -> Tensor:
@@ -222,10 +230,13 @@ def _run(forward: Callable[[Tensor], object], x: Tensor) -> Tensor:
     except RecordingError:
         raise
     except Exception as error:  # noqa: BLE001 - the user's code may raise anything
-        reason = (str(error).strip().splitlines() or ["no message"])[0]
         raise RecordingError(
-            f"the network cannot process images of shape {tuple(x.shape)}, {x.dtype}: {type(error).__name__}: {reason}"
+            f"the network cannot process images of shape {tuple(x.shape)}, {x.dtype}: {_reason(error)}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
 def _run_single(network: nn.Module, images: Tensor) -> Tensor | None:
@@ -266,18 +277,32 @@ def _tape(network: nn.Module, x: Tensor) -> Tape:
 
 
 def _verify(recording: Recording, single: Tensor | None) -> None:
-    """Compare graph and network on the probe, on its first image, and as prefix then suffix at sampled cuts."""
+    """Compare graph and network on the probe and on its first image, and again as prefix and suffix at sampled cuts."""
     module, probe, logits = recording.module, recording.probe, recording.probe_logits
-    _compare(_run(module, probe), logits, "its recording")
-    if single is not None:
-        _compare(_run(module, probe[:1]), single, "its recording at batch size 1")
-    cuts = dominators(module.graph)[1:]
-    sampled = {len(cuts) * i // _VERIFIED_CUTS for i in range(_VERIFIED_CUTS)} if cuts else ()
-    for cut in [cuts[i] for i in sorted(sampled)]:
-        features = subgraph(module, recording.input, [cut])(probe)
-        kept = features.clone()
-        _compare(_run(subgraph(module, cut, [recording.output]), features), logits, f"its recording cut at {cut.name}")
-        assert same_bits(features, kept), f"the suffix from {cut.name} wrote to its input"
+    if single is None:
+        _compare(_outputs(module, probe.clone())[0], logits, "its recording")
+    else:
+        _compare(_outputs(module, probe[:1].clone())[0], single, "its recording at batch size 1")
+    found = dominators(module.graph)[1:]
+    cuts = [found[i] for i in sorted({len(found) * i // _VERIFIED_CUTS for i in range(_VERIFIED_CUTS)}) if found]
+    *features, last = _outputs(subgraph(module, recording.input, [*cuts, recording.output]), probe)
+    _compare(last, logits, "its recording")
+    for cut, tensor in zip(cuts, features, strict=True):
+        kept = tensor.clone()
+        suffix = subgraph(module, cut, [recording.output])
+        _compare(_outputs(suffix, tensor)[0], logits, f"its recording cut at {cut.name}")
+        assert same_bits(tensor, kept), f"the suffix from {cut.name} wrote to its input"
+
+
+def _outputs(part: fx.GraphModule, x: Tensor) -> Sequence[Tensor]:
+    """What a part of the graph gives; a failure shows that the graph does not fit this batch size."""
+    try:
+        out = part(x)
+    except Exception as error:  # noqa: BLE001 - operations of the user's choice
+        raise RecordingError(
+            f"the network is not reproduced by its recording, which fails at batch size {len(x)}: {_reason(error)}"
+        ) from error
+    return out if isinstance(out, tuple) else (out,)
 
 
 def _compare(found: Tensor, expected: Tensor, what: str) -> None:

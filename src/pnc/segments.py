@@ -102,7 +102,6 @@ def subgraph(module: fx.GraphModule, start: fx.Node, outputs: Sequence[fx.Node])
             taps[node] = _clone(new, copies[node])
     result = new.output(taps[outputs[0]] if len(outputs) == 1 else tuple(taps[node] for node in outputs))
     result.meta["pnc"] = dataclasses.replace(info(outputs[-1]), n_macs=0, n_params=0, after=(), writes=frozenset())
-    new.lint()
     return eval_module(module, new)
 
 

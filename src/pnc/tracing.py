@@ -180,28 +180,32 @@ def is_leaf(module: nn.Module) -> bool:
     return all(name == "parametrizations" for name, _ in module.named_children())
 
 
-class _FlopCounter(TorchDispatchMode):
-    """Adds up the floating point operations of everything that runs inside.
+class _Kernels(TorchDispatchMode):
+    """Sees every kernel that runs inside: adds up floating point operations, and reports scalars that are read.
 
     Not `torch.utils.flop_counter.FlopCounterMode`: that one hooks every module call of the process, also in other
     threads, and does not know the CPU's fused attention.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_read: Callable[[Tensor], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
+        self.flops = 0
+        self._on_read = on_read
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        kernel = func._overloadpacket
+        formula = flop_registry.get(kernel)
         if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        elif func._overloadpacket is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
+        elif kernel is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             queries, keys, values = args[:3]
             n_scores = queries.numel() // queries.shape[-1] * keys.shape[-2]
-            self.total += 2 * n_scores * (queries.shape[-1] + values.shape[-1])
+            self.flops += 2 * n_scores * (queries.shape[-1] + values.shape[-1])
+        elif kernel is torch.ops.aten._local_scalar_dense:
+            self._on_read(args[0])
         return out
 
 
@@ -262,7 +266,7 @@ class Recorder(TorchFunctionMode):
         self._from_input: set[int] = set()
         self._scopes = [""]
         self._paused = False
-        self._flops = _FlopCounter()
+        self._kernels = _Kernels(self._note_read)
         self._autocast = False
 
     def run(self, x: Tensor, pick_logits: Callable[[object], Tensor]) -> Tensor:
@@ -282,7 +286,7 @@ class Recorder(TorchFunctionMode):
 
         nn.Module.__call__ = call  # type: ignore[method-assign]
         try:
-            with self._flops, self:
+            with self._kernels, self:
                 out = self._network(x)
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]
@@ -336,7 +340,7 @@ class Recorder(TorchFunctionMode):
         try:
             inputs = list(tensors_in((args, kwargs)))
             versions = [_version(tensor) for tensor in inputs]
-            flops = self._flops.total
+            flops = self._kernels.flops
             out = run(*args, **kwargs)
             written = [t for t, version in zip(inputs, versions, strict=True) if _version(t) != version]
             where = f"{operation_name(target)} in {self._scopes[-1] or 'the network'}"
@@ -353,7 +357,7 @@ class Recorder(TorchFunctionMode):
             self._check_context(inputs, where)
             refs: tuple[Any, Any] = self._ref(noted)
             op = Op(kind, target, refs[0], refs[1], self._scopes[-1], reads, self._numbers(written, where))
-            self._append(dataclasses.replace(op, flops=self._flops.total - flops), out)
+            self._append(dataclasses.replace(op, flops=self._kernels.flops - flops), out)
             return out
         finally:
             self._paused = False
@@ -369,6 +373,12 @@ class Recorder(TorchFunctionMode):
                 f"{where} runs under inference_mode that the network's forward turned on, where writes to memory "
                 "cannot be followed; use torch.no_grad there"
             )
+
+    def _note_read(self, tensor: Tensor) -> None:
+        """Compiled code between the operations, such as a TorchScript function, looks at a value."""
+        where = self._scopes[-1] or "the network"
+        if not self._paused and self._storages.number(tensor, where) in self._from_input:
+            self.data_reads.append(f"compiled code in {where}")
 
     def _numbers(self, tensors: Sequence[Tensor], where: str) -> frozenset[int]:
         return frozenset([self._storages.number(tensor, where) for tensor in tensors])

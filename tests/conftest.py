@@ -1,0 +1,14 @@
+"""Fixtures for all tests."""
+
+import pytest
+import torch
+
+import torchvision_shim
+
+torch.set_num_threads(1)  # networks this small only lose by more, above all where tests share the machine
+
+
+@pytest.fixture(scope="session")
+def torchvision():
+    """The torchvision package; ask for it also before timm or transformers are imported, which import it."""
+    return torchvision_shim.import_torchvision()

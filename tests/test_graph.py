@@ -1,0 +1,291 @@
+"""Recording: every network of the zoo exactly, or refused with the reason; the given network untouched."""
+
+import copy
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from pnc.errors import InputError, RecordingError
+from pnc.graph import info, record
+from pnc.integrity import differences, same_bits, snapshot
+
+# Networks of the zoo that use old or unfinished parts of PyTorch, as users' networks do.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:torch.jit:DeprecationWarning"),
+]
+
+
+def logits(network, x):
+    """What the network itself answers, in eval mode."""
+    network.eval()
+    with torch.no_grad():
+        out = network(x.clone())
+    out = getattr(out, "logits", out)
+    out = out["logits"] if isinstance(out, dict) else out
+    return out[0] if isinstance(out, tuple) else out
+
+
+def everything(network):
+    """What `snapshot` does not cover: attributes by identity, the content of plain containers, global state."""
+    attributes = {
+        (name, key): (id(value), str(value) if isinstance(value, (dict, list, int)) else None)
+        for name, module in network.named_modules()
+        for key, value in module.__dict__.items()
+    }
+    state = torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state()), torch.is_grad_enabled()
+    return attributes, state, nn.Module.__call__
+
+
+@pytest.mark.parametrize("name", zoo.REPRODUCED)
+def test_recording_gives_the_same_bits_and_leaves_the_network_alone(name):
+    network = zoo.build(zoo.REPRODUCED[name])
+    before, rest = snapshot(network), everything(network)
+    recording = record(network, zoo.images(2))
+    assert not differences(network, before)
+    assert everything(network) == rest
+    assert (recording.input_shape, recording.n_classes) == ((3, 8, 8), zoo.N_CLASSES)
+    for size in (1, 2, 5):
+        x = zoo.images(size, seed=size)
+        with torch.no_grad():
+            assert same_bits(recording.module(x.clone()), logits(network, x)), size
+
+
+@pytest.mark.parametrize("name", zoo.REFUSED)
+def test_what_cannot_be_reproduced_is_refused_and_left_alone(name):
+    factory, reason = zoo.REFUSED[name]
+    network = zoo.build(factory)
+    if name == "lazy":
+        before = None
+    else:
+        before, rest = snapshot(network), everything(network)
+    with pytest.raises(RecordingError, match=reason):
+        record(network, zoo.images(2))
+    if before is not None:
+        assert not differences(network, before)
+        assert everything(network) == rest
+
+
+def test_network_is_untouched_when_its_forward_fails_half_way():
+    network = zoo.build(zoo.TrainMode)
+    calls = []
+
+    def fail(module, args):
+        calls.append(module)
+        if len(calls) == 2:  # the warm-up passes, the first recording does not
+            raise KeyError("half way")
+
+    network.conv.register_forward_pre_hook(fail)
+    before, rest = snapshot(network), everything(network)
+    with pytest.raises(RecordingError, match="cannot process images of shape .* KeyError: 'half way'"):
+        record(network, zoo.images(2))
+    assert len(calls) == 2
+    assert not differences(network, before)
+    assert everything(network) == rest
+
+
+@pytest.mark.parametrize(
+    ("example", "found"),
+    [
+        ("images", "got str"),
+        (torch.zeros(3, 8, 8), r"got \(3, 8, 8\) torch.float32"),
+        (torch.zeros(0, 3, 8, 8), r"got \(0, 3, 8, 8\)"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "got .* torch.uint8"),
+    ],
+)
+def test_example_is_checked(example, found):
+    with pytest.raises(InputError, match=rf"example: expected a floating-point batch .*{found}"):
+        record(zoo.build(zoo.Plain), example)
+
+
+@pytest.mark.parametrize("n_images", [1, 2, 3, 7])
+def test_any_number_of_example_images_will_do(n_images):
+    network = zoo.build(zoo.Residual)
+    recording = record(network, zoo.images(n_images))
+    assert recording.probe.shape == (4, 3, 8, 8)
+    assert same_bits(recording.probe_logits, logits(network, recording.probe))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_types(dtype):
+    network = zoo.build(zoo.Residual).to(dtype)
+    recording = record(network, zoo.images(2).to(dtype))
+    assert recording.probe.dtype == dtype
+    x = zoo.images(5, seed=5).to(dtype)
+    with torch.no_grad():
+        assert same_bits(recording.module(x), logits(network, x))
+
+
+@pytest.mark.parametrize("name", ["Residual", "VisionTransformer", "ShapeArithmetic", "WrittenThroughView"])
+def test_channels_last(name):
+    network = zoo.build(zoo.REPRODUCED[name]).to(memory_format=torch.channels_last)
+    if name == "WrittenThroughView":  # its `view` does not work on that layout: the network itself says so
+        with pytest.raises(RecordingError, match="cannot process .* view size is not compatible"):
+            record(network, zoo.images(2).contiguous(memory_format=torch.channels_last))
+        return
+    recording = record(network, zoo.images(2).contiguous(memory_format=torch.channels_last))
+    assert recording.probe.is_contiguous(memory_format=torch.channels_last)
+    x = zoo.images(5, seed=5).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert same_bits(recording.module(x), logits(network, x))
+
+
+# ------------------------------------------------------------------------------------------------------------- wrappers
+
+
+def refuse_to_compile(module, inputs):
+    raise AssertionError("compiled")
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:torch._dynamo")
+def test_wrappers_are_taken_off_and_nothing_is_compiled():
+    network = zoo.build(zoo.Residual).eval()
+    x = zoo.images(5, seed=5)
+    expected = logits(network, x)
+    inner = zoo.build(zoo.Residual).eval()
+    inner.layers[1] = torch.compile(inner.layers[1], backend=refuse_to_compile)
+    inner.layers[2].compile(backend=refuse_to_compile)
+    inner.stem.forward = torch.compile(inner.stem.forward, backend=refuse_to_compile)
+    wrapped = [nn.DataParallel(network), torch.compile(network, backend=refuse_to_compile), inner]
+    wrapped.append(torch.compile(nn.DataParallel(wrapped[1]), backend=refuse_to_compile))
+    for model in wrapped:
+        recording = record(model, zoo.images(2))
+        with torch.no_grad():
+            assert same_bits(recording.module(x), expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- threads
+
+
+def test_other_threads_go_their_own_way_while_one_records():
+    network, other = zoo.build(zoo.Residual), zoo.build(zoo.VisionTransformer).eval()
+    x = zoo.images(2)
+    expected, found = logits(other, x), []
+
+    def run_other(module, args):
+        thread = threading.Thread(target=lambda: found.append(logits(other, x)))
+        thread.start()
+        thread.join()
+
+    handle = network.layers.register_forward_pre_hook(run_other)
+    original = nn.Module.__call__
+    recording = record(network, x)
+    handle.remove()
+    assert nn.Module.__call__ is original
+    assert found
+    assert all(same_bits(answer, expected) for answer in found)
+    assert {n.op for n in recording.module.graph.nodes if "patches" in n.name} == set()
+    with torch.no_grad():
+        assert same_bits(recording.module(x), logits(network, x))
+
+
+def test_networks_are_recorded_by_several_threads_at_once():
+    original = nn.Module.__call__
+    networks = [zoo.build(factory) for factory in (zoo.Residual, zoo.VisionTransformer, zoo.Windows, zoo.Hooked)]
+    with ThreadPoolExecutor(4) as pool:
+        recordings = list(pool.map(lambda network: record(network, zoo.images(2)), networks * 3))
+    assert nn.Module.__call__ is original
+    x = zoo.images(5, seed=5)
+    for network, recording in zip(networks * 3, recordings, strict=True):
+        with torch.no_grad():
+            assert same_bits(recording.module(x), logits(network, x))
+
+
+# ----------------------------------------------------------------------------------------------- what a recording holds
+
+
+def test_nodes_carry_shapes_costs_and_scopes():
+    recording = record(zoo.build(zoo.Residual), zoo.images(2))
+    nodes = {node.name: info(node) for node in recording.module.graph.nodes}
+    assert all("pnc" in node.meta for node in recording.module.graph.nodes)
+    facts = nodes["layers_1_conv1"]
+    assert (facts.shape, facts.shape3, facts.dtype) == ((2, 6, 4, 4), (3, 6, 4, 4), torch.float32)
+    assert (facts.n_macs, facts.n_params, facts.scope) == (9 * 4 * 6 * 16, 9 * 4 * 6, "layers.1.conv1")
+    assert nodes["layers_1_add"].writes == nodes["layers_1_norm2"].holds == nodes["layers_1_add"].holds
+    assert nodes["tail_2"].n_macs == 6 * zoo.N_CLASSES
+    assert sum(facts.n_params for facts in nodes.values()) == sum(p.numel() for p in zoo.Residual().parameters())
+
+
+@pytest.mark.parametrize("factory", [zoo.AppliedThreeTimes, zoo.SharedModules, zoo.Parametrized, zoo.TorchTransformer])
+def test_every_parameter_counts_once(factory):
+    network = zoo.build(factory)
+    nodes = record(network, zoo.images(2)).module.graph.nodes
+    assert sum(info(node).n_params for node in nodes) == sum(p.numel() for p in network.parameters())
+
+
+def test_costs_of_attention_are_counted_inside_and_outside_of_leaves():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    per_token = 8 * 24 + 8 * 8 + 2 * 8 * 16
+    attention = 2 * 4 * 4 * 8  # queries with keys, and scores with values, of 4 tokens
+    network = zoo.build(zoo.TorchTransformer)
+    network.encoder = nn.TransformerEncoder(layer, 1)
+    nodes = {node.name: info(node) for node in record(network, zoo.images(2)).module.graph.nodes}
+    assert nodes["encoder_layers_0"].n_macs == 4 * per_token + attention
+    assert nodes["attention"].n_macs == 4 * (8 * 24 + 8 * 8) + attention
+
+
+def test_recording_follows_the_weights_but_nothing_else():
+    network = zoo.build(zoo.Residual).train()
+    recording = record(network, zoo.images(2))
+    before, x = snapshot(network), zoo.images(5, seed=5)
+    module = copy.deepcopy(recording.module)
+    recording.module.to("meta")
+    assert not differences(network, before)
+    assert not any(part.training for part in module.modules())
+
+    recording = record(network, zoo.images(2))
+    recording.module(x).sum().backward()
+    recording.module.requires_grad_(False)
+    recording.module.layers.get_submodule("0").relu.register_forward_hook(lambda *args: torch.zeros(()))
+    recording.module.train()
+    assert not differences(network, before)
+
+    recording = record(network, zoo.images(2))
+    with torch.no_grad():
+        network.tail[2].weight.mul_(2)
+        assert same_bits(recording.module(x), logits(network, x))
+        assert not same_bits(recording.module(x), module(x))
+
+
+def test_recording_can_be_made_under_any_gradient_mode():
+    network, x = zoo.build(zoo.FrozenWeights), zoo.images(5, seed=5)
+    with torch.inference_mode():
+        recording = record(network, zoo.images(2))
+        assert torch.is_inference_mode_enabled()
+    with torch.no_grad():
+        assert same_bits(recording.module(x), logits(network, x))
+    network.eval()
+    assert same_bits(recording.module(x), network(x))
+    assert recording.module(x).requires_grad
+
+
+def test_views_become_reshapes_unless_something_is_written_through_them():
+    targets = [n.target for n in record(zoo.build(zoo.Windows), zoo.images(2)).module.graph.nodes]
+    assert "reshape" in targets
+    assert "view" not in targets
+    targets = [n.target for n in record(zoo.build(zoo.WrittenThroughView), zoo.images(2)).module.graph.nodes]
+    assert "view" in targets
+
+
+def test_node_names_are_the_same_in_every_recording():
+    first, second = (record(zoo.build(zoo.VisionTransformer), zoo.images(n, seed=n)) for n in (1, 3))
+    assert [n.name for n in first.module.graph.nodes] == [n.name for n in second.module.graph.nodes]
+
+
+@pytest.mark.parametrize("factory", [zoo.VisionTransformer, zoo.Windows, zoo.OverwrittenCuts])
+def test_recording_can_be_exported_and_compiled(factory):
+    recording = record(zoo.build(factory), zoo.images(2))
+    x = zoo.images(5, seed=5)
+    batch = {0: torch.export.Dim("batch", min=1, max=64)}
+    with torch.no_grad():
+        expected = recording.module(x.clone())
+        exported = torch.export.export(recording.module, (x.clone(),), dynamic_shapes=(batch,)).module()
+        assert torch.equal(exported(x.clone()), expected)
+        assert torch.equal(torch.compile(recording.module, backend="eager", fullgraph=True)(x.clone()), expected)
