@@ -18,7 +18,7 @@ Rule = Callable[[Tracker, fx.Node], Result]
 def apply_rule(t: Tracker, node: fx.Node) -> Result:
     """Layout of a node's result."""
     if node.op == "call_module" and node.target in t.shared:
-        return opaque(t, node, f"{node.target} is used more than once or shares its weights")
+        return layers.refuse(t, node, f"{node.target} is used more than once or shares its weights")
     return _rule(t, node)(t, node)
 
 
@@ -41,14 +41,18 @@ def _rule(t: Tracker, node: fx.Node) -> Rule:
 _ELEMENTWISE = """
     relu relu6 gelu silu hardswish hardsigmoid hardtanh sigmoid tanh leaky_relu elu selu celu mish softplus softsign
     logsigmoid threshold dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout clamp clamp_min clamp_max
-    clip float double half bfloat16 to type neg negative abs exp log sqrt rsqrt reciprocal square sin cos erf pow
+    clip float double half bfloat16 neg negative abs exp log sqrt rsqrt reciprocal square sin cos erf pow
     nan_to_num detach clone contiguous
 """
-_MOVEMENTS = "reshape view flatten unflatten permute transpose movedim t .T .mT unsqueeze expand repeat split chunk"
+_MOVEMENTS = """
+    reshape view flatten unflatten permute transpose movedim t .T .mT unsqueeze expand repeat
+    repeat_interleave split chunk
+"""
 
 FUNCTION_RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE.split(), tensors.elementwise),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), layers.convolution),
+    **dict.fromkeys(("to", "type", "type_as"), tensors.conversion),
     "linear": layers.linear,
     "batch_norm": layers.channel_norm,
     "group_norm": layers.group_norm,

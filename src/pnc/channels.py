@@ -281,7 +281,7 @@ def _describe_spaces(
 
 def _frozen_layers(tracker: Tracker, roots: Tensor, unit_of: Tensor, reasons: Mapping[int, str]) -> dict[str, str]:
     """Layers that make channels of which some can never be removed, with the reason of the first such channel."""
-    found: dict[str, str] = {}
+    found = dict(tracker.refused)
     for atom_slice in tracker.slices:
         if atom_slice.zeroed and atom_slice.dim == 0:
             ids = atom_slice.ids[(unit_of[atom_slice.ids] == KEPT) & (atom_slice.ids != FIXED)]

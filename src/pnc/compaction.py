@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
-from pnc.channels import ChannelSpaces, WeightSlice
+from pnc.channels import Channels, ChannelSpaces, WeightSlice
 from pnc.errors import MismatchError, PNCError
 from pnc.layouts import argument, family, shape_of
 from pnc.leaf_probes import owned_tensor, replace_tensor, resize_attributes
@@ -130,7 +131,6 @@ def _mask(segment: fx.GraphModule, spaces: ChannelSpaces, flags: Tensor) -> fx.G
 
 def _shrink(segment: fx.GraphModule, spaces: ChannelSpaces, flags: Tensor) -> fx.GraphModule:
     nodes = {node.name: node for node in segment.graph.nodes}
-    cut: dict[str, list[WeightSlice]] = {}
     for s in spaces.slices:
         keep = flags[s.units].nonzero().reshape(-1)
         if len(keep) == s.shape[s.dim]:
@@ -140,11 +140,12 @@ def _shrink(segment: fx.GraphModule, spaces: ChannelSpaces, flags: Tensor) -> fx
         else:
             tensor = owned_tensor(segment, s.tensor)
             replace_tensor(segment, s.tensor, tensor.index_select(s.dim, keep.to(tensor.device)))
-            cut.setdefault(s.tensor.rpartition(".")[0], []).append(s)
-    for name, slices in cut.items():
-        _resize_module(segment.get_submodule(name), slices, flags)
+            _resize_module(segment.get_submodule(s.tensor.rpartition(".")[0]), s.shape[s.dim], len(keep))
     for node in nodes.values():
-        _rewrite(node, spaces, flags)
+        if node.op == "call_module":
+            _resize_bare_norm(segment.get_submodule(str(node.target)), spaces.nodes.get(node.name), flags)
+        else:
+            _rewrite(node, spaces, flags)
     for name, channels in spaces.nodes.items():
         n_kept = int(flags[channels.units].sum())
         _resize_info(nodes[name], channels.dim, n_kept)
@@ -178,21 +179,25 @@ def _insert(
     user.replace_input_with(operand, result)
 
 
-def _resize_module(module: nn.Module, slices: list[WeightSlice], flags: Tensor) -> None:
-    """Correct the numbers that a layer keeps beside its tensors."""
+def _resize_module(module: nn.Module, old: int, new: int) -> None:
+    """Correct the numbers that a layer keeps beside its tensors, of which one dim shrank from `old` to `new`."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        old = module.out_channels
-        module.out_channels = module.weight.shape[0]
+        before, module.out_channels = module.out_channels, module.weight.shape[0]
         if module.groups > 1:  # only whole groups go
-            module.groups = module.groups * module.out_channels // old
+            module.groups = module.groups * module.out_channels // before
         module.in_channels = module.weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     else:
-        old, new = len(slices[0].units), int(flags[slices[0].units].sum())
-        if isinstance(module, nn.GroupNorm):
+        if isinstance(module, nn.GroupNorm) and module.num_channels == old:
             module.num_groups = module.num_groups * new // old
         resize_attributes(module, old, new)
+
+
+def _resize_bare_norm(module: nn.Module, channels: Channels | None, flags: Tensor) -> None:
+    """The same for a norm without weights, which no slice leads to."""
+    if channels is not None and isinstance(module, (_NormBase, nn.GroupNorm)) and module.weight is None:
+        _resize_module(module, len(channels.units), int(flags[channels.units].sum()))
 
 
 # --------------------------------------------------------------------------- calls that carry sizes in their arguments
@@ -200,9 +205,7 @@ def _resize_module(module: nn.Module, slices: list[WeightSlice], flags: Tensor) 
 
 def _rewrite(node: fx.Node, spaces: ChannelSpaces, flags: Tensor) -> None:
     """Correct the sizes in the arguments of a call, if channels lie along the dims that they are about."""
-    if node.op not in ("call_function", "call_method"):
-        return
-    rule = _REWRITES.get(family(node))
+    rule = _REWRITES.get(family(node)) if node.op in ("call_function", "call_method") else None
     if rule is not None:
         rule(node, spaces, flags)
 

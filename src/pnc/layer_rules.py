@@ -96,7 +96,13 @@ def foreign_convolution(t: Tracker, node: fx.Node) -> Result:
     rows, columns = leaf_probes.sliceable_conv(module, shape_of(node.args[0]))
     if rows and columns:
         return convolution(t, node)
-    return opaque(t, node, f"{type(module).__name__} ({node.name}) computes its weight from all channels")
+    return refuse(t, node, f"{type(module).__name__} ({node.name}) computes its weight from all channels")
+
+
+def refuse(t: Tracker, node: fx.Node, reason: str) -> Result:
+    """A layer of which nothing can be removed, neither what it reads nor what it makes."""
+    t.refused[str(node.target)] = reason
+    return opaque(t, node, reason)
 
 
 # --------------------------------------------------------------------------------------------------- normalisation
@@ -191,4 +197,4 @@ def foreign_leaf(t: Tracker, node: fx.Node) -> Result:
             is_parameter=name in parameters,
         )
         t.follow(weight, dim, source.ids.reshape(-1), zeroed=weight.is_parameter)
-    return Layout(source.ids, found.zero)
+    return Layout(source.ids, found.makes_zero or (source.zero and found.keeps_zero))

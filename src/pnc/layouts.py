@@ -7,13 +7,14 @@ together unite their atoms; whatever is not understood freezes the atoms that it
 """
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+from torch.nn.modules.batchnorm import _NormBase
 
 from pnc.tracing import BATCH_SIZES, info, operation_name
 
@@ -164,6 +165,7 @@ class Tracker:
         parameters: Qualified names of its parameters.
         data: Nodes whose content depends on the segment's input.
         shared: Leaf modules that are called, or whose weights are used, more than once.
+        refused: Layers of which nothing can be removed, with the reason.
         layouts: Layout per node, a tuple for a node with several results.
         slices: Weights and operands that follow atoms.
         forms: (ids, dims allowed to shrink) of every tensor with atoms along several dims: only whole indices of one
@@ -176,8 +178,10 @@ class Tracker:
         self.atoms = Atoms()
         self.layouts: dict[fx.Node, Result] = {}
         self.slices: list[AtomSlice] = []
+        self._followed: dict[tuple[Weight, int | None], Tensor] = {}
         self.forms: list[tuple[Tensor, tuple[int, ...]]] = []
         self.data: set[fx.Node] = set()
+        self.refused: dict[str, str] = {}
         self.shared = _shared_leaves(segment, self.modules)
 
     def of(self, node: object) -> Layout:
@@ -211,8 +215,14 @@ class Tracker:
 
     def follow(self, weight: Weight | None, dim: int | None, ids: Tensor, zeroed: bool) -> None:
         """Note that a dim of a weight follows atoms; `None` for a weight that the layer does not have."""
-        if weight is not None and bool((ids != FIXED).any()):
+        if weight is None or not bool((ids != FIXED).any()):
+            return
+        known = self._followed.get((weight, dim))
+        if known is None:
+            self._followed[weight, dim] = ids
             self.slices.append(AtomSlice(weight, dim, ids, zeroed))
+        else:  # one operand as weight and as bias
+            self.atoms.unite(known, ids, f"{weight.name} is used twice by {weight.user}")
 
     def freeze(self, node: fx.Node, reason: str) -> None:
         """Freeze everything that a node reads."""
@@ -240,14 +250,15 @@ def _shared_leaves(segment: fx.GraphModule, modules: dict[str, nn.Module]) -> se
     """Leaf modules whose weights serve more than one call: shrinking them for one call would break the other."""
     users: dict[int, set[str]] = {}
     for node in segment.graph.nodes:
+        held: list[object] = []
         if node.op == "call_module":
-            tensors: Iterable[Tensor] = modules[node.target].parameters()
+            held += modules[node.target].parameters()
+            if isinstance(modules[node.target], (_NormBase, nn.GroupNorm)):  # those without weights hold numbers
+                held.append(modules[node.target])
         elif node.op == "get_attr":
-            tensors = [operator.attrgetter(node.target)(segment)]
-        else:
-            continue
-        for tensor in tensors:
-            users.setdefault(id(tensor), set()).add(node.name)
+            held.append(operator.attrgetter(node.target)(segment))
+        for item in held:
+            users.setdefault(id(item), set()).add(node.name)
     busy = {name for names in users.values() if len(names) > 1 for name in names}
     return {str(n.target) for n in segment.graph.nodes if n.op == "call_module" and n.name in busy}
 

@@ -24,11 +24,13 @@ class PerChannel:
 
     Attributes:
         tensors: (name, dim) of each parameter and buffer that has one entry per channel.
-        zero: Its output is exactly 0 where those parameters are 0.
+        makes_zero: Its output is exactly 0 where those parameters are 0, whatever the input.
+        keeps_zero: Its output is exactly 0 where those parameters and the input are 0.
     """
 
     tensors: tuple[tuple[str, int], ...]
-    zero: bool
+    makes_zero: bool
+    keeps_zero: bool
 
 
 def run(module: nn.Module, x: Tensor) -> Tensor | None:
@@ -103,12 +105,12 @@ def per_channel(module: nn.Module, shape: Sequence[int], dim: int) -> PerChannel
         if name in parameters:
             replace_tensor(masked, name, owned_tensor(masked, name).index_fill(d, dropped, 0.0))
     resize_attributes(smaller, n_channels, len(keep))
-    part, zeroed = run(smaller, x.index_select(dim, keep)), run(masked, x)
-    if part is None or zeroed is None or part.shape != x.index_select(dim, keep).shape:
+    part = run(smaller, x.index_select(dim, keep))
+    if part is None or not _close(part, y.index_select(dim, keep)):
         return None
-    if not torch.allclose(part, y.index_select(dim, keep), rtol=1e-9, atol=1e-12):
-        return None
-    return PerChannel(tuple(tensors), zero=not bool(zeroed.index_select(dim, dropped).any()))
+    zeroed = [run(masked, given) for given in (x, x.index_fill(dim, dropped, 0.0))]
+    makes_zero, keeps_zero = (z is not None and not bool(z.index_select(dim, dropped).any()) for z in zeroed)
+    return PerChannel(tuple(tensors), makes_zero, keeps_zero)
 
 
 def owned_tensor(root: nn.Module, name: str) -> Tensor:

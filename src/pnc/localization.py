@@ -140,12 +140,11 @@ def magnitude_scores(segment: fx.GraphModule, spaces: ChannelSpaces) -> dict[str
         if not s.zeroed or s.user or not s.tensor.endswith("weight"):
             continue
         there = s.units != KEPT
-        weight = owned_tensor(segment, s.tensor).double().cpu().movedim(s.dim, 0).flatten(1) if s.shape else None
-        assert weight is not None
+        weight = owned_tensor(segment, s.tensor).double().cpu().movedim(s.dim, 0).reshape(s.shape[s.dim], -1)
         if len(s.shape) > 1:
             rows.index_add_(0, s.units[there], weight.square().sum(1)[there])
         else:
-            scale.index_add_(0, s.units[there], weight.abs().reshape(-1)[there])
+            scale.index_add_(0, s.units[there], weight.abs().sum(1)[there])
             n_scales.index_add_(0, s.units[there], torch.ones(int(there.sum()), dtype=torch.float64))
     size = rows.sqrt() * torch.where(n_scales > 0, scale / n_scales.clamp(min=1), 1.0)
     for space in spaces.spaces:

@@ -41,6 +41,11 @@ def elementwise(t: Tracker, node: fx.Node) -> Result:
     return Layout(source.ids, source.zero and not bool(out.any()))
 
 
+def conversion(t: Tracker, node: fx.Node) -> Result:
+    """Another type or device, which a second tensor may tell."""
+    return t.of(node.args[0])
+
+
 def total(t: Tracker, node: fx.Node) -> Result:
     """Addition, subtraction, maximum: zero where both operands are."""
     a, b, rank = *_operands(node), len(shape_of(node))
