@@ -105,6 +105,11 @@ def test_example_is_checked(example, found):
         record(zoo.build(zoo.Plain), example)
 
 
+def test_model_is_checked():
+    with pytest.raises(InputError, match="model: expected a torch.nn.Module, got function"):
+        record(lambda x: x, zoo.images(2))
+
+
 @pytest.mark.parametrize("n_images", [1, 2, 3, 7])
 def test_any_number_of_example_images_will_do(n_images):
     network = zoo.build(zoo.Residual)

@@ -499,6 +499,12 @@ class WeightNormalized(Around):
         return self.old(x)
 
 
+@reproduced
+def quantized():
+    """Layers whose weights are no tensors."""
+    return torch.ao.quantization.quantize_dynamic(HiddenLayerHead().eval(), {nn.Linear}, torch.qint8)
+
+
 class Symmetric(nn.Module):
     def forward(self, weight):
         return weight + weight.transpose(0, 1)

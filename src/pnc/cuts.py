@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from pnc.errors import InputError
 from pnc.graph import Recording
-from pnc.segments import costs_before, dominators, needed_for, subgraph
+from pnc.segments import costs_before, dominators, needs_of, subgraph
 from pnc.tracing import info, operation_name
 
 INPUT = "input"
@@ -21,6 +21,7 @@ INPUT = "input"
 LOGITS = "logits"
 """Names the network's output in `extract`."""
 
+_KINDS: dict[int, Literal["map", "tokens", "vector"]] = {2: "vector", 3: "tokens", 4: "map"}
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv_transpose2d")
 
 
@@ -57,9 +58,14 @@ class CutPoint:
         return self.shape[self.channel_dim - 1]
 
     @property
+    def size(self) -> int:
+        """Number of elements for one image."""
+        return math.prod(self.shape)
+
+    @property
     def is_pooled(self) -> bool:
         """Whether there is one position only, so that it is as good as a vector."""
-        return math.prod(self.shape) == self.n_channels
+        return self.size == self.n_channels
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +73,8 @@ class Head:
     """What turns features into logits.
 
     Attributes:
-        features: Input of the last linear layer. A vector, or a map or tokens where the head pools afterwards; where
-            several last layers read different parts of one tensor (distilled ViTs), that tensor.
+        features: Input of the last linear layer. A vector, or a map or tokens where the head pools afterwards; see
+            `find_head` for heads of several layers.
         module: Qualified name of that layer; None where there are several or it is no module.
         n_features: Size of the features' channel dimension.
         weight: (K, n_features); None unless logits = mean of the features over their positions @ weight.T + bias.
@@ -88,31 +94,31 @@ class Head:
 def cut_points(recording: Recording) -> tuple[CutPoint, ...]:
     """Every cut point of a recorded network, from its input on.
 
-    Only tensors with the batch in front and 2 to 4 dimensions count.
+    Only tensors with the batch in front and 2 to 4 dimensions count, those with 4 only in the proportions of the
+    image (attention scores, for example, are no map).
     """
-    graph = recording.module.graph
-    nodes = [n for n in dominators(graph) if len(info(n).shape or ()) in (2, 3, 4)]
-    channel_dims, prefix_tokens, costs = _channel_dims(recording), _prefix_tokens(graph), costs_before(nodes)
-    kinds: dict[int, Literal["map", "tokens", "vector"]] = {2: "vector", 3: "tokens", 4: "map"}
-    found = []
-    for index, node in enumerate(nodes):
-        shape = info(node).shape
-        assert shape is not None
-        kind = kinds[len(shape)]
+    nodes = dominators(recording.module.graph)
+    channel_dims, prefix_tokens = _channel_dims(recording), _prefix_tokens(recording.module.graph)
+    found: list[CutPoint] = []
+    for node, costs in zip(nodes, costs_before(nodes), strict=True):
+        shape = info(node).shape or ()
+        kind = _KINDS.get(len(shape))
+        channel_dim = channel_dims.get(node, 2 if kind == "tokens" else 1)
+        if kind is None or (kind == "map" and not _is_map(shape, channel_dim, recording.input_shape)):
+            continue
+        n_prefix_tokens = prefix_tokens.get(node, 0) if kind == "tokens" else 0
+        name = INPUT if node.op == "placeholder" else node.name
         found.append(
-            CutPoint(
-                name=INPUT if node.op == "placeholder" else node.name,
-                index=index,
-                scope=info(node).scope,
-                kind=kind,
-                shape=shape[1:],
-                channel_dim=channel_dims.get(node, 2 if kind == "tokens" else 1),
-                n_prefix_tokens=prefix_tokens.get(node, 0) if kind == "tokens" else 0,
-                n_macs=costs[index][0],
-                n_params=costs[index][1],
-            )
+            CutPoint(name, len(found), info(node).scope, kind, shape[1:], channel_dim, n_prefix_tokens, *costs)
         )
     return tuple(found)
+
+
+def _is_map(shape: Sequence[int], channel_dim: int, input_shape: Sequence[int]) -> bool:
+    """Whether height and width were shrunk alike, to within rounding."""
+    height, width = (size for dim, size in enumerate(shape) if dim not in (0, channel_dim))
+    ratio = (input_shape[1] / height) / (input_shape[2] / width)
+    return 2 / 3 <= ratio <= 3 / 2
 
 
 def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...]:
@@ -138,11 +144,16 @@ def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...
 
 
 def _chain_ends(chain: Sequence[CutPoint], is_last: bool) -> list[CutPoint]:
-    """The cuts to keep of those with the same cost; `is_last`: the head's features belong to them as well."""
-    spatial = [cut for cut in chain if not cut.is_pooled][-1:]
+    """The cuts to keep of those with the same cost; `is_last`: the head's features belong to them as well.
+
+    A map is preferred to the same values as tokens or as one long vector: it knows which positions are neighbours.
+    """
+    spatial = [cut for cut in chain if not cut.is_pooled]
     pooled = [cut for cut in chain if cut.is_pooled and not is_last][-1:]
-    only_flattened = spatial and pooled and math.prod(spatial[0].shape) == math.prod(pooled[0].shape)
-    return spatial if only_flattened else [*spatial, *pooled]
+    if not spatial:
+        return pooled
+    last = next((cut for cut in reversed(spatial) if cut.kind == "map" and cut.size == spatial[-1].size), spatial[-1])
+    return [last] if pooled and pooled[0].size == last.size else [last, *pooled]
 
 
 def _spread(cuts: Sequence[CutPoint], limit: int) -> tuple[CutPoint, ...]:
@@ -213,35 +224,39 @@ def _prefix_tokens(graph: fx.Graph) -> dict[fx.Node, int]:
     counts: dict[fx.Node, int] = {}
     for node in graph.nodes:
         shape = info(node).shape
-        if shape is None or len(shape) != 3 or not info(node).from_input:
+        if shape is None or len(shape) != 3:
             continue
-        name = operation_name(node.target)
-        if name in ("cat", "concat", "concatenate") and isinstance(node.args[0], (tuple, list)):
-            counts[node] = _leading_tokens(node.args[0], counts)
-            continue
-        same = [n for n in node.all_input_nodes if (info(n).shape or ())[1:2] == shape[1:2]]
-        counts[node] = max((counts.get(n, 0) for n in same), default=0)
-        if name in ("getitem", "__getitem__") and isinstance(source := node.args[0], fx.Node) and source in counts:
-            dropped = (info(source).shape or (0, 0))[1] - shape[1]
-            counts[node] = max(0, counts[source] - dropped) if _skips_in_front(node.args[1], dropped) else 0
+        name, first = operation_name(node.target), node.args[0] if node.args else None
+        if not info(node).from_input:
+            counts[node] = shape[1]  # class tokens, in case they are put in front of others
+        elif name in ("cat", "concat", "concatenate") and isinstance(first, (tuple, list)):
+            counts[node] = _leading_tokens(first, counts)
+        elif name in ("getitem", "__getitem__") and isinstance(first, fx.Node):
+            counts[node] = _sliced_tokens(node.args[1], counts.get(first, 0), (info(first).shape or (0, 0))[1])
+        else:
+            same = [n for n in node.all_input_nodes if info(n).from_input and (info(n).shape or ())[1:2] == shape[1:2]]
+            counts[node] = max((counts.get(n, 0) for n in same), default=0)
     return counts
 
 
 def _leading_tokens(parts: Sequence[object], counts: dict[fx.Node, int]) -> int:
+    """Prefix tokens of concatenated parts: those of the first, and of the next where the first has no others."""
     total = 0
     for part in parts:
-        if not isinstance(part, fx.Node) or (shape := info(part).shape) is None or len(shape) != 3:
-            return total
-        if info(part).from_input:
-            return total + counts.get(part, 0)
-        total += shape[1]
+        if not isinstance(part, fx.Node) or part not in counts:
+            break
+        total += counts[part]
+        if counts[part] < (info(part).shape or (0, 0))[1]:
+            break
     return total
 
 
-def _skips_in_front(index: object, n_dropped: int) -> bool:
-    """Whether an index expression only leaves out the first `n_dropped` tokens."""
-    second = index[1] if isinstance(index, (tuple, list)) and len(index) > 1 else None
-    return isinstance(second, slice) and second.start == n_dropped and second.stop is None
+def _sliced_tokens(index: object, count: int, n_tokens: int) -> int:
+    """How many of the first `count` of `n_tokens` tokens an index expression keeps in front."""
+    tokens = index[1] if isinstance(index, (tuple, list)) and len(index) > 1 else slice(None)
+    if not isinstance(tokens, slice) or not all(isinstance(n, int | None) for n in (tokens.start, tokens.stop)):
+        return 0
+    return len(range(n_tokens)[tokens.start : tokens.stop][: max(0, count - (tokens.start or 0))])
 
 
 # ----------------------------------------------------------------------------------------------------------------- head
@@ -250,43 +265,51 @@ def _skips_in_front(index: object, n_dropped: int) -> bool:
 def find_head(recording: Recording) -> Head:
     """The layer that makes the logits, and the features that it reads.
 
-    Walks from the logits back to the last operations that multiply and add. If it is one, its input are the
-    features; if there are several (distilled ViTs average two), or if it mixes several tensors, the features are the
-    deepest cut point, provided that what follows it is not the whole network.
+    Walks from the logits back to the last operations that multiply and add. If that is one layer, its input are the
+    features. If there are several (a distilled ViT averages two heads), the features are the deepest cut point with
+    no such operation between it and them. Where there is none either (heads on several branches or stages), the
+    logits stand in for the features.
 
     Raises:
-        InputError: no such layer, or no cut point in front of it; the message lists the last cut points.
+        InputError: no operation of the network multiplies and adds; the message lists the deepest cut points.
     """
     cuts = cut_points(recording)
-    layers = _last_layers(recording.output)
-    inputs = {n.name for layer in layers for n in layer.all_input_nodes if info(n).from_input}
-    common = set.intersection(
-        *({n.name for n in needed_for([layer])} - {layer.name} for layer in layers or [recording.output])
-    )
-    found = [cut for cut in cuts[1:] if cut.name in (inputs if len(inputs) == 1 else common)]
-    if not layers or not found:
+    layers = _last_layers(recording)
+    if not layers:
         raise InputError(
             "model: no classifier head found, that is, no linear layer whose output becomes the logits; the deepest "
             f"cut points are {', '.join(cut.name for cut in cuts[-5:])}"
         )
-    features = found[-1]
+    read = {n.name for layer in layers for n in layer.all_input_nodes if info(n).from_input}
+    n_macs, n_params = costs_before([recording.output])[0]
+    n_macs_of_features = n_macs - sum(info(layer).n_macs for layer in layers)
+    found = [cut for cut in cuts[1:] if len(read) == 1 and cut.name in read]
+    found = found or [cut for cut in cuts[1:] if cut.n_macs == n_macs_of_features]
+    if not found:
+        logits = recording.output.name, len(cuts), info(recording.output).scope
+        return _head(recording, CutPoint(*logits, "vector", (recording.n_classes,), 1, 0, n_macs, n_params), None)
     module = str(layers[0].target) if len(layers) == 1 and layers[0].op == "call_module" else None
-    weight, bias = _affine_map(recording, features, module)
-    return Head(features, module, features.n_channels, weight, bias)
+    return _head(recording, found[-1], module)
 
 
-def _last_layers(output: fx.Node) -> list[fx.Node]:
+def _head(recording: Recording, features: CutPoint, module: str | None) -> Head:
+    return Head(features, module, features.n_channels, *_affine_map(recording, features, module))
+
+
+def _last_layers(recording: Recording) -> list[fx.Node]:
     """The operations with multiply-accumulates that reach the output through none other."""
-    found, seen, todo = [], set(), [output]
+    needs = needs_of(recording.module.graph)
+    found: list[fx.Node] = []
+    seen: set[fx.Node] = set()
+    todo = [recording.output]
     while todo:
         node = todo.pop()
-        if node in seen or not info(node).from_input:
-            continue
-        seen.add(node)
-        if info(node).n_macs:
-            found.append(node)
-        else:
-            todo.extend(node.all_input_nodes)
+        if node not in seen and info(node).from_input:
+            seen.add(node)
+            if info(node).n_macs:
+                found.append(node)
+            else:
+                todo.extend(needs[node])
     return found
 
 

@@ -114,13 +114,15 @@ def _unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
-        elif "_orig_mod" in model._modules:  # what torch.compile returns
+        elif "_orig_mod" in getattr(model, "_modules", ()):  # what torch.compile returns
             model = model.get_submodule("_orig_mod")
         else:
             return model
 
 
 def _check(network: nn.Module, example: Tensor) -> None:
+    if not isinstance(network, nn.Module):
+        raise InputError(f"model: expected a torch.nn.Module, got {type(network).__name__}")
     if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point() or not len(example):
         what = f"{tuple(example.shape)} {example.dtype}" if isinstance(example, Tensor) else type(example).__name__
         raise InputError(f"example: expected a floating-point batch of images (B, C, H, W) with B >= 1, got {what}")
@@ -139,36 +141,41 @@ class _State:
     """Everything of a network that its forward could change, with the values, to be put back."""
 
     def __init__(self, network: nn.Module) -> None:
-        self._attributes = {module: dict(module.__dict__) for module in network.modules()}
-        self._containers = [
-            (value, copy.copy(value))
-            for attributes in self._attributes.values()
-            for value in attributes.values()
-            if isinstance(value, (dict, list, set))
-        ]
+        attributes = [module.__dict__ for module in network.modules()]
+        inside = [value for part in attributes for value in part.values() if isinstance(value, (dict, list, set))]
+        self._containers = [(container, copy.copy(container)) for container in [*attributes, *inside]]
         tensors = [*network.named_parameters(), *network.named_buffers()]
         self._tensors = [(name, tensor, tensor.detach().clone()) for name, tensor in tensors]
 
     def restore(self) -> list[str]:
-        """Put everything back; return the names of the tensors whose values had changed."""
-        for module, attributes in self._attributes.items():
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+        """Put back what differs, and touch nothing else; return the names of the tensors whose values had changed."""
         for container, content in self._containers:
-            container.clear()
-            if isinstance(container, list):
-                container.extend(content)
-            else:
-                container.update(content)
-        changed = [
-            (name, tensor, saved)
-            for name, tensor, saved in self._tensors
-            if not (torch.equal(tensor, saved) or same_bits(tensor, saved))  # the first is faster, the second knows NaN
-        ]
-        with torch.no_grad():
-            for _, tensor, saved in changed:
-                tensor.copy_(saved)
-        return [name for name, _, _ in changed]
+            _put_back(container, content)
+        changed = []
+        for name, tensor, saved in self._tensors:
+            if not torch.equal(tensor, saved) and not same_bits(
+                tensor, saved
+            ):  # the first is fast, the second knows NaN
+                changed.append(name)
+                with torch.no_grad():
+                    tensor.copy_(saved)
+        return changed
+
+
+def _put_back(container: Any, content: Any) -> None:
+    """Give a dictionary, list or set its former content; entries that are the same objects are left alone."""
+    if isinstance(container, dict):
+        for key in [key for key in container if key not in content]:
+            del container[key]
+        for key, value in content.items():
+            if key not in container or container[key] is not value:
+                container[key] = value
+    elif isinstance(container, list):
+        if [id(value) for value in container] != [id(value) for value in content]:
+            container[:] = content
+    else:
+        container &= content
+        container |= content
 
 
 @contextlib.contextmanager
@@ -177,7 +184,8 @@ def _in_eval_mode(network: nn.Module) -> Iterator[_State]:
     state = _State(network)
     try:
         for module in network.modules():
-            module.training = False
+            if module.training:
+                module.training = False
         yield state
     finally:
         state.restore()

@@ -10,15 +10,15 @@ from pnc.merging import eval_module
 from pnc.tracing import BATCH_SIZES, NodeInfo, info
 
 
-def _needs(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node those whose data it needs: its arguments, and the last writers of what it reads."""
+def needs_of(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node those whose data it needs: its arguments, and what has written to them since they were made."""
     names = {node.name: node for node in graph.nodes}
     return {n: [*n.all_input_nodes, *(names[name] for name in info(n).after)] for n in graph.nodes}
 
 
 def needed_for(outputs: Sequence[fx.Node], start: fx.Node | None = None) -> set[fx.Node]:
     """Every node that the outputs need, themselves included, as far as `start` (excluded) does not stand for it."""
-    needs = _needs(outputs[0].graph)
+    needs = needs_of(outputs[0].graph)
     found: set[fx.Node] = set()
     todo = list(outputs)
     while todo:
@@ -34,7 +34,9 @@ def dominators(graph: fx.Graph) -> list[fx.Node]:
 
     Each holds one floating-point tensor with the batch in front. The output's own tensor is not among them.
     """
-    needs = {n: [d for d in before if info(d).from_input] for n, before in _needs(graph).items() if info(n).from_input}
+    needs = {
+        n: [d for d in before if info(d).from_input] for n, before in needs_of(graph).items() if info(n).from_input
+    }
     order = list(needs)
     position = {node: i for i, node in enumerate(order)}
     last_use = list(range(len(order)))
@@ -58,7 +60,7 @@ def _is_batch(facts: NodeInfo) -> bool:
 
 def costs_before(cuts: Sequence[fx.Node]) -> list[tuple[int, int]]:
     """(n_macs, n_params) of the part up to each of some dominators, given in their order; MACs are per sample."""
-    needs = _needs(cuts[0].graph)
+    needs = needs_of(cuts[0].graph)
     found: set[fx.Node] = set()
     n_macs, n_params, costs = 0, 0, []
     for cut in cuts:

@@ -175,7 +175,7 @@ def is_leaf(module: nn.Module) -> bool:
     if isinstance(module, _CONTAINERS):
         return False
     layer_type = parametrize.type_before_parametrizations(module)
-    if layer_type.__module__.startswith("torch.nn.") or isinstance(module, _NormBase):
+    if layer_type.__module__.startswith(("torch.nn.", "torch.ao.nn.")) or isinstance(module, _NormBase):
         return True
     return all(name == "parametrizations" for name, _ in module.named_children())
 
