@@ -219,6 +219,31 @@ def test_maps_with_the_channels_last():
     assert (cuts["add"].channel_dim, cuts["permute_1"].channel_dim) == (3, 1)
 
 
+class PermutingModule(zoo.ChannelsLastMaps):
+    """As many channels as rows, so that shapes alone do not tell."""
+
+    class Permute(nn.Module):
+        def __init__(self, *dims):
+            super().__init__()
+            self.dims = dims
+
+        def forward(self, x):
+            return x.permute(self.dims)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.last, self.first = zoo.stem(8), self.Permute(0, 2, 3, 1), self.Permute(0, -1, 1, 2)
+        self.conv, self.tail = nn.Conv2d(8, 8, 3, padding=1), zoo.tail(8)
+
+    def middle(self, x):
+        return self.first(self.last(x).relu())
+
+
+def test_channels_are_followed_through_modules_that_permute():
+    cuts = named(recording_of(PermutingModule))
+    assert [cuts[name].channel_dim for name in ("stem_2", "last", "relu", "first", "conv")] == [1, 3, 3, 1, 1]
+
+
 def test_windows_in_front_of_which_the_batch_is_folded_are_no_cut_points():
     cuts = named(recording_of(zoo.Windows))
     assert list(cuts) == [INPUT, "stem_0", "stem_1", "stem_2", "permute", "reshape_2", "conv", "tail_0", "tail_1"]

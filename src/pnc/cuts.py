@@ -171,16 +171,19 @@ def _spread(cuts: Sequence[CutPoint], limit: int) -> tuple[CutPoint, ...]:
 
 def _channel_dims(recording: Recording) -> dict[fx.Node, int]:
     """Where each tensor has its channels, followed from the layers that define it; unknown ones are left out."""
-    dims: dict[fx.Node, int] = {}
-    nodes = [n for n in recording.module.graph.nodes if info(n).from_input and info(n).shape is not None]
+    module = recording.module
+    nodes = [n for n in module.graph.nodes if info(n).from_input and info(n).shape is not None]
+    dims = {recording.input: 1}
     for node in nodes:
-        found = [1 if node.op == "placeholder" else _defined_channel_dim(recording.module, node)]
-        found += [_carried(node, source, dims) for source in node.all_input_nodes]
-        dims.update((node, dim) for dim in found[::-1] if dim is not None)
-    for node in reversed(nodes):  # what no layer before it has defined, the layer that reads it may
-        if node not in dims:
-            found = [_defined_channel_dim(recording.module, user) for user in node.users]
-            dims.update((node, dim) for dim in found[::-1] if dim is not None)
+        defined = _defined_channel_dim(module, node)
+        carried = (_carried(module, node, source, dims) for source in node.all_input_nodes)
+        dim = defined if defined is not None else next((d for d in carried if d is not None), None)
+        if dim is not None:
+            dims[node] = dim
+    for node in reversed(nodes):  # what no layer before it has defined, a layer that reads it may
+        read_by = [d for user in node.users if (d := _defined_channel_dim(module, user)) is not None]
+        if node not in dims and read_by:
+            dims[node] = read_by[0]
     return dims
 
 
@@ -193,14 +196,16 @@ def _defined_channel_dim(module: fx.GraphModule, node: fx.Node) -> int | None:
     return 1 if isinstance(layer, _ConvNd) or name in _CONVOLUTIONS else None
 
 
-def _carried(node: fx.Node, source: fx.Node, dims: dict[fx.Node, int]) -> int | None:
+def _carried(module: fx.GraphModule, node: fx.Node, source: fx.Node, dims: dict[fx.Node, int]) -> int | None:
     """The channel dimension of a node's result, given that of one of its arguments."""
     shape, before = info(node).shape, info(source).shape
     dim = dims.get(source)
     if shape is None or before is None or dim is None:
         return None
     name, numbers = operation_name(node.target), _numbers(node.args[1:]) or _numbers(tuple(node.kwargs.values()))
-    if len(numbers) == len(shape) and name == "permute":
+    if node.op == "call_module":  # torchvision's Permute is a module with the order in `dims`
+        numbers = _numbers(getattr(module.get_submodule(name), "dims", None))
+    if len(numbers) == len(shape) and (name == "permute" or node.op == "call_module"):
         return [number % len(shape) for number in numbers].index(dim)
     if len(numbers) == 2 and name in ("transpose", "swapaxes", "swapdims"):
         a, b = (number % len(shape) for number in numbers)
