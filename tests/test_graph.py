@@ -279,6 +279,12 @@ def test_views_become_reshapes_unless_something_is_written_through_them():
     assert "view" in targets
 
 
+def test_leaf_that_hands_its_argument_on_keeps_its_place():
+    recording = record(zoo.build(zoo.DropoutBesideShortcut), zoo.images(2))
+    nodes = {node.name: node for node in recording.module.graph.nodes}
+    assert nodes["drop"].all_input_nodes == nodes["add"].all_input_nodes[:1] == [nodes["stem_2"]]
+
+
 def test_node_names_are_the_same_in_every_recording():
     first, second = (record(zoo.build(zoo.VisionTransformer), zoo.images(n, seed=n)) for n in (1, 3))
     assert [n.name for n in first.module.graph.nodes] == [n.name for n in second.module.graph.nodes]

@@ -4,6 +4,7 @@
 Both map a name to something that builds a network; weights are random, so build them under a fixed seed (`build`).
 """
 
+import enum
 import math
 import warnings
 from collections.abc import Callable
@@ -624,6 +625,18 @@ class TrainMode(Around):
 
 
 @reproduced
+class DropoutBesideShortcut(Around):
+    """In eval mode dropout returns the very tensor that it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def middle(self, x):
+        return x + self.drop(x) * 2
+
+
+@reproduced
 class OverriddenTrain(Around):
     """A network whose own train() does more than to set flags."""
 
@@ -716,6 +729,18 @@ class GradientModes(Around):
         with torch.enable_grad():
             x = x.exp()
         return x.detach()
+
+
+class Mode(enum.StrEnum):
+    NEAREST = "nearest"
+
+
+@reproduced
+class OddNumbers(Around):
+    def middle(self, x):
+        x = F.interpolate(x, scale_factor=np.float64(2), mode=Mode.NEAREST)[:, :, ::2, ::2]
+        x = x.masked_fill(x < -math.inf, math.nan).clamp(-math.inf, float("inf"))
+        return torch.nan_to_num(x / x.new_tensor(1e-45), posinf=2.0).sign() + x
 
 
 @reproduced

@@ -6,6 +6,7 @@ reads do not: they are plain integers by then, and the ones that follow the batc
 """
 
 import dataclasses
+import enum
 import operator
 import threading
 import weakref
@@ -355,6 +356,13 @@ class Recorder(TorchFunctionMode):
                     raise RecordingError(f"{where} takes an argument that a graph cannot hold: {_strange_types(noted)}")
                 return out  # such as torch.tensor(numpy array): a constant, if anything uses it
             self._check_context(inputs, where)
+            if (
+                kind == "call_module"
+                and isinstance(out, Tensor)
+                and any(out is tensor for tensor in inputs)
+                and not written
+            ):
+                out = out.view_as(out)  # dropout hands its argument on: another object tells before from after
             refs: tuple[Any, Any] = self._ref(noted)
             op = Op(kind, target, refs[0], refs[1], self._scopes[-1], reads, self._numbers(written, where))
             self._append(dataclasses.replace(op, flops=self._kernels.flops - flops), out)
@@ -414,6 +422,8 @@ class Recorder(TorchFunctionMode):
             return self._tensor_ref(value)
         if isinstance(value, np.generic):
             return value.item()
+        if isinstance(value, enum.Enum):  # one that is a string or a number as well
+            return value.value
         if isinstance(value, slice):
             return slice(self._ref(value.start), self._ref(value.stop), self._ref(value.step))
         if isinstance(value, dict):
