@@ -1,15 +1,13 @@
 import numpy as np
-import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from pnc.heads import (
     SHRINKAGES,
     HeadSamples,
-    OneClassHead,
     choose_shrinkage,
     fit_discriminant,
-    fit_one_class,
+    source_head,
 )
 
 N_BASE, N_NEW = 3, 2
@@ -99,42 +97,10 @@ def test_cross_validation_is_the_same_for_the_same_seed_only():
     assert not torch.equal(same[0], choose_shrinkage(samples, 5, 1)[1])
 
 
-def test_the_one_class_score_is_a_gaussian_log_density():
-    samples = draw(base=False)
-    head = fit_one_class(samples, torch.randn(N_NEW, 5), torch.zeros(N_NEW), shrinkage=0.3)
-    features, labels = samples.target_features.double(), samples.labels - N_BASE
-    means = torch.stack([features[labels == k].mean(0) for k in range(N_NEW)])
-    centred = features - means[labels]
-    scale = centred.square().mean(0).sqrt()
-    correlation = (centred / scale).T @ (centred / scale) / len(features)
-    covariance = torch.diag(scale) @ (0.7 * correlation + 0.3 * torch.eye(6, dtype=torch.float64)) @ torch.diag(scale)
-    densities = [torch.distributions.MultivariateNormal(mean, covariance).log_prob(features) for mean in means]
-    constant = torch.distributions.MultivariateNormal(means[0], covariance).log_prob(means[0])
-    expected = torch.stack(densities, 1).logsumexp(1) - constant
-    torch.testing.assert_close(head.fit_score(samples.target_features).double(), expected, atol=1e-3, rtol=1e-4)  # float32
-
-
-def test_without_base_samples_the_head_is_the_ensemble_less_what_does_not_fit():
+def test_without_base_samples_the_head_is_the_sources_own():
     samples = draw(base=False)
     weight, bias = torch.randn(N_NEW, 5), torch.randn(N_NEW)
-    head = fit_one_class(samples, weight, bias)
-    near, far = samples.target_features[:1], samples.target_features[:1] + 50
-    clone_features, base_logits = samples.clone_features[:1], samples.base_logits[:1]
-    ensemble = clone_features @ weight.T + bias
-    # The correction is one number per sample: it cannot reorder the new classes.
-    shift = head(near, clone_features, base_logits) - ensemble
-    torch.testing.assert_close(shift, shift[:, :1].expand_as(shift), atol=1e-5, rtol=1e-5)  # float32 sums
-    assert (head(far, clone_features, base_logits) < head(near, clone_features, base_logits)).all()
-    fits = head.fit_score(samples.target_features) >= head.offset
-    assert fits.float().mean() == pytest.approx(0.8, abs=0.02)  # one support sample in five lies below the offset
-
-
-def test_the_low_rank_score_ignores_only_the_smallest_directions():
-    samples = draw(n_target=12, base=False)
-    full = fit_one_class(samples, torch.zeros(N_NEW, 5), torch.zeros(N_NEW))
-    low = fit_one_class(samples, torch.zeros(N_NEW, 5), torch.zeros(N_NEW), max_rank=3)
-    assert isinstance(low, OneClassHead)
-    assert low.whitening.shape == (3, 12)
-    assert full.whitening.shape == (12, 12)
-    # Dropping directions makes the density narrower in them: scores can only fall.
-    assert (low.fit_score(samples.target_features) <= full.fit_score(samples.target_features) + 1e-4).all()
+    head = source_head(weight, bias)
+    new = head(samples.target_features, samples.clone_features, samples.base_logits)
+    assert torch.equal(new, torch.nn.functional.linear(samples.clone_features, weight, bias))
+    assert head(samples.target_features, samples.clone_features, samples.base_logits.half()).dtype == torch.half

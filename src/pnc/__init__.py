@@ -1,1 +1,52 @@
-"""Partial network cloning: move classes between trained PyTorch classifiers without changing a bit of them."""
+"""Partial network cloning: give a trained PyTorch classifier classes of another one, without changing a bit of it.
+
+clone = pnc.clone(source, target, support, source_classes=[...], base_classes=[...])
+net = pnc.attach(target, clone)         # logits: the target's own, then the clone's
+pnc.save(clone, "clone.safetensors")    # kilobytes
+net.detach(clone.name)                  # and the target is alone again, bit for bit
+"""
+
+from pnc.checkpoint import inspect, load, save
+from pnc.cloning import Clone, clone, fit
+from pnc.composite import Composite, attach
+from pnc.data import ImageSet, Support, draw_support
+from pnc.errors import (
+    ClassNameError,
+    FileFormatError,
+    InputError,
+    MismatchError,
+    PNCError,
+    RecordingError,
+)
+from pnc.models import LoadedModel, load_model
+from pnc.positions import Position, Scan, scan
+from pnc.readers import load_data
+from pnc.task import CloneTask, prepare_task
+
+__all__ = [
+    "ClassNameError",
+    "Clone",
+    "CloneTask",
+    "Composite",
+    "FileFormatError",
+    "ImageSet",
+    "InputError",
+    "LoadedModel",
+    "MismatchError",
+    "PNCError",
+    "Position",
+    "RecordingError",
+    "Scan",
+    "Support",
+    "attach",
+    "clone",
+    "draw_support",
+    "fit",
+    "inspect",
+    "load",
+    "load_data",
+    "load_model",
+    "prepare_task",
+    "save",
+    "scan",
+]

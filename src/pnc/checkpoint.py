@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from pnc.channels import channel_spaces
 from pnc.cloning import Branch, Clone
-from pnc.compaction import compact
+from pnc.compaction import compact, own_copy
 from pnc.cuts import CutPoint, cut_points, extract, find_head
 from pnc.errors import FileFormatError, MismatchError
 from pnc.files import read_tensors, write_tensors
 from pnc.graph import record
-from pnc.heads import DiscriminantHead, Head, OneClassHead
-from pnc.integrity import Fingerprint, first_difference
+from pnc.heads import DiscriminantHead, Head, SourceHead
+from pnc.integrity import Fingerprint, fingerprint, first_difference
 from pnc.masks import ChannelMasks
-from pnc.stitching import Adapter, Stitched, n_channels
+from pnc.stitching import Adapter, Stitched
 
 FORMAT = "pnc-clone"
 VERSION = 1
@@ -45,7 +45,8 @@ def save(clone: Clone, path: str | Path, kind: Kind = "thin") -> int:
     stitched = clone.branch.stitched
     tensors = {f"adapter.{name}": tensor for name, tensor in stitched.adapter.state_dict().items() if tensor.numel()}
     tensors |= {f"head.{name}": tensor for name, tensor in clone.branch.head.state_dict().items()}
-    tensors |= {f"mask.{name}": packed for name, packed in clone.masks.to_bytes().items()}
+    if clone.masks is not None:
+        tensors["masks"] = torch.frombuffer(bytearray(clone.masks.to_bytes()), dtype=torch.uint8)
     tensors |= {f"body.{name}": tensor for name, tensor in _body_tensors(clone, kind).items()}
     write_tensors(path, tensors, _metadata(clone, kind))
     return Path(path).stat().st_size
@@ -55,13 +56,12 @@ def _body_tensors(clone: Clone, kind: Kind) -> dict[str, Tensor]:
     state = clone.branch.stitched.body.state_dict()
     if kind == "full":
         return dict(state)
-    if not clone.masks.kept:
+    if clone.masks is None:
         return {}
     return {name: tensor for name, tensor in state.items() if name.endswith(_STATISTICS)}  # re-estimated for the masks
 
 
 def _metadata(clone: Clone, kind: Kind) -> dict[str, Any]:
-    head = clone.branch.head
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -75,8 +75,7 @@ def _metadata(clone: Clone, kind: Kind) -> dict[str, Any]:
             "target_features": dataclasses.asdict(clone.target_features),
             "rectify": clone.branch.stitched.adapter.rectify,
         },
-        "masks": {name: len(kept) for name, kept in clone.masks.kept.items()},
-        "head": {"kind": head.kind, "rank": head.whitening.shape[0] if isinstance(head, OneClassHead) else 0},
+        "head": clone.branch.head.kind,
         "source": {**dataclasses.asdict(clone.source), "input_shape": list(clone.source_input_shape)},
         "target": {**dataclasses.asdict(clone.target), "input_shape": list(clone.input_shape)},
         "recipe": dict(clone.recipe),
@@ -116,19 +115,21 @@ def load(path: str | Path, *, source: nn.Module) -> Clone:
         target_cut, source_cut = (_cut(facts["position"][side]) for side in ("target", "source"))
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"the metadata of {path} is damaged: {error!r}") from error
-    if facts["kind"] == "thin" and (difference := first_difference(source, expected)) is not None:
+    difference = first_difference(source, expected)
+    if difference is not None and (facts["kind"] == "thin" or fingerprint(source).structure != expected.structure):
         raise MismatchError(
             f"{path} was made from another source: {difference}; load it with the source it was made from"
         )
     body, masks, features = _body(path, source, shape, source_cut, facts, tensors)
     try:
         adapter = Adapter(target_cut, source_cut, rectify=bool(facts["position"]["rectify"]))
+        _fill(adapter, "adapter.", tensors)
         head = _head(facts, tensors)
         return Clone(
             name=str(facts["name"]),
             classes=tuple(map(str, facts["classes"])),
             base_classes=tuple(map(str, facts["base_classes"])),
-            branch=Branch(Stitched(_fill(path, adapter, "adapter.", tensors), body, features), head),
+            branch=Branch(Stitched(adapter, body, features), head),
             masks=masks,
             source=expected,
             target=_fingerprint(facts["target"]),
@@ -164,8 +165,8 @@ def _body(
     cut: CutPoint,
     facts: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-) -> tuple[nn.Module, ChannelMasks, CutPoint]:
-    """Rebuild the source's part: recorded anew, cut, compacted, with the file's own tensors in place of the source's."""
+) -> tuple[nn.Module, ChannelMasks | None, CutPoint]:
+    """Rebuild the source's part: recorded anew, cut, compacted, with the file's own tensors for the source's."""
     parameter = next(source.parameters(), torch.empty(0))
     example = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
     recording = record(source, example.to(parameter.device, parameter.dtype))
@@ -176,16 +177,15 @@ def _body(
         )
     features = find_head(recording).features
     segment = extract(recording, cut, [features])
-    packed = {name.removeprefix("mask."): tensor for name, tensor in tensors.items() if name.startswith("mask.")}
-    try:
-        masks = ChannelMasks.from_bytes(packed, facts["masks"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(f"the masks of {path} are damaged: {error!r}") from error
-    body = compact(segment, channel_spaces(segment), masks)
+    masks = None
+    if "masks" in tensors:
+        spaces = channel_spaces(segment)
+        masks = ChannelMasks.from_bytes(tensors["masks"].numpy().tobytes(), spaces)
+        body = compact(segment, spaces, masks)
+    else:
+        body = own_copy(segment)
     own = {name.removeprefix("body."): tensor for name, tensor in tensors.items() if name.startswith("body.")}
     expected = body.state_dict()
-    if facts["kind"] == "full" and own.keys() != expected.keys():
-        raise MismatchError(f"{path} carries weights of another architecture; load it with a source of the same one")
     for name, tensor in own.items():
         if name not in expected or expected[name].shape != tensor.shape or expected[name].dtype != tensor.dtype:
             raise MismatchError(
@@ -198,17 +198,17 @@ def _body(
 def _head(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
     head: Head
     weight = tensors["head.weight"]
-    if facts["head"]["kind"] == DiscriminantHead.kind:
+    if facts["head"] == DiscriminantHead.kind:
         head = DiscriminantHead(len(facts["base_classes"]), *weight.shape)
-    elif facts["head"]["kind"] == OneClassHead.kind:
-        rank, n_target_features = tensors["head.whitening"].shape
-        head = OneClassHead(weight.shape[0], n_target_features, weight.shape[1], rank)
+    elif facts["head"] == SourceHead.kind:
+        head = SourceHead(*weight.shape)
     else:
-        raise ValueError(f"head kind {facts['head']['kind']!r}")
-    return _fill(head, "head.", tensors)
+        raise ValueError(f"head {facts['head']!r}")
+    _fill(head, "head.", tensors)
+    return head
 
 
-def _fill[M: nn.Module](module: M, prefix: str, tensors: Mapping[str, Tensor]) -> M:
+def _fill(module: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy the tensors under `prefix` into `module`; a tensor that does not fit is a ValueError."""
     for name, buffer in module.state_dict().items():
         if not buffer.numel():
@@ -217,7 +217,6 @@ def _fill[M: nn.Module](module: M, prefix: str, tensors: Mapping[str, Tensor]) -
         if tensor.shape != buffer.shape or tensor.dtype != buffer.dtype:
             raise ValueError(f"{prefix}{name}: {tensor.dtype} {tuple(tensor.shape)}, expected {tuple(buffer.shape)}")
         buffer.copy_(tensor)
-    return module
 
 
 def _cut(facts: Mapping[str, Any]) -> CutPoint:

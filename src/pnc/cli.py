@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from pnc import checkpoint, cloning, composite, demo as demonstration, pretraining
+from pnc import checkpoint, cloning, composite, pretraining
+from pnc import demo as demonstration
 from pnc.bench import main_job
-from pnc.cuts import cut_points, find_head
+from pnc.cuts import cut_points
 from pnc.data import ImageSet, class_subset, draw_support, images_as_float, parse_classes, relabel
 from pnc.errors import InputError, PNCError
 from pnc.files import write_file
@@ -274,8 +275,8 @@ def cuts(
             "scope": cut.scope,
             "kind": cut.kind,
             "shape": list(cut.shape),
-            "macs_share": cut.n_macs / recording.n_macs,
-            "params_share": cut.n_params / recording.n_params,
+            "macs_share": cut.n_macs / network.n_macs,
+            "params_share": cut.n_params / network.n_params,
         }
         for cut in cut_points(recording)
     ]
@@ -311,8 +312,8 @@ def print_job(facts: Mapping[str, Any]) -> None:
     console.print(table)
     made, verified = facts["clone"], facts["verified"]
     console.print(
-        f"The clone: {made['file_bytes']:,} bytes, entering the target at {made['position']['target_cut']!r} and the source "
-        f"at {made['position']['source_cut']!r}; it adds {made['added_macs_share']:.0%} of the source's MACs."
+        f"Clone: {made['file_bytes']:,} bytes, from {made['position']['target_cut']!r} of the target to "
+        f"{made['position']['source_cut']!r} of the source; adds {made['added_macs_share']:.0%} of its MACs."
     )
     promises = {
         "base_logits_equal": "with the clone attached, the target's own logits are the same bits",
@@ -328,7 +329,8 @@ class _Bar:
     """One progress line at a time, named after what is being done."""
 
     def __init__(self, progress: Progress) -> None:
-        self._progress, self._what, self._id = progress, "", None
+        self._progress, self._what = progress, ""
+        self._id: TaskID | None = None
 
     def step(self, what: str, done: int, total: int) -> None:
         if what != self._what or self._id is None:

@@ -1,21 +1,21 @@
 """The whole job: two networks and a few labelled images in, a clone out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from pnc.channels import channel_spaces
-from pnc.compaction import compact
-from pnc.cuts import CutPoint
+from pnc.compaction import compact, own_copy
+from pnc.cuts import CutPoint, extract
 from pnc.errors import InputError
-from pnc.heads import DiscriminantHead, Head, choose_shrinkage, fit_discriminant, fit_one_class
+from pnc.heads import Head, HeadSamples, choose_shrinkage, fit_discriminant, source_head
 from pnc.integrity import Fingerprint, fingerprint
 from pnc.localization import Method, localize, reestimate_statistics
 from pnc.masks import ChannelMasks
-from pnc.positions import N_FOLDS, Position, Progress, Scan, run_stitched, scan, source_body
+from pnc.positions import N_FOLDS, Position, Progress, run_stitched, scan, source_body, source_classifier
 from pnc.stitching import Adapter, Stitched
 from pnc.task import CloneTask, prepare_task
 
@@ -36,7 +36,8 @@ class Branch(nn.Module):
             target_features: Its penultimate features, (B, D_t).
             base_logits: Its logits, (B, K_base).
         """
-        return self.head(target_features, self.stitched(tensor), base_logits)
+        logits: Tensor = self.head(target_features, self.stitched(tensor), base_logits)
+        return logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class Clone:
         classes: The new classes, in the order of its logits.
         base_classes: The classes of the target that it was made for.
         branch: The inserted module; holds its own copies of all weights.
-        masks: Which channels of the source's part were kept.
+        masks: Which channels of the source's part were kept; None for all.
         source: Fingerprint of the source.
         target: Fingerprint of the target.
         input_shape: Of the target's images, (C, H, W).
@@ -61,7 +62,7 @@ class Clone:
     classes: tuple[str, ...]
     base_classes: tuple[str, ...]
     branch: Branch
-    masks: ChannelMasks
+    masks: ChannelMasks | None
     source: Fingerprint
     target: Fingerprint
     input_shape: tuple[int, ...]
@@ -170,25 +171,24 @@ def fit(
         name: As in `clone`.
         progress: As in `clone`.
     """
-    body = source_body(task, position.source_cut)
-    masks = ChannelMasks({})
-    spaces = channel_spaces(body)
-    if density < 1 and spaces.spaces:
-        generator = torch.Generator().manual_seed(task.seed)
+    body, masks = source_body(task, position.source_cut), None
+    if density < 1 and (spaces := channel_spaces(body)).spaces:
         inputs = torch.cat(list(_adapted(task, adapter)))
-        masks = localize(body, inputs, spaces, density=density, method=method, generator=generator)
-    own_body = compact(body, spaces, masks)
-    if masks.kept:
-        reestimate_statistics(own_body, _adapted(task, adapter))
-    stitched = Stitched(adapter, own_body, task.source.head.features)
+        generator = torch.Generator().manual_seed(task.seed)
+        masks = localize(body, spaces, inputs, density, method=method, generator=generator)
+        part = compact(body, spaces, masks)
+        reestimate_statistics(part, _adapted(task, adapter))
+    else:
+        part = own_copy(body)
+    stitched = Stitched(adapter, part, task.source.head.features)
     (samples,) = run_stitched(task, [stitched], progress)
     head, shrinkage = _fit_head(task, samples)
     recipe = {
         "adapter_error": position.adapter_error,
-        "density": density,
+        "density": 1.0 if masks is None else masks.density,
         "flip": bool(len(task.samples.groups) > int(task.samples.groups.max()) + 1),
         "macs_share": position.macs_share,
-        "method": method if masks.kept else None,
+        "method": None if masks is None else method,
         "n_base_samples": _n_images(task, base=True),
         "n_new_samples": _n_images(task, base=False),
         "score": position.score,
@@ -214,17 +214,15 @@ def fit(
 def _adapted(task: CloneTask, adapter: Adapter) -> Iterator[Tensor]:
     """The support, batch by batch, as the source's part sees it behind the adapter."""
     prefix = extract(task.target.recording, None, [adapter.target_cut])
-    with evaluating(task.target.model):
-        for images in task.samples.images.split(task.batch_size):
-            yield adapter(prefix(images.to(device_of(task.target.model))))
+    for images in task.samples.images.split(task.batch_size):
+        with torch.no_grad():
+            yield adapter(prefix(images.to(task.target.device)))
 
 
-def _fit_head(task: CloneTask, samples: HeadSamples) -> tuple[Head, float]:
-    """Fit the head that the support allows; also give the shrinkage that it took."""
+def _fit_head(task: CloneTask, samples: HeadSamples) -> tuple[Head, float | None]:
+    """Make the head that the support allows; also give the shrinkage of its covariance, if it has one."""
     if not samples.has_base:
-        classifier = task.source.head
-        weight, bias = classifier.weight[task.source_ids], classifier.bias[task.source_ids]
-        return fit_one_class(samples, weight, bias), ONE_CLASS_SHRINKAGE
+        return source_head(*source_classifier(task)), None
     shrinkage, _ = choose_shrinkage(samples, N_FOLDS, task.seed)
     return fit_discriminant(samples, shrinkage), shrinkage
 

@@ -9,8 +9,8 @@ import torch
 
 from pnc.bench import main_job
 from pnc.data import class_subset, draw_support, relabel
-from pnc.pretraining import EpochReport, Recipe, pretrain
 from pnc.positions import Progress
+from pnc.pretraining import EpochReport, Recipe, pretrain
 from pnc.readers import load_data
 
 BASE_CLASSES = tuple("01234")

@@ -17,8 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SHRINKAGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
-ONE_CLASS_WEIGHT = 0.05
-ONE_CLASS_QUANTILE = 0.2
 
 
 @dataclass(frozen=True)
@@ -90,49 +88,32 @@ class DiscriminantHead(nn.Module):
         return (against_base + base_logits.to(scores.dtype).logsumexp(1, keepdim=True)).to(base_logits.dtype)
 
 
-class OneClassHead(nn.Module):
-    """The source's own logits, corrected by how well a sample fits the new classes in the target's feature space.
+class SourceHead(nn.Module):
+    """The source's own logits of the new classes, for when no base sample is at hand.
 
-    For when no base sample is at hand. Without the correction this is the direct ensemble of both networks.
+    Softmax over both networks' logits then is the direct ensemble.
 
     Args:
         n_new: K_new.
-        n_target_features: D_t.
-        n_clone_features: D_s.
-        rank: Directions in which the covariance of the new classes is kept; it is isotropic in the others.
+        n_features: D_s.
     """
 
-    kind = "one_class"
+    kind = "source"
 
-    def __init__(self, n_new: int, n_target_features: int, n_clone_features: int, rank: int) -> None:
+    def __init__(self, n_new: int, n_features: int) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.zeros(n_new, n_clone_features))
+        self.register_buffer("weight", torch.zeros(n_new, n_features))
         self.register_buffer("bias", torch.zeros(n_new))
-        self.register_buffer("means", torch.zeros(n_new, n_target_features))
-        self.register_buffer("whitening", torch.zeros(rank, n_target_features))
-        self.register_buffer("isotropic", torch.ones(n_target_features))
-        self.register_buffer("offset", torch.zeros(()))
         self.weight: Tensor
         self.bias: Tensor
-        self.means: Tensor
-        self.whitening: Tensor
-        self.isotropic: Tensor
-        self.offset: Tensor
 
     def forward(self, target_features: Tensor, clone_features: Tensor, base_logits: Tensor) -> Tensor:
         """Give the logits of the new classes, (B, K_new), in the dtype of `base_logits` (B, K_base)."""
         logits = F.linear(clone_features.to(self.weight.dtype), self.weight, self.bias)
-        correction = ONE_CLASS_WEIGHT * (self.fit_score(target_features) - self.offset)
-        return (logits + correction[:, None]).to(base_logits.dtype)
-
-    def fit_score(self, target_features: Tensor) -> Tensor:
-        """Log-density of the mixture of the new classes' Gaussians, (B,), up to a constant, in nats."""
-        centred = target_features.to(self.means.dtype)[:, None] - self.means  # (B, K_new, D_t)
-        distance = (centred * self.isotropic).square().sum(2) - (centred @ self.whitening.T).square().sum(2)
-        return (-0.5 * distance).logsumexp(1)
+        return logits.to(base_logits.dtype)
 
 
-Head = DiscriminantHead | OneClassHead
+Head = DiscriminantHead | SourceHead
 
 
 def fit_discriminant(samples: HeadSamples, shrinkage: float) -> DiscriminantHead:
@@ -152,35 +133,11 @@ def fit_discriminant(samples: HeadSamples, shrinkage: float) -> DiscriminantHead
     return head
 
 
-def fit_one_class(
-    samples: HeadSamples, source_weight: Tensor, source_bias: Tensor, shrinkage: float = 0.1, max_rank: int = 64
-) -> OneClassHead:
-    """Fit the head for a support without base samples: only the density of the new classes is estimated.
-
-    Args:
-        samples: Of new classes only.
-        source_weight: Rows of the source's classifier for the new classes, (K_new, D_s).
-        source_bias: Their biases, (K_new,).
-        shrinkage: As in `fit_discriminant`.
-        max_rank: Bound on the kept directions of the covariance, so that the file stays small.
-    """
-    n_base = samples.n_base
-    labels = samples.labels - n_base
-    features = samples.target_features.double()
-    means = _class_means(features, labels, samples.n_classes - n_base)
-    centred = features - means[labels]
-    scale = centred.square().mean(0).sqrt().clamp_min(1e-6)
-    eigenvalues, eigenvectors = _leading_eigen(centred / scale, max_rank)
-    # Precision of (1 - a) V diag(e) V' + a I: 1/a in all directions, less what the kept directions widen.
-    kept = (1 - shrinkage) * eigenvalues
-    widening = (kept / (shrinkage * (kept + shrinkage))).sqrt()
-    head = OneClassHead(len(source_weight), features.shape[1], source_weight.shape[1], len(eigenvalues))
-    head.weight.copy_(source_weight)
-    head.bias.copy_(source_bias)
-    head.means.copy_(means)
-    head.isotropic.copy_(1 / (scale * shrinkage**0.5))
-    head.whitening.copy_(widening[:, None] * eigenvectors.T / scale)
-    head.offset.copy_(torch.quantile(head.fit_score(samples.target_features), ONE_CLASS_QUANTILE))
+def source_head(weight: Tensor, bias: Tensor) -> SourceHead:
+    """Make the head of a support without base samples from the source's classifier: (K_new, D_s) and (K_new,)."""
+    head = SourceHead(*weight.shape)
+    head.weight.copy_(weight)
+    head.bias.copy_(bias)
     return head
 
 
@@ -268,18 +225,17 @@ def _within_class_spectrum(samples: HeadSamples) -> _Spectrum:
     centred = features - means[samples.labels]
     scale = centred.square().mean(0).sqrt()
     scale = scale.clamp_min(1e-6 * float(scale.max()) + 1e-12)  # features that never move carry no information
-    eigenvalues, eigenvectors = _leading_eigen(centred / scale, len(features))
+    eigenvalues, eigenvectors = _eigen(centred / scale)
     return _Spectrum(means, scale, eigenvalues, eigenvectors)
 
 
-def _leading_eigen(rows: Tensor, max_rank: int) -> tuple[Tensor, Tensor]:
-    """Leading eigenvalues and eigenvectors (columns) of rows' covariance, through the smaller of its two Gram matrices."""
+def _eigen(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues above rounding and eigenvectors (columns) of the rows' covariance, by the smaller Gram matrix."""
     n, n_features = rows.shape
     if n_features <= n:
         eigenvalues, vectors = torch.linalg.eigh(rows.T @ rows / n)
     else:
         eigenvalues, left = torch.linalg.eigh(rows @ rows.T / n)
         vectors = rows.T @ (left / (eigenvalues.clamp_min(1e-12) * n).sqrt())
-    kept = eigenvalues.argsort(descending=True)[:max_rank]
-    kept = kept[eigenvalues[kept] > 1e-10]
+    kept = eigenvalues > 1e-10
     return eigenvalues[kept], vectors[:, kept]

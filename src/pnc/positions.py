@@ -1,20 +1,19 @@
 """Scan of positions: where in the target, and from where in the source on, a clone costs least and keeps most.
 
 A position is a pair of cuts. Two passes of the support through both networks score them in closed form: the first
-gathers the moments from which the adapter of every pair is solved; the second runs the source's rest behind the adapters
-of the promising pairs, fits the head and measures it on held-out folds.
+gathers the moments from which the adapter of every pair is solved; the second runs the source's rest behind the
+adapters of the promising pairs, fits the head and measures it on held-out folds.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from pnc.cuts import LOGITS, CutPoint, candidate_cuts, extract
 from pnc.errors import InputError
 from pnc.heads import HeadSamples, choose_shrinkage
-from pnc.integrity import evaluating
 from pnc.stitching import Adapter, AdapterFitter, Stitched, pool
 from pnc.task import CloneTask
 
@@ -22,11 +21,12 @@ Progress = Callable[[str, int, int], None]
 """Called with what is being done, the steps done, and the steps in all."""
 
 MAX_CUTS = 12
-MAX_POSITIONS = 256
+TOLERANCE = 0.005
+RUNNER_UP = 1.1
 N_FOLDS = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Position:
     """Where a clone leaves the target and enters the source, what that is worth and what it costs.
 
@@ -77,13 +77,12 @@ class Scan:
                 front.append(position)
         return tuple(front)
 
-    def choose(self, max_macs: float | None = None) -> Position:
-        """Choose the cheapest position that is not significantly worse than the best one.
-
-        Not significantly: its score lies within one standard error of the difference, over the same held-out samples.
+    def choose(self, max_macs: float | None = None, tolerance: float = TOLERANCE) -> Position:
+        """Choose the cheapest position whose score lies within `tolerance` of the best one's.
 
         Args:
             max_macs: Bound on the added MACs as a share of the source's, in (0, 1]; None for no bound.
+            tolerance: Accuracy that may be given up for lower cost, in [0, 1].
         Raises:
             InputError: no scored position is that cheap; the message names the cheapest.
         """
@@ -91,9 +90,8 @@ class Scan:
         if not allowed:
             cheapest = min(p.macs_share for p in self.positions)
             raise InputError(f"max_macs={max_macs}: the cheapest position adds {cheapest:.3f} of the source's MACs")
-        best = max(allowed, key=lambda p: p.score)
-        close = [p for p in allowed if best.score - p.score <= _difference_error(best, p)]
-        return min(close, key=lambda p: (p.n_macs, -p.score))
+        best = max(p.score for p in allowed)
+        return min((p for p in allowed if p.score >= best - tolerance), key=lambda p: (p.n_macs, -p.score))
 
 
 def scan(
@@ -116,11 +114,11 @@ def scan(
     body_of = {s.name: source_body(task, s) for s in source_cuts}
     stitched = [Stitched(solved[names][0], body_of[names[1]], task.source.head.features) for names in chosen]
     positions = []
-    for candidate, samples in zip(stitched, run_stitched(task, stitched, progress), strict=True):
-        score, correct = score_samples(task, samples)
-        positions.append(_position(task, candidate.adapter, errors, score, correct))
+    for names, part, samples in zip(chosen, stitched, run_stitched(task, stitched, progress), strict=True):
+        positions.append(_position(task, part.adapter, errors[names], held_out_correct(task, samples)))
     positions.sort(key=lambda p: (-p.score, p.n_macs))
-    return Scan(tuple(positions), {names: solved[names][0] for names in chosen}, errors)
+    adapters = {names: solved[names][0] for names in chosen}
+    return Scan(tuple(positions), adapters, errors)
 
 
 def source_body(task: CloneTask, cut: CutPoint) -> fx.GraphModule:
@@ -131,8 +129,17 @@ def source_body(task: CloneTask, cut: CutPoint) -> fx.GraphModule:
 def shortlist(
     target_cuts: Sequence[CutPoint], source_cuts: Sequence[CutPoint], errors: Mapping[tuple[str, str], float]
 ) -> list[tuple[str, str]]:
-    """Choose the pairs of cuts that are worth running."""
-    return [(t.name, min(source_cuts, key=lambda s: errors[t.name, s.name]).name) for t in target_cuts]
+    """Choose the pairs of cuts that are worth running: their number grows linearly with that of the cuts.
+
+    What a position costs is decided by its source cut; among the target cuts it is the one whose adapter misses least,
+    and the next one where that is nearly as good.
+    """
+    chosen = []
+    for s in source_cuts:
+        ranked = sorted(target_cuts, key=lambda t: errors[t.name, s.name])
+        bound = RUNNER_UP * errors[ranked[0].name, s.name]
+        chosen += [(t.name, s.name) for t in ranked[:2] if errors[t.name, s.name] <= bound]
+    return chosen
 
 
 def run_stitched(task: CloneTask, stitched: Sequence[Stitched], progress: Progress | None = None) -> list[HeadSamples]:
@@ -141,9 +148,9 @@ def run_stitched(task: CloneTask, stitched: Sequence[Stitched], progress: Progre
     trunk = extract(task.target.recording, None, [*cuts, task.target.head.features, LOGITS])
     target_features, base_logits = [], []
     clone_features: list[list[Tensor]] = [[] for _ in stitched]
-    with evaluating(task.source.model, task.target.model):
-        for images in _batches(task, task.target.model, "scoring positions", progress):
-            *tensors, features, logits = trunk(images)
+    for images in _batches(task, "scoring positions", progress):
+        with torch.no_grad():
+            *tensors, features, logits = trunk(images.to(task.target.device))
             at_cut = dict(zip(cuts, tensors, strict=True))
             target_features.append(pool(features, task.target.head.features).float().cpu())
             base_logits.append(logits.float().cpu())
@@ -160,41 +167,73 @@ def run_stitched(task: CloneTask, stitched: Sequence[Stitched], progress: Progre
     return [replace(samples, clone_features=torch.cat(collected)) for collected in clone_features]
 
 
-def score_samples(task: CloneTask, samples: HeadSamples) -> tuple[float, Tensor]:
-    """Average accuracy on held-out support, and which of the samples were right, (N,) bool.
+def held_out_correct(task: CloneTask, samples: HeadSamples) -> Tensor:
+    """Which samples are classified right by a head that was fitted without them, (N,) bool.
 
-    Without base samples nothing is fitted: it is the accuracy of the source's own head among the new classes.
+    Without base samples nothing is fitted, and the source's own head is asked among the new classes.
     """
-    is_base = samples.labels < samples.n_base
     if not samples.has_base:
-        correct = source_logits(task, samples).argmax(1) + samples.n_base == samples.labels
-        return float(correct.double().mean()), correct
+        return source_logits(task, samples.clone_features).argmax(1) + samples.n_base == samples.labels
     _, logits = choose_shrinkage(samples, N_FOLDS, task.seed)
-    correct = logits.argmax(1) == samples.labels
-    return float(correct[is_base].double().mean() + correct[~is_base].double().mean()) / 2, correct
+    return logits.argmax(1) == samples.labels
 
 
-def source_logits(task: CloneTask, samples: HeadSamples) -> Tensor:
-    """The source's own logits of the new classes, (N, K_new), from the clone's features."""
-    weight, bias = task.source.head.weight, task.source.head.bias
-    return samples.clone_features @ weight[task.source_ids].float().T.cpu() + bias[task.source_ids].float().cpu()
+def average_accuracy(correct: Tensor, task: CloneTask) -> tuple[float, float]:
+    """Mean of the accuracies on base and on new samples, and its standard error; of one kind where it is alone.
+
+    Args:
+        correct: Which samples of the task are right, (N,) bool. Copies of one image count as one observation.
+        task: Whose support it is.
+    """
+    is_base = task.samples.labels < task.n_base
+    mean = variance = 0.0
+    kinds = [rows for rows in (is_base, ~is_base) if rows.any()]
+    for rows in kinds:
+        images, index = task.samples.groups[rows].unique(return_inverse=True)
+        per_image = torch.zeros(len(images), dtype=torch.float64)
+        per_image.scatter_reduce_(0, index, correct[rows].double(), "mean", include_self=False)
+        mean += float(per_image.mean()) / len(kinds)
+        variance += float(per_image.var(correction=0)) / len(images) / len(kinds) ** 2
+    return mean, variance**0.5
+
+
+def source_logits(task: CloneTask, clone_features: Tensor) -> Tensor:
+    """The source's own logits of the new classes, (N, K_new), from the clone's features (N, D_s)."""
+    weight, bias = source_classifier(task)
+    return clone_features @ weight.T + bias
+
+
+def source_classifier(task: CloneTask) -> tuple[Tensor, Tensor]:
+    """Rows of the source's classifier for the new classes: weight (K_new, D_s) and bias (K_new,), float32 on the CPU.
+
+    Raises:
+        InputError: the source's logits are no linear map of its pooled features.
+    """
+    head = task.source.head
+    if head.weight is None or head.features.n_prefix_tokens:
+        raise InputError(
+            "support: without base samples the source's own classifier is needed, which here is no linear layer on "
+            "pooled features; give some samples of every base class"
+        )
+    bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
+    return head.weight[task.source_ids].float().cpu(), bias[task.source_ids].float().cpu()
 
 
 def _gather_moments(
     task: CloneTask, target_cuts: Sequence[CutPoint], source_cuts: Sequence[CutPoint], progress: Progress | None
 ) -> AdapterFitter:
     generator = torch.Generator().manual_seed(task.seed)
-    fitter = AdapterFitter(target_cuts, source_cuts, MAX_POSITIONS, generator)
-    target_taps = extract(task.target.recording, None, target_cuts)
-    source_taps = extract(task.source.recording, None, source_cuts)
-    target_names, source_names = [cut.name for cut in target_cuts], [cut.name for cut in source_cuts]
-    with evaluating(task.source.model, task.target.model):
-        for images in _batches(task, task.target.model, "fitting adapters", progress):
-            source_tensors = source_taps(images.to(device_of(task.source.model)))
-            fitter.update(
-                dict(zip(target_names, target_taps(images), strict=True)),
-                dict(zip(source_names, source_tensors, strict=True)),
-            )
+    fitter = AdapterFitter(target_cuts, source_cuts, len(task.samples.images), generator)
+    target_taps = extract(task.target.recording, None, [*target_cuts, LOGITS])
+    source_taps = extract(task.source.recording, None, [*source_cuts, LOGITS])
+    for images in _batches(task, "fitting adapters", progress):
+        with torch.no_grad():
+            target_tensors = target_taps(images.to(task.target.device))
+            source_tensors = source_taps(images.to(task.source.device))
+        fitter.update(
+            {cut.name: tensor for cut, tensor in zip(target_cuts, target_tensors, strict=False)},
+            {cut.name: tensor for cut, tensor in zip(source_cuts, source_tensors, strict=False)},
+        )
     return fitter
 
 
@@ -206,18 +245,17 @@ def _batches(task: CloneTask, what: str, progress: Progress | None) -> Iterator[
             progress(what, done, len(batches))
 
 
-def _position(
-    task: CloneTask, adapter: Adapter, errors: Mapping[tuple[str, str], float], score: float, correct: Tensor
-) -> Position:
+def _position(task: CloneTask, adapter: Adapter, error: float, correct: Tensor) -> Position:
     target_cut, source_cut, features = adapter.target_cut, adapter.source_cut, task.source.head.features
     n_macs = adapter.n_macs + features.n_macs - source_cut.n_macs
+    score, standard_error = average_accuracy(correct, task)
     return Position(
         target_cut=target_cut,
         source_cut=source_cut,
-        adapter_error=errors[target_cut.name, source_cut.name],
+        adapter_error=error,
         score=score,
-        correct=correct,
+        standard_error=standard_error,
         n_macs=n_macs,
         n_params=adapter.n_params + features.n_params - source_cut.n_params,
-        macs_share=n_macs / task.source.recording.n_macs,
+        macs_share=n_macs / task.source.n_macs,
     )

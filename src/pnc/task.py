@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pnc.cuts import Head, find_head
 from pnc.data import Support, as_support, check_class_names, class_ids
 from pnc.errors import ClassNameError, InputError, RecordingError
-from pnc.graph import Recording, record
+from pnc.graph import Recording, info, record
 
 _EXAMPLES = 4
 
@@ -23,6 +23,21 @@ class Network:
     recording: Recording
     head: Head
     classes: tuple[str, ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its images must be."""
+        return self.recording.probe.device
+
+    @property
+    def n_macs(self) -> int:
+        """Multiply-accumulates of one sample through the whole network."""
+        return sum(info(node).n_macs for node in self.recording.module.graph.nodes)
+
+    @property
+    def n_params(self) -> int:
+        """Parameters that the forward pass uses."""
+        return sum(info(node).n_params for node in self.recording.module.graph.nodes)
 
 
 @dataclass(frozen=True, eq=False)

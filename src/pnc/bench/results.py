@@ -1,0 +1,106 @@
+"""Result files: what was run, where, on which commit, the rows, and whether each claim holds."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pnc.files import write_file
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One figure that was asked for, and what was measured.
+
+    Attributes:
+        claim: What is claimed, in words.
+        must: The bound that it has to keep.
+        value: What was measured.
+        holds: Whether it does; one that does not stays in the file.
+        spread: Half the range over seeds, where there are several.
+    """
+
+    claim: str
+    must: str
+    value: float | bool
+    holds: bool
+    spread: float | None = None
+
+
+def at_least(claim: str, bound: float, value: float) -> Claim:
+    """A claim that `value` is `bound` or more."""
+    return Claim(claim, f">= {bound:g}", value, value >= bound)
+
+
+def at_most(claim: str, bound: float, value: float) -> Claim:
+    """A claim that `value` is `bound` or less."""
+    return Claim(claim, f"<= {bound:g}", value, value <= bound)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, threads and device: what numbers depend on beside the code."""
+    versions = {name: importlib.metadata.version(name) for name in ("pnc", "torch", "numpy", "safetensors")}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {"python": platform.python_version(), **versions, "threads": torch.get_num_threads(), "device": device}
+
+
+def commit() -> str | None:
+    """The commit that the running code is of, with "+" after it where files differ; None outside a checkout."""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return found.stdout.strip() or None
+
+
+def write_results(
+    folder: Path,
+    name: str,
+    command: str,
+    facts: Mapping[str, Any],
+    claims: Sequence[Claim],
+    markdown: str,
+) -> None:
+    """Write `name.json` and `name.md` into `folder`.
+
+    Args:
+        folder: An existing folder.
+        name: Of the bench.
+        command: The command that anyone can run to make the same.
+        facts: What was measured; `rows` among them.
+        claims: Computed from the rows.
+        markdown: The rows as a table, with whatever must be said.
+    """
+    where = {"command": command, "commit": commit(), "environment": environment()}
+    whole = {**where, **facts, "claims": [asdict(claim) for claim in claims]}
+    write_file(folder / f"{name}.json", json.dumps(whole, indent=2) + "\n")
+    settings = ", ".join(f"{key} {value}" for key, value in where["environment"].items())  # type: ignore[union-attr]
+    lines = [f"`{command}`, commit {where['commit']}; {settings}.", "", markdown.strip(), ""]
+    if claims:
+        lines += ["| claim | must be | measured | holds |", "|---|---|---|---|"]
+        lines += [f"| {c.claim} | {c.must} | {_number(c.value)} | {'yes' if c.holds else '**no**'} |" for c in claims]
+    write_file(folder / f"{name}.md", "\n".join(lines).rstrip() + "\n")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; numbers are rounded to three digits."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(_number(cell) for cell in row) + " |" for row in rows])
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.2g}"

@@ -1,0 +1,129 @@
+import copy
+import json
+
+import pytest
+import torch
+from digits import NEW, network, pair, support, held_out_images
+from safetensors.torch import load_file, save_file
+
+import pnc
+from pnc.errors import FileFormatError, InputError, MismatchError
+from pnc.files import METADATA_KEY, read_tensors, write_tensors
+
+MADE = {}
+
+
+def made(**settings):
+    key = tuple(sorted(settings.items()))
+    if key not in MADE:
+        nets = pair()
+        n_base = settings.pop("n_base", 5)
+        data = support(n_base=n_base)
+        MADE[key] = pnc.clone(nets.source.module, nets.target.module, data, **nets.names(), **settings)
+    return MADE[key]
+
+
+def logits(clone):
+    with torch.no_grad():
+        return pnc.attach(pair().target.module, clone)(held_out_images().images[:50])
+
+
+@pytest.mark.parametrize("settings", [{}, {"density": 0.5}, {"n_base": 0}], ids=str)
+@pytest.mark.parametrize("kind", ["thin", "full"])
+def test_a_loaded_clone_gives_the_same_bits_and_saves_to_the_same_file(tmp_path, settings, kind):
+    clone = made(**settings)
+    n_bytes = pnc.save(clone, tmp_path / "a", kind)
+    assert n_bytes == (tmp_path / "a").stat().st_size
+    loaded = pnc.load(tmp_path / "a", source=pair().source.module)
+    assert torch.equal(logits(loaded), logits(clone))
+    pnc.save(loaded, tmp_path / "b", kind)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert loaded.classes == NEW
+
+
+def test_thin_files_are_small_and_full_ones_carry_the_weights(tmp_path):
+    clone = made()
+    thin, full = (pnc.save(clone, tmp_path / kind, kind) for kind in ("thin", "full"))
+    assert thin < 64 * 1024
+    body = sum(t.numel() * t.element_size() for t in clone.branch.stitched.body.state_dict().values())
+    assert full >= thin + body
+    assert pnc.inspect(tmp_path / "thin")["classes"] == list(NEW)
+    assert pnc.inspect(tmp_path / "thin")["n_bytes"] == thin
+
+
+def test_same_seed_twice_gives_the_same_file(tmp_path):
+    nets = pair()
+    for name in "ab":
+        clone = pnc.clone(nets.source.module, nets.target.module, support(), density=0.5, seed=3, **nets.names())
+        pnc.save(clone, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_full_file_needs_the_architecture_only(tmp_path):
+    clone = made(density=0.5)
+    pnc.save(clone, tmp_path / "full", "full")
+    pnc.save(clone, tmp_path / "thin", "thin")
+    other = copy.deepcopy(pair().source.module)
+    for parameter in other.parameters():
+        parameter.data.normal_()
+    assert torch.equal(logits(pnc.load(tmp_path / "full", source=other)), logits(clone))
+    with pytest.raises(MismatchError, match="another source: the values of .* differ"):
+        pnc.load(tmp_path / "thin", source=other)
+    for kind in ("full", "thin"):
+        with pytest.raises(MismatchError, match="source"):
+            pnc.load(tmp_path / kind, source=network(NEW, "zoo:cnn?width=0.5").module)
+
+
+def test_loading_leaves_the_source_alone(tmp_path):
+    pnc.save(made(density=0.5), tmp_path / "f")
+    source = copy.deepcopy(pair().source.module)
+    from pnc.integrity import differences, snapshot
+
+    before = snapshot(source)
+    clone = pnc.load(tmp_path / "f", source=source)
+    for tensor in clone.branch.state_dict().values():
+        tensor.zero_()
+    assert differences(source, before) == []
+
+
+def edited(path, change):
+    tensors, facts = read_tensors(path)
+    change(tensors, facts)
+    write_tensors(path, tensors, facts)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda t, f: f.update(version=99), FileFormatError, "format version 99.*newer"),
+        (lambda t, f: f.update(version="1"), FileFormatError, "version"),
+        (lambda t, f: f.update(format="other"), FileFormatError, "no clone file"),
+        (lambda t, f: f.update(kind="thick"), FileFormatError, "kind"),
+        (lambda t, f: f.pop("position"), FileFormatError, "damaged"),
+        (lambda t, f: f["position"]["source"].pop("shape"), FileFormatError, "damaged"),
+        (lambda t, f: f["position"]["source"].update(name="elsewhere"), MismatchError, "elsewhere"),
+        (lambda t, f: f["head"].update(kind="other"), FileFormatError, "damaged"),
+        (lambda t, f: f.update(source=None), FileFormatError, "damaged"),
+        (lambda t, f: t.pop("head.weight"), FileFormatError, "damaged"),
+        (lambda t, f: t.update({"head.bias": t["head.bias"][:-1]}), FileFormatError, "damaged"),
+        (lambda t, f: t.update({"adapter.weight": t["adapter.weight"].double()}), FileFormatError, "damaged"),
+    ],
+)
+def test_damaged_or_foreign_files_are_refused(tmp_path, change, error, words):
+    pnc.save(made(), tmp_path / "f")
+    edited(tmp_path / "f", change)
+    with pytest.raises(error, match=words):
+        pnc.load(tmp_path / "f", source=pair().source.module)
+
+
+def test_files_of_others_are_refused(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "weights", {METADATA_KEY: json.dumps({"format": "pnc-model"})})
+    with pytest.raises(FileFormatError, match="no clone file"):
+        pnc.inspect(tmp_path / "weights")
+    pnc.save(made(), tmp_path / "f")
+    assert set(load_file(tmp_path / "f")) >= {"adapter.weight", "head.weight"}, "any safetensors reader can open it"
+
+
+def test_an_unwritable_path_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="cannot write"):
+        pnc.save(made(), tmp_path / "no" / "f")

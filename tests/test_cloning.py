@@ -1,0 +1,86 @@
+import pytest
+import torch
+from digits import BASE, NEW, pair, support, held_out_images
+
+import pnc
+from pnc.errors import InputError
+from pnc.integrity import differences, snapshot
+from pnc.metrics import evaluate
+
+
+def accuracy(clone, classes=NEW):
+    test = held_out_images(classes)
+    target = pair().target.module
+    with torch.no_grad():
+        return evaluate(pnc.attach(target, clone)(test.images), test.labels, target(test.images))
+
+
+def clone(**settings):
+    nets = pair()
+    data = settings.pop("support", None) or support()
+    return pnc.clone(nets.source.module, nets.target.module, data, **nets.names(), **settings)
+
+
+def test_new_digits_are_recognised_and_old_ones_keep_their_answers():
+    found = accuracy(clone())
+    assert found.average_accuracy >= 0.94
+    assert found.conditional_kl <= 1e-6
+    assert found.base_drop <= 0.08
+
+
+def test_neither_network_nor_the_random_state_is_touched():
+    nets = pair()
+    nets.source.module.train()
+    try:
+        before = [snapshot(nets.source.module), snapshot(nets.target.module)]
+        state = torch.get_rng_state()
+        clone(density=0.5)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert differences(nets.source.module, before[0]) == []
+        assert differences(nets.target.module, before[1]) == []
+    finally:
+        nets.source.module.eval()
+
+
+def test_without_base_samples_the_clone_still_works():
+    found = accuracy(clone(support=support(n_base=0)))
+    assert found.average_accuracy >= 0.85
+    assert found.conditional_kl <= 1e-6
+
+
+@pytest.mark.parametrize("method", ["taylor", "magnitude", "random"])
+def test_a_lower_density_is_kept_and_makes_it_smaller(method):
+    full, half = clone(), clone(density=0.5, method=method)
+    assert half.masks is not None
+    assert half.masks.density <= 0.5
+    assert half.n_params < full.n_params
+    assert accuracy(half).average_accuracy > 0.6  # far above the .1 of chance for any choice of channels
+
+
+def test_one_class_out_of_five():
+    one = clone(classes=("7",), support=support(classes=("7",)))
+    assert one.name == "7"
+    found = accuracy(one, ("7",))
+    assert found.new_accuracy >= 0.9
+    assert found.base_drop <= 0.05
+
+
+def test_a_bound_on_macs_is_kept_or_refused():
+    nets = pair()
+    cheap = clone(max_macs=0.3)
+    assert cheap.recipe["macs_share"] <= 0.3
+    with pytest.raises(InputError, match="cheapest position adds"):
+        clone(max_macs=1e-9)
+    assert nets.target.classes == BASE
+
+
+@pytest.mark.parametrize("density", [0, -1, 1.01])
+def test_densities_out_of_range_are_refused(density):
+    with pytest.raises(InputError, match="density must be in"):
+        clone(density=density)
+
+
+@pytest.mark.parametrize("name", ["", "a\nb"])
+def test_names_must_be_printable(name):
+    with pytest.raises(InputError, match="name must be printable"):
+        clone(name=name)

@@ -1,0 +1,175 @@
+import copy
+
+import pytest
+import torch
+from digits import BASE, NEW, network, pair, support, held_out_images
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pnc
+from pnc.errors import ClassNameError, InputError, MismatchError
+from pnc.integrity import differences, snapshot
+
+SHARED = {}
+
+
+def clone_of(classes, name=None):
+    """One clone per set of classes, made once: making is not what is tested here."""
+    if classes not in SHARED:
+        nets = pair()
+        names = nets.names()
+        data = support(classes=classes)
+        SHARED[classes] = pnc.clone(nets.source.module, nets.target.module, data, classes=classes, name=name, **names)
+    return SHARED[classes]
+
+
+def images(n: int = 40) -> torch.Tensor:
+    return held_out_images().images[:n]
+
+
+def target() -> torch.nn.Module:
+    return pair().target.module
+
+
+def test_base_logits_are_the_targets_bits_and_new_ones_follow():
+    net = pnc.attach(target(), clone_of(NEW))
+    x = images()
+    with torch.no_grad():
+        logits, base = net(x), target()(x)
+    assert logits.shape == (40, 10)
+    assert torch.equal(logits[:, :5], base)
+    assert net.classes == (*BASE, *NEW)
+    for n in (1, 3):  # batch sizes of which a matrix product may take another path
+        assert torch.equal(net(x[:n])[:, :5], target()(x[:n]))
+
+
+def test_the_target_is_as_it_was_through_attach_use_and_detach():
+    model = copy.deepcopy(target())
+    model.train()
+    model[0].eval() if isinstance(model, torch.nn.Sequential) else None
+    before = snapshot(model)
+    net = pnc.attach(model, clone_of(NEW))
+    net.train()
+    net(images())
+    net.eval()
+    net.detach(clone_of(NEW).name)
+    assert differences(model, before) == []
+
+
+def test_a_target_in_training_mode_still_answers_as_in_eval_mode_and_keeps_its_statistics():
+    model = copy.deepcopy(target())
+    with torch.no_grad():
+        expected = model(images())
+    model.train()
+    before = snapshot(model)
+    assert torch.equal(pnc.attach(model, clone_of(NEW))(images())[:, :5], expected)
+    assert differences(model, before) == []
+
+
+def test_train_never_reaches_target_or_clone():
+    net = pnc.attach(copy.deepcopy(target()).eval(), clone_of(NEW))
+    net.train()
+    assert net.training
+    assert not any(module.training for module in net.modules() if module is not net)
+
+
+CLASSES = [("5", "6"), ("7",), ("8", "9")]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["attach", "detach", "disable"]), st.integers(0, 2)), max_size=8))
+def test_any_order_of_attaching_and_detaching_gives_the_same_logits_per_clone(steps):
+    model, x = target(), images(6)
+    before = snapshot(model)
+    with torch.no_grad():
+        base = model(x)
+        alone = {c: pnc.attach(model, clone_of(c))(x)[:, 5:] for c in CLASSES}
+        net = pnc.attach(model, clone_of(CLASSES[0]))
+        attached = [CLASSES[0]]
+        for step, index in steps:
+            chosen = clone_of(CLASSES[index])
+            if step == "attach" and CLASSES[index] not in attached:
+                net.attach(chosen)
+                attached.append(CLASSES[index])
+            elif step == "detach" and CLASSES[index] in attached:
+                assert net.detach(chosen.name) is chosen
+                attached.remove(CLASSES[index])
+            elif step == "disable":
+                with net.disabled():
+                    assert torch.equal(net(x), base)
+            assert torch.equal(net(x), torch.cat([base, *(alone[c] for c in attached)], 1))
+            assert net.classes == (*BASE, *(name for c in attached for name in c))
+            assert net.clones == tuple(clone_of(c).name for c in attached)
+    assert differences(model, before) == []
+
+
+def test_a_clone_is_copied_when_attached():
+    clone = clone_of(NEW)
+    net = pnc.attach(target(), clone)
+    for tensor in [*net.branches.parameters(), *net.branches.buffers()]:
+        tensor.data.zero_()
+    assert clone.branch.head.weight.abs().sum() > 0
+
+
+def test_attaching_to_other_weights_names_the_tensor_that_differs():
+    other = copy.deepcopy(target())
+    last = list(other.state_dict())[-1]
+    other.state_dict()[last].add_(1)
+    with pytest.raises(MismatchError, match=f"another target: the values of '{last}' differ"):
+        pnc.attach(other, clone_of(NEW))
+    with pytest.raises(MismatchError, match="another architecture"):
+        pnc.attach(network(BASE, "zoo:cnn?width=0.5").module, clone_of(NEW))
+
+
+def test_names_that_clash_or_are_unknown_are_errors():
+    net = pnc.attach(target(), clone_of(("5", "6")))
+    with pytest.raises(InputError, match=r"'5\+6' is attached already"):
+        net.attach(clone_of(("5", "6")))
+    nets = pair()
+    again = pnc.clone(
+        nets.source.module, target(), support(classes=("6",)), classes=("6",), name="again", **nets.names()
+    )
+    with pytest.raises(ClassNameError, match="class '6' already"):
+        net.attach(again)
+    with pytest.raises(InputError, match=r"no clone '7'; attached: 5\+6"):
+        net.detach("7")
+    with pytest.raises(InputError, match="at least one"):
+        pnc.attach(target())
+    with pytest.raises(InputError, match="composite already"):
+        pnc.attach(net, clone_of(("7",)))
+
+
+def test_double_precision_and_back():
+    model = copy.deepcopy(target())
+    net = pnc.attach(model, clone_of(NEW)).double()
+    x = images().double()
+    with torch.no_grad():
+        assert torch.equal(net(x)[:, :5], model(x))
+        # float64 against float32 arithmetic of the same network
+        torch.testing.assert_close(net(x).float(), pnc.attach(target(), clone_of(NEW))(x.float()), atol=1e-2, rtol=1e-3)
+
+
+def test_deepcopy_is_independent_and_state_dict_lists_each_tensor_once():
+    net = pnc.attach(copy.deepcopy(target()), clone_of(NEW))
+    x = images(4)
+    with torch.no_grad():
+        expected = net(x)
+        twin = copy.deepcopy(net)
+        for tensor in net.state_dict().values():
+            tensor.zero_()
+        assert torch.equal(twin(x), expected)
+        assert not torch.equal(net(x), expected)
+    names = list(net.state_dict())
+    assert len({tensor.data_ptr() for tensor in net.state_dict().values() if tensor.numel()}) == len(
+        [name for name in names if net.state_dict()[name].numel()]
+    )
+    assert {name.split(".")[0] for name in names} == {"target", "branches"}
+
+
+def test_changes_of_the_target_are_followed():
+    model = copy.deepcopy(target())
+    net = pnc.attach(model, clone_of(NEW))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+        assert torch.equal(net(images())[:, :5], model(images()))

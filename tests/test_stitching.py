@@ -1,0 +1,167 @@
+import math
+
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+
+from pnc.cuts import CutPoint
+from pnc.stitching import (
+    MAX_CHANNELS_3X3,
+    Adapter,
+    AdapterFitter,
+    Stitched,
+    from_grid,
+    grid_size,
+    kernel_size,
+    pool,
+    resize,
+    to_grid,
+)
+
+
+def cut(name: str, *shape: int, channel_dim: int = 1, n_prefix_tokens: int = 0) -> CutPoint:
+    kind = {1: "vector", 2: "tokens", 3: "map"}[len(shape)]
+    return CutPoint(name, 0, "", kind, shape, channel_dim, n_prefix_tokens, 0, 0)
+
+
+MAP = cut("map", 5, 8, 8)
+LAST = cut("last", 4, 4, 6, channel_dim=3)
+TOKENS = cut("tokens", 17, 7, channel_dim=2, n_prefix_tokens=1)
+FLAT = cut("flat", 3, 10, channel_dim=1)
+VECTOR = cut("vector", 9)
+CUTS = [MAP, LAST, TOKENS, FLAT, VECTOR]
+
+
+def tensor_at(where: CutPoint, n: int = 4, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, *where.shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("where", CUTS, ids=lambda c: c.name)
+def test_grids_hold_all_values_and_come_back(where):
+    tensor = tensor_at(where)
+    grid, prefix = to_grid(tensor, where)
+    assert grid.shape == (4, where.n_channels, *grid_size(where))
+    assert prefix.shape == (4, where.n_prefix_tokens, where.n_channels)
+    assert torch.equal(from_grid(grid, prefix, where), tensor)
+
+
+def test_tokens_without_a_square_number_form_one_row():
+    assert grid_size(TOKENS) == (4, 4)
+    assert grid_size(FLAT) == (10, 1)
+
+
+@pytest.mark.parametrize("source", CUTS, ids=lambda c: c.name)
+@pytest.mark.parametrize("target", CUTS, ids=lambda c: c.name)
+def test_every_kind_fits_to_every_other(target, source):
+    fitter = AdapterFitter([target], [source], 12, torch.Generator().manual_seed(0))
+    for seed in range(3):
+        fitter.update({target.name: tensor_at(target, seed=seed)}, {source.name: tensor_at(source, seed=9 + seed)})
+    adapter, error = fitter.solve(target, source)
+    assert adapter(tensor_at(target, 2)).shape == (2, *source.shape)
+    assert 0 <= error <= 1
+    assert adapter.n_params == sum(buffer.numel() for buffer in adapter.buffers())
+
+
+@pytest.mark.parametrize("source", [cut("s", 6, 8, 8), cut("s", 6, 4, 4), cut("s", 6, 16, 16)], ids=str)
+def test_a_linear_relation_is_found_exactly(source):
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(6, 5, generator=generator), torch.randn(6, generator=generator)
+    fitter = AdapterFitter([MAP], [source], 32, generator)
+    for seed in range(4):
+        x = tensor_at(MAP, 8, seed) * 3 + 100  # a large mean must not cost digits
+        resized = resize(x, grid_size(source))
+        y = torch.einsum("oc,bchw->bohw", weight, resized) + bias[:, None, None]
+        fitter.update({"map": x}, {"s": y})
+    adapter, error = fitter.solve(MAP, source)
+    assert error < 1e-6
+    # the smallest ridge penalty, float32 rows
+    middle = adapter.weight[:, :, adapter.kernel_size // 2, adapter.kernel_size // 2]
+    torch.testing.assert_close(middle, weight, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(adapter(x), y, atol=5e-3, rtol=1e-4)  # values near 100 in float32
+
+
+def test_ridge_is_that_of_scikit_learn_at_the_chosen_penalty():
+    generator = torch.Generator().manual_seed(2)
+    x, noise = torch.randn(40, 9, generator=generator), torch.randn(40, 6, generator=generator)
+    y = x[:, :6] + 3 * noise
+    source = cut("s", 6)
+    fitter = AdapterFitter([VECTOR], [source], 40, generator)
+    fitter.update({"vector": x[:25]}, {"s": y[:25]})
+    fitter.update({"vector": x[25:]}, {"s": y[25:]})
+    adapter, error = fitter.solve(VECTOR, source)
+    scale = x.std(0, correction=0)
+    fits = []
+    for penalty in (10.0**exponent for exponent in range(-7, 2)):
+        model = Ridge(alpha=penalty * 40).fit((x / scale).numpy(), y.numpy())
+        fits.append(torch.from_numpy(model.coef_).float() / scale)
+    distances = [float((fit - adapter.weight[:, :, 0, 0]).abs().max()) for fit in fits]
+    assert min(distances) < 1e-5
+    assert 0 < distances.index(min(distances)) < len(fits) - 1, "so much noise asks for a penalty, but not for the most"
+    assert 0.3 < error < 0.99
+
+
+def test_a_tensor_that_is_never_negative_is_rectified():
+    fitter = AdapterFitter([MAP], [cut("s", 5, 8, 8)], 4, torch.Generator())
+    fitter.update({"map": tensor_at(MAP)}, {"s": tensor_at(MAP, seed=3).relu()})
+    adapter, _ = fitter.solve(MAP, cut("s", 5, 8, 8))
+    assert adapter.rectify
+    assert (adapter(tensor_at(MAP) * 100) >= 0).all()
+
+
+def test_prefix_tokens_come_from_the_class_token_or_from_the_mean():
+    for target in (MAP, TOKENS):
+        weight = torch.randn(7, target.n_channels, generator=torch.Generator().manual_seed(5))
+        fitter = AdapterFitter([target], [TOKENS], 160, torch.Generator())
+        for seed in range(20):
+            x = tensor_at(target, 8, seed)
+            summary = x[:, 0] if target is TOKENS else x.mean((2, 3))
+            y = tensor_at(TOKENS, 8, seed + 100)
+            y[:, 0] = summary @ weight.T
+            fitter.update({target.name: x}, {"tokens": y})
+        made = fitter.solve(target, TOKENS)[0](x)
+        torch.testing.assert_close(made[:, 0], y[:, 0], atol=1e-3, rtol=1e-3)  # ridge penalty 1e-7, float32
+
+
+def test_macs_count_the_cheaper_order():
+    up, down = Adapter(cut("t", 5, 4, 4), MAP, False), Adapter(MAP, cut("s", 3, 4, 4), False)
+    assert (up.kernel_size, down.kernel_size) == (1, 3)
+    assert up.n_macs == 5 * 5 * 16
+    assert down.n_macs == 3 * 5 * 9 * 16
+
+
+def test_drawn_positions_depend_on_the_generator_alone():
+    fits = []
+    for _ in range(2):
+        fitter = AdapterFitter([MAP], [cut("s", 2, 8, 8)], 20_000, torch.Generator().manual_seed(3))
+        fitter.update({"map": tensor_at(MAP)}, {"s": tensor_at(cut("s", 2, 8, 8), seed=8)})
+        fits.append(fitter.solve(MAP, cut("s", 2, 8, 8))[0].weight)
+    assert torch.equal(*fits)
+
+
+def test_features_are_pooled_to_one_vector():
+    tensor = tensor_at(MAP)
+    assert torch.equal(pool(tensor, MAP), tensor.mean((2, 3)))
+    tokens = tensor_at(TOKENS)
+    assert torch.equal(pool(tokens, TOKENS), tokens[:, 0])
+    vector = tensor_at(VECTOR)
+    assert pool(vector, VECTOR) is vector
+    stitched = Stitched(Adapter(MAP, VECTOR, False), torch.nn.Identity(), VECTOR)
+    assert stitched(tensor).shape == (4, math.prod(VECTOR.shape))
+
+
+def test_neighbours_are_used_on_grids_that_do_not_grow_and_have_few_channels():
+    assert kernel_size(MAP, (8, 8)) == kernel_size(MAP, (4, 4)) == 3
+    assert kernel_size(MAP, (16, 16)) == kernel_size(MAP, (2, 2)) == kernel_size(VECTOR, (1, 1)) == 1
+    assert kernel_size(cut("wide", MAX_CHANNELS_3X3 + 1, 8, 8), (8, 8)) == 1
+
+
+def test_a_3x3_relation_is_found_exactly():
+    weight = torch.randn(2, 5, 3, 3, generator=torch.Generator().manual_seed(4))
+    source = cut("s", 2, 8, 8)
+    fitter = AdapterFitter([MAP], [source], 64, torch.Generator())
+    for seed in range(4):
+        x = tensor_at(MAP, 16, seed)
+        fitter.update({"map": x}, {"s": torch.nn.functional.conv2d(x, weight, padding=1)})
+    adapter, error = fitter.solve(MAP, source)
+    assert error < 1e-6
+    torch.testing.assert_close(adapter.weight, weight, atol=1e-4, rtol=1e-3)  # the smallest ridge penalty, float32 rows

@@ -1,0 +1,106 @@
+import pytest
+import torch
+from digits import BASE, NEW, pair, support
+from torch.utils.data import DataLoader, TensorDataset
+
+from pnc.errors import ClassNameError, InputError, RecordingError
+from pnc.task import prepare_task
+
+
+def prepare(**changes):
+    nets = pair()
+    given = {
+        "source": nets.source.module,
+        "target": nets.target.module,
+        "support": support(),
+        "classes": NEW,
+        **nets.names(),
+        **changes,
+    }
+    return prepare_task(given.pop("source"), given.pop("target"), given.pop("support"), **given)
+
+
+def test_labels_are_places_among_base_then_new_classes_whatever_the_order_of_the_support():
+    found = prepare(classes=("8", "6"), support=support(classes=("6", "8")))
+    given = support(classes=("6", "8"))
+    names = [given.names[label] for label in given.labels]
+    assert [(*BASE, "8", "6")[label] for label in found.samples.labels] == names
+    assert found.new_classes == ("8", "6")
+    assert found.source_ids == [3, 1]
+    assert found.n_base == 5
+    assert found.has_base
+
+
+def test_all_classes_that_the_target_lacks_are_the_default():
+    assert prepare(classes=None).new_classes == NEW
+    renamed = prepare(classes=None, source_classes=("0", "6", "7", "8", "9"), support=support(classes=NEW[1:]))
+    assert renamed.new_classes == NEW[1:]
+
+
+def test_flipped_copies_share_the_group_of_their_original():
+    plain, both = prepare(), prepare(flip=True)
+    n = len(plain.samples.labels)
+    assert torch.equal(both.samples.images[n:], plain.samples.images.flip(3))
+    assert torch.equal(both.samples.groups[:n], both.samples.groups[n:])
+    assert torch.equal(both.samples.labels[:n], both.samples.labels[n:])
+
+
+def test_ids_number_the_base_classes_then_the_new_ones():
+    given = support()
+    names = (*BASE, *NEW)
+    ids = torch.tensor([names.index(given.names[label]) for label in given.labels])
+    loader = DataLoader(TensorDataset(given.images, ids), batch_size=7)
+    for data in ((given.images, ids), loader, (given.images, [names[i] for i in ids])):
+        assert torch.equal(prepare(support=data).samples.labels, prepare().samples.labels)
+
+
+def test_a_support_without_base_samples_is_one():
+    found = prepare(support=support(n_base=0))
+    assert not found.has_base
+    assert set(found.samples.labels.tolist()) == set(range(5, 10))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"source": lambda: pair().target.module}, InputError, "same object"),
+        ({"classes": ("5", "11")}, ClassNameError, "no class '11'.*5, 6, 7, 8, 9"),
+        ({"classes": ("5", "5")}, ClassNameError, "twice"),
+        ({"classes": ()}, ClassNameError, "at least one"),
+        ({"classes": ("4",), "source_classes": ("4", "6", "7", "8", "9")}, ClassNameError, "knows 4 already"),
+        ({"classes": None, "source_classes": BASE}, ClassNameError, "knows every class"),
+        ({"source_classes": ("5", "6")}, ClassNameError, "5 outputs but 2 class names|no class"),
+        ({"base_classes": ("0", "1")}, ClassNameError, "'2'"),
+        ({"support": lambda: support(classes=("5",))}, InputError, "no sample of 6, 7, 8, 9"),
+        ({"classes": ("5",)}, ClassNameError, "6, 7, 8, 9"),
+        ({"batch_size": 0}, InputError, "batch_size"),
+        ({"support": "photos"}, InputError, "support"),
+        ({"source": "resnet"}, InputError, "source must be a torch.nn.Module"),
+    ],
+)
+def test_every_doubt_is_settled_at_the_door(changes, error, words):
+    made = {name: value() if callable(value) else value for name, value in changes.items()}
+    with pytest.raises(error, match=words):
+        prepare(**made)
+
+
+def test_a_missing_base_class_among_others_is_an_error_with_a_way_out():
+    given = support()
+    kept = given.labels != given.names.index("3")
+    with pytest.raises(InputError, match=r"none of 3; give at least one of each, or none of any"):
+        prepare(support=(given.images[kept], [given.names[label] for label in given.labels[kept]]))
+
+
+def test_images_that_a_network_cannot_take_are_refused_with_its_name():
+    given = support()
+    colour = (given.images.repeat(1, 3, 1, 1), [given.names[label] for label in given.labels])
+    with pytest.raises(RecordingError, match=r"source on images \(3, 8, 8\)"):
+        prepare(support=colour)
+
+
+def test_nan_in_the_support_is_refused():
+    given = support()
+    images = given.images.clone()
+    images[3, 0, 2, 2] = float("nan")
+    with pytest.raises(InputError, match="NaN"):
+        prepare(support=(images, [given.names[label] for label in given.labels]))
