@@ -874,6 +874,13 @@ def scripted_part():
     return network
 
 
+@refused("the network gives a tensor another memory")
+class OverwrittenWeight(Around):
+    def middle(self, x):
+        self.conv.weight.data = self.conv.weight.data.sign()
+        return x
+
+
 @refused("runs under inference_mode")
 class InferenceMode(Around):
     @torch.inference_mode()
@@ -928,6 +935,15 @@ class StubbornNorm(Around):
 
     def middle(self, x):
         return self.norm(x)
+
+
+@refused("two answers to the same images")
+class StatefulNorm(StubbornNorm):
+    """What it wrote, also while its recording was verified, is taken back."""
+
+    class Norm(StubbornNorm.Norm):
+        def forward(self, x):
+            return super().forward(x) - self.running_mean[:, None, None]
 
 
 @refused("tail.2.weight has no values yet")

@@ -91,9 +91,11 @@ def record(model: nn.Module, example: Tensor) -> Recording:
             module = bind(network, merge(network, *tapes), tapes[0].constants)
             logits, single = _run(network, probe), _run_single(network, probe)
         recording = Recording(module, tuple(example.shape[1:]), logits.shape[1], probe, logits)
+        changed: list[str] = []
         try:
             _verify(recording, single)
         except RecordingError:
+            state.restore()  # the recording works on the network's own memory
             with _in_eval_mode(network):
                 if not same_bits(_run(network, probe), logits):
                     raise RecordingError(
@@ -101,7 +103,8 @@ def record(model: nn.Module, example: Tensor) -> Recording:
                         "keeps a state between calls"
                     ) from None
             raise
-        changed = state.restore()
+        finally:
+            changed += state.restore()
         if changed:
             raise RecordingError(f"the network's forward writes to its own weights or buffers: {', '.join(changed)}")
     return recording
@@ -261,7 +264,7 @@ def _pick_logits(out: object) -> Tensor:
     if logits is None and isinstance(out, Mapping):
         logits = out.get("logits")
     if logits is None:
-        logits = next(tensors_in(out), None)
+        logits = next(iter(tensors_in(out)), None)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
         what = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(out).__name__
         raise RecordingError(f"the network must give logits (B, K), but gives {what}")
@@ -285,16 +288,15 @@ def _tape(network: nn.Module, x: Tensor) -> Tape:
 
 
 def _verify(recording: Recording, single: Tensor | None) -> None:
-    """Compare graph and network on the probe and on its first image, and again as prefix and suffix at sampled cuts."""
+    """Compare graph and network on the probe; on its first image also as prefix and suffix at sampled cuts."""
     module, probe, logits = recording.module, recording.probe, recording.probe_logits
-    if single is None:
-        _compare(_outputs(module, probe.clone())[0], logits, "its recording")
-    else:
-        _compare(_outputs(module, probe[:1].clone())[0], single, "its recording at batch size 1")
+    _compare(_outputs(module, probe.clone())[0], logits, "its recording")
+    if single is not None:
+        probe, logits = probe[:1], single
     found = dominators(module.graph)[1:]
     cuts = [found[i] for i in sorted({len(found) * i // _VERIFIED_CUTS for i in range(_VERIFIED_CUTS)}) if found]
     *features, last = _outputs(subgraph(module, recording.input, [*cuts, recording.output]), probe)
-    _compare(last, logits, "its recording")
+    _compare(last, logits, f"its recording at batch size {len(probe)}")
     for cut, tensor in zip(cuts, features, strict=True):
         kept = tensor.clone()
         suffix = subgraph(module, cut, [recording.output])

@@ -10,7 +10,7 @@ import enum
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -59,7 +59,7 @@ class Ref:
     index: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Op:
     """One operation of a run.
 
@@ -128,13 +128,13 @@ def info(node: fx.Node) -> NodeInfo:
 # ------------------------------------------------------------------------------------------------ one run -> a tape
 
 
-def tensors_in(value: object) -> Iterator[Tensor]:
+def tensors_in(value: object) -> list[Tensor]:
     """All tensors in nested tuples, lists, mappings, slices and dataclasses."""
     if isinstance(value, Tensor):
-        yield value
-    elif not isinstance(value, _ATOMS):
-        for _, part in _parts(value):
-            yield from tensors_in(part)
+        return [value]
+    if isinstance(value, _ATOMS):
+        return []
+    return [tensor for _, part in _parts(value) for tensor in tensors_in(part)]
 
 
 def _parts(value: object) -> list[tuple[Any, Any]]:
@@ -193,6 +193,10 @@ class _Kernels(TorchDispatchMode):
         self.flops = 0
         self._on_read = on_read
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or else PyTorch imports its compiler for our sake, which takes seconds
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -210,41 +214,40 @@ class _Kernels(TorchDispatchMode):
         return out
 
 
-class _Storages:
-    """Numbers storages for the length of a run; a number is never used for a second storage."""
+class _Memory:
+    """Numbers the storages of tensors, and knows which operation made a tensor; keeps neither alive."""
 
     def __init__(self) -> None:
-        # A weak reference keeps the (empty) storage object and so its address, not its memory.
-        self._numbers: dict[int, tuple[int, StorageWeakRef]] = {}
+        # A weak reference keeps the (empty) storage object and so its address, which is never used for another one.
+        self._storages: dict[int, tuple[int, StorageWeakRef]] = {}
+        self._tensors: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._makers: dict[int, Ref] = {}
+        self._aliases: dict[tuple[object, ...], Ref] = {}
 
-    def number(self, tensor: Tensor, where: str) -> int:
+    def storage(self, tensor: Tensor, scope: str) -> int:
+        """The number of a tensor's storage; `scope` says in errors where it appeared."""
+        known = self._tensors.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
         try:
             reference = StorageWeakRef(tensor.untyped_storage())
         except (NotImplementedError, RuntimeError) as error:
             raise RecordingError(
-                f"{where} works on a {type(tensor).__name__} without memory of its own (vmap, a sparse or an mkldnn "
-                f"layout); such networks cannot be recorded: {str(error).splitlines()[0]}"
+                f"{scope or 'the network'} works on a {type(tensor).__name__} without memory of its own (vmap, a "
+                f"sparse or an mkldnn layout); such networks cannot be recorded: {str(error).splitlines()[0]}"
             ) from error
-        return self._numbers.setdefault(reference.cdata, (len(self._numbers), reference))[0]
-
-
-class _Values:
-    """Finds the operation that made a tensor, without keeping the tensor alive."""
-
-    def __init__(self) -> None:
-        self._objects: dict[int, tuple[weakref.ref[Tensor], Ref]] = {}
-        self._aliases: dict[tuple[object, ...], Ref] = {}
+        number = self._storages.setdefault(reference.cdata, (len(self._storages), reference))[0]
+        self._tensors[id(tensor)] = (weakref.ref(tensor), number)
+        self._makers.pop(id(tensor), None)  # of a tensor that is gone
+        return number
 
     def add(self, tensor: Tensor, storage: int, ref: Ref) -> None:
-        self._objects[id(tensor)] = (weakref.ref(tensor), ref)
-        self._aliases[self._alias(tensor, storage)] = ref
+        """An operation has made a tensor, or handed it out again."""
+        self._makers[id(tensor)] = self._aliases[self._alias(tensor, storage)] = ref
 
-    def find(self, tensor: Tensor, storage: int) -> Ref | None:
-        known = self._objects.get(id(tensor))
-        if known is not None and known[0]() is tensor:
-            return known[1]
-        # Autograd functions and checkpoints hand out another object for the same memory.
-        return self._aliases.get(self._alias(tensor, storage))
+    def maker(self, tensor: Tensor, storage: int) -> Ref | None:
+        """The operation that made a tensor, or, as autograd functions do, another object for the same memory."""
+        return self._makers.get(id(tensor)) or self._aliases.get(self._alias(tensor, storage))
 
     @staticmethod
     def _alias(tensor: Tensor, storage: int) -> tuple[object, ...]:
@@ -263,7 +266,7 @@ class Recorder(TorchFunctionMode):
         self._owned: dict[int, str] = {}
         for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
             self._owned.setdefault(id(tensor), name)
-        self._values, self._storages = _Values(), _Storages()
+        self._memory = _Memory()
         self._from_input: set[int] = set()
         self._scopes = [""]
         self._paused = False
@@ -316,10 +319,13 @@ class Recorder(TorchFunctionMode):
         if self._paused:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name in ("__get__", "__set__"):  # x.T, x.data = y
-            attribute = func.__self__.__name__
-            target: Any = getattr if name == "__get__" else setattr
-            return self._execute("call_function", target, func, args, kwargs, (args[0], attribute, *args[1:2]))
+        if name == "__get__":  # x.T
+            return self._execute("call_function", getattr, func, args, kwargs, (args[0], func.__self__.__name__))
+        if name == "set_" or (name == "__set__" and func.__self__.__name__ == "data"):
+            raise RecordingError(
+                f"{self._scopes[-1] or 'the network'} gives a tensor another memory (x.data = y, x.set_(y)), which a "
+                "graph cannot hold; compute a new tensor instead"
+            )
         if func in _METHODS:
             return self._execute("call_method", _METHODS[func], func, args, kwargs)
         return self._execute("call_function", func, func, args, kwargs)
@@ -339,71 +345,68 @@ class Recorder(TorchFunctionMode):
         """
         self._paused = True  # neither what runs inside nor what is asked about its tensors are the network's operations
         try:
-            inputs = list(tensors_in((args, kwargs)))
+            inputs = tensors_in((args, kwargs))
             versions = [_version(tensor) for tensor in inputs]
             flops = self._kernels.flops
             out = run(*args, **kwargs)
             written = [t for t, version in zip(inputs, versions, strict=True) if _version(t) != version]
-            where = f"{operation_name(target)} in {self._scopes[-1] or 'the network'}"
-            reads = self._numbers(inputs, where)
-            if not written and next(tensors_in(out), None) is None:
+            reads = self._storages(inputs)
+            if not written and not tensors_in(out):
                 if operation_name(target) in _DATA_READS and reads & self._from_input:
-                    self.data_reads.append(where)
+                    self.data_reads.append(self._where(target))
                 return out
             noted = (args if noted_args is None else noted_args, kwargs)
             if not _is_plain(noted):
                 if written or reads & self._from_input:
-                    raise RecordingError(f"{where} takes an argument that a graph cannot hold: {_strange_types(noted)}")
+                    raise RecordingError(
+                        f"{self._where(target)} takes an argument that a graph cannot hold: {_strange_types(noted)}"
+                    )
                 return out  # such as torch.tensor(numpy array): a constant, if anything uses it
-            self._check_context(inputs, where)
-            if (
-                kind == "call_module"
-                and isinstance(out, Tensor)
-                and any(out is tensor for tensor in inputs)
-                and not written
-            ):
+            self._check_context(inputs, target)
+            if kind == "call_module" and isinstance(out, Tensor) and not written and any(out is t for t in inputs):
                 out = out.view_as(out)  # dropout hands its argument on: another object tells before from after
             refs: tuple[Any, Any] = self._ref(noted)
-            op = Op(kind, target, refs[0], refs[1], self._scopes[-1], reads, self._numbers(written, where))
-            self._append(dataclasses.replace(op, flops=self._kernels.flops - flops), out)
+            op = Op(kind, target, refs[0], refs[1], self._scopes[-1], reads, self._storages(written))
+            op.flops = self._kernels.flops - flops
+            self._append(op, out)
             return out
         finally:
             self._paused = False
 
-    def _check_context(self, inputs: Sequence[Tensor], where: str) -> None:
+    def _where(self, target: Any) -> str:
+        return f"{operation_name(target)} in {self._scopes[-1] or 'the network'}"
+
+    def _check_context(self, inputs: Sequence[Tensor], target: Any) -> None:
         if not self._autocast and any(torch.is_autocast_enabled(tensor.device.type) for tensor in inputs):
             raise RecordingError(
-                f"{where} runs under autocast that the network's forward turned on; cast the network and its input "
-                "to the wanted type instead, and leave autocast to the caller"
+                f"{self._where(target)} runs under autocast that the network's forward turned on; cast the network and "
+                "its input to the wanted type instead, and leave autocast to the caller"
             )
         if torch.is_inference_mode_enabled():
             raise RecordingError(
-                f"{where} runs under inference_mode that the network's forward turned on, where writes to memory "
-                "cannot be followed; use torch.no_grad there"
+                f"{self._where(target)} runs under inference_mode that the network's forward turned on, where writes "
+                "to memory cannot be followed; use torch.no_grad there"
             )
 
     def _note_read(self, tensor: Tensor) -> None:
         """Compiled code between the operations, such as a TorchScript function, looks at a value."""
-        where = self._scopes[-1] or "the network"
-        if not self._paused and self._storages.number(tensor, where) in self._from_input:
-            self.data_reads.append(f"compiled code in {where}")
+        if not self._paused and self._storages([tensor]) & self._from_input:
+            self.data_reads.append(f"compiled code in {self._scopes[-1] or 'the network'}")
 
-    def _numbers(self, tensors: Sequence[Tensor], where: str) -> frozenset[int]:
-        return frozenset([self._storages.number(tensor, where) for tensor in tensors])
+    def _storages(self, tensors: Sequence[Tensor]) -> frozenset[int]:
+        return frozenset([self._memory.storage(tensor, self._scopes[-1]) for tensor in tensors])
 
     def _append(self, op: Op, out: object) -> Ref:
         """Append an operation with the facts about its result, and remember which tensors it made."""
-        where = f"{operation_name(op.target)} in {op.scope or 'the network'}"
-        tensors = list(tensors_in(out))
-        facts: dict[str, Any] = {"holds": self._numbers(tensors, where), "is_tensor": bool(tensors)}
-        if isinstance(out, Tensor):
-            facts.update(shape=tuple(out.shape), dtype=out.dtype)
-        self.tape.ops.append(dataclasses.replace(op, **facts))
+        tensors = tensors_in(out)
+        op.holds, op.is_tensor = self._storages(tensors), bool(tensors)
+        self.tape.ops.append(op)
         if op.reads & self._from_input:
-            self._from_input.update(facts["holds"] | op.writes)
+            self._from_input.update(op.holds | op.writes)
         ref = Ref(len(self.tape.ops) - 1)
         if isinstance(out, Tensor):
-            self._values.add(out, self._storages.number(out, where), ref)
+            op.shape, op.dtype = tuple(out.shape), out.dtype
+            self._memory.add(out, self._memory.storage(out, op.scope), ref)
         elif tensors:
             self._append_parts(out, ref, op.scope)
         return ref
@@ -413,7 +416,7 @@ class Recorder(TorchFunctionMode):
         target: Any = operator.getitem if isinstance(out, (tuple, list, Mapping)) else getattr
         reads = self.tape.ops[whole.index].holds
         for key, part in _parts(out):
-            if next(tensors_in(part), None) is not None:
+            if tensors_in(part):
                 self._append(Op("call_function", target, (whole, key), {}, scope, reads), part)
 
     def _ref(self, value: Any) -> Any:
@@ -435,9 +438,9 @@ class Recorder(TorchFunctionMode):
         return value
 
     def _tensor_ref(self, tensor: Tensor) -> Ref:
-        known = self._values.find(tensor, self._storages.number(tensor, self._scopes[-1] or "the network"))
-        if known is not None:
-            return known
+        maker = self._memory.maker(tensor, self._memory.storage(tensor, self._scopes[-1]))
+        if maker is not None:
+            return maker
         name = self._owned.get(id(tensor))
         if name is None:
             name = f"recorded_constant_{len(self.tape.constants)}"
