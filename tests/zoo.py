@@ -698,6 +698,15 @@ class ShapeArithmetic(Around):
 
 
 @reproduced
+class SqueezedBatch(Around):
+    """Cannot take a single image."""
+
+    def forward(self, x):
+        features = self.stem(x).mean((2, 3)).squeeze(0)
+        return torch.stack([features.sum(1), features.amax(1)], 1) @ self.tail[2].weight[:, :2].T
+
+
+@reproduced
 class BatchInArguments(Around):
     def middle(self, x):
         zeros = torch.zeros(x.shape[0], 1, *x.shape[2:], device=x.device)

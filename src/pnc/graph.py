@@ -86,10 +86,10 @@ def record(model: nn.Module, example: Tensor) -> Recording:
     probe = _fresh_images(example)
     with _LOCK, torch.inference_mode(False), torch.no_grad(), _random_state(example.device), _eager():
         with _in_eval_mode(network) as state:
-            _run(network, _rows(example, BATCH_SIZES[0]))  # fills lazy caches, so that both tapes see the same state
+            single = _run_single(network, probe)  # first, so that lazy caches are filled when both tapes are made
             tapes = [_tape(network, _rows(example, size)) for size in BATCH_SIZES]
             module = bind(network, merge(network, *tapes), tapes[0].constants)
-            logits, single = _run(network, probe), _run_single(network, probe)
+            logits = _run(network, probe)
         recording = Recording(module, tuple(example.shape[1:]), logits.shape[1], probe, logits)
         changed: list[str] = []
         try:
@@ -251,10 +251,11 @@ def _reason(error: Exception) -> str:
 
 
 def _run_single(network: nn.Module, images: Tensor) -> Tensor | None:
-    """The logits of the first image alone; None for a network that cannot do that (some squeeze the batch away)."""
+    """The logits of the first image alone; None for a network that takes only more (some squeeze the batch away)."""
     try:
         return _run(network, images[:1])
     except RecordingError:
+        _run(network, images[: BATCH_SIZES[0]])
         return None
 
 
