@@ -57,9 +57,9 @@ class NormInBetween(Net):
         return self.drop(self.act(self.norm(x)))
 
 
-@case({}, {"first": "would not be 0 before last"})
+@case({"first": (8, 1)}, LAST)
 class NotZero(Net):
-    """softplus(0) is not 0: what is left of a removed channel would be seen by the next layer."""
+    """softplus(0) is not 0: what is left of a masked channel is masked where the next layer reads it."""
 
     def middle(self, x):
         return F.softplus(x)
@@ -76,7 +76,7 @@ class NotZeroBeforeNorm(Net):
         return self.norm(torch.sigmoid(x))
 
 
-@case({}, {"first": "would not be 0 before last"})
+@case({"first": (8, 1)}, LAST)
 class NormWithoutAffine(Net):
     def __init__(self):
         super().__init__(norm=nn.BatchNorm2d(8, affine=False))
@@ -103,8 +103,10 @@ class GroupNorm(Net):
         return self.norm(x)
 
 
-@case({}, {"first": r"group_norm .* mixes all channels|norm .* mixes all channels"})
+@case({"first": (8, 1)}, LAST)
 class OneGroup(Net):
+    """The norm goes on counting the removed channels, as zeros."""
+
     def __init__(self):
         super().__init__(norm=nn.GroupNorm(1, 8))
 
@@ -171,14 +173,10 @@ class SamePadding(nn.Conv2d):
         return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias)
 
 
-class StandardizedConv(nn.Conv2d):
-    def forward(self, x):
-        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return F.conv2d(x, w, self.bias)
-
-
 @case({"first": (8, 1), "conv": (8, 1)}, LAST)
 class ConvolutionSubclass(Net):
+    """Another padding: still a convolution, its module shrinks."""
+
     def __init__(self):
         super().__init__(conv=SamePadding(8, 8, 3))
 
@@ -359,7 +357,7 @@ class ChannelsLast(Net):
         return self.back(F.gelu(self.hidden(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
 
 
-@case({}, {"first": "norm .* mixes the channels"})
+@case({"first": (8, 1)}, LAST)
 class LayerNormOverChannels(Net):
     def __init__(self):
         super().__init__(norm=nn.LayerNorm(8))
@@ -400,7 +398,7 @@ class InPlace(Net):
         return x
 
 
-@case({}, {"first": "would not be 0 before last"})
+@case({"first": (8, 1)}, LAST)
 class NotZeroInPlace(Net):
     def middle(self, x):
         x.sigmoid_()
@@ -420,7 +418,7 @@ class ConstantsAround(Net):
         return (2 * x / 3).clamp(-1, 1) - x * torch.linspace(0, 1, 8).reshape(8, 1, 1).to(x)
 
 
-@case({}, {"first": "would not be 0 before last"})
+@case({"first": (8, 1)}, LAST)
 class ConstantAdded(Net):
     def middle(self, x):
         return x + 1
@@ -458,6 +456,132 @@ class Pairwise(Net):
         return self.head(self.last(torch.einsum("bcn,bcm->bnm", a, b).mean(1)))
 
 
+@case({"first": (8, 1), "mid": (6, 1), "back": (8, 1)}, LAST)
+class NormsThatCountChannels(Net):
+    """Each of them goes on counting what was removed."""
+
+    def __init__(self):
+        super().__init__(mid=nn.Linear(8, 6), norm=nn.LayerNorm(8), rms=nn.RMSNorm(6), back=nn.Linear(6, 8))
+        self.weight, self.bias = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8))
+
+    def middle(self, x):
+        x = F.group_norm(x, 1, self.weight, self.bias).permute(0, 2, 3, 1)
+        x = F.layer_norm(self.norm(x), (8,), self.weight)
+        x = self.rms(self.mid(x))
+        return x.permute(0, 3, 1, 2)
+
+    def forward(self, x):
+        return self.head(self.last(self.back(self.middle(self.first(x)).movedim(1, 3)).movedim(3, 1)).mean((2, 3)))
+
+
+@case({}, {"first": "would count removed channels that are not 0"})
+class LayerNormAfterOffset(Net):
+    def __init__(self):
+        super().__init__(norm=nn.LayerNorm(8))
+
+    def middle(self, x):
+        return self.norm((x + 1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@case({"first": (8, 1)}, LAST)
+class MeanOverChannels(Net):
+    def middle(self, x):
+        return x * torch.sigmoid(x.mean(1, keepdim=True)) - x * x.mean(dim=(1, 2, 3), keepdim=True)
+
+
+@case({}, {"first": "max .* mixes the channels|no rule for max"})
+class MaximumOverChannels(Net):
+    def middle(self, x):
+        return x * x.amax(1, keepdim=True)
+
+
+@case({"first": (8, 1)}, LAST)
+class TokenMixing(Net):
+    """A linear layer along the positions: the channels pass through one by one."""
+
+    def __init__(self):
+        super().__init__(mix=nn.Linear(64, 64))
+
+    def middle(self, x):
+        x = x.flatten(2)
+        return (x * self.mix(x)).reshape_as(x).unflatten(2, (8, 8))
+
+
+# --------------------------------------------------------------------------------- leaf modules that have to be opened
+
+
+class StandardizedConv(nn.Conv2d):
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, w / w.std((1, 2, 3), keepdim=True), self.bias)
+
+
+@case({"first": (8, 1), "conv": (8, 1)}, LAST)
+class WeightFromAllChannels(Net):
+    def __init__(self):
+        super().__init__(conv=StandardizedConv(8, 8, 3))
+
+    def middle(self, x):
+        return self.conv(x)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    def forward(self, x):
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class ResponseNorm(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(n)), nn.Parameter(torch.ones(n))
+
+    def forward(self, x):
+        size = x.norm(p=2, dim=(2, 3), keepdim=True)
+        size = size / (size.mean(dim=1, keepdim=True) + 1e-6)
+        return x + torch.addcmul(self.bias.view(1, -1, 1, 1), self.weight.view(1, -1, 1, 1), x * size)
+
+
+class Blur(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.register_buffer("filter", torch.rand(1, 1, 3, 3).repeat(n, 1, 1, 1))
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), self.filter, stride=2, groups=len(self.filter))
+
+
+@case({"first": (8, 1)}, LAST)
+class ForeignNorms(Net):
+    def __init__(self):
+        super().__init__(norm=LayerNorm2d(8), grn=ResponseNorm(8), blur=Blur(8))
+
+    def middle(self, x):
+        return self.blur(self.grn(self.norm(x)))
+
+
+class DrawsLots(nn.Module):
+    """No two runs agree."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return x * self.scale * float(x.sum() > 0)
+
+
+@case({}, {"first": "no rule for DrawsLots"})
+class NotOpened(Net):
+    """Its Python code depends on the values: it stays as it is."""
+
+    def __init__(self):
+        super().__init__(lots=DrawsLots())
+
+    def middle(self, x):
+        return self.lots(x)
+
+
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
@@ -483,7 +607,7 @@ class Tokens(nn.Module):
         return self.head(self.norm3(x).mean(1))
 
 
-STREAM = {"patches": "norm1 .* mixes the channels", "proj": "norm1 .* mixes", "down": "norm1 .* mixes"}
+STREAM = dict.fromkeys(("patches", "proj", "down"), "output of the segment")
 
 
 @case({"qkv": (3, 12), "up": (10, 1)}, STREAM)
@@ -554,6 +678,52 @@ class ChannelAttention(Tokens):
         q, k, v = self.qkv(x).reshape(b, n, 3, 3, 4).permute(2, 0, 3, 4, 1)
         scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
         return (scores.softmax(dim=-1) @ v).permute(0, 3, 1, 2).reshape(b, n, d)
+
+
+@case({"attention": (3, 12), "attention.out_proj": (12, 1), "up": (10, 1)}, STREAM)
+class TorchAttention(Tokens):
+    def __init__(self):
+        super().__init__(attention=nn.MultiheadAttention(12, 3, batch_first=True))
+
+    def attend(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@case({"attention": (3, 12), "attention.out_proj": (12, 1), "up": (10, 1)}, STREAM)
+class TorchAttentionSequenceFirst(Tokens):
+    def __init__(self):
+        super().__init__(attention=nn.MultiheadAttention(12, 3, bias=False))
+
+    def attend(self, x):
+        x = x.transpose(0, 1)
+        return self.attention(x, x, x)[0].transpose(0, 1)
+
+
+@case({"up": (10, 1)}, {"norm1": "no rule for MultiheadAttention"})
+class CrossAttention(Tokens):
+    def __init__(self):
+        super().__init__(attention=nn.MultiheadAttention(12, 3, batch_first=True))
+
+    def attend(self, x):
+        return self.attention(x, x.flip(1), x)[0]
+
+
+@case({"patches": (4, 1), "merge": (6, 1), "up": (5, 1)}, {"out": "output of the segment"})
+class SecondStage(nn.Module):
+    """A residual stream of its own behind a reduction, as in Swin: it goes through its LayerNorms."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.merge = nn.Conv2d(3, 4, 2, 2), nn.Linear(16, 6, bias=False)
+        self.norm0, self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(6), nn.LayerNorm(6)
+        self.up, self.down, self.out, self.head = nn.Linear(6, 5), nn.Linear(5, 6), nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.patches(x).permute(0, 2, 3, 1)
+        x = torch.cat([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], -1)
+        x = self.merge(self.norm0(x))
+        x = x + self.down(F.gelu(self.up(self.norm1(x))))
+        return self.head(self.out(self.norm2(x).mean((1, 2))))
 
 
 # --------------------------------------------------------------------------------------------------------------- tests

@@ -3,12 +3,13 @@
 An operation without a rule freezes all that it reads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import fx, nn
 
 from pnc import layer_rules as layers
+from pnc import leaf_probes
 from pnc import tensor_rules as tensors
 from pnc.layouts import Result, Tracker, family, opaque
 
@@ -31,11 +32,25 @@ def _rule(t: Tracker, node: fx.Node) -> Rule:
     """From the tables; for a module, the rule of the nearest base class whose forward it really has."""
     if node.op != "call_module":
         return FUNCTION_RULES.get(family(node), opaque)
-    module = t.modules[str(node.target)]
+    return _module_rule(t.modules[str(node.target)])
+
+
+def _module_rule(module: nn.Module) -> Rule:
     for base in type(module).__mro__:
         if base in MODULE_RULES and type(module).forward is base.forward:
             return MODULE_RULES[base]
     return layers.foreign_convolution if isinstance(module, layers.CONVOLUTIONS) else layers.foreign_leaf
+
+
+def is_understood(module: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether a leaf module has a rule, or experiments understand it, given an input of `shape`."""
+    rule = _module_rule(module)
+    if rule is layers.foreign_convolution:
+        assert isinstance(module, layers.CONVOLUTIONS)
+        return all(leaf_probes.sliceable_conv(module, shape))
+    if rule is not layers.foreign_leaf or leaf_probes.is_elementwise(module, len(shape)):
+        return True
+    return any(leaf_probes.per_channel(module, shape, dim) for dim in {1, len(shape) - 1})
 
 
 _ELEMENTWISE = """
@@ -62,15 +77,18 @@ FUNCTION_RULES: dict[str, Rule] = {
     **dict.fromkeys(("add", "sub", "maximum", "minimum"), tensors.total),
     "mul": tensors.product,
     "div": tensors.quotient,
+    "addcmul": tensors.sum_of_product,
     **{f"{kind}_pool{n}d": partial(tensors.spatial, n_dims=n) for kind in ("max", "avg", "lp") for n in (1, 2, 3)},
     **{f"adaptive_{kind}_pool{n}d": partial(tensors.spatial, n_dims=n) for kind in ("max", "avg") for n in (1, 2, 3)},
     "interpolate": tensors.spatial,
-    "sum": partial(tensors.reduction, adds=True),
-    **dict.fromkeys(("mean", "amax", "amin"), partial(tensors.reduction, adds=False)),
+    **dict.fromkeys(("sum", "mean"), partial(tensors.reduction, over_channels=True)),
+    **dict.fromkeys(("norm", "linalg_vector_norm"), tensors.vector_norm),
+    **dict.fromkeys(("amax", "amin"), partial(tensors.reduction, over_channels=False)),
     **dict.fromkeys(("matmul", "bmm"), tensors.matmul),
     "einsum": tensors.einsum,
     "scaled_dot_product_attention": tensors.attention,
     **dict.fromkeys(_MOVEMENTS.split(), tensors.movement),
+    **dict.fromkeys(("reshape_as", "view_as", "expand_as"), tensors.shaped_like),
     "getitem": tensors.indexing,
     **dict.fromkeys(("unbind", "select"), partial(tensors.keep_size, position=1, name="dim", default=0)),
     "flip": partial(tensors.keep_size, position=1, name="dims", default=None),

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from pnc.channel_rules import apply_rule, opens_channels
 from pnc.layouts import FIXED, AtomSlice, Layout, Tracker, describe, fixed, shape_of
+from pnc.opening import opened
 from pnc.tracing import info
 
 KEPT = -1
@@ -31,8 +32,8 @@ class ChannelSpace:
         start: Number of its first unit among the units of all spaces.
         size: Number of units.
         granule: Channels per unit in the first producer.
-        producers: Names of the weights whose rows make these channels.
-        consumers: Names of the weights that read them.
+        producers: Names of the tensors that a mask zeroes.
+        consumers: Names of the other tensors that follow.
     """
 
     name: str
@@ -53,7 +54,8 @@ class WeightSlice:
         dim: The dim that shrinks.
         units: Unit of each index along it, `KEPT` where none; int64.
         shape: Full shape of the tensor.
-        is_parameter: It is a parameter, not a buffer or something computed.
+        is_parameter: It is a parameter, or becomes one once it is cut; no buffer.
+        origin: Name of the network's tensor that it is, or is made of.
         zeroed: A mask writes zeros there.
     """
 
@@ -63,6 +65,7 @@ class WeightSlice:
     units: Tensor
     shape: tuple[int, ...]
     is_parameter: bool
+    origin: str
     zeroed: bool
 
 
@@ -82,13 +85,16 @@ class ChannelSpaces:
         spaces: In the order of the forward pass.
         slices: All weights that follow units.
         nodes: Where units lie in the tensors of the graph; nodes without any are missing.
-        output: The same for the segment's output; None where it keeps all its channels.
+        reads: (reader, what it reads) of the nodes where units end: a layer that mixes them, a sum over them, the free
+            output. A factor per unit on these edges, and only there, does what removing the units would do.
+        output: Where units lie in the segment's output; None where it keeps all its channels.
         frozen: Layers whose channels cannot be removed (all, or some), with the reason.
     """
 
     spaces: tuple[ChannelSpace, ...]
     slices: tuple[WeightSlice, ...]
     nodes: Mapping[str, Channels]
+    reads: tuple[tuple[str, str], ...]
     output: Channels | None
     frozen: Mapping[str, str]
 
@@ -109,6 +115,7 @@ def channel_spaces(segment: fx.GraphModule, free_output: bool = False) -> Channe
         free_output: Let the output lose channels too: `ChannelSpaces.output` then says which. For a clone whose head is
             fitted on the features afterwards.
     """
+    segment = opened(segment)
     tracker = Tracker(segment)
     output: Layout | None = None
     holders: dict[int, list[fx.Node]] = {}
@@ -117,6 +124,7 @@ def channel_spaces(segment: fx.GraphModule, free_output: bool = False) -> Channe
             source = node.args[0]
             if free_output and isinstance(source, fx.Node):
                 output = tracker.of(source)
+                tracker.reads.append((node, source))
             else:
                 tracker.freeze(node, "output of the segment")
             continue
@@ -176,6 +184,7 @@ def _resolve(tracker: Tracker, output: Layout | None) -> ChannelSpaces:
         spaces=_describe_spaces(groups, starts, slices),
         slices=slices,
         nodes=nodes,
+        reads=tuple((reader.name, source.name) for reader, source in tracker.reads if source.name in nodes),
         output=None if output is None else _channels(output.ids, roots, unit_of),
         frozen=_frozen_layers(tracker, roots, unit_of, frozen),
     )
@@ -230,7 +239,9 @@ def _weight_slice(atom_slice: AtomSlice, roots: Tensor, unit_of: Tensor) -> Weig
             return None
     if not bool((units != KEPT).any()):
         return None
-    return WeightSlice(weight.name, weight.user, dim, units, weight.shape, weight.is_parameter, atom_slice.zeroed)
+    return WeightSlice(
+        weight.name, weight.user, dim, units, weight.shape, weight.is_parameter, weight.origin, atom_slice.zeroed
+    )
 
 
 def _group_roots(tracker: Tracker, roots: Tensor, frozen: Mapping[int, str]) -> list[Tensor]:
@@ -266,17 +277,22 @@ def _describe_spaces(
         units = s.units[s.units != KEPT]
         counts = torch.bincount(space_of[units], minlength=len(groups))
         for space in counts.nonzero().reshape(-1).tolist():
-            (producers if s.zeroed else consumers)[space].setdefault(s.tensor, int(counts[space]))
+            (producers if s.zeroed else consumers)[space].setdefault(s.origin, int(counts[space]))
     spaces = []
     taken: dict[str, int] = {}
     for i, group in enumerate(groups):
         first, count = next(iter(producers[i].items()))
-        base = first.rpartition(".")[0] or first
+        base = _layer(first)
         number = taken[base] = taken.get(base, -1) + 1
         name = f"{base}#{number}" if number else base
         granule = count // len(group)
         spaces.append(ChannelSpace(name, starts[i], len(group), granule, tuple(producers[i]), tuple(consumers[i])))
     return tuple(spaces)
+
+
+def _layer(tensor: str) -> str:
+    """The layer that a tensor belongs to; the tensor itself where it is the network's own."""
+    return tensor.rpartition(".")[0] or tensor
 
 
 def _frozen_layers(tracker: Tracker, roots: Tensor, unit_of: Tensor, reasons: Mapping[int, str]) -> dict[str, str]:
@@ -286,6 +302,6 @@ def _frozen_layers(tracker: Tracker, roots: Tensor, unit_of: Tensor, reasons: Ma
         if atom_slice.zeroed and atom_slice.dim == 0:
             ids = atom_slice.ids[(unit_of[atom_slice.ids] == KEPT) & (atom_slice.ids != FIXED)]
             if len(ids):
-                name = atom_slice.weight.name.rpartition(".")[0] or atom_slice.weight.name
+                name = _layer(atom_slice.weight.origin)
                 found.setdefault(name, reasons.get(int(roots[ids[0]]), "only one unit"))
     return found

@@ -6,21 +6,24 @@ input in float64 whenever a segment is compacted, so that a wrong rule about an 
 
 import copy
 import dataclasses
-from collections.abc import Callable
+import math
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
+from torch.fx.node import map_aggregate, map_arg
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from pnc.channels import Channels, ChannelSpaces, WeightSlice
 from pnc.errors import MismatchError, PNCError
-from pnc.layouts import argument, family, shape_of
+from pnc.layouts import constant_sources, shape_of
 from pnc.leaf_probes import owned_tensor, replace_tensor, resize_attributes
 from pnc.masks import ChannelMasks
-from pnc.tensor_rules import indexed_dims
+from pnc.opening import opened
+from pnc.rewriting import rewrite
 from pnc.tracing import info
 
 TOLERANCE = 1e-10
@@ -37,7 +40,7 @@ def mask_segment(segment: fx.GraphModule, spaces: ChannelSpaces, masks: ChannelM
     Raises:
         MismatchError: `masks` were made for other spaces.
     """
-    return _own(_mask(_structure(segment), spaces, kept_flags(spaces, masks)))
+    return _own(_mask(_structure(opened(segment)), spaces, kept_flags(spaces, masks)))
 
 
 def compact(segment: fx.GraphModule, spaces: ChannelSpaces, masks: ChannelMasks) -> fx.GraphModule:
@@ -53,10 +56,11 @@ def compact(segment: fx.GraphModule, spaces: ChannelSpaces, masks: ChannelMasks)
         PNCError: the smaller network differs from the masked one, or cannot run.
     """
     flags = kept_flags(spaces, masks)
-    smaller = _own(_shrink(_structure(segment), spaces, flags))
+    segment = opened(segment)
+    smaller = _shrink(_structure(segment), spaces, flags)
     masked = _mask(_structure(segment), spaces, flags)
     _check(_as_double(masked), _as_double(_structure(smaller)), spaces, flags)
-    return smaller
+    return _own(_fold(smaller))
 
 
 def output_channels(spaces: ChannelSpaces, masks: ChannelMasks) -> Tensor | None:
@@ -131,24 +135,21 @@ def _mask(segment: fx.GraphModule, spaces: ChannelSpaces, flags: Tensor) -> fx.G
 
 def _shrink(segment: fx.GraphModule, spaces: ChannelSpaces, flags: Tensor) -> fx.GraphModule:
     nodes = {node.name: node for node in segment.graph.nodes}
-    for s in spaces.slices:
-        keep = flags[s.units].nonzero().reshape(-1)
-        if len(keep) == s.shape[s.dim]:
-            continue
+    _correct_info(nodes, spaces, flags)
+    kept = [(s, flags[s.units].nonzero().reshape(-1)) for s in spaces.slices]
+    kept = [(s, keep) for s, keep in kept if len(keep) < len(s.units)]
+    for s, keep in kept:
         if s.user:
             _insert(segment, nodes, s, torch.index_select, keep)
-        else:
-            tensor = owned_tensor(segment, s.tensor)
-            replace_tensor(segment, s.tensor, tensor.index_select(s.dim, keep.to(tensor.device)))
-            _resize_module(segment.get_submodule(s.tensor.rpartition(".")[0]), s.shape[s.dim], len(keep))
-    for node in nodes.values():
+    for node in nodes.values():  # looks at the layers as they were, but at the operands as they are
+        rewrite(node, spaces.nodes, flags)
         if node.op == "call_module":
             _resize_bare_norm(segment.get_submodule(str(node.target)), spaces.nodes.get(node.name), flags)
-        else:
-            _rewrite(node, spaces, flags)
-    for name, channels in spaces.nodes.items():
-        n_kept = int(flags[channels.units].sum())
-        _resize_info(nodes[name], channels.dim, n_kept)
+    for s, keep in kept:
+        if not s.user:
+            tensor = owned_tensor(segment, s.tensor)
+            replace_tensor(segment, s.tensor, tensor.index_select(s.dim, keep.to(tensor.device)))
+            _resize_module(segment.get_submodule(s.tensor.rpartition(".")[0]), len(s.units), len(keep))
     segment.graph.lint()
     segment.recompile()
     return segment
@@ -176,7 +177,68 @@ def _insert(
         )
         result = segment.graph.call_function(function, (operand, s.dim, held, *arguments))
     result.meta.update(pnc=info(operand), cut_for=s.user)
+    if function is torch.index_select:
+        _resize_info(result, s.dim, len(index))
     user.replace_input_with(operand, result)
+
+
+def _fold(segment: fx.GraphModule) -> fx.GraphModule:
+    """Replace constants that were cut to size by parameters of that size, and drop what they were computed from."""
+    for node in list(segment.graph.nodes):
+        last = "cut_for" in node.meta and not any(user.target is torch.index_select for user in node.users)
+        sources = constant_sources(node) if last else None
+        if sources is None:
+            continue
+        with torch.no_grad():
+            value = _value(segment, node, {})
+        is_parameter = any(isinstance(_attribute(segment, str(s.target)), nn.Parameter) for s in sources)
+        name = f"_cut_{node.name}"
+        if is_parameter:
+            segment.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        else:
+            segment.register_buffer(name, value)
+        with segment.graph.inserting_before(node):
+            held = segment.graph.get_attr(name)
+        held.meta["pnc"] = dataclasses.replace(info(node), n_params=value.numel() if is_parameter else 0)
+        node.replace_all_uses_with(held)
+        _erase(segment, node)
+    segment.graph.lint()
+    segment.recompile()
+    return segment
+
+
+def _value(segment: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    """What a constant node holds."""
+    if node.op == "get_attr":
+        return _attribute(segment, str(node.target))
+    if node not in known:
+        for source in node.all_input_nodes:
+            known[source] = _value(segment, source, known)
+        args, kwargs = map_arg(node.args, known.__getitem__), map_arg(node.kwargs, known.__getitem__)
+        call: Any = getattr(Tensor, node.target) if isinstance(node.target, str) else node.target
+        known[node] = call(*args, **kwargs)
+    return known[node]
+
+
+def _attribute(segment: fx.GraphModule, name: str) -> Tensor:
+    tensor = operator.attrgetter(name)(segment)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def _erase(segment: fx.GraphModule, node: fx.Node) -> None:
+    """Erase a node and what only it needed, attributes of the segment included."""
+    sources = node.all_input_nodes
+    target = str(node.target)
+    was_attribute = node.op == "get_attr"
+    segment.graph.erase_node(node)
+    owner, _, name = target.rpartition(".")
+    still_used = {("get_attr", target), ("call_module", owner)}
+    if was_attribute and not any((n.op, n.target) in still_used for n in segment.graph.nodes):
+        delattr(segment.get_submodule(owner), name)
+    for source in sources:
+        if not source.users and source in segment.graph.nodes:
+            _erase(segment, source)
 
 
 def _resize_module(module: nn.Module, old: int, new: int) -> None:
@@ -200,108 +262,30 @@ def _resize_bare_norm(module: nn.Module, channels: Channels | None, flags: Tenso
         _resize_module(module, len(channels.units), int(flags[channels.units].sum()))
 
 
-# --------------------------------------------------------------------------- calls that carry sizes in their arguments
-
-
-def _rewrite(node: fx.Node, spaces: ChannelSpaces, flags: Tensor) -> None:
-    """Correct the sizes in the arguments of a call, if channels lie along the dims that they are about."""
-    rule = _REWRITES.get(family(node)) if node.op in ("call_function", "call_method") else None
-    if rule is not None:
-        rule(node, spaces, flags)
-
-
-def _sizes(node: fx.Node, spaces: ChannelSpaces, flags: Tensor) -> None:
-    """`reshape`, `view`, `expand`: one size per dim of the result."""
-    channels = spaces.nodes.get(node.name)
-    if channels is None:
-        return
-    packed = isinstance(node.args[1], (tuple, list))
-    sizes = list(node.args[1]) if packed else list(node.args[1:])  # type: ignore[arg-type]
-    if sizes[channels.dim] != -1:
-        sizes[channels.dim] = int(flags[channels.units].sum())
-    node.args = (node.args[0], tuple(sizes)) if packed else (node.args[0], *sizes)
-
-
-def _unflatten(node: fx.Node, spaces: ChannelSpaces, flags: Tensor) -> None:
-    channels, source = spaces.nodes.get(node.name), node.args[0]
-    if channels is None:
-        return
-    dim, sizes = argument(node, 1, "dim") % len(shape_of(source)), list(argument(node, 2, "sizes"))
-    if dim <= channels.dim < dim + len(sizes) and sizes[channels.dim - dim] != -1:
-        sizes[channels.dim - dim] = int(flags[channels.units].sum())
-    node.args, node.kwargs = (source, dim, tuple(sizes)), {}
-
-
-def _pieces(node: fx.Node, spaces: ChannelSpaces, flags: Tensor) -> None:
-    """`split` and `chunk` along the channels: the sizes of the pieces are spelt out."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    channels = spaces.nodes.get(source.name)
-    if channels is None:
-        return
-    name = {"split": "split_size_or_sections", "chunk": "chunks"}[family(node)]
-    how, dim = argument(node, 1, name, node.kwargs.get("split_size")), argument(node, 2, "dim", 0)
-    if dim % len(shape_of(source)) == channels.dim:
-        kept = flags[channels.units]
-        pieces = torch.split(kept, how) if family(node) == "split" else torch.chunk(kept, how)
-        node.op, node.target = "call_function", torch.split
-        node.args, node.kwargs = (source, [int(piece.sum()) for piece in pieces], dim), {}
-
-
-def _index(node: fx.Node, spaces: ChannelSpaces, flags: Tensor) -> None:
-    """Slices along the channels."""
-    source, index = node.args
-    channels = spaces.nodes.get(source.name) if isinstance(source, fx.Node) else None
-    if channels is None:
-        return
-    places = list(index) if isinstance(index, tuple) else [index]
-    used = [i for i, place in enumerate(places) if isinstance(place, (int, slice))]
-    for i, (dim, place) in zip(used, indexed_dims(places, len(shape_of(source))), strict=True):
-        if dim == channels.dim and isinstance(place, slice):
-            kept = flags[channels.units]
-            first, last, _ = place.indices(len(kept))
-            places[i] = slice(int(kept[:first].sum()), int(kept[:last].sum()))
-    node.args = (source, tuple(places))
-
-
-def _padding(node: fx.Node, spaces: ChannelSpaces, flags: Tensor) -> None:
-    channels = spaces.nodes.get(node.name)
-    if channels is None:
-        return
-    widths = list(argument(node, 1, "pad"))
-    place = 2 * (len(shape_of(node)) - 1 - channels.dim)
-    if place + 1 < len(widths):
-        kept, (before, after) = flags[channels.units], widths[place : place + 2]
-        widths[place : place + 2] = int(kept[:before].sum()), int(kept[len(kept) - after :].sum())
-    node.args = (node.args[0], widths, *node.args[2:])
-    node.kwargs = {name: value for name, value in node.kwargs.items() if name != "pad"}
-
-
-def _groups(position: int, name: str) -> Callable[[fx.Node, ChannelSpaces, Tensor], None]:
-    """Number of groups of a functional convolution or group norm: only whole groups go."""
-
-    def rewrite(node: fx.Node, spaces: ChannelSpaces, flags: Tensor) -> None:
-        channels, groups = spaces.nodes.get(node.name), argument(node, position, name, 1)
-        if channels is None or groups == 1:
-            return
-        groups = groups * int(flags[channels.units].sum()) // len(channels.units)
-        if len(node.args) > position:
-            node.args = (*node.args[:position], groups, *node.args[position + 1 :])
-        else:
-            node.kwargs = {**node.kwargs, name: groups}
-
-    return rewrite
-
-
-_REWRITES: dict[str, Callable[[fx.Node, ChannelSpaces, Tensor], None]] = {
-    **dict.fromkeys(("reshape", "view", "expand"), _sizes),
-    "unflatten": _unflatten,
-    **dict.fromkeys(("split", "chunk"), _pieces),
-    "getitem": _index,
-    "pad": _padding,
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _groups(6, "groups")),
-    "group_norm": _groups(1, "num_groups"),
-}
+def _correct_info(nodes: Mapping[str, fx.Node], spaces: ChannelSpaces, flags: Tensor) -> None:
+    """Shapes and costs of all nodes, as a recording of the smaller segment would give them."""
+    left: dict[tuple[str, str], float] = {}  # of each weight, as a share
+    for s in spaces.slices:
+        left[s.tensor, s.user] = left.get((s.tensor, s.user), 1.0) * float(flags[s.units].double().mean())
+    shapes = {(s.tensor, s.user): (s.shape, s.is_parameter) for s in spaces.slices}
+    by_reader: dict[str, list[tuple[str, str]]] = {}
+    for tensor, user in left:
+        by_reader.setdefault(user or tensor.rpartition(".")[0], []).append((tensor, user))
+    for node in nodes.values():
+        weights = by_reader.get(node.name if node.op != "call_module" else str(node.target), [])
+        facts = info(node)
+        share = min((left[w] for w in weights if len(shapes[w][0]) > 1), default=None)
+        if share is None and facts.n_macs:  # a product of tensors: over fewer heads, or a sum over fewer channels
+            channels = spaces.nodes.get(node.name) or spaces.nodes.get(dict(spaces.reads).get(node.name, ""))
+            share = float(flags[channels.units].double().mean()) if channels is not None else None
+        gone = sum(round(math.prod(shapes[w][0]) * (1 - left[w])) for w in weights if shapes[w][1] and not w[1])
+        node.meta["pnc"] = dataclasses.replace(
+            facts,
+            n_macs=round(facts.n_macs * (1.0 if share is None else share)),
+            n_params=facts.n_params - gone if facts.n_params else 0,
+        )
+    for name, channels in spaces.nodes.items():
+        _resize_info(nodes[name], channels.dim, int(flags[channels.units].sum()))
 
 
 def _resize_info(node: fx.Node, dim: int, size: int) -> None:
@@ -340,14 +324,13 @@ def _check(masked: fx.GraphModule, smaller: fx.GraphModule, spaces: ChannelSpace
     x = torch.randn(shape_of(given), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = x.to(_device(masked))
     with torch.no_grad():
-        expected = masked(x.clone())
-        if spaces.output is not None:
-            kept = flags[spaces.output.units].nonzero().reshape(-1)
-            expected = expected.index_select(spaces.output.dim, kept.to(x.device))
         try:
-            found = smaller(x)
+            expected, found = masked(x.clone()), smaller(x)
         except (RuntimeError, ValueError) as error:
             raise PNCError(f"the compacted segment cannot run ({str(error).splitlines()[0]}); {_WAY_OUT}") from error
+    if spaces.output is not None:
+        kept = flags[spaces.output.units].nonzero().reshape(-1)
+        expected = expected.index_select(spaces.output.dim, kept.to(x.device))
     if found.shape != expected.shape:
         raise PNCError(f"the compacted segment gives {tuple(found.shape)}, not {tuple(expected.shape)}; {_WAY_OUT}")
     difference, scale = float((found - expected).abs().max()), float(expected.abs().max())

@@ -45,10 +45,10 @@ def _mixing_layer(t: Tracker, node: fx.Node, dim: int) -> Result:
     weight, bias = t.weight(node, 1, "weight"), t.weight(node, 2, "bias")
     source = t.of(node.args[0])
     channels = _read_channels(t, node, source, dim)
-    if channels is not None and source.zero:
-        t.follow(weight, 1, channels, zeroed=False)
-    elif channels is not None:
-        t.freeze(node, f"removed channels would not be 0 before {describe(node)}")
+    if channels is not None:
+        # Where f(0) is not 0 (an offset behind the activation), a mask must act on the reader's columns as well.
+        t.follow(weight, 1, channels, zeroed=not source.zero)
+        t.reads.append((node, node.all_input_nodes[0]))
     assert weight is not None
     n_out = weight.shape[0]
     if n_out < 2:
@@ -60,8 +60,11 @@ def _mixing_layer(t: Tracker, node: fx.Node, dim: int) -> Result:
 
 
 def linear(t: Tracker, node: fx.Node) -> Result:
-    """Linear layer, over the last dim."""
-    return _mixing_layer(t, node, len(shape_of(node)) - 1)
+    """Linear layer, over the last dim; where the channels lie along another dim, they pass through one by one."""
+    source, last = t.of(node.args[0]), len(shape_of(node)) - 1
+    if source.dims and last not in source.dims:
+        return Layout(source.ids, source.zero and t.weight(node, 2, "bias") is None)
+    return _mixing_layer(t, node, last)
 
 
 def convolution(t: Tracker, node: fx.Node) -> Result:
@@ -125,19 +128,48 @@ def channel_norm(t: Tracker, node: fx.Node) -> Result:
 
 
 def group_norm(t: Tracker, node: fx.Node) -> Result:
-    """Channels go in whole groups."""
+    """Channels go in whole groups; one by one where there is a single group."""
     module = t.modules[str(node.target)] if node.op == "call_module" else None
     groups = int(module.num_groups if isinstance(module, nn.GroupNorm) else argument(node, 1, "num_groups"))
     source = t.of(node.args[0])
     channels = _read_channels(t, node, source, 1)
-    if channels is None or groups == 1:
-        return opaque(t, node, f"{describe(node)} mixes all channels")
+    if channels is None:
+        return fixed(len(shape_of(node)))
+    if groups == 1:
+        return _shared_norm(t, node, channels, (t.weight(node, 2, "weight"), t.weight(node, 3, "bias")))
     group_ids = t.atoms.bind_whole(channels.reshape(groups, -1), (0,), f"normalised with fixed channels by {node.name}")
     ids = group_ids.expand(groups, len(channels) // groups).reshape(-1)
     weight, bias = t.weight(node, 2, "weight"), t.weight(node, 3, "bias")
     t.follow(weight, 0, ids, zeroed=True)
     t.follow(bias, 0, ids, zeroed=True)
     return Layout(_on_dim(ids, 1, len(shape_of(node))), zero=weight is not None or source.zero)
+
+
+def layer_norm(t: Tracker, node: fx.Node) -> Result:
+    """LayerNorm and RMSNorm over the last dims: over channels one by one; per head, whole heads can go."""
+    source, last = t.of(node.args[0]), len(shape_of(node)) - 1
+    weight = t.weight(node, 2, "weight")
+    bias = t.weight(node, 3, "bias") if "rms" not in family(node).lower() else None
+    module = t.modules[str(node.target)] if node.op == "call_module" else None
+    shape = module.normalized_shape if module is not None else argument(node, 1, "normalized_shape")
+    n_dims = len(tuple(shape)) if isinstance(shape, (tuple, list)) else 1
+    if source.dims == (last,) and n_dims == 1:
+        return _shared_norm(t, node, source.ids.reshape(-1), (weight, bias))
+    return _mix(t, node, range(-n_dims, 0), zero=bias is None)
+
+
+def _shared_norm(t: Tracker, node: fx.Node, channels: Tensor, affine: Sequence[Weight | None]) -> Result:
+    """A norm whose mean and variance count all channels of a sample or token.
+
+    Removed channels count as zeros: `compaction` makes it a norm of the part that is left, with the old number of
+    channels in its denominators.
+    """
+    source = t.of(node.args[0])
+    if not source.zero:
+        return opaque(t, node, f"{describe(node)} would count removed channels that are not 0")
+    for tensor in affine:
+        t.follow(tensor, 0, channels, zeroed=True)
+    return Layout(source.ids, zero=affine[0] is not None)
 
 
 def _mix(t: Tracker, node: fx.Node, dims: Sequence[int], zero: bool) -> Result:
@@ -149,18 +181,6 @@ def _mix(t: Tracker, node: fx.Node, dims: Sequence[int], zero: bool) -> Result:
         return opaque(t, node, f"{describe(node)} mixes the channels")
     ids = t.atoms.bind_whole(source.ids, others, f"mixed with fixed channels by {describe(node)}")
     return Layout(ids, zero and source.zero)
-
-
-def layer_norm(t: Tracker, node: fx.Node) -> Result:
-    """LayerNorm and RMSNorm: mix the last dims; per head, whole heads can go."""
-    if node.op == "call_module":
-        module = t.modules[str(node.target)]
-        shape, bias = module.normalized_shape, getattr(module, "bias", None)
-    else:
-        shape, bias = argument(node, 1, "normalized_shape"), argument(node, 3, "bias")
-        if family(node) == "rms_norm":
-            bias = None
-    return _mix(t, node, range(-len(tuple(shape)), 0), zero=bias is None)
 
 
 def softmax(t: Tracker, node: fx.Node) -> Result:
@@ -190,11 +210,7 @@ def foreign_leaf(t: Tracker, node: fx.Node) -> Result:
         return opaque(t, node, reason)
     parameters = {name for name, _ in module.named_parameters()}
     for name, dim in found.tensors:
-        weight = Weight(
-            f"{node.target}.{name}",
-            user="",
-            shape=tuple(leaf_probes.owned_tensor(module, name).shape),
-            is_parameter=name in parameters,
-        )
+        shape = tuple(leaf_probes.owned_tensor(module, name).shape)
+        weight = t.module_tensor(node, name, shape, name in parameters)
         t.follow(weight, dim, source.ids.reshape(-1), zeroed=weight.is_parameter)
     return Layout(source.ids, found.makes_zero or (source.zero and found.keeps_zero))

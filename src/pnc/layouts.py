@@ -6,6 +6,7 @@ that no rule about reshapes, permutations or slices is written down twice. Opera
 together unite their atoms; whatever is not understood freezes the atoms that it touches.
 """
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -131,13 +132,15 @@ class Weight:
         name: Qualified name of the module's tensor; name of the operand's node where `user` is set.
         user: Name of the node that reads the operand; "" for a module's tensor.
         shape: Its shape.
-        is_parameter: It is a parameter, not a buffer or something computed.
+        is_parameter: It is a parameter, or will be one once it is cut (`constant_sources`); no buffer.
+        origin: Name of the network's tensor that it is, or is made of, for people.
     """
 
     name: str
     user: str
     shape: tuple[int, ...]
     is_parameter: bool
+    origin: str
 
 
 @dataclass(frozen=True)
@@ -166,6 +169,7 @@ class Tracker:
         data: Nodes whose content depends on the segment's input.
         shared: Leaf modules that are called, or whose weights are used, more than once.
         refused: Layers of which nothing can be removed, with the reason.
+        reads: (reader, what it reads) wherever channels end: in a layer that mixes them, a sum over them, the output.
         layouts: Layout per node, a tuple for a node with several results.
         slices: Weights and operands that follow atoms.
         forms: (ids, dims allowed to shrink) of every tensor with atoms along several dims: only whole indices of one
@@ -182,6 +186,7 @@ class Tracker:
         self.forms: list[tuple[Tensor, tuple[int, ...]]] = []
         self.data: set[fx.Node] = set()
         self.refused: dict[str, str] = {}
+        self.reads: list[tuple[fx.Node, fx.Node]] = []
         self.shared = _shared_leaves(segment, self.modules)
 
     def of(self, node: object) -> Layout:
@@ -206,12 +211,19 @@ class Tracker:
         tensor = getattr(module, name, None)
         if not isinstance(tensor, Tensor):
             return None
-        return Weight(f"{node.target}.{name}", "", tuple(tensor.shape), name not in module._buffers)
+        return self.module_tensor(node, name, tuple(tensor.shape), name not in module._buffers)
+
+    def module_tensor(self, node: fx.Node, name: str, shape: tuple[int, ...], is_parameter: bool) -> Weight:
+        """A tensor of a leaf module."""
+        name = f"{node.target}.{name}"
+        return Weight(name, "", shape, is_parameter, origin=name)
 
     def operand(self, node: fx.Node, operand: fx.Node) -> Weight:
         """An operand that `node` reads, as something that can be cut to size."""
-        parameter = operand.op == "get_attr" and operand.target in self.parameters
-        return Weight(operand.name, node.name, shape_of(operand), parameter)
+        sources = constant_sources(operand)
+        origins = [str(source.target) for source in sources or ()]
+        is_parameter = any(origin in self.parameters for origin in origins)
+        return Weight(operand.name, node.name, shape_of(operand), is_parameter, origins[0] if origins else operand.name)
 
     def follow(self, weight: Weight | None, dim: int | None, ids: Tensor, zeroed: bool) -> None:
         """Note that a dim of a weight follows atoms; `None` for a weight that the layer does not have."""
@@ -318,6 +330,27 @@ def scalar_value(node: fx.Node) -> Any:
         return BATCH_SIZES[0]
     function: Callable[..., Any] = node.target  # type: ignore[assignment]
     return function(*map_arg(node.args, scalar_value))
+
+
+def constant_sources(node: fx.Node) -> list[fx.Node] | None:
+    """The tensors of the network that a constant in the graph is made of, if it could stand in their place.
+
+    Returns:
+        The `get_attr` nodes; None for what depends on the input or the batch size, takes a module to compute, or has
+        more entries than it is made of.
+    """
+    made_of = {node: None}
+    todo = [node]
+    while todo:
+        current = todo.pop()
+        new = [source for source in current.all_input_nodes if source not in made_of]
+        if current.op in ("placeholder", "call_module") or (current.op != "get_attr" and not current.all_input_nodes):
+            return None
+        made_of.update(dict.fromkeys(new))
+        todo += new
+    sources = [n for n in made_of if n.op == "get_attr"]
+    fits = math.prod(shape_of(node)) <= sum(math.prod(shape_of(source)) for source in sources)
+    return sources if fits else None
 
 
 def compress(full: Tensor) -> Tensor:

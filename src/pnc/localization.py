@@ -5,7 +5,7 @@ a segment together and keeps the best ones under a budget of parameters.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,7 +18,8 @@ from pnc.errors import InputError
 from pnc.layouts import batch_dims, shape_of
 from pnc.leaf_probes import owned_tensor
 from pnc.masks import ChannelMasks, masks_for_density, unit_params
-from pnc.tracing import BATCH_SIZES, info
+from pnc.opening import opened
+from pnc.tracing import BATCH_SIZES
 
 Method = Literal["taylor", "magnitude", "random"]
 
@@ -75,7 +76,7 @@ def taylor_scores(
     generator: torch.Generator,
     loss: Loss | None = None,
 ) -> dict[str, Tensor]:
-    """Effect of removing each unit, to first order, from gradients at gates of 1 on everything that a mask zeroes.
+    """Effect of removing each unit, to first order, from gradients at gates of 1 on whatever is read of it.
 
     With a loss: the sum over samples of |d loss / d gate|. Without: the expected squared change of the output,
     sum over samples of |d output / d gate|^2, estimated along random directions of the output. (The distance to the
@@ -93,12 +94,12 @@ def taylor_scores(
     price in parameters (`masks_for_density`).
     """
     _check_inputs(segment, inputs)
+    segment = opened(segment)
     total = torch.zeros(spaces.n_units, dtype=torch.float64)
-    points = _gate_points(segment, spaces)
     for rows in torch.arange(len(inputs)).split(_BATCH):
         gates = torch.ones(len(rows), spaces.n_units, dtype=inputs.dtype, device=inputs.device, requires_grad=True)
         with torch.enable_grad():
-            out = _Gated(segment, points, gates).run(inputs[rows].detach())
+            out = _Gated(segment, spaces, gates).run(inputs[rows].detach())
             if loss is not None:
                 (gradient,) = torch.autograd.grad(loss(out, rows).sum(), gates, allow_unused=False)
                 total += gradient.detach().abs().double().sum(0).cpu()
@@ -200,51 +201,35 @@ def _averaging(layers: list[_BatchNorm]) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------- gates
 
 
-def _gate_points(segment: fx.GraphModule, spaces: ChannelSpaces) -> dict[str, Channels]:
-    """Nodes behind which gates sit: the last ones on each path that a mask would zero.
-
-    A convolution read only by its norm gets none: the gate behind the norm does all that the mask would do.
-    """
-    zeroed = [s for s in spaces.slices if s.zeroed]
-    users = {s.user for s in zeroed}
-    modules = {s.tensor[:end] for s in zeroed if not s.user for end, c in enumerate(s.tensor) if c == "."}
-    points: dict[str, Channels] = {}
-    behind: dict[str, Tensor] = {}  # nodes whose units are all zeroed in front of whatever reads them otherwise
-    for node in reversed(segment.graph.nodes):
-        channels = spaces.nodes.get(node.name)
-        if channels is None:
-            continue
-        later = [behind.get(user.name) for user in node.users]
-        covered = bool(later) and all(u is not None and bool(torch.isin(channels.units, u).all()) for u in later)
-        zeroes = node.name in users or (node.op == "call_module" and node.target in modules)
-        if zeroes and not covered and not info(node).writes:
-            points[node.name] = channels
-        if zeroes or covered:
-            behind[node.name] = channels.units
-    return points
-
-
 class _Gated(fx.Interpreter):
-    """Runs a segment with a factor on every unit, one per sample, behind the gate points."""
+    """Runs a segment with a factor on every unit, one per sample, wherever units are read (`ChannelSpaces.reads`)."""
 
-    def __init__(self, segment: fx.GraphModule, points: Mapping[str, Channels], gates: Tensor) -> None:
+    def __init__(self, segment: fx.GraphModule, spaces: ChannelSpaces, gates: Tensor) -> None:
         super().__init__(segment)
-        self._points, self._gates = points, F.pad(gates, (0, 1), value=1.0)  # the last one for KEPT, -1
+        self._spaces, self._sources = spaces, dict(spaces.reads)
+        self._gates = F.pad(gates, (0, 1), value=1.0)  # the last one for KEPT, -1
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node; scale its result if it is a gate point."""
-        out = super().run_node(n)
-        channels = self._points.get(n.name)
-        if channels is None:
-            return out
+        """Run one node; what it reads is scaled for this node only."""
+        source = next((s for s in n.all_input_nodes if s.name == self._sources.get(n.name)), None)
+        if source is None:
+            return super().run_node(n)
+        value = self.env[source]
+        self.env[source] = value * self._factors(source, self._spaces.nodes[source.name])
+        try:
+            return super().run_node(n)
+        finally:
+            self.env[source] = value
+
+    def _factors(self, node: fx.Node, channels: Channels) -> Tensor:
+        """The gates in the shape of a node's tensor: 1 everywhere but along the batch and the channels."""
         factors = self._gates[:, channels.units.to(self._gates.device)]  # (B, size)
-        shape = [1] * out.dim()
-        shape[channels.dim] = factors.shape[1]
-        batch = batch_dims(n)
-        if batch:  # windows or tokens folded into the batch: a sample's follow each other
-            factors = factors.repeat_interleave(shape_of(n)[batch[0]] // BATCH_SIZES[0], 0)
-            shape[batch[0]] = len(factors)
-        return out * (factors if channels.dim > (batch or (0,))[0] else factors.T).reshape(shape)
+        shape = [1] * len(shape_of(node))
+        batch = batch_dims(node)[0]
+        # Windows or tokens folded into the batch: those of a sample follow each other.
+        factors = factors.repeat_interleave(shape_of(node)[batch] // BATCH_SIZES[0], 0)
+        shape[batch], shape[channels.dim] = factors.shape
+        return (factors if batch < channels.dim else factors.T).reshape(shape)
 
 
 def _by_space(spaces: ChannelSpaces, flat: Tensor) -> dict[str, Tensor]:

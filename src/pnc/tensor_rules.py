@@ -48,44 +48,66 @@ def conversion(t: Tracker, node: fx.Node) -> Result:
 
 def total(t: Tracker, node: fx.Node) -> Result:
     """Addition, subtraction, maximum: zero where both operands are."""
-    a, b, rank = *_operands(node), len(shape_of(node))
-    first, second = t.of(a), t.of(b)
-    if first.dims and second.dims:
-        return _united(t, node, first, second, zero=first.zero and second.zero)
-    source, other = (first, b) if first.dims else (second, a)
-    ids = align(source.ids, rank)
-    if not isinstance(other, fx.Node) or _varies_along(other, source.dims, rank) == ():
-        return Layout(ids, zero=False)
-    if other in t.data or (info(node).writes and other is node.args[0]):
-        return opaque(t, node, f"added to fixed channels by {describe(node)}")
-    # A constant with one entry per channel, such as a bias: cut to size, and masked like one.
-    t.follow(t.operand(node, other), None, ids, zeroed=source.zero)
-    return Layout(ids, zero=source.zero and _varies_along(other, source.dims, rank) == source.dims)
+    a, b = argument(node, 0, "input"), argument(node, 1, "other")
+    return _total(t, node, (t.of(a), a), (t.of(b), b))
 
 
 def product(t: Tracker, node: fx.Node) -> Result:
     """Multiplication: zero where either operand is; fixed channels on the other side are cut to size."""
-    a, b = _operands(node)
-    first, second = t.of(a), t.of(b)
-    if first.dims and second.dims:
-        return _united(t, node, first, second, zero=first.zero or second.zero)
-    source, other = (first, b) if first.dims else (second, a)
-    return _scaled(t, node, source, other)
+    a, b = argument(node, 0, "input"), argument(node, 1, "other")
+    return _product(t, node, (t.of(a), a), (t.of(b), b))
 
 
 def quotient(t: Tracker, node: fx.Node) -> Result:
     """Division: zero where the numerator is, as long as the denominator is not."""
-    a, b = _operands(node)
+    a, b = argument(node, 0, "input"), argument(node, 1, "other")
     first, second = t.of(a), t.of(b)
     if second.dims and (second.zero or not first.dims):
         return opaque(t, node, f"divided by channels that would be 0 in {describe(node)}")
     if second.dims:
         return _united(t, node, first, second, zero=first.zero)
-    return _scaled(t, node, first, b)
+    return _product(t, node, (first, a), (second, b))
 
 
-def _operands(node: fx.Node) -> tuple[object, object]:
-    return argument(node, 0, "input"), argument(node, 1, "other")
+def sum_of_product(t: Tracker, node: fx.Node) -> Result:
+    """`addcmul`: first + second * third."""
+    first, second, third = ((t.of(a), a) for a in (*node.args, *node.kwargs.values())[:3])
+    if not second[0].dims and not third[0].dims:
+        return opaque(t, node)
+    scaled = _product(t, node, second, third)
+    return _total(t, node, first, (scaled, None))
+
+
+_Operand = tuple[Layout, object]
+"""Layout and the argument itself: a node, a number, or None for something without a node of its own."""
+
+
+def _total(t: Tracker, node: fx.Node, a: _Operand, b: _Operand) -> Layout:
+    if a[0].dims and b[0].dims:
+        return _united(t, node, a[0], b[0], zero=a[0].zero and b[0].zero)
+    (source, _), (_, other) = (a, b) if a[0].dims else (b, a)
+    ids = align(source.ids, len(shape_of(node)))
+    if other is not None and not isinstance(other, fx.Node):
+        return Layout(ids, zero=source.zero and other == 0)
+    if other is not None and not _varying(other, ids):
+        return Layout(ids, zero=False)
+    if other is None or other in t.data or (info(node).writes and other is node.args[0]):
+        return opaque(t, node, f"added to fixed channels by {describe(node)}")
+    # A constant with one entry per channel, such as a bias: cut to size, and masked like one.
+    t.follow(t.operand(node, other), None, ids, zeroed=source.zero)
+    return Layout(ids, zero=source.zero and _varying(other, ids) == Layout(ids).dims)
+
+
+def _product(t: Tracker, node: fx.Node, a: _Operand, b: _Operand) -> Layout:
+    if a[0].dims and b[0].dims:
+        return _united(t, node, a[0], b[0], zero=a[0].zero or b[0].zero)
+    (source, _), (_, other) = (a, b) if a[0].dims else (b, a)
+    ids = align(source.ids, len(shape_of(node)))
+    if isinstance(other, fx.Node) and _varying(other, ids):
+        if info(node).writes and other is node.args[0]:
+            return opaque(t, node, f"written into fixed channels by {describe(node)}")
+        t.follow(t.operand(node, other), None, ids, zeroed=False)
+    return Layout(ids, source.zero)
 
 
 def _united(t: Tracker, node: fx.Node, first: Layout, second: Layout, zero: bool) -> Layout:
@@ -95,20 +117,10 @@ def _united(t: Tracker, node: fx.Node, first: Layout, second: Layout, zero: bool
     return Layout(a if a.numel() >= b.numel() else b, zero)
 
 
-def _scaled(t: Tracker, node: fx.Node, source: Layout, other: object) -> Result:
-    rank = len(shape_of(node))
-    ids = align(source.ids, rank)
-    if isinstance(other, fx.Node) and _varies_along(other, source.dims, rank) != ():
-        if info(node).writes and other is node.args[0]:
-            return opaque(t, node, f"written into fixed channels by {describe(node)}")
-        t.follow(t.operand(node, other), None, ids, zeroed=False)
-    return Layout(ids, source.zero)
-
-
-def _varies_along(node: fx.Node, dims: Sequence[int], rank: int) -> tuple[int, ...]:
-    """Those of `dims` (of a result of `rank`) along which an operand has more than one entry."""
-    shape = (1,) * (rank - len(shape_of(node))) + shape_of(node)
-    return tuple(d for d in dims if shape[d] > 1)
+def _varying(operand: fx.Node, ids: Tensor) -> tuple[int, ...]:
+    """Dims with atoms along which an operand, broadcast to the result, has more than one entry."""
+    shape = (1,) * (ids.dim() - len(shape_of(operand))) + shape_of(operand)
+    return tuple(d for d in Layout(ids).dims if shape[d] > 1)
 
 
 # -------------------------------------------------------------------------------------- pooling, reductions, attention
@@ -123,9 +135,15 @@ def spatial(t: Tracker, node: fx.Node, n_dims: int = 0) -> Result:
     return source
 
 
-def reduction(t: Tracker, node: fx.Node, adds: bool) -> Result:
-    """Mean and the like over some dims; zeros add nothing to a sum, so that summed channels may go."""
-    source, dims = t.of(node.args[0]), argument(node, 1, "dim")
+def reduction(t: Tracker, node: fx.Node, over_channels: bool, position: int = 1) -> Result:
+    """Mean, sum, norm or maximum over some dims.
+
+    Args:
+        over_channels: Channels of zeros change nothing (but the denominator of a mean, which `compaction` keeps), so
+            that the channels themselves may be reduced.
+        position: Of the argument `dim`.
+    """
+    source, dims = t.of(node.args[0]), argument(node, position, "dim")
     rank = source.ids.dim()
     if dims is None:
         return opaque(t, node)
@@ -133,13 +151,20 @@ def reduction(t: Tracker, node: fx.Node, adds: bool) -> Result:
     others = [d for d in source.dims if d not in reduced]
     if others:
         ids = t.atoms.bind_whole(source.ids, others, f"mixed with fixed channels by {describe(node)}")
-    elif adds and source.zero:
+    elif over_channels and source.zero:
         ids = torch.full((1,) * rank, FIXED)
+        t.reads.append((node, node.all_input_nodes[0]))
     else:
         return opaque(t, node, f"{describe(node)} mixes the channels")
     if len(shape_of(node)) < rank:
         ids = ids.reshape([size for d, size in enumerate(ids.shape) if d not in reduced])
     return Layout(ids, source.zero)
+
+
+def vector_norm(t: Tracker, node: fx.Node) -> Result:
+    """A norm along some dims; zeros add nothing where its order is positive."""
+    order = argument(node, 1, "p", node.kwargs.get("ord", 2))
+    return reduction(t, node, over_channels=isinstance(order, (int, float)) and order > 0, position=2)
 
 
 def _contract(t: Tracker, node: fx.Node, sources: Sequence[fx.Node], letters: Sequence[str], out: str) -> Result:
@@ -165,6 +190,7 @@ def _contract(t: Tracker, node: fx.Node, sources: Sequence[fx.Node], letters: Se
     summed = (set(letters[0]) & set(letters[1])) - set(out)
     if len(tracked[0]) == 1 and tracked[0] == tracked[1] <= summed and (layouts[0].zero or layouts[1].zero):
         t.atoms.unite(layouts[0].ids.reshape(-1), layouts[1].ids.reshape(-1), reason)
+        t.reads.append((node, sources[0]))  # one factor is enough
         return fixed(len(out))
     for one, other in ((0, 1), (1, 0)):
         if not tracked[other] and len(tracked[one]) == 1 and tracked[one] <= set(out):
@@ -216,7 +242,7 @@ def attention(t: Tracker, node: fx.Node) -> Result:
     t.atoms.unite(parts[0], parts[1], reason)
     t.atoms.unite(parts[0], parts[2], reason)
     ids = max(parts, key=Tensor.numel)
-    if isinstance(mask, fx.Node) and _varies_along(mask, heads, rank) != ():
+    if isinstance(mask, fx.Node) and _varying(mask, ids):
         t.follow(t.operand(node, mask), None, ids, zeroed=False)
     return Layout(ids, layouts[2].zero)
 
@@ -249,6 +275,15 @@ def _moved(t: Tracker, node: fx.Node, ids: Tensor, follow_batch: Sequence[int], 
         t.atoms.freeze(ids, f"{describe(node)} merges channels with the batch or takes one of them")
         return fixed(ids.dim())
     return Layout(ids, zero)
+
+
+def shaped_like(t: Tracker, node: fx.Node) -> Result:
+    """`x.reshape_as(other)` and the like: the other one must lose the same channels."""
+    result = movement(t, node)
+    assert isinstance(result, Layout)
+    other = t.of(argument(node, 1, "other"))
+    t.atoms.unite(result.ids, other.ids, f"shaped like fixed channels by {describe(node)}")
+    return result
 
 
 def indexing(t: Tracker, node: fx.Node) -> Result:
