@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -26,7 +28,7 @@ def draw(n_per_class: int = 40, n_target: int = 6, n_clone: int = 5, seed: int =
         clone_features=features[:, n_target:],
         base_logits=torch.randn(len(labels), N_BASE, generator=generator),
         labels=labels,
-        groups=torch.arange(len(labels)),
+        folds=torch.arange(len(labels)) % 5,
         n_classes=n_classes,
     )
 
@@ -78,10 +80,10 @@ def test_held_out_logits_come_from_heads_that_did_not_see_the_image():
         samples.clone_features.repeat(2, 1),
         samples.base_logits.repeat(2, 1),
         samples.labels.repeat(2),
-        samples.groups.repeat(2),
+        samples.folds.repeat(2),
         samples.n_classes,
     )
-    shrinkage, logits = choose_shrinkage(twice, n_folds=5, seed=0)
+    shrinkage, logits = choose_shrinkage(twice)
     assert shrinkage in SHRINKAGES
     # Both copies of an image are held out together, so both get the very same answer, and it is not the training fit's.
     assert torch.equal(logits[: len(samples.labels)], logits[len(samples.labels) :])
@@ -90,11 +92,21 @@ def test_held_out_logits_come_from_heads_that_did_not_see_the_image():
     assert not torch.allclose(fitted.double(), logits[:, 3:], atol=1e-3)
 
 
-def test_cross_validation_is_the_same_for_the_same_seed_only():
+def test_each_fold_is_judged_by_the_discriminants_of_the_others():
     samples = draw()
-    same = [choose_shrinkage(samples, 5, 0)[1] for _ in range(2)]
-    assert torch.equal(*same)
-    assert not torch.equal(same[0], choose_shrinkage(samples, 5, 1)[1])
+    shrinkage, logits = choose_shrinkage(samples)
+    for fold in range(5):
+        held_out = samples.folds == fold
+        head, part = fit_discriminant(samples.select(~held_out), shrinkage), samples.select(held_out)
+        new = head(part.target_features, part.clone_features, part.base_logits)
+        torch.testing.assert_close(logits[held_out, 3:].float(), new, atol=1e-3, rtol=1e-4)  # float64 against float32
+
+
+def test_a_single_fold_takes_the_strongest_shrinkage():
+    samples = replace(draw(n_per_class=1), folds=torch.zeros(5, dtype=torch.long))
+    shrinkage, logits = choose_shrinkage(samples)
+    assert shrinkage == SHRINKAGES[-1]
+    assert logits.isfinite().all()
 
 
 def test_without_base_samples_the_head_is_the_sources_own():

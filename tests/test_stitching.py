@@ -7,6 +7,7 @@ from sklearn.linear_model import Ridge
 from pnc.cuts import CutPoint
 from pnc.stitching import (
     MAX_CHANNELS_3X3,
+    PENALTIES,
     Adapter,
     AdapterFitter,
     Stitched,
@@ -32,6 +33,12 @@ VECTOR = cut("vector", 9)
 CUTS = [MAP, LAST, TOKENS, FLAT, VECTOR]
 
 
+def solved(fitter: AdapterFitter, target: CutPoint, source: CutPoint) -> tuple[Adapter, float]:
+    fitted = fitter.solve(target, source)
+    assert fitted.error == fitter.error(target, source)
+    return fitted.adapter, fitted.error
+
+
 def tensor_at(where: CutPoint, n: int = 4, seed: int = 0) -> torch.Tensor:
     return torch.randn(n, *where.shape, generator=torch.Generator().manual_seed(seed))
 
@@ -55,10 +62,12 @@ def test_tokens_without_a_square_number_form_one_row():
 def test_every_kind_fits_to_every_other(target, source):
     fitter = AdapterFitter([target], [source], 12, torch.Generator().manual_seed(0))
     for seed in range(3):
-        fitter.update({target.name: tensor_at(target, seed=seed)}, {source.name: tensor_at(source, seed=9 + seed)})
-    adapter, error = fitter.solve(target, source)
+        tensors = {target.name: tensor_at(target, seed=seed)}, {source.name: tensor_at(source, seed=9 + seed)}
+        fitter.update(seed, *tensors)
+    adapter, error = solved(fitter, target, source)
+    assert len(fitter.solve(target, source).held_out) == 3
     assert adapter(tensor_at(target, 2)).shape == (2, *source.shape)
-    assert 0 <= error <= 1
+    assert error >= 0
     assert adapter.n_params == sum(buffer.numel() for buffer in adapter.buffers())
 
 
@@ -71,8 +80,8 @@ def test_a_linear_relation_is_found_exactly(source):
         x = tensor_at(MAP, 8, seed) * 3 + 100  # a large mean must not cost digits
         resized = resize(x, grid_size(source))
         y = torch.einsum("oc,bchw->bohw", weight, resized) + bias[:, None, None]
-        fitter.update({"map": x}, {"s": y})
-    adapter, error = fitter.solve(MAP, source)
+        fitter.update(seed % 2, {"map": x}, {"s": y})
+    adapter, error = solved(fitter, MAP, source)
     assert error < 1e-6
     # the smallest ridge penalty, float32 rows
     middle = adapter.weight[:, :, adapter.kernel_size // 2, adapter.kernel_size // 2]
@@ -80,30 +89,47 @@ def test_a_linear_relation_is_found_exactly(source):
     torch.testing.assert_close(adapter(x), y, atol=5e-3, rtol=1e-4)  # values near 100 in float32
 
 
-def test_ridge_is_that_of_scikit_learn_at_the_chosen_penalty():
+def test_ridge_and_its_held_out_error_are_those_of_scikit_learn():
     generator = torch.Generator().manual_seed(2)
-    x, noise = torch.randn(40, 9, generator=generator), torch.randn(40, 6, generator=generator)
+    x, noise = torch.randn(60, 9, generator=generator), torch.randn(60, 6, generator=generator)
     y = x[:, :6] + 3 * noise
     source = cut("s", 6)
-    fitter = AdapterFitter([VECTOR], [source], 40, generator)
-    fitter.update({"vector": x[:25]}, {"s": y[:25]})
-    fitter.update({"vector": x[25:]}, {"s": y[25:]})
-    adapter, error = fitter.solve(VECTOR, source)
+    fitter = AdapterFitter([VECTOR], [source], 60, generator)
+    folds = [torch.arange(60) % 3 == fold for fold in range(3)]
+    for fold, rows in enumerate(folds):
+        fitter.update(fold, {"vector": x[rows]}, {"s": y[rows]})
     scale = x.std(0, correction=0)
-    fits = []
-    for penalty in (10.0**exponent for exponent in range(-7, 2)):
-        model = Ridge(alpha=penalty * 40).fit((x / scale).numpy(), y.numpy())
-        fits.append(torch.from_numpy(model.coef_).float() / scale)
-    distances = [float((fit - adapter.weight[:, :, 0, 0]).abs().max()) for fit in fits]
-    assert min(distances) < 1e-5
-    assert 0 < distances.index(min(distances)) < len(fits) - 1, "so much noise asks for a penalty, but not for the most"
-    assert 0.3 < error < 0.99
+
+    def ridge(rows, penalty):
+        return Ridge(alpha=penalty * int(rows.sum())).fit((x / scale)[rows].numpy(), y[rows].numpy())
+
+    missed = []
+    for penalty in PENALTIES:
+        models = [ridge(~rows, penalty) for rows in folds]
+        squares = [(m.predict((x / scale)[r].numpy()) - y[r].numpy()) ** 2 for m, r in zip(models, folds, strict=True)]
+        missed.append(sum(float(square.sum()) for square in squares) / float((y - y.mean(0)).square().sum()))
+    best = min(range(len(PENALTIES)), key=lambda index: missed[index])
+    fitted = fitter.solve(VECTOR, source)
+    assert fitted.error == pytest.approx(missed[best], rel=1e-5)  # float32 rows
+    everything = torch.ones(60, dtype=torch.bool)
+    for adapter, rows in zip([fitted.adapter, *fitted.held_out], [everything, *(~r for r in folds)], strict=True):
+        model = ridge(rows, PENALTIES[best])
+        expected = torch.from_numpy(model.predict((x / scale).numpy())).float()
+        torch.testing.assert_close(adapter(x), expected, atol=1e-4, rtol=1e-4)  # float32
+
+
+def test_what_is_learnt_by_heart_does_not_count():
+    source = cut("s", 6)
+    fitter = AdapterFitter([MAP], [source], 40, torch.Generator())
+    for fold in range(4):
+        fitter.update(fold, {"map": tensor_at(MAP, 10, fold)}, {"s": tensor_at(source, 10, fold + 50)})
+    assert fitter.error(MAP, source) > 0.9  # noise from noise
 
 
 def test_a_tensor_that_is_never_negative_is_rectified():
     fitter = AdapterFitter([MAP], [cut("s", 5, 8, 8)], 4, torch.Generator())
-    fitter.update({"map": tensor_at(MAP)}, {"s": tensor_at(MAP, seed=3).relu()})
-    adapter, _ = fitter.solve(MAP, cut("s", 5, 8, 8))
+    fitter.update(0, {"map": tensor_at(MAP)}, {"s": tensor_at(MAP, seed=3).relu()})
+    adapter, _ = solved(fitter, MAP, cut("s", 5, 8, 8))
     assert adapter.rectify
     assert (adapter(tensor_at(MAP) * 100) >= 0).all()
 
@@ -117,8 +143,8 @@ def test_prefix_tokens_come_from_the_class_token_or_from_the_mean():
             summary = x[:, 0] if target is TOKENS else x.mean((2, 3))
             y = tensor_at(TOKENS, 8, seed + 100)
             y[:, 0] = summary @ weight.T
-            fitter.update({target.name: x}, {"tokens": y})
-        made = fitter.solve(target, TOKENS)[0](x)
+            fitter.update(seed % 5, {target.name: x}, {"tokens": y})
+        made = fitter.solve(target, TOKENS).adapter(x)
         torch.testing.assert_close(made[:, 0], y[:, 0], atol=1e-3, rtol=1e-3)  # ridge penalty 1e-7, float32
 
 
@@ -133,8 +159,8 @@ def test_drawn_positions_depend_on_the_generator_alone():
     fits = []
     for _ in range(2):
         fitter = AdapterFitter([MAP], [cut("s", 2, 8, 8)], 20_000, torch.Generator().manual_seed(3))
-        fitter.update({"map": tensor_at(MAP)}, {"s": tensor_at(cut("s", 2, 8, 8), seed=8)})
-        fits.append(fitter.solve(MAP, cut("s", 2, 8, 8))[0].weight)
+        fitter.update(0, {"map": tensor_at(MAP)}, {"s": tensor_at(cut("s", 2, 8, 8), seed=8)})
+        fits.append(fitter.solve(MAP, cut("s", 2, 8, 8)).adapter.weight)
     assert torch.equal(*fits)
 
 
@@ -161,7 +187,7 @@ def test_a_3x3_relation_is_found_exactly():
     fitter = AdapterFitter([MAP], [source], 64, torch.Generator())
     for seed in range(4):
         x = tensor_at(MAP, 16, seed)
-        fitter.update({"map": x}, {"s": torch.nn.functional.conv2d(x, weight, padding=1)})
-    adapter, error = fitter.solve(MAP, source)
+        fitter.update(seed, {"map": x}, {"s": torch.nn.functional.conv2d(x, weight, padding=1)})
+    adapter, error = solved(fitter, MAP, source)
     assert error < 1e-6
     torch.testing.assert_close(adapter.weight, weight, atol=1e-4, rtol=1e-3)  # the smallest ridge penalty, float32 rows

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from digits import BASE, NEW, pair, support
 from torch.utils.data import DataLoader, TensorDataset
 
+from digits import BASE, NEW, pair, support
 from pnc.errors import ClassNameError, InputError, RecordingError
 from pnc.task import prepare_task
 
@@ -24,7 +24,8 @@ def test_labels_are_places_among_base_then_new_classes_whatever_the_order_of_the
     found = prepare(classes=("8", "6"), support=support(classes=("6", "8")))
     given = support(classes=("6", "8"))
     names = [given.names[label] for label in given.labels]
-    assert [(*BASE, "8", "6")[label] for label in found.samples.labels] == names
+    assert [(*BASE, "8", "6")[label] for label in found.samples.labels] == [names[g] for g in found.samples.groups]
+    assert torch.equal(found.samples.images, given.images[found.samples.groups])
     assert found.new_classes == ("8", "6")
     assert found.source_ids == [3, 1]
     assert found.n_base == 5
@@ -39,10 +40,27 @@ def test_all_classes_that_the_target_lacks_are_the_default():
 
 def test_flipped_copies_share_the_group_of_their_original():
     plain, both = prepare(), prepare(flip=True)
-    n = len(plain.samples.labels)
-    assert torch.equal(both.samples.images[n:], plain.samples.images.flip(3))
-    assert torch.equal(both.samples.groups[:n], both.samples.groups[n:])
-    assert torch.equal(both.samples.labels[:n], both.samples.labels[n:])
+    order = plain.samples.groups.argsort()
+    images, labels = plain.samples.images[order], plain.samples.labels[order]
+    for group in (0, 17, 124):
+        rows = both.samples.groups == group
+        assert torch.equal(both.samples.images[rows], torch.stack([images[group], images[group].flip(2)]))
+        assert both.samples.labels[rows].tolist() == [int(labels[group])] * 2
+
+
+def test_folds_are_stratified_ascending_and_keep_copies_together():
+    samples = prepare(flip=True).samples
+    assert samples.n_folds == 5
+    assert (samples.folds.diff() >= 0).all()
+    for label in samples.labels.unique():
+        shares = samples.folds[samples.labels == label].bincount()
+        assert shares.max() == shares.min()
+    assert all(len(samples.folds[samples.groups == group].unique()) == 1 for group in samples.groups.unique())
+    seen = [(fold, len(images)) for fold, images in samples.batches(32)]
+    assert [fold for fold, _ in seen] == sorted(fold for fold, _ in seen)
+    assert sum(size for _, size in seen) == len(samples.images)
+    assert prepare(support=support(n_new=3, n_base=3)).samples.n_folds == 3
+    assert prepare(support=support(n_new=20, n_base=1)).samples.n_folds == 1
 
 
 def test_ids_number_the_base_classes_then_the_new_ones():
@@ -70,7 +88,7 @@ def test_a_support_without_base_samples_is_one():
         ({"classes": ("4",), "source_classes": ("4", "6", "7", "8", "9")}, ClassNameError, "knows 4 already"),
         ({"classes": None, "source_classes": BASE}, ClassNameError, "knows every class"),
         ({"source_classes": ("5", "6")}, ClassNameError, "5 outputs but 2 class names|no class"),
-        ({"base_classes": ("0", "1")}, ClassNameError, "'2'"),
+        ({"base_classes": ("0", "1")}, ClassNameError, "2, 3, 4"),
         ({"support": lambda: support(classes=("5",))}, InputError, "no sample of 6, 7, 8, 9"),
         ({"classes": ("5",)}, ClassNameError, "6, 7, 8, 9"),
         ({"batch_size": 0}, InputError, "batch_size"),

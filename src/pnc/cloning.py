@@ -15,8 +15,8 @@ from pnc.heads import Head, HeadSamples, choose_shrinkage, fit_discriminant, sou
 from pnc.integrity import Fingerprint, fingerprint
 from pnc.localization import Method, localize, reestimate_statistics
 from pnc.masks import ChannelMasks
-from pnc.positions import N_FOLDS, Position, Progress, run_stitched, scan, source_body, source_classifier
-from pnc.stitching import Adapter, Stitched
+from pnc.positions import Position, Progress, run_parts, scan, source_body, source_classifier
+from pnc.stitching import Adapter, CrossFitted, Stitched
 from pnc.task import CloneTask, prepare_task
 
 
@@ -153,7 +153,7 @@ def clone(
 def fit(
     task: CloneTask,
     position: Position,
-    adapter: Adapter,
+    fitted: CrossFitted,
     *,
     density: float = 1.0,
     method: Method = "taylor",
@@ -165,7 +165,7 @@ def fit(
     Args:
         task: From `prepare_task`.
         position: A position that `scan` scored.
-        adapter: Its adapter, from the same scan.
+        fitted: Its adapters, from the same scan.
         density: As in `clone`.
         method: As in `clone`.
         name: As in `clone`.
@@ -173,15 +173,14 @@ def fit(
     """
     body, masks = source_body(task, position.source_cut), None
     if density < 1 and (spaces := channel_spaces(body)).spaces:
-        inputs = torch.cat(list(_adapted(task, adapter)))
+        inputs = torch.cat(list(_adapted(task, fitted.adapter)))
         generator = torch.Generator().manual_seed(task.seed)
         masks = localize(body, spaces, inputs, density, method=method, generator=generator)
         part = compact(body, spaces, masks)
-        reestimate_statistics(part, _adapted(task, adapter))
+        reestimate_statistics(part, _adapted(task, fitted.adapter))
     else:
         part = own_copy(body)
-    stitched = Stitched(adapter, part, task.source.head.features)
-    (samples,) = run_stitched(task, [stitched], progress)
+    (samples,) = run_parts(task, [(fitted, part)], progress)
     head, shrinkage = _fit_head(task, samples)
     recipe = {
         "adapter_error": position.adapter_error,
@@ -200,7 +199,7 @@ def fit(
         name=name or "+".join(task.new_classes),
         classes=task.new_classes,
         base_classes=task.target.classes,
-        branch=Branch(stitched, head),
+        branch=Branch(Stitched(fitted.adapter, part, task.source.head.features), head),
         masks=masks,
         source=fingerprint(task.source.model),
         target=fingerprint(task.target.model),
@@ -214,7 +213,7 @@ def fit(
 def _adapted(task: CloneTask, adapter: Adapter) -> Iterator[Tensor]:
     """The support, batch by batch, as the source's part sees it behind the adapter."""
     prefix = extract(task.target.recording, None, [adapter.target_cut])
-    for images in task.samples.images.split(task.batch_size):
+    for _, images in task.samples.batches(task.batch_size):
         with torch.no_grad():
             yield adapter(prefix(images.to(task.target.device)))
 
@@ -223,7 +222,7 @@ def _fit_head(task: CloneTask, samples: HeadSamples) -> tuple[Head, float | None
     """Make the head that the support allows; also give the shrinkage of its covariance, if it has one."""
     if not samples.has_base:
         return source_head(*source_classifier(task)), None
-    shrinkage, _ = choose_shrinkage(samples, N_FOLDS, task.seed)
+    shrinkage, _ = choose_shrinkage(samples)
     return fit_discriminant(samples, shrinkage), shrinkage
 
 

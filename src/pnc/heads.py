@@ -9,14 +9,13 @@ so that softmax([z_base, z_new]) gives the new classes exactly that posterior an
 the target's own distribution.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHRINKAGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7)
+SHRINKAGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 0.9)
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class HeadSamples:
         clone_features: The clone's penultimate features, (N, D_s).
         base_logits: The target's logits, (N, K_base).
         labels: Class ids, (N,): base classes first, then the new ones.
-        groups: Image ids, (N,): augmented copies of one image share theirs and never part in cross-validation.
+        folds: (N,), the fold in which each is held out; all zero for no cross-validation.
         n_classes: K_base + K_new.
     """
 
@@ -36,7 +35,7 @@ class HeadSamples:
     clone_features: Tensor
     base_logits: Tensor
     labels: Tensor
-    groups: Tensor
+    folds: Tensor
     n_classes: int
 
     @property
@@ -56,7 +55,7 @@ class HeadSamples:
             self.clone_features[rows],
             self.base_logits[rows],
             self.labels[rows],
-            self.groups[rows],
+            self.folds[rows],
             self.n_classes,
         )
 
@@ -141,56 +140,34 @@ def source_head(weight: Tensor, bias: Tensor) -> SourceHead:
     return head
 
 
-def choose_shrinkage(samples: HeadSamples, n_folds: int, seed: int) -> tuple[float, Tensor]:
-    """Choose the shrinkage of `fit_discriminant` by cross-validation.
+def choose_shrinkage(samples: HeadSamples) -> tuple[float, Tensor]:
+    """Choose the shrinkage of `fit_discriminant` by cross-validation over the samples' folds.
 
     Args:
-        samples: With at least two images of every class (one image cannot be held out: then the strongest is taken).
-        n_folds: Number of folds, at least 2.
-        seed: Of the division into folds.
+        samples: Of every class, in every fold; where there is one fold only, the strongest shrinkage is taken and
+            nothing is held out.
     Returns:
-        The shrinkage of lowest held-out log-loss, base and new samples weighing the same, and the held-out composite
-        logits (N, K_base + K_new) that belong to it.
+        The shrinkage of lowest held-out log-loss, base and new samples weighing the same, and the composite's logits
+        (N, K_base + K_new) of each sample when it was held out.
     """
-    losses = torch.zeros(len(SHRINKAGES), dtype=torch.float64)
-    logits = torch.zeros(len(SHRINKAGES), len(samples.labels), samples.n_classes, dtype=torch.float64)
     features = torch.cat([samples.target_features, samples.clone_features], 1).double()
-    base_logits = samples.base_logits.double()
-    n_base = samples.n_base
-    for train, held_out in _folds(samples, n_folds, seed):
-        spectrum = _within_class_spectrum(samples.select(train))
-        for index, shrinkage in enumerate(SHRINKAGES):
+    base_logits, n_base = samples.base_logits.double(), samples.n_base
+    n_folds = int(samples.folds.max()) + 1
+    tried = SHRINKAGES if n_folds > 1 else SHRINKAGES[-1:]
+    logits = torch.zeros(len(tried), len(samples.labels), samples.n_classes, dtype=torch.float64)
+    for fold in range(n_folds):
+        held_out = samples.folds == fold
+        spectrum = _within_class_spectrum(samples.select(~held_out if n_folds > 1 else held_out))
+        for index, shrinkage in enumerate(tried):
             weight, bias = spectrum.discriminants(shrinkage)
             scores = features[held_out] @ weight.T + bias
             new = scores[:, n_base:] - scores[:, :n_base].logsumexp(1, keepdim=True)
             new = new + base_logits[held_out].logsumexp(1, keepdim=True)
             logits[index, held_out] = torch.cat([base_logits[held_out], new], 1)
     is_base = samples.labels < n_base
-    for index in range(len(SHRINKAGES)):
-        loss = F.cross_entropy(logits[index], samples.labels, reduction="none")
-        losses[index] = loss[is_base].mean() + loss[~is_base].mean()
-    best = int(losses.argmin())
-    return SHRINKAGES[best], logits[best]
-
-
-def _folds(samples: HeadSamples, n_folds: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Stratified folds as bool masks (training rows, held-out rows); all rows of one group stay together."""
-    generator = torch.Generator().manual_seed(seed)
-    groups, first = _unique_groups(samples.groups)
-    fold_of_group = torch.empty(len(groups), dtype=torch.long)
-    for label in samples.labels[first].unique():
-        members = (samples.labels[first] == label).nonzero().squeeze(1)
-        members = members[torch.randperm(len(members), generator=generator)]
-        fold_of_group[members] = torch.arange(len(members)) % n_folds
-    fold = fold_of_group[torch.searchsorted(groups, samples.groups)]
-    for index in range(n_folds):
-        yield fold != index, fold == index
-
-
-def _unique_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
-    unique, inverse = groups.unique(return_inverse=True)
-    first = torch.full((len(unique),), len(groups)).scatter_reduce(0, inverse, torch.arange(len(groups)), "amin")
-    return unique, first
+    losses = [F.cross_entropy(one, samples.labels, reduction="none") for one in logits]
+    best = min(range(len(tried)), key=lambda i: float(losses[i][is_base].mean() + losses[i][~is_base].mean()))
+    return tried[best], logits[best]
 
 
 def _class_means(features: Tensor, labels: Tensor, n_classes: int) -> Tensor:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from pnc.cuts import LOGITS, CutPoint, candidate_cuts, extract
 from pnc.errors import InputError
 from pnc.heads import HeadSamples, choose_shrinkage
-from pnc.stitching import Adapter, AdapterFitter, Stitched, pool
+from pnc.stitching import AdapterFitter, CrossFitted, Stitched, pool
 from pnc.task import CloneTask
 
 Progress = Callable[[str, int, int], None]
@@ -23,7 +23,6 @@ Progress = Callable[[str, int, int], None]
 MAX_CUTS = 12
 TOLERANCE = 0.005
 RUNNER_UP = 1.1
-N_FOLDS = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +32,7 @@ class Position:
     Attributes:
         target_cut: The clone reads the target's tensor here.
         source_cut: The clone is the source from here on.
-        adapter_error: Share of the variance of the source's tensor that the adapter misses on the support, in [0, 1].
+        adapter_error: Held-out share of the variance of the source's tensor that the adapter misses.
         score: Average accuracy on held-out support; without base samples the accuracy among the new classes alone.
         standard_error: Of `score`, from the number of held-out samples.
         n_macs: Multiply-accumulates added to the target per sample, without the head.
@@ -57,16 +56,16 @@ class Scan:
 
     Attributes:
         positions: The scored positions, best first.
-        adapters: The fitted adapter of each, by the names of its two cuts.
+        adapters: The fitted adapters of each, by the names of its two cuts.
         adapter_errors: The adapters' errors of all pairs of cuts, scored or not, by the names of the two cuts.
     """
 
     positions: tuple[Position, ...]
-    adapters: Mapping[tuple[str, str], Adapter]
+    adapters: Mapping[tuple[str, str], CrossFitted]
     adapter_errors: Mapping[tuple[str, str], float]
 
-    def adapter(self, position: Position) -> Adapter:
-        """Give the adapter of a scored position."""
+    def adapter(self, position: Position) -> CrossFitted:
+        """Give the adapters of a scored position."""
         return self.adapters[position.target_cut.name, position.source_cut.name]
 
     def front(self) -> tuple[Position, ...]:
@@ -108,16 +107,17 @@ def scan(
     target_cuts = candidate_cuts(task.target.recording, max_cuts)
     source_cuts = candidate_cuts(task.source.recording, max_cuts)
     fitter = _gather_moments(task, target_cuts, source_cuts, progress)
-    solved = {(t.name, s.name): fitter.solve(t, s) for t in target_cuts for s in source_cuts}
-    errors = {names: error for names, (_, error) in solved.items()}
-    chosen = list(solved) if exhaustive else shortlist(target_cuts, source_cuts, errors)
-    body_of = {s.name: source_body(task, s) for s in source_cuts}
-    stitched = [Stitched(solved[names][0], body_of[names[1]], task.source.head.features) for names in chosen]
+    errors = {(t.name, s.name): fitter.error(t, s) for t in target_cuts for s in source_cuts}
+    chosen = [(t, s) for t in target_cuts for s in source_cuts]
+    if not exhaustive:
+        chosen = shortlist(target_cuts, source_cuts, errors)
+    adapters = {(t.name, s.name): fitter.solve(t, s) for t, s in chosen}
+    bodies = {s: source_body(task, s) for s in source_cuts}
+    parts = [(adapters[t.name, s.name], bodies[s]) for t, s in chosen]
     positions = []
-    for names, part, samples in zip(chosen, stitched, run_stitched(task, stitched, progress), strict=True):
-        positions.append(_position(task, part.adapter, errors[names], held_out_correct(task, samples)))
+    for (fitted, _), samples in zip(parts, run_parts(task, parts, progress), strict=True):
+        positions.append(_position(task, fitted, held_out_correct(task, samples)))
     positions.sort(key=lambda p: (-p.score, p.n_macs))
-    adapters = {names: solved[names][0] for names in chosen}
     return Scan(tuple(positions), adapters, errors)
 
 
@@ -128,7 +128,7 @@ def source_body(task: CloneTask, cut: CutPoint) -> fx.GraphModule:
 
 def shortlist(
     target_cuts: Sequence[CutPoint], source_cuts: Sequence[CutPoint], errors: Mapping[tuple[str, str], float]
-) -> list[tuple[str, str]]:
+) -> list[tuple[CutPoint, CutPoint]]:
     """Choose the pairs of cuts that are worth running: their number grows linearly with that of the cuts.
 
     What a position costs is decided by its source cut; among the target cuts it is the one whose adapter misses least,
@@ -138,30 +138,43 @@ def shortlist(
     for s in source_cuts:
         ranked = sorted(target_cuts, key=lambda t: errors[t.name, s.name])
         bound = RUNNER_UP * errors[ranked[0].name, s.name]
-        chosen += [(t.name, s.name) for t in ranked[:2] if errors[t.name, s.name] <= bound]
+        chosen += [(t, s) for t in ranked[:2] if errors[t.name, s.name] <= bound]
     return chosen
 
 
-def run_stitched(task: CloneTask, stitched: Sequence[Stitched], progress: Progress | None = None) -> list[HeadSamples]:
-    """Run the support through the target once and through every given stitched part; the samples of heads for each."""
-    cuts = list(dict.fromkeys(part.adapter.target_cut for part in stitched))
+def run_parts(
+    task: CloneTask, parts: Sequence[tuple[CrossFitted, nn.Module]], progress: Progress | None = None
+) -> list[HeadSamples]:
+    """Run the support once through the target and through given parts of the source behind their adapters.
+
+    Each image takes the adapter that was fitted without its fold.
+
+    Args:
+        task: Whose support and target.
+        parts: Adapters, and the source from the adapters' cut to its penultimate features.
+        progress: Called after each batch.
+    Returns:
+        What heads are fitted on, for each part.
+    """
+    cuts = list(dict.fromkeys(fitted.adapter.target_cut for fitted, _ in parts))
     trunk = extract(task.target.recording, None, [*cuts, task.target.head.features, LOGITS])
     target_features, base_logits = [], []
-    clone_features: list[list[Tensor]] = [[] for _ in stitched]
-    for images in _batches(task, "scoring positions", progress):
+    clone_features: list[list[Tensor]] = [[] for _ in parts]
+    for fold, images in _batches(task, "scoring positions", progress):
         with torch.no_grad():
             *tensors, features, logits = trunk(images.to(task.target.device))
             at_cut = dict(zip(cuts, tensors, strict=True))
             target_features.append(pool(features, task.target.head.features).float().cpu())
             base_logits.append(logits.float().cpu())
-            for part, collected in zip(stitched, clone_features, strict=True):
-                collected.append(part(at_cut[part.adapter.target_cut]).float().cpu())
+            for (fitted, body), collected in zip(parts, clone_features, strict=True):
+                stitched = Stitched(fitted.held_out[fold], body, task.source.head.features)
+                collected.append(stitched(at_cut[fitted.adapter.target_cut]).float().cpu())
     samples = HeadSamples(
         target_features=torch.cat(target_features),
         clone_features=torch.empty(0),
         base_logits=torch.cat(base_logits),
         labels=task.samples.labels,
-        groups=task.samples.groups,
+        folds=task.samples.folds,
         n_classes=task.n_base + len(task.new_classes),
     )
     return [replace(samples, clone_features=torch.cat(collected)) for collected in clone_features]
@@ -174,7 +187,7 @@ def held_out_correct(task: CloneTask, samples: HeadSamples) -> Tensor:
     """
     if not samples.has_base:
         return source_logits(task, samples.clone_features).argmax(1) + samples.n_base == samples.labels
-    _, logits = choose_shrinkage(samples, N_FOLDS, task.seed)
+    _, logits = choose_shrinkage(samples)
     return logits.argmax(1) == samples.labels
 
 
@@ -226,33 +239,36 @@ def _gather_moments(
     fitter = AdapterFitter(target_cuts, source_cuts, len(task.samples.images), generator)
     target_taps = extract(task.target.recording, None, [*target_cuts, LOGITS])
     source_taps = extract(task.source.recording, None, [*source_cuts, LOGITS])
-    for images in _batches(task, "fitting adapters", progress):
+    for fold, images in _batches(task, "fitting adapters", progress):
         with torch.no_grad():
             target_tensors = target_taps(images.to(task.target.device))
             source_tensors = source_taps(images.to(task.source.device))
         fitter.update(
+            fold,
             {cut.name: tensor for cut, tensor in zip(target_cuts, target_tensors, strict=False)},
             {cut.name: tensor for cut, tensor in zip(source_cuts, source_tensors, strict=False)},
         )
     return fitter
 
 
-def _batches(task: CloneTask, what: str, progress: Progress | None) -> Iterator[Tensor]:
-    batches = task.samples.images.split(task.batch_size)
-    for done, images in enumerate(batches, start=1):
-        yield images
+def _batches(task: CloneTask, what: str, progress: Progress | None) -> Iterator[tuple[int, Tensor]]:
+    done, total = 0, len(task.samples.images)
+    for fold, images in task.samples.batches(task.batch_size):
+        yield fold, images
+        done += len(images)
         if progress is not None:
-            progress(what, done, len(batches))
+            progress(what, done, total)
 
 
-def _position(task: CloneTask, adapter: Adapter, error: float, correct: Tensor) -> Position:
+def _position(task: CloneTask, fitted: CrossFitted, correct: Tensor) -> Position:
+    adapter = fitted.adapter
     target_cut, source_cut, features = adapter.target_cut, adapter.source_cut, task.source.head.features
     n_macs = adapter.n_macs + features.n_macs - source_cut.n_macs
     score, standard_error = average_accuracy(correct, task)
     return Position(
         target_cut=target_cut,
         source_cut=source_cut,
-        adapter_error=error,
+        adapter_error=fitted.error,
         score=score,
         standard_error=standard_error,
         n_macs=n_macs,

@@ -8,7 +8,8 @@ mean of its grid. So every kind fits to every other kind.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ MAX_CHANNELS_3X3 = 128
 N_ROWS = 80_000
 """Rows that one regression is made from, about; more take time and give no accuracy."""
 
-_RIDGE_GRID = tuple(10.0**exponent for exponent in range(-7, 2))
+PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
+"""Ridge penalties that are tried, in units of the inputs' variance."""
 
 
 def grid_size(cut: CutPoint) -> tuple[int, int]:
@@ -161,12 +163,31 @@ def prefix_summary(grid: Tensor, prefix: Tensor) -> Tensor:
     return prefix[:, 0] if prefix.shape[1] else grid.mean((2, 3))
 
 
-class AdapterFitter:
-    """Streaming least squares between every target cut and every source cut.
+@dataclass(frozen=True, eq=False)
+class CrossFitted:
+    """The adapter of one pair of cuts, fitted on the whole support, and again without each fold.
 
-    One pass over the support feeds `update`; `solve` then gives the ridge regression of any pair. Second moments of a
-    target cut are kept once for each form in which source cuts need it (a grid size, or a prefix token), and are shared
-    by all source cuts of that form.
+    What is measured or fitted behind an adapter on images that it was fitted on looks better than it is; so each image
+    goes through the adapter that has not seen it.
+
+    Attributes:
+        adapter: Fitted on all images.
+        held_out: For each fold the adapter fitted on the others.
+        error: Share of the variance of the source's tensor that `held_out` misses on its own folds; above 1 where it is
+            worse than the mean.
+    """
+
+    adapter: Adapter
+    held_out: tuple[Adapter, ...]
+    error: float
+
+
+class AdapterFitter:
+    """Streaming ridge regression between every target cut and every source cut.
+
+    One pass over the support feeds `update`; `error` and `solve` then answer for any pair. Second moments of a target
+    cut are kept once for each form in which source cuts need it (a grid size, or a prefix token), and are shared by all
+    source cuts of that form. The ridge penalty of a pair is the one of lowest error on held-out folds.
 
     Args:
         target_cuts: Cuts whose tensors are mapped from.
@@ -184,12 +205,13 @@ class AdapterFitter:
     ) -> None:
         self._target_cuts, self._source_cuts = list(target_cuts), list(source_cuts)
         self._max_positions, self._generator = max(4, N_ROWS // n_images), generator
-        self._moments: dict[tuple[str, Form], _Moments] = {}
         self._columns = self._assign_columns()
+        self._moments: dict[tuple[str, Form], dict[int, _Moments]] = {}
+        self._regressions: dict[tuple[str, Form], _Regression] = {}
         self._lowest = dict.fromkeys((cut.name for cut in source_cuts), math.inf)
 
-    def update(self, target_tensors: Mapping[str, Tensor], source_tensors: Mapping[str, Tensor]) -> None:
-        """Add one batch: the tensors of all cuts, by name of the cut, for the same B images."""
+    def update(self, fold: int, target_tensors: Mapping[str, Tensor], source_tensors: Mapping[str, Tensor]) -> None:
+        """Add one batch of images of one fold: the tensors of all cuts, by name of the cut."""
         outputs: dict[Form, list[Tensor]] = {form: [] for form in self._columns}
         for cut in self._source_cuts:
             grid, prefix = to_grid(source_tensors[cut.name], cut)
@@ -199,26 +221,44 @@ class AdapterFitter:
                 outputs[PREFIX].append(prefix[:, p])
         for form, tensors in outputs.items():
             chosen = self._draw(form)
-            y = torch.cat([_rows(tensor, chosen) for tensor in tensors], 1)
+            y = torch.cat([_rows(tensor, chosen) for tensor in tensors], 1).float()
             for cut in self._target_cuts:
-                x = _rows(_inputs(target_tensors[cut.name], cut, form), chosen)
-                if (cut.name, form) not in self._moments:
-                    self._moments[cut.name, form] = _Moments(x, y)
-                self._moments[cut.name, form].update(x, y)
+                x = _rows(_inputs(target_tensors[cut.name], cut, form), chosen).float()
+                folds = self._moments.setdefault((cut.name, form), {})
+                if fold not in folds:
+                    first = next(iter(folds.values()), None)
+                    pivots = (x.mean(0), y.mean(0)) if first is None else (first.x_pivot, first.y_pivot)
+                    folds[fold] = _Moments(*pivots)
+                folds[fold].add(x, y)
 
-    def solve(self, target_cut: CutPoint, source_cut: CutPoint) -> tuple[Adapter, float]:
-        """Fit the adapter of a pair; also give the share of the source tensor's variance that it misses, in [0, 1]."""
-        adapter = Adapter(target_cut, source_cut, rectify=self._lowest[source_cut.name] >= 0)
+    def error(self, target_cut: CutPoint, source_cut: CutPoint) -> float:
+        """Held-out share of the variance of the source's tensor that the adapter of a pair misses."""
         form = grid_size(source_cut)
-        weight, bias, error = self._moments[target_cut.name, form].ridge(self._columns[form][source_cut.name, -1])
-        adapter.weight.copy_(weight.reshape(adapter.weight.shape))
-        adapter.bias.copy_(bias)
+        return self._regression(target_cut, form).best(self._columns[form][source_cut.name, -1])[1]
+
+    def solve(self, target_cut: CutPoint, source_cut: CutPoint) -> CrossFitted:
+        """Fit the adapters of a pair."""
+        n_folds = len(self._moments[target_cut.name, grid_size(source_cut)])
+        rectify = self._lowest[source_cut.name] >= 0
+        adapters = [Adapter(target_cut, source_cut, rectify) for _ in range(n_folds + 1)]
+        form = grid_size(source_cut)
+        regression, columns = self._regression(target_cut, form), self._columns[form][source_cut.name, -1]
+        for adapter, (weight, bias) in zip(adapters, regression.solutions(columns), strict=True):
+            adapter.weight.copy_(weight.reshape(adapter.weight.shape))
+            adapter.bias.copy_(bias)
         for p in range(source_cut.n_prefix_tokens):
-            columns = self._columns[PREFIX][source_cut.name, p]
-            weight, bias, _ = self._moments[target_cut.name, PREFIX].ridge(columns)
-            adapter.prefix_weight[p].copy_(weight)
-            adapter.prefix_bias[p].copy_(bias)
-        return adapter, error
+            prefix, place = self._regression(target_cut, PREFIX), self._columns[PREFIX][source_cut.name, p]
+            for adapter, (weight, bias) in zip(adapters, prefix.solutions(place), strict=True):
+                adapter.prefix_weight[p].copy_(weight)
+                adapter.prefix_bias[p].copy_(bias)
+        return CrossFitted(adapters[-1], tuple(adapters[:-1]), regression.best(columns)[1])
+
+    def _regression(self, target_cut: CutPoint, form: Form) -> "_Regression":
+        key = target_cut.name, form
+        if key not in self._regressions:
+            folds = self._moments[key]
+            self._regressions[key] = _Regression([folds[fold] for fold in sorted(folds)])
+        return self._regressions[key]
 
     def _assign_columns(self) -> dict[Form, dict[tuple[str, int], slice]]:
         """Where the channels of each source cut stand among the outputs of its form: its grid (-1), prefix token p."""
@@ -261,19 +301,18 @@ def _rows(tensor: Tensor, chosen: Tensor | None) -> Tensor:
 class _Moments:
     """First and second moments of rows x (n, C) and y (n, D), summed about a pivot to keep differences exact."""
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
+    def __init__(self, x_pivot: Tensor, y_pivot: Tensor) -> None:
         self.n = 0
-        self.x_pivot, self.y_pivot = x.float().mean(0), y.float().mean(0)
-        n_in, n_out = x.shape[1], y.shape[1]
+        self.x_pivot, self.y_pivot = x_pivot, y_pivot
+        n_in, n_out = len(x_pivot), len(y_pivot)
         self.x, self.y = torch.zeros(n_in, dtype=torch.float64), torch.zeros(n_out, dtype=torch.float64)
         self.xx = torch.zeros(n_in, n_in, dtype=torch.float64)
         self.xy = torch.zeros(n_in, n_out, dtype=torch.float64)
         self.yy = torch.zeros(n_out, dtype=torch.float64)
-        self._spectrum: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """Add rows; not after `ridge`."""
-        x, y = x.float() - self.x_pivot, y.float() - self.y_pivot
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows."""
+        x, y = x - self.x_pivot, y - self.y_pivot
         self.n += x.shape[0]
         self.x += x.sum(0).cpu()
         self.y += y.sum(0).cpu()
@@ -281,36 +320,69 @@ class _Moments:
         self.xy += (x.T @ y).cpu()
         self.yy += y.square().sum(0).cpu()
 
-    def ridge(self, columns: slice) -> tuple[Tensor, Tensor, float]:
-        """Ridge regression of the chosen columns of y on x; the penalty is chosen by generalised cross-validation.
+    def about(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Second moments xx (C, C), xy (C, D), yy (D,) about the given points, which are relative to the pivot."""
+        xx = self.xx - torch.outer(self.x, x) - torch.outer(x, self.x) + self.n * torch.outer(x, x)
+        xy = self.xy - torch.outer(self.x, y) - torch.outer(x, self.y) + self.n * torch.outer(x, y)
+        return xx, xy, self.yy - 2 * y * self.y + self.n * y.square()
 
-        Returns:
-            Weight (D, C), bias (D,), and the share of variance not explained.
-        Source: generalised cross-validation, Golub, Heath and Wahba, Technometrics 21 (1979).
-        """
-        x_mean = self.x / self.n
-        y_mean = self.y[columns] / self.n
-        scale, eigenvalues, eigenvectors = self._eigen(x_mean)
-        xy = (self.xy[:, columns] / self.n - torch.outer(x_mean, y_mean)) / scale[:, None]
-        total = float((self.yy[columns] / self.n - y_mean.square()).sum().clamp_min(1e-300))
-        rotated = eigenvectors.T @ xy
-        energy = rotated.square().sum(1)
-        best = (math.inf, 0.0, 0.0)
-        for penalty in _RIDGE_GRID:
-            shrunk = eigenvalues + penalty
-            missed = total - float((energy * (2 / shrunk - eigenvalues / shrunk.square())).sum())
-            freedom = 1 - (1 + float((eigenvalues / shrunk).sum())) / self.n
-            score = max(missed, 0.0) / freedom**2 if freedom > 0 else math.inf
-            best = min(best, (score, penalty, missed / total))
-        _, penalty, error = best
-        weight = ((eigenvectors / (eigenvalues + penalty)) @ rotated / scale[:, None]).T
-        bias = y_mean + self.y_pivot[columns].cpu().double() - weight @ (x_mean + self.x_pivot.cpu().double())
-        return weight, bias, min(1.0, max(0.0, error))
 
-    def _eigen(self, x_mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self._spectrum is None:
-            covariance = self.xx / self.n - torch.outer(x_mean, x_mean)
-            scale = covariance.diagonal().clamp_min(1e-12).sqrt()
-            eigenvalues, eigenvectors = torch.linalg.eigh(covariance / torch.outer(scale, scale))
-            self._spectrum = (scale, eigenvalues.clamp_min(0), eigenvectors)
-        return self._spectrum
+def _total(parts: Sequence[_Moments]) -> _Moments:
+    total = _Moments(parts[0].x_pivot, parts[0].y_pivot)
+    for part in parts:
+        total.n += part.n
+        for name in ("x", "y", "xx", "xy", "yy"):
+            getattr(total, name).add_(getattr(part, name))
+    return total
+
+
+class _Regression:
+    """Ridge regressions of all columns of y on x: for each penalty and fold the one fitted without that fold.
+
+    With a single fold nothing can be held out: all is fitted and measured on the same rows, with the largest penalty.
+    """
+
+    def __init__(self, folds: Sequence[_Moments]) -> None:
+        self._all = _total(folds)
+        self._scale = (self._all.about(*_means(self._all))[0].diagonal() / self._all.n).clamp_min(1e-12).sqrt()
+        self._penalties = PENALTIES if len(folds) > 1 else PENALTIES[-1:]
+        rest = [_total([other for other in folds if other is not fold] or [fold]) for fold in folds]
+        self._fits = [self._fit(moments) for moments in rest]
+        self._missed = torch.zeros(len(self._penalties), len(self._all.y), dtype=torch.float64)
+        for fold, moments, fits in zip(folds, rest, self._fits, strict=True):
+            xx, xy, yy = fold.about(*_means(moments))
+            for index, weight in enumerate(fits):
+                self._missed[index] += yy - 2 * (weight * xy.T).sum(1) + ((weight @ xx) * weight).sum(1)
+        self._rest = rest
+        self._variance = self._all.about(*_means(self._all))[2]
+
+    def best(self, columns: slice) -> tuple[int, float]:
+        """Place of the best penalty for some columns of y, and the share of their variance that it misses."""
+        shares = self._missed[:, columns].sum(1) / self._variance[columns].sum().clamp_min(1e-300)
+        index = int(shares.argmin())
+        return index, max(0.0, float(shares[index]))
+
+    def solutions(self, columns: slice) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weight (D, C) and bias (D,) for some columns of y: without each fold, then on all rows."""
+        index, _ = self.best(columns)
+        fits = [*(fits[index] for fits in self._fits), self._fit(self._all, index)[0]]
+        for moments, weight in zip([*self._rest, self._all], fits, strict=True):
+            x_mean, y_mean = _means(moments)
+            x_mean, y_mean = x_mean + moments.x_pivot.cpu().double(), y_mean + moments.y_pivot.cpu().double()
+            yield weight[columns], y_mean[columns] - weight[columns] @ x_mean
+
+    def _fit(self, moments: _Moments, only: int | None = None) -> list[Tensor]:
+        """Weights (D, C), for every penalty or for one."""
+        xx, xy, _ = moments.about(*_means(moments))
+        correlation = xx / torch.outer(self._scale, self._scale) / moments.n
+        right = xy / self._scale[:, None] / moments.n
+        identity = torch.eye(len(correlation), dtype=torch.float64)
+        penalties = self._penalties if only is None else self._penalties[only : only + 1]
+        # LU and not Cholesky: moments are summed in float32, so the smallest eigenvalues may be a little below zero.
+        solved = [torch.linalg.solve(correlation + penalty * identity, right) for penalty in penalties]
+        return [(solution / self._scale[:, None]).T for solution in solved]
+
+
+def _means(moments: _Moments) -> tuple[Tensor, Tensor]:
+    """Means of x and y, relative to the pivot."""
+    return moments.x / moments.n, moments.y / moments.n

@@ -1,6 +1,6 @@
 """A cloning task: two recorded networks, their class names and the support, every doubt settled at the door."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from pnc.errors import ClassNameError, InputError, RecordingError
 from pnc.graph import Recording, info, record
 
 _EXAMPLES = 4
+MAX_FOLDS = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,11 +49,25 @@ class Samples:
         images: (N, C, H, W), float32.
         labels: (N,), places among the target's classes followed by the new ones.
         groups: (N,), which image each row shows: a flipped copy shares its original's.
+        folds: (N,), ascending: the fold of cross-validation in which the image is held out. Each fold has every class
+            in the same share; all zero, which means no cross-validation, where a class has a single image.
     """
 
     images: Tensor
     labels: Tensor
     groups: Tensor
+    folds: Tensor
+
+    @property
+    def n_folds(self) -> int:
+        """Number of folds; 1 where nothing can be held out."""
+        return int(self.folds.max()) + 1
+
+    def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
+        """Fold and images (B, C, H, W), in order, at most `size` at a time and never of two folds."""
+        for fold, images in enumerate(self.images.split(self.folds.bincount().tolist())):
+            for batch in images.split(size):
+                yield fold, batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +175,7 @@ def prepare_task(
     base = check_class_names(base_classes, "base_classes")
     known = check_class_names(source_classes, "source_classes")
     new = _new_classes(classes, known, base)
-    samples = _samples(as_support(support, names=(*base, *new)), base, new, flip)
+    samples = _samples(as_support(support, names=(*base, *new)), base, new, flip, seed)
     examples = samples.images[:_EXAMPLES]
     return CloneTask(
         source=read_network(source, examples, known, "source"),
@@ -188,7 +203,7 @@ def _new_classes(classes: Sequence[str] | None, known: tuple[str, ...], base: tu
     return new
 
 
-def _samples(support: Support, base: tuple[str, ...], new: tuple[str, ...], flip: bool) -> Samples:
+def _samples(support: Support, base: tuple[str, ...], new: tuple[str, ...], flip: bool, seed: int) -> Samples:
     names = (*base, *new)
     counts = support.labels.bincount(minlength=len(support.names)).tolist()
     seen = {name: count for name, count in zip(support.names, counts, strict=True) if count}
@@ -209,6 +224,21 @@ def _samples(support: Support, base: tuple[str, ...], new: tuple[str, ...], flip
     place = torch.tensor([names.index(name) if name in names else -1 for name in support.names])
     images, labels = support.images, place[support.labels]
     groups = torch.arange(len(labels))
+    folds = _folds(labels, seed)
     if flip:
-        images, labels, groups = torch.cat([images, images.flip(3)]), labels.repeat(2), groups.repeat(2)
-    return Samples(images, labels, groups)
+        images, labels = torch.cat([images, images.flip(3)]), labels.repeat(2)
+        groups, folds = groups.repeat(2), folds.repeat(2)
+    order = folds.argsort(stable=True)
+    return Samples(images[order], labels[order], groups[order], folds[order])
+
+
+def _folds(labels: Tensor, seed: int) -> Tensor:
+    """Stratified folds of cross-validation, (N,); as many as the smallest class has images, at most `MAX_FOLDS`."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = labels.bincount()
+    n_folds = min(MAX_FOLDS, int(counts[counts > 0].min()))
+    folds = torch.zeros_like(labels)
+    for label in counts.nonzero().flatten():
+        members = (labels == label).nonzero().flatten()
+        folds[members[torch.randperm(len(members), generator=generator)]] = torch.arange(len(members)) % n_folds
+    return folds
