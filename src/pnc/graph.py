@@ -85,24 +85,16 @@ def record(model: nn.Module, example: Tensor) -> Recording:
     _check(network, example)
     probe = _fresh_images(example)
     with _LOCK, torch.inference_mode(False), torch.no_grad(), _random_state(example.device), _eager():
-        with _in_eval_mode(network) as state:
-            single = _run_single(network, probe)  # first, so that lazy caches are filled when both tapes are made
-            tapes = [_tape(network, _rows(example, size)) for size in BATCH_SIZES]
-            module = bind(network, merge(network, *tapes), tapes[0].constants)
-            logits = _run(network, probe)
-        recording = Recording(module, tuple(example.shape[1:]), logits.shape[1], probe, logits)
+        state = _State(network)
         changed: list[str] = []
         try:
-            _verify(recording, single)
-        except RecordingError:
-            state.restore()  # the recording works on the network's own memory
-            with _in_eval_mode(network):
-                if not same_bits(_run(network, probe), logits):
-                    raise RecordingError(
-                        "the network gives two answers to the same images in eval mode: it draws random numbers or "
-                        "keeps a state between calls"
-                    ) from None
-            raise
+            with _in_eval_mode(network, state):
+                single = _run_single(network, probe)  # first, so that lazy caches are filled when both tapes are made
+                tapes = [_tape(network, _rows(example, size)) for size in BATCH_SIZES]
+                module = bind(network, merge(network, *tapes), tapes[0].constants)
+                logits = _run(network, probe)
+            recording = Recording(module, tuple(example.shape[1:]), logits.shape[1], probe, logits)
+            _verify(network, state, recording, single)
         finally:
             changed += state.restore()
         if changed:
@@ -147,15 +139,17 @@ class _State:
         attributes = [module.__dict__ for module in network.modules()]
         inside = [value for part in attributes for value in part.values() if isinstance(value, (dict, list, set))]
         self._containers = [(container, copy.copy(container)) for container in [*attributes, *inside]]
-        tensors = [*network.named_parameters(), *network.named_buffers()]
+        tensors = [*network.named_buffers(), *network.named_parameters()]
         self._tensors = [(name, tensor, tensor.detach().clone()) for name, tensor in tensors]
 
-    def restore(self) -> list[str]:
+    def restore(self, parameters: bool = True) -> list[str]:
         """Put back what differs, and touch nothing else; return the names of the tensors whose values had changed."""
         for container, content in self._containers:
             _put_back(container, content)
         changed = []
         for name, tensor, saved in self._tensors:
+            if isinstance(tensor, nn.Parameter) and not parameters:
+                continue
             if not torch.equal(tensor, saved) and not same_bits(
                 tensor, saved
             ):  # the first is fast, the second knows NaN
@@ -182,16 +176,15 @@ def _put_back(container: Any, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def _in_eval_mode(network: nn.Module) -> Iterator[_State]:
-    """Eval mode by the flags alone, as a network's own `train` may do more; everything is put back at the end."""
-    state = _State(network)
+def _in_eval_mode(network: nn.Module, state: _State) -> Iterator[None]:
+    """Eval mode by the flags alone, as a network's own `train` may do more; at the end all but weights is put back."""
     try:
         for module in network.modules():
             if module.training:
                 module.training = False
-        yield state
+        yield
     finally:
-        state.restore()
+        state.restore(parameters=False)
 
 
 @contextlib.contextmanager
@@ -288,7 +281,22 @@ def _tape(network: nn.Module, x: Tensor) -> Tape:
 # -------------------------------------------------------------------------------------------------------- verification
 
 
-def _verify(recording: Recording, single: Tensor | None) -> None:
+def _verify(network: nn.Module, state: _State, recording: Recording, single: Tensor | None) -> None:
+    """Compare graph and network; where they differ, say whether the network differs from itself."""
+    try:
+        _check_recording(recording, single)
+    except RecordingError:
+        state.restore()  # the recording works on the network's own memory
+        with _in_eval_mode(network, state):
+            if not same_bits(_run(network, recording.probe), recording.probe_logits):
+                raise RecordingError(
+                    "the network gives two answers to the same images in eval mode: it draws random numbers or keeps a "
+                    "state between calls"
+                ) from None
+        raise
+
+
+def _check_recording(recording: Recording, single: Tensor | None) -> None:
     """Compare graph and network on the probe; on its first image also as prefix and suffix at sampled cuts."""
     module, probe, logits = recording.module, recording.probe, recording.probe_logits
     _compare(_outputs(module, probe.clone())[0], logits, "its recording")
