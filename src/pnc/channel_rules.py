@@ -20,7 +20,14 @@ def apply_rule(t: Tracker, node: fx.Node) -> Result:
     """Layout of a node's result."""
     if node.op == "call_module" and node.target in t.shared:
         return layers.refuse(t, node, f"{node.target} is used more than once or shares its weights")
+    if node.op == "call_module" and has_hooks(t.modules[str(node.target)]):
+        return layers.refuse(t, node, f"{node.target} has hooks, which may change what passes")
     return _rule(t, node)(t, node)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def opens_channels(t: Tracker, node: fx.Node) -> bool:

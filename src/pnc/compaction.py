@@ -59,7 +59,7 @@ def compact(segment: fx.GraphModule, spaces: ChannelSpaces, masks: ChannelMasks)
     segment = opened(segment)
     smaller = _shrink(_structure(segment), spaces, flags)
     masked = _mask(_structure(segment), spaces, flags)
-    _check(_as_double(masked), _as_double(_structure(smaller)), spaces, flags)
+    _check(masked, smaller, spaces, flags)
     return _own(_fold(smaller))
 
 
@@ -75,16 +75,28 @@ def _structure(segment: fx.GraphModule) -> fx.GraphModule:
 
     Tensors of the copy may be replaced but not written to; `_own` ends the sharing.
     """
-    tensors = [*segment.named_parameters(), *segment.named_buffers()]
-    # Taking a parametrization off writes to its tensors.
-    shared = {id(tensor): tensor for name, tensor in tensors if "parametrizations" not in name.split(".")}
-    structure = copy.deepcopy(segment, dict(shared))
-    for module in structure.modules():
+    structure = copy.deepcopy(segment, {id(t): t for t in [*segment.parameters(), *segment.buffers()]})
+    for name, module in list(structure.named_modules()):
         module.training = False
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            owner, _, attribute = name.rpartition(".")
+            setattr(structure.get_submodule(owner), attribute, _plain(module))
     return structure
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """A parametrized module as one of its original class, with its present weights as parameters.
+
+    Not by `remove_parametrizations`: that changes the class, which the original shares, and writes to tensors.
+    """
+    plain_class: Any = parametrize.type_before_parametrizations(module)
+    plain: nn.Module = plain_class.__new__(plain_class)
+    plain.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in module.__dict__.items()})
+    parametrizations = plain._modules.pop("parametrizations")
+    assert isinstance(parametrizations, nn.ModuleDict)
+    for name in parametrizations:
+        plain._parameters[name] = nn.Parameter(getattr(module, name).detach(), requires_grad=False)
+    return plain
 
 
 def _own(segment: fx.GraphModule, dtype: torch.dtype | None = None) -> fx.GraphModule:
@@ -315,17 +327,24 @@ def _as_double(segment: fx.GraphModule) -> fx.GraphModule:
 
 
 def _check(masked: fx.GraphModule, smaller: fx.GraphModule, spaces: ChannelSpaces, flags: Tensor) -> None:
-    """Compare both on random input of the recorded shape.
+    """Compare both on random input of the recorded shape, in float64 where the network can compute in it.
 
     Raises:
-        PNCError: the outputs differ by more than `TOLERANCE`.
+        PNCError: the outputs differ by more than `TOLERANCE` (by more than rounding, where float64 is impossible).
     """
     given = next(node for node in masked.graph.nodes if node.op == "placeholder")
     x = torch.randn(shape_of(given), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x = x.to(_device(masked))
+    x, tolerance = x.to(_device(masked)), TOLERANCE
     with torch.no_grad():
         try:
-            expected, found = masked(x.clone()), smaller(x)
+            expected, smaller = _as_double(_structure(masked))(x.clone()), _as_double(_structure(smaller))
+        except RuntimeError:  # layers that are fixed to their type, such as quantized ones
+            dtype = info(given).dtype
+            assert dtype is not None
+            x, tolerance = x.to(dtype), torch.finfo(dtype).eps ** 0.5
+            expected = masked(x.clone())
+        try:
+            found = smaller(x)
         except (RuntimeError, ValueError) as error:
             raise PNCError(f"the compacted segment cannot run ({str(error).splitlines()[0]}); {_WAY_OUT}") from error
     if spaces.output is not None:
@@ -334,7 +353,7 @@ def _check(masked: fx.GraphModule, smaller: fx.GraphModule, spaces: ChannelSpace
     if found.shape != expected.shape:
         raise PNCError(f"the compacted segment gives {tuple(found.shape)}, not {tuple(expected.shape)}; {_WAY_OUT}")
     difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
-    if not difference <= TOLERANCE * scale:
+    if not difference <= tolerance * scale:
         raise PNCError(
             f"the compacted segment differs from the masked one by {difference:.2g} (largest output {scale:.2g}); "
             f"{_WAY_OUT}"

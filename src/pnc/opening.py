@@ -1,4 +1,4 @@
-"""Leaf modules of other libraries, opened: replaced in a graph by the operations that they are made of.
+"""Leaf modules of other libraries, or with hooks, opened: replaced by the operations that they are made of.
 
 A recording keeps modules without children whole. For running them that is right; for removing channels, a norm over
 permuted dims, a blur or a convolution that standardises its weight must be seen from inside. What an opened module
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
 from pnc import leaf_probes
-from pnc.channel_rules import is_understood
+from pnc.channel_rules import has_hooks, is_understood
 from pnc.errors import RecordingError
 from pnc.layouts import shape_of
 from pnc.merging import eval_module, merge
@@ -54,10 +54,12 @@ def _look_inside(node: fx.Node, module: nn.Module) -> _Inside | None:
         return _record(_SelfAttention(module), node, prefix="inner.") if attends_to_itself else None
     sources = node.all_input_nodes
     shape = shape_of(sources[0]) if len(sources) == 1 else ()
-    if node.args != tuple(sources) or node.kwargs or len(shape) < 2 or type(module).__module__.startswith("torch.nn."):
+    if node.args != tuple(sources) or node.kwargs or len(shape) < 2:
         return None
-    whole = isinstance(module, _NormBase) or is_understood(module, shape)
-    return None if whole else _record(module, node)
+    if has_hooks(module):  # they may change what passes, or make the weight
+        return _record(module, node)
+    of_torch = isinstance(module, _NormBase) or type(module).__module__.startswith("torch.nn.")
+    return None if of_torch or is_understood(module, shape) else _record(module, node)
 
 
 def _record(module: nn.Module, node: fx.Node, prefix: str = "") -> _Inside | None:

@@ -261,7 +261,9 @@ def movement(t: Tracker, node: fx.Node) -> Result:
     if node.op == "call_module":
         function = t.modules[str(node.target)].forward
     else:
-        function = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+        # The atoms are not laid out in memory as the tensor was, so that they may have no view where it had one.
+        target = "reshape" if node.target == "view" else node.target
+        function = getattr(torch.Tensor, target) if isinstance(target, str) else target
     out = function(*args, **kwargs)  # type: ignore[operator]
     zero = all(source.zero for source in sources if source.dims)
     if isinstance(out, Tensor):
