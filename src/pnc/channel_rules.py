@@ -71,6 +71,11 @@ _MOVEMENTS = """
     repeat_interleave split chunk
 """
 
+_ACTIVATIONS: tuple[type[nn.Module], ...] = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.SELU, nn.CELU, nn.Tanh, nn.Sigmoid),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softsign, nn.LogSigmoid, nn.Hardshrink, nn.Softshrink),
+)
+
 FUNCTION_RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE.split(), tensors.elementwise),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), layers.convolution),
@@ -119,5 +124,7 @@ MODULE_RULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys((nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), partial(tensors.spatial, n_dims=2)),
     **dict.fromkeys((nn.Upsample, nn.ZeroPad2d), tensors.spatial),
     nn.Flatten: tensors.movement,
+    **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), tensors.conversion),
+    **dict.fromkeys(_ACTIVATIONS, layers.activation),
 }
-"""Rules of `torch.nn` layers; activations, dropout and modules of other libraries are found out by experiment."""
+"""Rules of `torch.nn` layers; modules of other libraries are found out by experiment."""

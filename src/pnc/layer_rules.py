@@ -194,6 +194,12 @@ def normalize(t: Tracker, node: fx.Node) -> Result:
     return _mix(t, node, (int(argument(node, 2, "dim", 1)),), zero=True)
 
 
+def activation(t: Tracker, node: fx.Node) -> Result:
+    """A function of each entry alone; zero stays zero where f(0) = 0, which is tried out."""
+    source, module = t.of(node.args[0]), t.modules[str(node.target)]
+    return Layout(source.ids, source.zero and leaf_probes.maps_zero_to_zero(module, source.ids.dim()))
+
+
 def foreign_leaf(t: Tracker, node: fx.Node) -> Result:
     """A module without a rule: elementwise, or channel by channel with parameters, if experiments show so."""
     module, sources = t.modules[str(node.target)], node.all_input_nodes

@@ -33,17 +33,18 @@ class PerChannel:
     keeps_zero: bool
 
 
-def run(module: nn.Module, x: Tensor) -> Tensor | None:
-    """Output of a copy of the module in evaluation mode and float64; None where it fails or gives no single tensor.
+def run(module: nn.Module, *inputs: Tensor) -> list[Tensor] | None:
+    """Outputs of a copy of the module in evaluation mode and float64; None where it fails or gives no single tensor.
 
     Calls `forward` directly, so that hooks of the module's owner see nothing, and keeps the global random state.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            out = copy.deepcopy(module).to(dtype=torch.float64).eval().forward(x.clone())
+            probed = copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval()
+            outs = [probed.forward(x.clone()) for x in inputs]
         except FAILURES:
             return None
-    return out if isinstance(out, Tensor) else None
+    return outs if all(isinstance(out, Tensor) for out in outs) else None
 
 
 def probe_input(shape: Sequence[int], dim: int) -> Tensor:
@@ -57,16 +58,15 @@ def is_elementwise(module: nn.Module, rank: int) -> bool:
     if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
         return False
     x = torch.randn((2, 4, 3, 3, 3)[:rank], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    y = run(module, x)
-    if y is None or y.shape != x.shape:
-        return False
-    for place in (0, x.numel() // 3, x.numel() - 1):
-        other = x.clone()
+    places = (0, x.numel() // 3, x.numel() - 1)
+    others = [x.clone() for _ in places]
+    for place, other in zip(places, others, strict=True):
         other.view(-1)[place] += 3.0
-        changed = run(module, other)
-        if changed is None:
-            return False
-        same = changed == y
+    outs = run(module, x, *others)
+    if outs is None or any(out.shape != x.shape for out in outs):
+        return False
+    for place, out in zip(places, outs[1:], strict=True):
+        same = out == outs[0]
         same.view(-1)[place] = True
         if not bool(same.all()):
             return False
@@ -75,8 +75,8 @@ def is_elementwise(module: nn.Module, rank: int) -> bool:
 
 def maps_zero_to_zero(module: nn.Module, rank: int) -> bool:
     """Whether f(0) = 0 exactly, for an elementwise module."""
-    y = run(module, torch.zeros((1, 1, 2, 2, 2)[:rank], dtype=torch.float64))
-    return y is not None and not bool(y.any())
+    outs = run(module, torch.zeros((1, 1, 2, 2, 2)[:rank], dtype=torch.float64))
+    return outs is not None and not bool(outs[0].any())
 
 
 def per_channel(module: nn.Module, shape: Sequence[int], dim: int) -> PerChannel | None:
@@ -85,10 +85,10 @@ def per_channel(module: nn.Module, shape: Sequence[int], dim: int) -> PerChannel
     Dropping two channels of the input, and the entries of the parameters that have one per channel, must drop the same
     two channels of the output and change nothing else.
     """
-    x = probe_input(shape, dim)
+    module, x = copy.deepcopy(module).cpu(), probe_input(shape, dim)
     n_channels = shape[dim]
-    y = run(module, x)
-    if y is None or y.shape != x.shape or n_channels < 3:
+    outs = run(module, x)
+    if outs is None or outs[0].shape != x.shape or n_channels < 3:
         return None
     tensors = []
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -106,10 +106,11 @@ def per_channel(module: nn.Module, shape: Sequence[int], dim: int) -> PerChannel
             replace_tensor(masked, name, owned_tensor(masked, name).index_fill(d, dropped, 0.0))
     resize_attributes(smaller, n_channels, len(keep))
     part = run(smaller, x.index_select(dim, keep))
-    if part is None or not close(part, y.index_select(dim, keep)):
+    if part is None or not close(part[0], outs[0].index_select(dim, keep)):
         return None
-    zeroed = [run(masked, given) for given in (x, x.index_fill(dim, dropped, 0.0))]
-    makes_zero, keeps_zero = (z is not None and not bool(z.index_select(dim, dropped).any()) for z in zeroed)
+    zeroed = run(masked, x, x.index_fill(dim, dropped, 0.0))
+    assert zeroed is not None  # it ran with other numbers
+    makes_zero, keeps_zero = (not bool(z.index_select(dim, dropped).any()) for z in zeroed)
     return PerChannel(tuple(tensors), makes_zero, keeps_zero)
 
 
@@ -144,10 +145,10 @@ def sliceable_conv(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, shape: Sequence[in
         (rows, columns): dropping rows of its weight drops outputs and changes nothing else; dropping input channels
         with the weight's columns equals setting them to zero. False where it has groups but is not depthwise.
     """
-    x = probe_input(shape, 1)
-    y = run(module, x)
+    module, x = copy.deepcopy(module).cpu(), probe_input(shape, 1)
+    outs = run(module, x, x.index_fill(1, torch.tensor([0]), 0.0))
     depthwise = 1 < module.groups == module.in_channels == module.out_channels
-    if y is None or min(module.in_channels, module.out_channels) < 3 or not (module.groups == 1 or depthwise):
+    if outs is None or min(module.in_channels, module.out_channels) < 3 or not (module.groups == 1 or depthwise):
         return False, False
     keep_in = torch.arange(1, module.in_channels)
     keep_out = keep_in if depthwise else torch.arange(1, module.out_channels)
@@ -157,15 +158,14 @@ def sliceable_conv(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, shape: Sequence[in
         if getattr(module, name) is not None:
             replace_tensor(smaller, name, owned_tensor(module, name).index_select(0, keep_out))
     part = run(smaller, x.index_select(1, keep_in) if depthwise else x)
-    rows = part is not None and close(part, y.index_select(1, keep_out))
+    rows = part is not None and close(part[0], outs[0].index_select(1, keep_out))
     if depthwise or not rows:
         return rows, rows
-    zeroed = run(module, x.index_fill(1, torch.tensor([0]), 0.0))
     smaller = copy.deepcopy(module)
     smaller.in_channels = len(keep_in)
     replace_tensor(smaller, "weight", owned_tensor(module, "weight").index_select(1, keep_in))
     part = run(smaller, x.index_select(1, keep_in))
-    return rows, part is not None and zeroed is not None and close(part, zeroed)
+    return rows, part is not None and close(part[0], outs[1])
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> bool:

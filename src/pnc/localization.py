@@ -94,6 +94,8 @@ def taylor_scores(
     price in parameters (`masks_for_density`).
     """
     _check_inputs(segment, inputs)
+    if not spaces.spaces:
+        return {}
     segment = opened(segment)
     total = torch.zeros(spaces.n_units, dtype=torch.float64)
     for rows in torch.arange(len(inputs)).split(_BATCH):
@@ -186,13 +188,22 @@ def reestimate_statistics(segment: fx.GraphModule, batches: Iterable[Tensor]) ->
 
 @contextlib.contextmanager
 def _averaging(layers: list[_BatchNorm]) -> Iterator[None]:
-    """Let BatchNorm layers collect the mean of their batches' statistics; flags and momentum come back."""
+    """Let BatchNorm layers collect the mean of their batches' statistics; flags and momentum come back.
+
+    After an error the statistics come back too.
+    """
     before = [(layer.training, layer.momentum) for layer in layers]
+    statistics = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in layers]
     try:
         for layer in layers:
             layer.reset_running_stats()
             layer.training, layer.momentum = True, None
         yield
+    except BaseException:
+        for layer, saved in zip(layers, statistics, strict=True):
+            for name, buffer in saved.items():
+                layer.get_buffer(name).copy_(buffer)
+        raise
     finally:
         for layer, (training, momentum) in zip(layers, before, strict=True):
             layer.training, layer.momentum = training, momentum

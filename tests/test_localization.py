@@ -1,0 +1,251 @@
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from channel_zoo import Chain, FusedAttention, Net, NormalizedHeads, NormInBetween, SqueezeExcite
+from pnc import localization
+from pnc.channels import channel_spaces
+from pnc.compaction import compact, mask_segment
+from pnc.errors import InputError
+from pnc.integrity import differences, snapshot
+from pnc.localization import (
+    class_loss,
+    localize,
+    magnitude_scores,
+    random_scores,
+    reestimate_statistics,
+    taylor_scores,
+)
+from pnc.masks import channel_masks, unit_params
+from segments import half, network, segment_of
+
+
+def images(n, seed=1):
+    return torch.randn((n, 3, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def without(segment, spaces, space, unit):
+    """The outputs change by this when one unit is masked."""
+    masks = channel_masks(spaces, {space: torch.arange(len(half(spaces).kept[space])) != unit})
+    x = images(4)
+    return mask_segment(segment, spaces, masks)(x) - segment(x)
+
+
+class Linear(Net):
+    """No nonlinearity behind the first layer: the first order is exact."""
+
+
+# -------------------------------------------------------------------------------------------------------------- scores
+
+
+def test_taylor_with_a_loss_is_the_exact_effect_of_a_unit_where_all_is_linear():
+    segment = segment_of(network(Linear))
+    spaces = channel_spaces(segment)
+    weights = torch.randn(5, generator=seeded(), dtype=torch.float64)
+    scores = taylor_scores(segment, spaces, images(4), seeded(), loss=lambda out, rows: out @ weights)
+    expected = [(without(segment, spaces, "first", unit) @ weights).abs().sum() for unit in range(8)]
+    torch.testing.assert_close(scores["first"], torch.stack(expected).detach())  # another order of sums
+
+
+def test_taylor_without_a_loss_estimates_the_squared_change_of_the_output(monkeypatch):
+    monkeypatch.setattr(localization, "N_PROJECTIONS", 3000)
+    segment = segment_of(network(Linear))
+    spaces = channel_spaces(segment)
+    scores = taylor_scores(segment, spaces, images(4), seeded())
+    expected = torch.stack([without(segment, spaces, "first", unit).square().sum() for unit in range(8)])
+    # The mean of 3000 random directions: its relative standard error is at most sqrt(2 / 3000) = .026.
+    torch.testing.assert_close(scores["first"], expected.detach(), rtol=0.12, atol=0.0)
+
+
+@pytest.mark.parametrize("factory", [SqueezeExcite, FusedAttention, NormalizedHeads, NormInBetween])
+def test_scores_of_several_samples_add_up(factory):
+    """Each sample has gates of its own, also where windows or tokens are folded into the batch."""
+    segment = segment_of(network(factory))
+    spaces = channel_spaces(segment)
+    x, loss = images(3), lambda out, rows: out.square().sum(1)
+    together = taylor_scores(segment, spaces, x, seeded(), loss)
+    single = [taylor_scores(segment, spaces, x[i : i + 1], seeded(), loss) for i in range(3)]
+    for name, scores in together.items():
+        torch.testing.assert_close(scores, sum(s[name] for s in single))  # another order of sums
+
+
+def test_the_loss_gets_the_rows_of_each_batch(monkeypatch):
+    monkeypatch.setattr(localization, "_BATCH", 2)
+    segment = segment_of(network(Chain))
+    seen = []
+
+    def loss(outputs, rows):
+        assert torch.equal(outputs.detach(), segment(images(5)[rows]).detach())
+        seen.extend(rows.tolist())
+        return outputs.sum(1)
+
+    taylor_scores(segment, channel_spaces(segment), images(5), seeded(), loss)
+    assert seen == [0, 1, 2, 3, 4]
+
+
+def test_class_loss_is_the_cross_entropy_of_a_classifier_behind_the_segment():
+    outputs, labels = torch.randn(2, 5, generator=seeded()), torch.tensor([3, 1, 0])
+    loss = class_loss(lambda features: features[:, :4], labels)
+    expected = F.cross_entropy(outputs[:, :4], labels[[2, 1]], reduction="none")
+    assert torch.equal(loss(outputs, torch.tensor([2, 1])), expected)
+
+
+def test_taylor_finds_units_that_do_nothing():
+    module = network(FusedAttention)
+    with torch.no_grad():
+        module.proj.weight[:, 4:8] = 0  # nobody reads the second head
+        module.down.weight[:, 7] = 0
+    segment = segment_of(module)
+    scores = taylor_scores(segment, channel_spaces(segment), images(2), seeded())
+    assert (scores["qkv"] == 0).tolist() == [False, True, False]
+    assert (scores["up"] == 0).nonzero().tolist() == [[7]]
+
+
+def test_taylor_counts_every_reader_and_the_free_output():
+    segment = segment_of(network(SqueezeExcite))
+    spaces = channel_spaces(segment, free_output=True)
+    scores = taylor_scores(segment, spaces, images(2), seeded())
+    assert list(scores) == ["first", "squeeze", "last"]
+    assert bool((scores["first"] > 0).all()) and bool((scores["last"] > 0).all())
+
+
+def test_magnitude_is_the_norm_of_the_rows_times_the_scale_of_the_norm():
+    module = network(NormInBetween)
+    segment = segment_of(module)
+    spaces = channel_spaces(segment)
+    scores = magnitude_scores(segment, spaces)["first"] / unit_params(spaces)
+    expected = module.first.weight.flatten(1).norm(dim=1) * module.norm.weight.abs()
+    torch.testing.assert_close(scores, (expected / expected.mean()).detach())  # another order of operations
+
+
+def test_random_scores_do_not_depend_on_the_price():
+    spaces = channel_spaces(segment_of(network(FusedAttention)))
+    scores = random_scores(spaces, seeded(3))
+    flat = torch.cat(list(scores.values())) / unit_params(spaces)
+    torch.testing.assert_close(flat, torch.rand(spaces.n_units, generator=seeded(3), dtype=torch.float64))
+
+
+# ------------------------------------------------------------------------------------------------------------- localize
+
+
+@pytest.mark.parametrize("method", ["taylor", "magnitude", "random"])
+def test_localize_keeps_the_budget_and_changes_nothing(method):
+    module = network(SqueezeExcite).requires_grad_(True).train()
+    segment = segment_of(module)
+    spaces = channel_spaces(segment)
+    before, state = snapshot(module), torch.get_rng_state()
+    masks, again = (localize(segment, spaces, images(4), 0.6, seeded(), method=method) for _ in range(2))
+    assert 0.4 < masks.density <= 0.6
+    assert masks.to_bytes() == again.to_bytes()
+    assert not differences(module, before)
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert torch.get_rng_state().equal(state)
+
+
+def test_localize_drops_what_does_nothing_first():
+    module = network(Chain)
+    with torch.no_grad():
+        module.last.weight[:, [2, 5]] = 0
+    segment = segment_of(module)
+    masks = localize(segment, channel_spaces(segment), images(4), 0.75, seeded())
+    assert masks.keep("first").tolist() == [0, 1, 3, 4, 6, 7]
+
+
+def test_localize_without_gradients_enabled_and_with_nothing_to_prune():
+    segment = segment_of(network(Chain))
+    spaces = channel_spaces(segment)
+    expected = localize(segment, spaces, images(4), 0.5, seeded())
+    with torch.no_grad():
+        assert localize(segment, spaces, images(4), 0.5, seeded()).to_bytes() == expected.to_bytes()
+    rest = segment_of(network(Chain), start="last")
+    assert localize(rest, channel_spaces(rest), torch.zeros(2, 5, 4, 4), 0.5, seeded()).kept == {}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "message"),
+    [
+        (images(4), {"method": "gates"}, "method: expected one of taylor, magnitude, random, got 'gates'"),
+        (images(4), {"density": 0.0}, "density: expected a share in (0, 1], got 0.0"),
+        (images(0), {}, "expected a floating-point batch (N, 3, 8, 8) with N >= 1, got torch.float64 (0, 3, 8, 8)"),
+        (images(4)[:, :2], {}, "got torch.float64 (4, 2, 8, 8)"),
+        (images(4).long(), {}, "got torch.int64 (4, 3, 8, 8)"),
+    ],
+)
+def test_bad_input_is_refused(inputs, options, message):
+    segment = segment_of(network(Chain))
+    with pytest.raises(InputError, match=re.escape(message)):
+        localize(segment, channel_spaces(segment), inputs, options.pop("density", 0.5), seeded(), **options)
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+def compacted():
+    segment = segment_of(network(NormInBetween))
+    spaces = channel_spaces(segment)
+    return compact(segment, spaces, half(spaces))
+
+
+def test_statistics_become_those_of_the_inputs():
+    part = compacted()
+    batches = [images(4, seed) for seed in (1, 2, 3)]
+    reestimate_statistics(part, iter(batches))
+    outs = [part.first(batch) for batch in batches]
+    mean = torch.stack([out.mean((0, 2, 3)) for out in outs]).mean(0)
+    variance = torch.stack([out.var((0, 2, 3)) for out in outs]).mean(0)
+    torch.testing.assert_close(part.norm.running_mean, mean)  # a running mean, in another order
+    torch.testing.assert_close(part.norm.running_var, variance)
+    assert part.norm.num_batches_tracked == 3
+
+
+def test_only_statistics_change():
+    part = compacted()
+    before = {name: tensor.clone() for name, tensor in part.state_dict().items()}
+    momentum, state = part.norm.momentum, torch.get_rng_state()
+    reestimate_statistics(part, [images(4)])
+    changed = {name for name, tensor in part.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+    assert part.norm.momentum == momentum
+    assert not any(module.training for module in part.modules())
+    assert torch.get_rng_state().equal(state)
+
+
+def test_all_comes_back_after_an_error():
+    part = compacted()
+    before, momentum = snapshot(part), part.norm.momentum
+    with pytest.raises(RuntimeError):
+        reestimate_statistics(part, [images(4), torch.zeros(4, 2, 8, 8, dtype=torch.float64)])
+    assert not differences(part, before)
+    assert part.norm.momentum == momentum
+
+
+@pytest.mark.parametrize(("batches", "message"), [([], "got none"), ([images(1)], "got a batch of 1")])
+def test_statistics_need_inputs(batches, message):
+    with pytest.raises(InputError, match=message):
+        reestimate_statistics(compacted(), batches)
+
+
+def test_statistics_of_other_libraries_norms(torchvision):
+    from timm.layers import BatchNormAct2d
+
+    class Fused(Net):
+        def __init__(self):
+            super().__init__(norm=BatchNormAct2d(8), conv=nn.Conv2d(8, 8, 1), inner=nn.BatchNorm2d(8))
+
+        def middle(self, x):
+            return self.inner(self.conv(self.norm(x)))
+
+    segment = segment_of(network(Fused))
+    spaces = channel_spaces(segment)
+    assert [space.name for space in spaces.spaces] == ["first", "conv"]
+    part = compact(segment, spaces, half(spaces))
+    reestimate_statistics(part, [images(6)])
+    torch.testing.assert_close(part.norm.running_mean, part.first(images(6)).mean((0, 2, 3)))  # order of sums
+    assert not part.norm.training
