@@ -20,7 +20,7 @@ from pnc.models import LoadedModel, build_model, load_model, load_tensors, save_
 from pnc.networks import Normalize
 from pnc.readers import split_spec
 
-_WARMUP_SHARE = 0.3
+_WARMUP_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Recipe:
         epochs: Passes over the training images.
         batch_size: Images per step; the last, smaller batch of an epoch is left out if there is a full one.
         optimizer: "sgd" (Nesterov momentum .9) or "adamw".
-        lr: Peak of the one-cycle schedule, which rises linearly for 30% of the steps, then falls to 0 as a cosine.
+        lr: Peak of the one-cycle schedule, which rises linearly for 15% of the steps, then falls to 0 as a cosine.
         weight_decay: On weight matrices and filters; not on biases, norms, tokens.
         label_smoothing: In [0, 1).
         crop_padding: Pixels of black around an image that a random crop may reach into; 0 for no crop.
@@ -42,12 +42,12 @@ class Recipe:
     """
 
     epochs: int = 10
-    batch_size: int = 128
+    batch_size: int = 64
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.1
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
-    crop_padding: int = 4
+    crop_padding: int = 2
     flip: bool = True
     seed: int = 0
     device: str = "cpu"
