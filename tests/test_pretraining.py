@@ -48,10 +48,7 @@ def test_a_network_learns(sets: tuple[ImageSet, ImageSet], trained: Path) -> Non
     assert model.classes == ("0", "1", "2")
     assert model.input_shape == (1, 8, 8)
     right = model.module(sets[1].images).argmax(1) == sets[1].labels
-    assert (
-        model.facts["test_accuracy"] == right.float().mean().item()
-        or abs(model.facts["test_accuracy"] - right.double().mean().item()) < 1e-12
-    )
+    assert model.facts["test_accuracy"] == int(right.sum()) / len(right)
     assert model.facts["test_accuracy"] > 0.95
     assert model.facts["recipe"] == RECIPE.facts()
     losses = [epoch["train_loss"] for epoch in model.facts["history"]]
@@ -239,9 +236,9 @@ def test_the_recipe_in_the_file_makes_the_recipe_again(trained: Path) -> None:
 
 def test_one_cycle_rises_to_the_peak_and_falls_to_nothing() -> None:
     shares = [one_cycle(step, 100) for step in range(100)]
-    assert shares[29] == max(shares) == 1
-    assert shares[:30] == sorted(shares[:30]) and shares[29:] == sorted(shares[29:], reverse=True)
-    assert shares[0] == 1 / 30
+    assert shares[14] == max(shares) == 1
+    assert shares[:15] == sorted(shares[:15]) and shares[14:] == sorted(shares[14:], reverse=True)
+    assert shares[0] == 1 / 15
     assert shares[-1] == 0
     assert one_cycle(0, 1) == 1
 
