@@ -39,6 +39,7 @@ class Recipe:
         label_smoothing: In [0, 1).
         crop_padding: Pixels of black around an image that a random crop may reach into; 0 for no crop.
         flip: Mirror half of the images; not for digits and the like.
+        precision: Of the forward pass while training; "bfloat16" (autocast) is faster where the processor has it.
         seed: Of the weights, the order and the augmentation.
         device: Where it runs.
         threads: For torch on the CPU while training; None leaves torch's own setting.
@@ -52,6 +53,7 @@ class Recipe:
     label_smoothing: float = 0.0
     crop_padding: int = 2
     flip: bool = True
+    precision: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
     device: str = "cpu"
     threads: int | None = None
@@ -72,6 +74,8 @@ class Recipe:
                 raise InputError(f"{name}: expected a number from {low} to {high}, got {value}")
         if self.optimizer not in ("sgd", "adamw"):
             raise InputError(f"optimizer: expected 'sgd' or 'adamw', got {self.optimizer!r}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise InputError(f"precision: expected 'float32' or 'bfloat16', got {self.precision!r}")
 
     def facts(self) -> dict[str, Any]:
         """Return what decides the weights, as JSON values: all but `device` and `threads`, which change rounding."""
@@ -277,8 +281,9 @@ def _train_epoch(run: _Run, train: ImageSet, recipe: Recipe, epoch: int) -> floa
     with _global_seed(seed, device):
         for step, indices in enumerate(torch.split(order[: n_steps * batch_size], batch_size)):
             images = augment(train.images[indices], recipe.crop_padding, recipe.flip, generator)
-            logits = module(_network_input(images, device))
-            loss = F.cross_entropy(logits, train.labels[indices].to(device), label_smoothing=recipe.label_smoothing)
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+                logits = module(_network_input(images, device))
+            loss = F.cross_entropy(logits.float(), train.labels[indices].to(device), label_smoothing=recipe.label_smoothing)
             for group in run.optimizer.param_groups:
                 group["lr"] = recipe.lr * one_cycle(epoch * n_steps + step, recipe.epochs * n_steps)
             run.optimizer.zero_grad()

@@ -1,0 +1,127 @@
+from functools import cache
+
+import pytest
+import torch
+
+import pnc
+from digits import NEW, pair, support
+from pnc.errors import InputError
+from pnc.positions import average_accuracy, run_parts, shortlist, source_body
+
+
+@cache
+def task(n_base: int = 5):
+    nets = pair()
+    data = support(n_base=n_base)
+    return pnc.prepare_task(nets.source.module, nets.target.module, data, classes=NEW, **nets.names())
+
+
+@cache
+def found(n_base: int = 5):
+    return pnc.scan(task(n_base))
+
+
+def test_positions_are_sorted_by_score_and_cost_what_their_parts_cost():
+    scan, source = found(), task().source
+    scores = [position.score for position in scan.positions]
+    assert scores == sorted(scores, reverse=True)
+    for position in scan.positions:
+        adapter = scan.adapter(position).adapter
+        assert (adapter.target_cut, adapter.source_cut) == (position.target_cut, position.source_cut)
+        rest = source.head.features.n_macs - position.source_cut.n_macs
+        assert position.n_macs == rest + adapter.n_macs
+        assert position.macs_share == pytest.approx(position.n_macs / source.n_macs)
+        body = source_body(task(), position.source_cut)
+        assert position.n_params == adapter.n_params + sum(p.numel() for p in body.parameters())
+        assert 0 <= position.score <= 1
+        assert position.standard_error < 0.1
+
+
+def test_all_pairs_have_an_error_but_few_are_run():
+    scan = found()
+    targets, sources = ({names[side] for names in scan.adapter_errors} for side in (0, 1))
+    assert len(scan.adapter_errors) == len(targets) * len(sources)
+    assert len(scan.positions) <= 2 * len(sources)
+    assert {position.source_cut.name for position in scan.positions} == sources
+    everything = pnc.scan(task(), exhaustive=True)
+    assert len(everything.positions) == len(scan.adapter_errors)
+    best = {(p.target_cut.name, p.source_cut.name): p.score for p in everything.positions}
+    assert all(best[p.target_cut.name, p.source_cut.name] == p.score for p in scan.positions)
+
+
+def test_the_shortlist_takes_the_best_target_cut_for_each_source_cut_and_a_close_second():
+    cuts = {cut.name: cut for position in found().positions for cut in (position.target_cut, position.source_cut)}
+    (a, b, c), s = list(cuts.values())[:3], next(iter(cuts.values()))
+    errors = {(a.name, s.name): 0.50, (b.name, s.name): 0.52, (c.name, s.name): 0.51}
+    assert shortlist([a, b, c], [s], errors) == [(a, s), (c, s)]
+    errors[c.name, s.name] = errors[b.name, s.name] = 0.6
+    assert shortlist([a, b, c], [s], errors) == [(a, s)]
+
+
+def test_the_front_is_not_beaten():
+    front = found().front()
+    assert [p.n_macs for p in front] == sorted({p.n_macs for p in front})
+    assert [p.score for p in front] == sorted({p.score for p in front})
+    assert front[-1].score == found().positions[0].score
+    for position in found().positions:
+        assert any(p.n_macs <= position.n_macs and p.score >= position.score for p in front)
+
+
+def test_the_choice_is_the_cheapest_within_the_tolerance_and_the_budget():
+    scan = found()
+    best = scan.positions[0].score
+    assert scan.choose(tolerance=1.0).n_macs == min(p.n_macs for p in scan.positions)
+    exact = scan.choose(tolerance=0.0)
+    assert exact.score == best
+    assert exact.n_macs == min(p.n_macs for p in scan.positions if p.score == best)
+    assert scan.choose(max_macs=0.3).macs_share <= 0.3
+    with pytest.raises(InputError, match=r"max_macs=0\.0: the cheapest position adds"):
+        scan.choose(max_macs=0.0)
+
+
+def test_two_scans_agree_to_the_bit():
+    again = pnc.scan(task())
+    for one, two in zip(found().positions, again.positions, strict=True):
+        assert (one.score, one.adapter_error, one.target_cut) == (two.score, two.adapter_error, two.target_cut)
+
+
+def test_each_image_goes_through_the_adapter_that_has_not_seen_it():
+    scan = found()
+    position = scan.positions[-1]
+    fitted, body = scan.adapter(position), source_body(task(), position.source_cut)
+    (samples,) = run_parts(task(), [(fitted, body)])
+    taps = pnc.cuts.extract(task().target.recording, None, [position.target_cut, "logits"])
+    with torch.no_grad():
+        tensor = taps(task().samples.images)[0]
+        for fold in range(task().samples.n_folds):
+            rows = task().samples.folds == fold
+            expected = body(fitted.held_out[fold](tensor[rows])).float()
+            # another batch, hence another order of summation
+            torch.testing.assert_close(samples.clone_features[rows], expected, atol=1e-4, rtol=1e-4)
+            assert not torch.allclose(fitted.held_out[fold].weight, fitted.adapter.weight)
+
+
+def test_without_base_samples_positions_are_scored_among_the_new_classes():
+    scan = found(n_base=0)
+    assert max(position.score for position in scan.positions) > 0.9
+    assert all(position.score >= 0.1 for position in scan.positions)
+
+
+def test_copies_of_one_image_count_once():
+    correct = torch.arange(len(task().samples.labels)) % 3 > 0
+    mean, error = average_accuracy(correct, task())
+    is_base = task().samples.labels < 5
+    assert mean == pytest.approx((correct[is_base].double().mean() + correct[~is_base].double().mean()) / 2)
+    nets = pair()
+    twice = pnc.prepare_task(nets.source.module, nets.target.module, support(), classes=NEW, flip=True, **nets.names())
+    # a flipped copy that is right exactly where its original is adds no evidence
+    of_image = correct[task().samples.groups.argsort()]
+    again = average_accuracy(of_image[twice.samples.groups], twice)
+    assert again == pytest.approx((mean, error))
+
+
+def test_progress_reaches_its_end():
+    seen = []
+    pnc.scan(task(), progress=lambda what, done, total: seen.append((what, done, total)))
+    ends = {what: done == total for what, done, total in seen}
+    assert ends == {"fitting adapters": True, "scoring positions": True}
