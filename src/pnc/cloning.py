@@ -1,5 +1,6 @@
 """The whole job: two networks and a few labelled images in, a clone out."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,21 @@ from pnc.heads import Head, HeadSamples, choose_shrinkage, fit_discriminant, sou
 from pnc.integrity import Fingerprint, fingerprint
 from pnc.localization import Method, localize, reestimate_statistics
 from pnc.masks import ChannelMasks
-from pnc.positions import Position, Progress, run_parts, scan, source_body, source_classifier
+from pnc.positions import (
+    Progress,
+    average_accuracy,
+    held_out_correct,
+    run_parts,
+    scan,
+    source_body,
+    source_classifier,
+)
 from pnc.stitching import Adapter, CrossFitted, Stitched
 from pnc.task import CloneTask, prepare_task
+from pnc.tracing import info
+
+MAX_NAME = 60
+"""Characters up to which a clone is named after all of its classes."""
 
 
 class Branch(nn.Module):
@@ -106,7 +119,7 @@ def clone(
 ) -> Clone:
     """Clone what the source knows about some classes, for the target; both networks stay as they are.
 
-    Scans all positions in closed form, takes the cheapest that is not significantly worse than the best, localizes
+    Scans all positions in closed form, takes the cheapest that is as good as the best but for half a point, localizes
     channels if `density` asks for it, and fits the head. It is the one verb that most users need, hence its arguments.
 
     Args:
@@ -118,7 +131,7 @@ def clone(
         classes: Names of the classes to clone; None takes all of the source's that the target lacks.
         source_classes: Names of the source's outputs, in order.
         base_classes: Names of the target's outputs, in order.
-        name: Of the clone; None joins the names of its classes.
+        name: Of the clone; None makes one of the names of its classes.
         density: Share of the prunable parameters of the source's part to keep, in (0, 1].
         method: How channels are chosen below density 1.
         max_macs: Bound on the added MACs as a share of the source's.
@@ -146,13 +159,12 @@ def clone(
         batch_size=batch_size,
     )
     found = scan(task, progress=progress)
-    position = found.choose(max_macs)
-    return fit(task, position, found.adapter(position), density=density, method=method, name=name, progress=progress)
+    fitted = found.adapter(found.choose(max_macs))
+    return fit(task, fitted, density=density, method=method, name=name, progress=progress)
 
 
 def fit(
     task: CloneTask,
-    position: Position,
     fitted: CrossFitted,
     *,
     density: float = 1.0,
@@ -164,14 +176,13 @@ def fit(
 
     Args:
         task: From `prepare_task`.
-        position: A position that `scan` scored.
-        fitted: Its adapters, from the same scan.
+        fitted: The adapters of a position, from `scan`: `found.adapter(found.choose())`.
         density: As in `clone`.
         method: As in `clone`.
         name: As in `clone`.
         progress: As in `clone`.
     """
-    body, masks = source_body(task, position.source_cut), None
+    body, masks = source_body(task, fitted.adapter.source_cut), None
     if density < 1 and (spaces := channel_spaces(body)).spaces:
         inputs = torch.cat(list(_adapted(task, fitted.adapter)))
         generator = torch.Generator().manual_seed(task.seed)
@@ -182,24 +193,26 @@ def fit(
         part = own_copy(body)
     (samples,) = run_parts(task, [(fitted, part)], progress)
     head, shrinkage = _fit_head(task, samples)
+    score, standard_error = average_accuracy(held_out_correct(task, samples), task)
+    n_macs = fitted.adapter.n_macs + sum(info(node).n_macs for node in part.graph.nodes)
     recipe = {
-        "adapter_error": position.adapter_error,
+        "adapter_error": fitted.error,
         "density": 1.0 if masks is None else masks.density,
         "flip": bool(len(task.samples.groups) > int(task.samples.groups.max()) + 1),
-        "macs_share": position.macs_share,
+        "macs_share": n_macs / task.source.n_macs,
         "method": None if masks is None else method,
         "n_base_samples": _n_images(task, base=True),
         "n_new_samples": _n_images(task, base=False),
-        "score": position.score,
+        "score": score,
         "seed": task.seed,
         "shrinkage": shrinkage,
-        "standard_error": position.standard_error,
+        "standard_error": standard_error,
     }
     return Clone(
-        name=name or "+".join(task.new_classes),
+        name=name or _default_name(task.new_classes),
         classes=task.new_classes,
         base_classes=task.target.classes,
-        branch=Branch(Stitched(fitted.adapter, part, task.source.head.features), head),
+        branch=Branch(Stitched(copy.deepcopy(fitted.adapter), part, task.source.head.features), head).cpu(),
         masks=masks,
         source=fingerprint(task.source.model),
         target=fingerprint(task.target.model),
@@ -208,6 +221,11 @@ def fit(
         target_features=task.target.head.features,
         recipe=recipe,
     )
+
+
+def _default_name(classes: Sequence[str]) -> str:
+    joined = "+".join(classes)
+    return joined if len(joined) <= MAX_NAME else f"{classes[0]}+{len(classes) - 1}"
 
 
 def _adapted(task: CloneTask, adapter: Adapter) -> Iterator[Tensor]:

@@ -209,9 +209,11 @@ class AdapterFitter:
         self._moments: dict[tuple[str, Form], dict[int, _Moments]] = {}
         self._regressions: dict[tuple[str, Form], _Regression] = {}
         self._lowest = dict.fromkeys((cut.name for cut in source_cuts), math.inf)
+        self._device = torch.device("cpu")
 
     def update(self, fold: int, target_tensors: Mapping[str, Tensor], source_tensors: Mapping[str, Tensor]) -> None:
         """Add one batch of images of one fold: the tensors of all cuts, by name of the cut."""
+        self._device = next(iter(target_tensors.values())).device
         outputs: dict[Form, list[Tensor]] = {form: [] for form in self._columns}
         for cut in self._source_cuts:
             grid, prefix = to_grid(source_tensors[cut.name], cut)
@@ -240,7 +242,7 @@ class AdapterFitter:
         """Fit the adapters of a pair."""
         n_folds = len(self._moments[target_cut.name, grid_size(source_cut)])
         rectify = self._lowest[source_cut.name] >= 0
-        adapters = [Adapter(target_cut, source_cut, rectify) for _ in range(n_folds + 1)]
+        adapters = [Adapter(target_cut, source_cut, rectify).to(self._device) for _ in range(n_folds + 1)]
         form = grid_size(source_cut)
         regression, columns = self._regression(target_cut, form), self._columns[form][source_cut.name, -1]
         for adapter, (weight, bias) in zip(adapters, regression.solutions(columns), strict=True):

@@ -177,9 +177,12 @@ def prepare_task(
     new = _new_classes(classes, known, base)
     samples = _samples(as_support(support, names=(*base, *new)), base, new, flip, seed)
     examples = samples.images[:_EXAMPLES]
+    read = read_network(source, examples, known, "source"), read_network(target, examples, base, "target")
+    if read[0].device != read[1].device:
+        raise InputError(f"source is on {read[0].device}, target on {read[1].device}; move both to one device")
     return CloneTask(
-        source=read_network(source, examples, known, "source"),
-        target=read_network(target, examples, base, "target"),
+        source=read[0],
+        target=read[1],
         new_classes=new,
         samples=samples,
         seed=seed,

@@ -128,7 +128,7 @@ def _clone(job: Job, progress: Progress | None) -> tuple[Clone, dict[str, Any]]:
     task = _task(job)
     found = scan(task, progress=progress)
     position = found.choose()
-    clone = fit(task, position, found.adapter(position), density=job.density, progress=progress)
+    clone = fit(task, found.adapter(position), density=job.density, progress=progress)
     facts = {
         "position": {"target_cut": position.target_cut.name, "source_cut": position.source_cut.name},
         "added_macs_share": position.macs_share,
