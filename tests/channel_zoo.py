@@ -110,10 +110,20 @@ class OneGroup(Net):
         return self.norm(x)
 
 
-@case({}, {"first": "no rule for cumsum"})
+@case({"first": (8, 1)}, LAST)
 class UnknownOperation(Net):
+    """It gets its input in full size, zeros for removed channels, and all that it makes stays."""
+
     def middle(self, x):
         return x.cumsum(1)
+
+
+@case({}, {"first": "no rule for cumsum"})
+class UnknownOperationAfterOffset(Net):
+    """What it would see of removed channels are no zeros."""
+
+    def middle(self, x):
+        return torch.sigmoid(x).cumsum(1)
 
 
 class Offset(nn.Module):
@@ -137,7 +147,7 @@ class ForeignActivation(Net):
         return self.act(x)
 
 
-@case({}, {"first": "no rule for RollChannels"})
+@case({"first": (8, 1)}, LAST)
 class ForeignMixer(Net):
     def __init__(self):
         super().__init__(act=RollChannels())
@@ -212,9 +222,9 @@ class SqueezeExcite(Net):
         return x * gate.sigmoid()
 
 
-@case({"first": (8, 1)}, LAST)
+@case({"gate": (8, 1), "first": (8, 1)}, LAST)
 class FixedGate(Net):
-    """A gate that is not understood leaves the channels removable: it is cut to size."""
+    """A gate from an unknown operation is cut to the size of what it is multiplied with."""
 
     def __init__(self):
         super().__init__(gate=nn.Conv2d(3, 8, 1))
@@ -224,8 +234,10 @@ class FixedGate(Net):
         return self.head(self.last(self.first(x) * gate).mean((2, 3)))
 
 
-@case({}, {"first": "added to fixed channels by add"})
+@case({"first": (8, 1), "other": (8, 1)}, LAST)
 class AddedToFixed(Net):
+    """Removed channels are filled in again for a sum with channels that stay."""
+
     def __init__(self):
         super().__init__(other=nn.Conv2d(3, 8, 3, padding=1))
 
@@ -373,7 +385,45 @@ class UsedTwice(Net):
         return self.head(self.very_last(self.last(self.first(self.first(x)))).mean((2, 3)))
 
 
-@case({}, {"first": "shares its weights", "third": "shares its weights"})
+@case({"wide": (8, 1), "first": (8, 1)}, LAST)
+class InPlaceSum(Net):
+    """The sum is written into the removable part: that one is filled in before, if nobody else looks there again."""
+
+    def __init__(self):
+        super().__init__(wide=nn.Conv2d(3, 8, 1))
+
+    def forward(self, x):
+        fixed, out = self.wide(x).cumsum(1), self.first(x)
+        out += fixed
+        return self.head(self.last(out.relu_()).mean((2, 3)))
+
+
+@case({}, {"first": "added to fixed channels by add"})
+class InPlaceSumSeenTwice(Net):
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        out = self.first(x)
+        view = out.flatten(2)
+        out += x.repeat(1, 3, 1, 1)[:, :8]
+        return self.head(self.last(view.unflatten(2, (8, 8))).mean((2, 3)))
+
+
+@case({"first": (8, 1)}, LAST)
+class ChannelConvolution(Net):
+    """ECA: a gate from a convolution along the channels, in the shape of what it is multiplied with."""
+
+    def __init__(self):
+        super().__init__(along=nn.Conv1d(1, 1, 3, padding=1))
+
+    def middle(self, x):
+        gate = self.along(x.mean((2, 3)).unsqueeze(1)).transpose(1, 2).unsqueeze(-1)
+        return x * gate.sigmoid().expand_as(x)
+
+
+@case({"second": (3, 1)}, {"first": "shares its weights", "third": "shares its weights"})
 class TiedWeights(Net):
     def __init__(self):
         super().__init__(second=nn.Conv2d(8, 3, 1), third=nn.Conv2d(3, 8, 3, padding=1))
@@ -418,6 +468,12 @@ class ConstantsAround(Net):
 class ConstantAdded(Net):
     def middle(self, x):
         return x + 1
+
+
+@case({}, {"first": "of removed channels would be infinite"})
+class Reciprocal(Net):
+    def middle(self, x):
+        return x.reciprocal()
 
 
 @case({}, {"first": "divided by channels that would be 0"})
@@ -485,7 +541,7 @@ class MeanOverChannels(Net):
         return x * torch.sigmoid(x.mean(1, keepdim=True)) - x * x.mean(dim=(1, 2, 3), keepdim=True)
 
 
-@case({}, {"first": "max .* mixes the channels|no rule for max"})
+@case({"first": (8, 1)}, LAST)
 class MaximumOverChannels(Net):
     def middle(self, x):
         return x * x.amax(1, keepdim=True)
@@ -567,7 +623,7 @@ class DrawsLots(nn.Module):
         return x * self.scale * float(x.sum() > 0)
 
 
-@case({}, {"first": "no rule for DrawsLots"})
+@case({"first": (8, 1)}, {"last": "output of the segment"})
 class NotOpened(Net):
     """Its Python code depends on the values: it stays as it is."""
 
@@ -651,9 +707,9 @@ class NormalizedHeads(Tokens):
         return x.reshape(b, n, d)
 
 
-@case({"up": (10, 1)}, {"qkv": "mixes the channels"})
+@case({"qkv": (36, 1), "up": (10, 1)}, STREAM)
 class OneHead(Tokens):
-    """Without heads the scale of the scores depends on the channels: nothing goes."""
+    """Without heads the scale of the scores depends on the channels, which are filled in again."""
 
     def __init__(self):
         super().__init__(qkv=nn.Linear(12, 36))
@@ -695,7 +751,7 @@ class TorchAttentionSequenceFirst(Tokens):
         return self.attention(x, x, x)[0].transpose(0, 1)
 
 
-@case({"up": (10, 1)}, {"norm1": "no rule for MultiheadAttention"})
+@case({"up": (10, 1)}, STREAM)
 class CrossAttention(Tokens):
     def __init__(self):
         super().__init__(attention=nn.MultiheadAttention(12, 3, batch_first=True))

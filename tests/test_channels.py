@@ -50,7 +50,7 @@ def test_a_free_output_tells_where_its_channels_are():
     assert spaces.output.units.tolist() == [8, 9, 10, 11, 12]
 
 
-def test_an_input_with_a_shortcut_freezes_what_is_added_to_it():
+def test_channels_added_to_those_of_the_input_are_filled_in_again():
     class Blocks(nn.Module):
         def __init__(self):
             super().__init__()
@@ -62,10 +62,12 @@ def test_an_input_with_a_shortcut_freezes_what_is_added_to_it():
             return self.head(self.last(x + self.outer(self.inner(x))).mean((2, 3)))
 
     module = network(Blocks)
-    assert {space.name for space in channel_spaces(segment_of(module)).spaces} == {"stem", "inner"}
-    spaces = channel_spaces(segment_of(module, start="stem"))
-    assert {space.name for space in spaces.spaces} == {"inner"}
-    assert "fixed channels by add" in spaces.frozen["outer"]
+    whole = assert_compact_is_masked(segment_of(module))
+    assert [space.name for space in whole.spaces] == ["stem", "inner"]  # outer's go with the stem's
+    assert whole.refills == ()
+    spaces = assert_compact_is_masked(segment_of(module, start="stem"))
+    assert {space.name for space in spaces.spaces} == {"inner", "outer"}
+    assert spaces.refills == (("add", "outer"),)
     assert all(bool((s.units != KEPT).any()) for s in spaces.slices)
 
 

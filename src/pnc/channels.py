@@ -87,6 +87,7 @@ class ChannelSpaces:
         nodes: Where units lie in the tensors of the graph; nodes without any are missing.
         reads: (reader, what it reads) of the nodes where units end: a layer that mixes them, a sum over them, the free
             output. A factor per unit on these edges, and only there, does what removing the units would do.
+        refills: Those of them that need their input in full size, with zeros for removed units.
         output: Where units lie in the segment's output; None where it keeps all its channels.
         frozen: Layers whose channels cannot be removed (all, or some), with the reason.
     """
@@ -95,6 +96,7 @@ class ChannelSpaces:
     slices: tuple[WeightSlice, ...]
     nodes: Mapping[str, Channels]
     reads: tuple[tuple[str, str], ...]
+    refills: tuple[tuple[str, str], ...]
     output: Channels | None
     frozen: Mapping[str, str]
 
@@ -107,8 +109,9 @@ class ChannelSpaces:
 def channel_spaces(segment: fx.GraphModule, free_output: bool = False) -> ChannelSpaces:
     """Find the channels of a segment that can be removed; nothing of the segment is changed.
 
-    What cannot be proven removable is frozen: channels of the segment's input, of its output unless freed, and of
-    whatever an operation without a rule touches.
+    Nothing is guessed: channels of the segment's input stay, those of its output unless freed, and those that a
+    removal would be seen of (`ChannelSpaces.frozen`). An operation that is not understood gets its input in full size,
+    with zeros where channels were removed (`ChannelSpaces.refills`), and keeps all channels of its result.
 
     Args:
         segment: Part of a recorded network, as `cuts.extract` returns it.
@@ -154,7 +157,7 @@ def _note_memory(tracker: Tracker, node: fx.Node, holders: dict[int, list[fx.Nod
             before = tracker.of(other)
             if isinstance(result, Layout) and result.dims:
                 tracker.layouts[other] = Layout(before.ids, before.zero and result.zero)
-            elif before.dims:
+            elif before.dims and tracker.is_read_after(other, node):
                 tracker.atoms.freeze(before.ids, f"overwritten by {describe(node)}")
     if isinstance(result, Layout) and result.dims:
         for storage in info(node).holds:
@@ -184,10 +187,16 @@ def _resolve(tracker: Tracker, output: Layout | None) -> ChannelSpaces:
         spaces=_describe_spaces(groups, starts, slices),
         slices=slices,
         nodes=nodes,
-        reads=tuple((reader.name, source.name) for reader, source in tracker.reads if source.name in nodes),
+        reads=_edges(tracker.reads, nodes),
+        refills=_edges(tracker.refills, nodes),
         output=None if output is None else _channels(output.ids, roots, unit_of),
         frozen=_frozen_layers(tracker, roots, unit_of, frozen),
     )
+
+
+def _edges(pairs: list[tuple[fx.Node, fx.Node]], nodes: Mapping[str, Channels]) -> tuple[tuple[str, str], ...]:
+    """Edges of the graph along which units pass, each once, by name."""
+    return tuple(dict.fromkeys((reader.name, source.name) for reader, source in pairs if source.name in nodes))
 
 
 def _settle_forms(tracker: Tracker) -> Tensor:

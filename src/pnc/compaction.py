@@ -24,7 +24,7 @@ from pnc.leaf_probes import owned_tensor, replace_tensor, resize_attributes
 from pnc.masks import ChannelMasks
 from pnc.opening import opened
 from pnc.rewriting import rewrite
-from pnc.tracing import info
+from pnc.tracing import NodeInfo, info
 
 TOLERANCE = 1e-10
 """Largest accepted difference of masked and compacted outputs, relative to the largest output, in float64."""
@@ -153,6 +153,8 @@ def _shrink(segment: fx.GraphModule, spaces: ChannelSpaces, flags: Tensor) -> fx
     for s, keep in kept:
         if s.user:
             _insert(segment, nodes, s, torch.index_select, keep)
+    for reader, source in spaces.refills:
+        _refill(segment, nodes[reader], nodes[source], spaces.nodes[source], flags)
     for node in nodes.values():  # looks at the layers as they were, but at the operands as they are
         rewrite(node, spaces.nodes, flags)
         if node.op == "call_module":
@@ -180,18 +182,42 @@ def _insert(
     # An operand that follows several sets of channels is cut once for each: what the user reads now is the last result.
     while operand not in user.all_input_nodes:
         operand = next(n for n in operand.users if n.meta.get("cut_for") == s.user)
-    name = f"_index{sum(key.startswith('_index') for key in segment._buffers)}"
-    segment.register_buffer(name, index.to(_device(segment)), persistent=False)
     with segment.graph.inserting_before(user):
-        held = segment.graph.get_attr(name)
-        held.meta["pnc"] = dataclasses.replace(
-            info(operand), shape=tuple(index.shape), shape3=tuple(index.shape), dtype=index.dtype, from_input=False
-        )
+        held = _hold(segment, index)
         result = segment.graph.call_function(function, (operand, s.dim, held, *arguments))
     result.meta.update(pnc=info(operand), cut_for=s.user)
     if function is torch.index_select:
         _resize_info(result, s.dim, len(index))
     user.replace_input_with(operand, result)
+
+
+def _refill(segment: fx.GraphModule, reader: fx.Node, source: fx.Node, channels: Channels, flags: Tensor) -> None:
+    """Fill in zeros for removed channels in front of a node that needs them."""
+    keep = flags[channels.units].nonzero().reshape(-1)
+    if len(keep) == len(channels.units):
+        return
+    with segment.graph.inserting_before(reader):
+        held = _hold(segment, keep)
+        full = segment.graph.call_function(filled, (source, channels.dim, held, len(channels.units)))
+    full.meta["pnc"] = info(source)
+    _resize_info(full, channels.dim, len(channels.units))
+    reader.replace_input_with(source, full)
+
+
+def filled(x: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
+    """A tensor of `size` along `dim`, with the entries of `x` at `index` and zeros elsewhere."""
+    shape = [size if d == dim else n for d, n in enumerate(x.shape)]
+    return x.new_zeros(shape).index_copy(dim, index, x)
+
+
+def _hold(segment: fx.GraphModule, index: Tensor) -> fx.Node:
+    """A node that holds indices, at the graph's place of insertion."""
+    name = f"_index{sum(key.startswith('_index') for key in segment._buffers)}"
+    segment.register_buffer(name, index.to(_device(segment)), persistent=False)
+    held = segment.graph.get_attr(name)
+    shape = tuple(index.shape)
+    held.meta["pnc"] = NodeInfo(shape, shape, index.dtype, is_tensor=True, from_input=False, scope="")
+    return held
 
 
 def _fold(segment: fx.GraphModule) -> fx.GraphModule:

@@ -28,11 +28,11 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _read_channels(t: Tracker, node: fx.Node, source: Layout, dim: int) -> Tensor | None:
-    """Atoms along the channel dim of a layer's input; None (all frozen) where others than these are tracked."""
+    """Atoms along the channel dim of a layer's input; None where there are none, or others than these."""
     if source.dims == (dim,):
         return source.ids.reshape(-1)
     if source.dims:
-        t.freeze(node, f"{describe(node)} reads channels that lie along another dim")
+        opaque(t, node, f"{describe(node)} reads channels that lie along another dim")
     return None
 
 

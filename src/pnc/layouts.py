@@ -170,6 +170,7 @@ class Tracker:
         shared: Leaf modules that are called, or whose weights are used, more than once.
         refused: Layers of which nothing can be removed, with the reason.
         reads: (reader, what it reads) wherever channels end: in a layer that mixes them, a sum over them, the output.
+        refills: (reader, what it reads) where removed channels have to be filled in again.
         layouts: Layout per node, a tuple for a node with several results.
         slices: Weights and operands that follow atoms.
         forms: (ids, dims allowed to shrink) of every tensor with atoms along several dims: only whole indices of one
@@ -187,7 +188,15 @@ class Tracker:
         self.data: set[fx.Node] = set()
         self.refused: dict[str, str] = {}
         self.reads: list[tuple[fx.Node, fx.Node]] = []
+        self.refills: list[tuple[fx.Node, fx.Node]] = []
         self.shared = _shared_leaves(segment, self.modules)
+        self._position = {node: position for position, node in enumerate(segment.graph.nodes)}
+        self._last_use: dict[fx.Node, int] = {}
+        self._holders: dict[int, list[fx.Node]] = {}
+        for node, position in self._position.items():
+            self._last_use.update(dict.fromkeys((*node.all_input_nodes, node), position))
+            for storage in info(node).holds:
+                self._holders.setdefault(storage, []).append(node)
 
     def of(self, node: object) -> Layout:
         """Layout of a node with a single tensor output; a fixed scalar's for anything else."""
@@ -241,6 +250,21 @@ class Tracker:
         for layout in self.inputs(node):
             if layout.dims:
                 self.atoms.freeze(layout.ids, reason)
+
+    def may_be_replaced(self, source: fx.Node, reader: fx.Node) -> bool:
+        """Whether `reader` may get a copy of `source`: it does not write to it, or nobody else looks there again."""
+        written = info(reader).writes & info(source).holds
+        earlier = [
+            node
+            for storage in written
+            for node in self._holders[storage]
+            if self._position[node] < self._position[reader]
+        ]
+        return not any(self.is_read_after(node, reader) for node in earlier)
+
+    def is_read_after(self, node: fx.Node, later: fx.Node) -> bool:
+        """Whether anything behind `later` reads `node`."""
+        return self._last_use[node] > self._position[later]
 
     def rigid(self, ids: Tensor, dim: int, reason: str) -> None:
         """Dim `dim` of a tensor must keep its size: other dims have to carry the removal, or nothing does."""
@@ -303,8 +327,19 @@ _ALIASES = {
 
 
 def opaque(t: Tracker, node: fx.Node, reason: str = "") -> Layout:
-    """Freeze all that a node reads; nothing of its result is removable."""
-    t.freeze(node, reason or f"no rule for {describe(node)}")
+    """An operation that is not understood: it gets every tensor in full size, and its result keeps all channels.
+
+    Removed channels are filled in again as zeros in front of it, which is what a mask would give. Where they would not
+    be zero, or are written to, they freeze with the reason.
+    """
+    for source in node.all_input_nodes:
+        layout = t.layouts.get(source)
+        if isinstance(layout, Layout) and layout.dims and layout.zero and t.may_be_replaced(source, node):
+            t.refills.append((node, source))
+            t.reads.append((node, source))
+            continue
+        for part in (layout,) if isinstance(layout, Layout) else layout or ():
+            t.atoms.freeze(part.ids, reason or f"no rule for {describe(node)}")
     return fixed(len(shape_of(node)))
 
 

@@ -217,20 +217,18 @@ class _Gated(fx.Interpreter):
 
     def __init__(self, segment: fx.GraphModule, spaces: ChannelSpaces, gates: Tensor) -> None:
         super().__init__(segment)
-        self._spaces, self._sources = spaces, dict(spaces.reads)
+        self._spaces, self._reads = spaces, set(spaces.reads)
         self._gates = F.pad(gates, (0, 1), value=1.0)  # the last one for KEPT, -1
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; what it reads is scaled for this node only."""
-        source = next((s for s in n.all_input_nodes if s.name == self._sources.get(n.name)), None)
-        if source is None:
-            return super().run_node(n)
-        value = self.env[source]
-        self.env[source] = value * self._factors(source, self._spaces.nodes[source.name])
+        values = {source: self.env[source] for source in n.all_input_nodes if (n.name, source.name) in self._reads}
+        for source, value in values.items():
+            self.env[source] = value * self._factors(source, self._spaces.nodes[source.name])
         try:
             return super().run_node(n)
         finally:
-            self.env[source] = value
+            self.env.update(values)
 
     def _factors(self, node: fx.Node, channels: Channels) -> Tensor:
         """The gates in the shape of a node's tensor: 1 everywhere but along the batch and the channels."""

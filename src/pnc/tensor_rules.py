@@ -38,6 +38,9 @@ def elementwise(t: Tracker, node: fx.Node) -> Result:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         function = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
         out = function(zero, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+    if not bool(out.isfinite().all()):
+        t.freeze(node, f"{describe(node)} of removed channels would be infinite")
+        return fixed(source.ids.dim())
     return Layout(source.ids, source.zero and not bool(out.any()))
 
 
@@ -63,7 +66,8 @@ def quotient(t: Tracker, node: fx.Node) -> Result:
     a, b = argument(node, 0, "input"), argument(node, 1, "other")
     first, second = t.of(a), t.of(b)
     if second.dims and (second.zero or not first.dims):
-        return opaque(t, node, f"divided by channels that would be 0 in {describe(node)}")
+        t.freeze(node, f"divided by channels that would be 0 in {describe(node)}")
+        return fixed(len(shape_of(node)))
     if second.dims:
         return _united(t, node, first, second, zero=first.zero)
     return _product(t, node, (first, a), (second, b))
@@ -280,10 +284,12 @@ def _moved(t: Tracker, node: fx.Node, ids: Tensor, follow_batch: Sequence[int], 
 
 
 def shaped_like(t: Tracker, node: fx.Node) -> Result:
-    """`x.reshape_as(other)` and the like: the other one must lose the same channels."""
+    """`x.reshape_as(other)` and the like: the other one must lose the same channels, or be shown in full size."""
+    other = t.of(argument(node, 1, "other"))
+    if not t.of(node.args[0]).dims or not other.dims:
+        return opaque(t, node)
     result = movement(t, node)
     assert isinstance(result, Layout)
-    other = t.of(argument(node, 1, "other"))
     t.atoms.unite(result.ids, other.ids, f"shaped like fixed channels by {describe(node)}")
     return result
 
