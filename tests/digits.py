@@ -47,3 +47,16 @@ def support(n_new: int = 20, n_base: int = 5, classes: tuple[str, ...] = NEW, se
 def held_out_images(classes: tuple[str, ...] = NEW) -> ImageSet:
     data = load_data("digits", "test")
     return relabel(class_subset(data, (*BASE, *classes)), (*BASE, *classes))
+
+
+def write_images(folder: Path, split: str, classes: tuple[str, ...], n_images: int) -> Path:
+    """Some digits as image files, FOLDER/SPLIT/CLASS/NUMBER.png; the folder can be read as `folder:FOLDER`."""
+    from PIL import Image
+
+    for name in classes:
+        images = class_subset(load_data("digits", split), (name,)).images[:n_images]
+        place = folder / split / name
+        place.mkdir(parents=True)
+        for number, image in enumerate(images):
+            Image.fromarray((image[0] * 255).round().to(torch.uint8).numpy()).save(place / f"{number}.png")
+    return folder

@@ -88,6 +88,14 @@ def test_names_win_over_indices() -> None:
     assert parse_classes("1,2-3", ["3", "2", "1", "2-3"]) == ("1", "2-3")
 
 
+def test_where_names_are_numbers_numbers_are_names() -> None:
+    known = ["9", "7", "8", "6", "other"]
+    assert parse_classes("7-9,6", known) == ("7", "8", "9", "6")
+    for text, missing in (("4", "4"), ("6-12", "10"), ("0-99999999999", "0"), ("8-7", "8-7")):
+        with pytest.raises(ClassNameError, match=f"there is no class '{missing}'"):
+            parse_classes(text, known)
+
+
 def test_names_with_commas() -> None:
     known = ["tench, Tinca tinca", "goldfish", "tench"]
     assert parse_classes("goldfish, tench, Tinca tinca", known) == ("goldfish", "tench, Tinca tinca")
@@ -355,6 +363,13 @@ def test_new_samples_do_not_depend_on_the_base_samples_and_small_draws_begin_lar
     assert torch.equal(with_base.images[2:], alone.images)
     assert len(everything) == 20
     assert torch.equal(draw(5, 0).images[:3], alone.images[:3])
+
+
+def test_without_base_samples_the_data_need_not_know_the_base_classes() -> None:
+    data = image_set([0, 1, 1])
+    support = draw_support(data, ["bee"], ["yak", "emu"], 2, 0, torch.Generator().manual_seed(0))
+    assert support.names == ("yak", "emu", "bee")
+    assert support.labels.tolist() == [2, 2]
 
 
 def test_draw_support_refuses_what_the_data_lacks() -> None:

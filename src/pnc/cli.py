@@ -1,70 +1,104 @@
-"""The `pnc` command. Every command takes `--json PATH` for the facts that it prints, and exits with 2 on bad input."""
+"""The `pnc` command. Every command takes `--json PATH` for the facts that it shows, and exits with 2 on bad input."""
 
+import importlib.metadata
+import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from pnc import checkpoint, cloning, composite, pretraining
+from pnc import checkpoint, cloning, pretraining
 from pnc import demo as demonstration
+from pnc.arguments import (
+    ModelOptions,
+    attach_clones,
+    check_different,
+    check_images,
+    check_outputs,
+    check_trained,
+    choose_classes,
+    data_file,
+    draw,
+    load_network,
+    parse_shape,
+    parse_support,
+    read_clone_facts,
+    read_device,
+    use_threads,
+)
 from pnc.bench import main_job
 from pnc.cuts import cut_points
-from pnc.data import ImageSet, class_subset, draw_support, images_as_float, parse_classes, relabel
+from pnc.data import class_subset, listed, parse_classes, relabel
 from pnc.errors import InputError, PNCError
 from pnc.files import write_file
 from pnc.localization import Method
 from pnc.metrics import evaluate
-from pnc.models import LoadedModel, load_model
 from pnc.readers import load_data, load_images
+from pnc.screen import complain, progress, say, show_clone, show_facts, show_job, show_table, shown
 from pnc.task import read_network
+
+BAD_INPUT, INTERRUPTED = 2, 130
+_USAGE_ERROR: Any = typer.BadParameter.__base__  # of click or of typer itself, as typer's version has it
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Partial network cloning: give a trained classifier classes of another one, without changing a bit of it.",
 )
-console = Console()
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the same facts here as JSON.")]
-Seed = Annotated[int, typer.Option(help="Of every random choice.")]
+Seed = Annotated[int, typer.Option(help="Of every random choice.", min=0, max=2**63 - 1)]
+Threads = Annotated[int | None, typer.Option(help="Threads for torch; its own default if not given.", min=1)]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
-Source = Annotated[
-    str, typer.Option(help="Model that knows the classes: a .safetensors of `pretrain`, zoo:..., py:...")
-]
-Target = Annotated[str, typer.Option(help="Model that shall get them: likewise.")]
+Source = Annotated[str, typer.Option(help="Network that knows the classes: a file of `pnc pretrain`, zoo:..., py:...")]
+Sources = Annotated[list[str], typer.Option("--source", help="Source of each clone, in order; one serves for all.")]
+Target = Annotated[str, typer.Option(help="Network that shall get them, or has got them: likewise.")]
 Weights = Annotated[Path | None, typer.Option(help="Its weights: .safetensors or a state-dict checkpoint.")]
 Names = Annotated[str | None, typer.Option(help="Names of its outputs, in order, separated by commas.")]
 Data = Annotated[str, typer.Option(help="Images: digits, parquet:PATH, folder:PATH, hf:NAME.")]
-CloneFile = Annotated[Path, typer.Argument(help="Clone file.")]
+Flip = Annotated[bool, typer.Option(help="Use mirror images too: right for photographs, wrong for digits.")]
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context, version: Annotated[bool, typer.Option(help="Say the version and stop.")] = False
+) -> None:
+    """Partial network cloning: give a trained classifier classes of another one, without changing a bit of it."""
+    if version:
+        say(f"pnc {importlib.metadata.version('pnc')}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        say(context.get_help())
 
 
 @app.command()
 def demo(
-    seed: Seed = 0,
-    threads: Annotated[int | None, typer.Option(help="Threads for torch; its own default where not given.")] = None,
-    json_path: Json = None,
+    seed: Seed = 0, threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 1, json_path: Json = None
 ) -> None:
-    """Clone digits 5-9 from one small network into another one that knows 0-4, beside four other ways to do it."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with _progress() as bar:
+    """Clone digits 5-9 from one small network into another one that knows 0-4, beside three other ways to do it.
+
+    Networks this small only lose by more than one thread.
+    """
+    check_outputs({"json": json_path})
+    with use_threads(threads), progress() as bar:
         facts = demonstration.run_demo(
             seed,
             progress=bar.step,
             trained=lambda role, report: bar.step(f"training the {role}", report.epoch, report.epochs),
         )
-    console.print("A target that knows digits 0-4 gets 5-9 from a source: 20 images of each, and 5 of each old digit.")
-    print_job(facts)
     _write_json(json_path, facts)
+    say("A target that knows digits 0-4 gets 5-9 from a source,")
+    say("by 20 images of each new digit and 5 of each old one.")
+    say()
+    show_job(facts)
+    if not all(facts["verified"].values()):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -74,31 +108,43 @@ def pretrain(
     ],
     data: Data,
     out: Annotated[Path, typer.Option(help="File to write, .safetensors; a stopped run goes on where it was.")],
-    classes: Annotated[
-        str | None, typer.Option(help="Classes to learn: names or index ranges; all by default.")
-    ] = None,
+    classes: Annotated[str | None, typer.Option(help="Names or index ranges; all classes by default.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="On weight matrices and filters.")] = None,
+    crop_padding: Annotated[int | None, typer.Option(help="Pixels that a random crop may shift an image by.")] = None,
     flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = True,
-    threads: Annotated[int | None, typer.Option(help="Threads for torch.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace a file that was made otherwise.")] = False,
+    precision: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="bfloat16 is faster where the processor has it.")
+    ] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that was made otherwise.")] = False,
     seed: Seed = 0,
     device: Device = "cpu",
+    threads: Threads = None,
     json_path: Json = None,
 ) -> None:
     """Train a reference network on some classes of a data set, and keep its weights."""
-    given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "threads": threads}
-    recipe = pretraining.recipe_for(spec)
-    settings = {**recipe.facts(), **{name: value for name, value in given.items() if value is not None}}
-    recipe = pretraining.Recipe(**{**settings, "flip": flip, "seed": seed, "device": device})
+    given = {
+        "epochs": epochs,
+        "lr": lr,
+        "batch_size": batch_size,
+        "weight_decay": weight_decay,
+        "crop_padding": crop_padding,
+        "threads": threads,
+    }
+    settings = {**pretraining.recipe_for(spec).facts(), **{k: value for k, value in given.items() if value is not None}}
+    settings |= {"flip": flip, "precision": precision, "seed": seed, "device": device}
+    recipe = pretraining.Recipe(**settings)
+    check_outputs({"out": out, "json": json_path}, [data_file(data)])
+    read_device(device)
     train, test = load_data(data, "train"), load_data(data, "test")
     names = train.classes if classes is None else parse_classes(classes, train.classes)
     reports = []
 
     def report(epoch: pretraining.EpochReport) -> None:
         reports.append(epoch)
-        console.print(
+        say(
             f"epoch {epoch.epoch}/{epoch.epochs}: loss {epoch.train_loss:.3f}, "
             f"test accuracy {epoch.test_accuracy:.3f}, {epoch.seconds:.1f} s"
         )
@@ -106,18 +152,16 @@ def pretrain(
     model = pretraining.pretrain(
         spec, class_subset(train, names), class_subset(test, names), recipe, out, progress=report, overwrite=overwrite
     )
-    accuracy = model.facts["test_accuracy"]
-    console.print(f"{out}: {spec}, {len(names)} classes, test accuracy {accuracy:.3f}")
-    _write_json(
-        json_path,
-        {
-            "out": str(out),
-            "spec": spec,
-            "classes": list(names),
-            "test_accuracy": accuracy,
-            "seconds_per_epoch": [epoch.seconds for epoch in reports],
-        },
-    )
+    facts = {
+        "out": str(out),
+        "spec": spec,
+        "classes": list(names),
+        "test_accuracy": model.facts["test_accuracy"],
+        "seconds_per_epoch": [epoch.seconds for epoch in reports],
+    }
+    _write_json(json_path, facts)
+    made = "" if reports else "made before, with the same arguments: "
+    say(f"{out}: {made}{spec}, {len(names)} classes, test accuracy {facts['test_accuracy']:.3f}")
 
 
 @app.command()
@@ -127,41 +171,48 @@ def clone(
     data: Data,
     out: Annotated[Path, typer.Option(help="Clone file to write.")],
     classes: Annotated[str | None, typer.Option(help="Classes to clone; by default all that the target lacks.")] = None,
-    support: Annotated[
-        str, typer.Option(help="Images per new / per base class, drawn from the training split.")
-    ] = "20/5",
+    support: Annotated[str, typer.Option(help="Images per new / per base class, of the training split.")] = "20/5",
     source_weights: Weights = None,
     target_weights: Weights = None,
     source_classes: Names = None,
     target_classes: Names = None,
-    flip: Annotated[bool, typer.Option(help="Use mirror images too: right for photographs, wrong for digits.")] = False,
-    density: Annotated[float, typer.Option(help="Share of the prunable parameters to keep, in (0, 1].")] = 1.0,
+    flip: Flip = False,
+    density: Annotated[float, typer.Option(help="Share of the prunable parameters to keep, above 0.", max=1)] = 1.0,
     method: Annotated[Method, typer.Option(help="How channels are chosen below density 1.")] = "taylor",
-    max_macs: Annotated[float | None, typer.Option(help="Bound on added MACs, as a share of the source's.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the clone.")] = None,
+    max_macs: Annotated[
+        float | None, typer.Option(help="Bound on added MACs, as a share of the source's.", min=0)
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the clone; by default made of its classes.")] = None,
     kind: Annotated[
         checkpoint.Kind, typer.Option(help="thin: without the source's weights; full: with them.")
     ] = "thin",
     seed: Seed = 0,
     device: Device = "cpu",
+    threads: Threads = None,
     json_path: Json = None,
 ) -> None:
     """Clone classes of a source for a target from a few images, and write the clone to a file."""
+    asked = (
+        ModelOptions("source", source, source_weights, source_classes, device),
+        ModelOptions("target", target, target_weights, target_classes, device),
+    )
+    check_outputs({"out": out, "json": json_path}, [*(one.file for one in asked), data_file(data)])
+    check_different(*asked)
+    check_trained(*asked)
+    parse_support(support)
+    read_device(device)
     images = load_data(data, "train")
-    source_model = _load(source, source_weights, source_classes, images, device)
-    target_model = _load(target, target_weights, target_classes, images, device)
-    base = target_model.classes
-    lacking = [known for known in source_model.classes if known not in base]
-    new = lacking if classes is None else parse_classes(classes, source_model.classes)
-    n_new, n_base = _parse_support(support)
-    generator = torch.Generator().manual_seed(seed)
-    with _progress() as bar:
+    models = [load_network(one, input_shape=images.input_shape) for one in asked]
+    check_images(images, *models)
+    new, base = choose_classes(classes, *models), models[1].classes
+    started = time.perf_counter()
+    with use_threads(threads), progress() as bar:
         made = cloning.clone(
-            source_model.module,
-            target_model.module,
-            draw_support(images, new, base, n_new, n_base, generator),
+            models[0].module,
+            models[1].module,
+            draw(images, new, base, support, seed),
             classes=new,
-            source_classes=source_model.classes,
+            source_classes=models[0].classes,
             base_classes=base,
             name=name,
             density=density,
@@ -171,14 +222,18 @@ def clone(
             seed=seed,
             progress=bar.step,
         )
+    seconds = time.perf_counter() - started
     checkpoint.save(made, out, kind)
-    _print_clone(out, json_path)
+    facts = read_clone_facts(out)
+    _write_json(json_path, {"out": str(out), "seconds": seconds, **facts.all})
+    show_clone(facts)
+    say(f"{out}: written after {seconds:.1f} s of cloning")
 
 
 @app.command("eval")
 def evaluate_clones(
     clones: Annotated[list[Path], typer.Argument(help="Clone files to attach, one or more.")],
-    source: Annotated[list[str], typer.Option(help="Source of each clone, in order; one serves for all.")],
+    source: Sources,
     target: Target,
     data: Data,
     source_weights: Weights = None,
@@ -186,36 +241,46 @@ def evaluate_clones(
     source_classes: Names = None,
     target_classes: Names = None,
     device: Device = "cpu",
+    threads: Threads = None,
     json_path: Json = None,
 ) -> None:
     """Attach clones to their target and measure accuracy and locality on the test split."""
+    asked = ModelOptions("target", target, target_weights, target_classes, device)
+    sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    check_outputs({"json": json_path}, [*clones, asked.file, *(one.file for one in sources), data_file(data)])
+    check_trained(asked, *sources)
+    read_device(device)
+    known = [read_clone_facts(path) for path in clones]
     images = load_data(data, "test")
-    target_model = _load(target, target_weights, target_classes, images, device)
-    net = _attached(clones, source, source_weights, source_classes, target_model, images, device)
-    known = [known for known in net.classes if known in images.classes]
-    test = relabel(class_subset(images, known), net.classes)
-    pixels = images_as_float(test.images).to(device)
-    logits = main_job.predict(net, pixels)
-    target_logits = main_job.predict(target_model.module, pixels)
-    measured = evaluate(logits.cpu(), test.labels, target_logits.cpu())
+    model = load_network(asked, known[0].base_classes, images.input_shape)
+    check_images(images, model)
+    net = attach_clones(known, sources, model)
+    there = [name for name, count in images.counts().items() if count and name in net.classes]
+    if not set(there) & set(model.classes) or set(there) <= set(model.classes):
+        raise InputError(
+            f"data: images of base and of new classes are needed; of {listed(net.classes)} "
+            f"there are images of {listed(there)} only"
+        )
+    test = relabel(class_subset(images, there), net.classes)
+    with use_threads(threads):
+        logits, target_logits = main_job.predict(net, test.images), main_job.predict(model.module, test.images)
     facts = {
+        "clones": list(net.clones),
         "classes": list(net.classes),
-        "n_images": len(test.labels),
-        **vars(measured),
-        "base_logits_equal": torch.equal(logits[:, : len(target_model.classes)], target_logits),
+        "classes_without_images": [name for name in net.classes if name not in there],
+        "n_images": len(test),
+        **vars(evaluate(logits, test.labels, target_logits)),
+        "base_logits_equal": torch.equal(logits[:, : len(model.classes)], target_logits),
     }
-    table = Table("measure", "value")
-    for key, value in facts.items():
-        table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else _short(value))
-    console.print(table)
     _write_json(json_path, facts)
+    show_facts({key.replace("_", " "): shown(value) for key, value in facts.items()})
 
 
 @app.command()
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files; cropped and resized to what the target takes.")],
     clones: Annotated[list[Path], typer.Option("--clone", help="Clone file to attach; may be given again.")],
-    source: Annotated[list[str], typer.Option(help="Source of each clone, in order; one serves for all.")],
+    source: Sources,
     target: Target,
     source_weights: Weights = None,
     target_weights: Weights = None,
@@ -226,11 +291,16 @@ def predict(
     json_path: Json = None,
 ) -> None:
     """Say what is on images, with clones attached to their target."""
-    target_model = _load(target, target_weights, target_classes, None, device)
-    pixels = load_images(images, target_model.input_shape)
-    net = _attached(clones, source, source_weights, source_classes, target_model, None, device)
-    probabilities = main_job.predict(net, images_as_float(pixels).to(device)).float().softmax(1)
-    best = probabilities.topk(min(top, len(net.classes)), dim=1)
+    asked = ModelOptions("target", target, target_weights, target_classes, device)
+    sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    check_outputs({"json": json_path}, [*images, *clones, asked.file, *(one.file for one in sources)])
+    check_trained(asked, *sources)
+    read_device(device)
+    known = [read_clone_facts(path) for path in clones]
+    model = load_network(asked, known[0].base_classes, known[0].input_shape)
+    pixels = load_images(images, model.input_shape)
+    net = attach_clones(known, sources, model)
+    best = main_job.predict(net, pixels).float().softmax(1).topk(min(top, len(net.classes)), dim=1)
     facts = [
         {
             "image": str(path),
@@ -241,190 +311,93 @@ def predict(
         }
         for path, row, ids in zip(images, best.values, best.indices, strict=True)
     ]
-    table = Table("image", "class (probability)")
+    _write_json(json_path, {"predictions": facts})
     for fact in facts:
         answers: Any = fact["classes"]
-        table.add_row(str(fact["image"]), ", ".join(f"{a['class']} ({a['probability']:.2f})" for a in answers))
-    console.print(table)
-    _write_json(json_path, {"predictions": facts})
+        say(f"{fact['image']}: " + ", ".join(f"{a['class']} ({a['probability']:.2f})" for a in answers))
 
 
 @app.command()
-def inspect(file: CloneFile, json_path: Json = None) -> None:
+def inspect(file: Annotated[Path, typer.Argument(help="Clone file.")], json_path: Json = None) -> None:
     """Say what a clone file holds: classes, position, cost, and which networks it belongs to."""
-    _print_clone(file, json_path)
+    check_outputs({"json": json_path}, [file])
+    facts = read_clone_facts(file)
+    show_clone(facts)
+    _write_json(json_path, facts.all)
 
 
 @app.command()
 def cuts(
-    model: Annotated[str, typer.Argument(help="Model: a .safetensors of `pretrain`, zoo:..., py:...")],
+    model: Annotated[str, typer.Argument(help="Network: a file of `pnc pretrain`, zoo:..., py:...")],
     weights: Weights = None,
     classes: Names = None,
-    input_shape: Annotated[str, typer.Option(help="Channels, height, width; from the file where it has them.")] = "",
+    input_shape: Annotated[
+        str | None, typer.Option(help="Channels,height,width, such as 3,32,32; for a network without file.")
+    ] = None,
     json_path: Json = None,
 ) -> None:
     """List the cut points of a network: where it can be parted, and how deep each lies."""
-    shape = _parse_shape(input_shape) if input_shape else None
-    names = None if classes is None else tuple(part.strip() for part in classes.split(","))
-    loaded = load_model(model, weights, names, shape)
-    network = read_network(loaded.module, torch.rand(2, *loaded.input_shape), loaded.classes, "model")
-    recording = network.recording
-    rows = [
+    asked = ModelOptions("model", model, weights, classes)
+    check_outputs({"json": json_path}, [asked.file])
+    loaded = load_network(asked, input_shape=parse_shape(input_shape))
+    example = torch.rand(2, *loaded.input_shape, generator=torch.Generator().manual_seed(0))
+    network = read_network(loaded.module, example, loaded.classes, "model")
+    rows: list[dict[str, Any]] = [
         {
             "name": cut.name,
             "scope": cut.scope,
             "kind": cut.kind,
             "shape": list(cut.shape),
-            "macs_share": cut.n_macs / network.n_macs,
-            "params_share": cut.n_params / network.n_params,
+            "macs_share": cut.n_macs / max(network.n_macs, 1),
+            "params_share": cut.n_params / max(network.n_params, 1),
         }
-        for cut in cut_points(recording)
+        for cut in cut_points(network.recording)
     ]
-    table = Table("cut", "in module", "kind", "shape", "MACs before", "parameters before")
-    for row in rows:
-        shares = [f"{row[share]:.1%}" for share in ("macs_share", "params_share")]
-        table.add_row(*(_short(row[key]) for key in ("name", "scope", "kind", "shape")), *shares)
-    console.print(table)
-    console.print(f"classifier: {network.head.module or '(not a module)'}; features: {network.head.features.name}")
-    _write_json(json_path, {"cuts": rows, "features": network.head.features.name, "classifier": network.head.module})
+    largest = _largest_gap(rows)
+    facts = {
+        "cuts": rows,
+        "largest_gap": largest,
+        "features": network.head.features.name,
+        "classifier": network.head.module,
+    }
+    _write_json(json_path, facts)
+    show_table(
+        ("cut", "kind", "shape", "MACs", "params", "in module"),
+        [
+            (row["name"], row["kind"], "x".join(map(str, row["shape"])), f"{row['macs_share']:.1%}",
+             f"{row['params_share']:.1%}", row["scope"])
+            for row in rows
+        ],
+    )  # fmt: skip
+    say("MACs, params: share of the network's that lies in front of the cut")
+    say(f"largest gap: {largest['share']:.1%} of the MACs, between {largest['after']} and {largest['before']}")
+    say(f"classifier: {network.head.module or '(no module)'}; its features: {network.head.features.name}")
 
 
 def main() -> None:
     """Run the command line: a wrong input is one line on standard error and exit code 2."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except PNCError as error:
-        Console(stderr=True).print(f"pnc: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        complain(str(error))
+        sys.exit(BAD_INPUT)
+    except _USAGE_ERROR as error:
+        complain(f"{error.format_message()} (pnc COMMAND --help lists what there is)")
+        sys.exit(BAD_INPUT)
+    except typer.Abort:
+        complain("stopped")
+        sys.exit(INTERRUPTED)
+    sys.exit(code)
 
 
-def print_job(facts: Mapping[str, Any]) -> None:
-    """Print what `main_job.run` found."""
-    table = Table("method", "base", "new", "average", "cond. KL", "leak", "seconds", "bytes", title="test accuracy")
-    for row in facts["rows"]:
-        if "not_applicable" in row:
-            table.add_row(row["method"], row["not_applicable"])
-            continue
-        accuracies = [f"{row[key]:.3f}" for key in ("base_accuracy", "new_accuracy", "average_accuracy")]
-        locality = [f"{row['conditional_kl']:.2g}", f"{row['leak']:.3f}"]
-        style = "bold" if row["method"] == main_job.CLONE else None
-        table.add_row(row["method"], *accuracies, *locality, f"{row['seconds']:.1f}", f"{row['bytes']:,}", style=style)
-    console.print(table)
-    made, verified = facts["clone"], facts["verified"]
-    console.print(
-        f"Clone: {made['file_bytes']:,} bytes, from {made['position']['target_cut']!r} of the target to "
-        f"{made['position']['source_cut']!r} of the source; adds {made['added_macs_share']:.0%} of its MACs."
-    )
-    promises = {
-        "base_logits_equal": "with the clone attached, the target's own logits are the same bits",
-        "reload_equal": "saved, loaded and attached again, it gives the same bits",
-        "removed_equal": "with the clone removed, the composite gives the target's bits",
-        "target_unchanged": "every parameter, buffer, flag and hook of the target is as before",
-    }
-    for key, sentence in promises.items():
-        console.print(f"  {'verified' if verified[key] else 'FAILED'}: {sentence}")
-
-
-class _Bar:
-    """One progress line at a time, named after what is being done."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress, self._what = progress, ""
-        self._id: TaskID | None = None
-
-    def step(self, what: str, done: int, total: int) -> None:
-        if what != self._what or self._id is None:
-            if self._id is not None:
-                self._progress.remove_task(self._id)
-            self._what, self._id = what, self._progress.add_task(what, total=total)
-        self._progress.update(self._id, completed=done, total=total)
-
-
-@contextmanager
-def _progress() -> Iterator[_Bar]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield _Bar(progress)
-
-
-def _load(spec: str, weights: Path | None, classes: str | None, images: ImageSet | None, device: str) -> LoadedModel:
-    names = None if classes is None else tuple(part.strip() for part in classes.split(","))
-    own_shape = spec.endswith(".safetensors") or images is None
-    model = load_model(spec, weights, names, None if own_shape else images.input_shape)  # type: ignore[union-attr]
-    model.module.to(_device(device))
-    return model
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is not there
-        raise InputError(f"device: {name!r} is not usable here ({str(error).splitlines()[0]}); try cpu") from error
-    return device
-
-
-def _attached(
-    files: Sequence[Path],
-    sources: Sequence[str],
-    weights: Path | None,
-    classes: str | None,
-    target: LoadedModel,
-    images: ImageSet | None,
-    device: str,
-) -> composite.Composite:
-    if len(sources) not in (1, len(files)):
-        raise InputError(f"source: give one for all {len(files)} clones or one for each; got {len(sources)}")
-    models = {spec: _load(spec, weights, classes, images, device) for spec in dict.fromkeys(sources)}
-    specs = sources if len(sources) == len(files) else list(sources) * len(files)
-    loaded = [checkpoint.load(file, source=models[spec].module) for file, spec in zip(files, specs, strict=True)]
-    for one in loaded:
-        if one.base_classes != target.classes:
-            raise InputError(f"clone {one.name!r} was made for a target of classes {_short(list(one.base_classes))}")
-    return composite.attach(target.module, *loaded)
-
-
-def _parse_support(text: str) -> tuple[int | None, int | None]:
-    parts = text.split("/")
-    if len(parts) == 2 and all(part.isdigit() or part == "all" for part in parts) and parts[0] != "0":
-        n_new, n_base = (None if part == "all" else int(part) for part in parts)
-        return n_new, n_base
-    raise InputError(f"support: expected NEW/BASE images per class, such as 100/20, 20/0 or all/all; got {text!r}")
-
-
-def _parse_shape(text: str) -> tuple[int, int, int]:
-    parts = text.replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() for part in parts):
-        raise InputError(f"input-shape: expected channels,height,width such as 3,32,32; got {text!r}")
-    channels, height, width = (int(part) for part in parts)
-    return channels, height, width
-
-
-def _print_clone(path: Path, json_path: Path | None) -> None:
-    facts = checkpoint.inspect(path)
-    recipe, position = facts["recipe"], facts["position"]
-    table = Table("what", "value")
-    table.add_row("name", facts["name"])
-    table.add_row("new classes", ", ".join(facts["classes"]))
-    table.add_row("base classes", ", ".join(facts["base_classes"]))
-    table.add_row("leaves the target at", f"{position['target']['name']} {tuple(position['target']['shape'])}")
-    table.add_row("enters the source at", f"{position['source']['name']} {tuple(position['source']['shape'])}")
-    table.add_row("support", f"{recipe['n_new_samples']} new, {recipe['n_base_samples']} base images")
-    table.add_row("held-out score", f"{recipe['score']:.3f} ± {recipe['standard_error']:.3f}")
-    table.add_row("added MACs", f"{recipe['macs_share']:.1%} of the source's")
-    table.add_row("density", f"{recipe['density']:g}")
-    table.add_row("file", f"{facts['kind']}, format {facts['version']}, {facts['n_bytes']:,} bytes")
-    console.print(table)
-    _write_json(json_path, facts)
-
-
-def _short(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+def _largest_gap(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Between which neighbours among the cuts, or the last cut and the output, most of the MACs lie."""
+    places = [*((row["name"], row["macs_share"]) for row in rows), ("the output", 1.0)]
+    gaps = [
+        {"share": high - low, "after": after, "before": before}
+        for (after, low), (before, high) in itertools.pairwise(places)
+    ]
+    return max(gaps, key=lambda gap: gap["share"])
 
 
 def _write_json(path: Path | None, facts: Mapping[str, Any]) -> None:

@@ -56,7 +56,8 @@ def parse_classes(text: str, known: Sequence[str]) -> tuple[str, ...]:
     """Read a list of classes as it is written on the command line.
 
     Items are separated by commas. An item is a name of `known`, which may hold commas itself; or, where no name reads
-    like that, an index or a range of indices into `known`, both ends included.
+    like that, an index or a range of indices into `known`, both ends included. Where a name is a whole number, numbers
+    and ranges mean names, never indices: among the classes 5 to 9, "4" is unknown and not the last one.
 
     Raises:
         ClassNameError: an item is neither, a class comes twice, or the list is empty; the message lists what exists.
@@ -75,15 +76,25 @@ def parse_classes(text: str, known: Sequence[str]) -> tuple[str, ...]:
         if item in names:
             found.append(item)
         elif span := re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", item):
-            first, last = int(span[1]), int(span[2] or span[1])
-            if not first <= last < len(known):
-                raise ClassNameError(
-                    f"classes: {item!r} is no range within 0-{len(known) - 1}; the classes are {listed(known)}"
-                )
-            found.extend(known[first : last + 1])
+            found.extend(_span(item, int(span[1]), int(span[2] or span[1]), known))
         elif item:
             raise ClassNameError(f"classes: {unknown_name(item, known)}")
     return check_class_names(found, "classes")
+
+
+def _span(item: str, first: int, last: int, known: Sequence[str]) -> Sequence[str]:
+    """Return the classes from the one numbered `first` to the one numbered `last`; `item` is how that was written."""
+    if any(name.isdecimal() for name in known):
+        wanted = [str(number) for number in range(first, min(last, first + len(known)) + 1)] or [item]
+        missing = [name for name in wanted if name not in known]
+        if missing:
+            raise ClassNameError(f"classes: {unknown_name(missing[0], known)}")
+        return wanted
+    if not first <= last < len(known):
+        raise ClassNameError(
+            f"classes: {item!r} is no range within 0-{len(known) - 1}; the classes are {listed(known)}"
+        )
+    return known[first : last + 1]
 
 
 def unknown_name(name: str, known: Sequence[str], what: str = "class") -> str:
@@ -318,16 +329,17 @@ def draw_support(
 ) -> Support:
     """Draw a support: `n_new` images per new class and `n_base` per base class, without replacement.
 
-    None takes all images of a class, an `n_base` of 0 none. The samples are grouped by class, base classes first, and
-    `names` is base_classes + new_classes in any case. With equally seeded generators the new classes' samples do not
-    depend on `n_base`, and fewer of a class are the first ones of more.
+    None takes all images of a class; an `n_base` of 0 none, and then the data need not know the base classes. The
+    samples are grouped by class, base classes first, and `names` is base_classes + new_classes in any case. With
+    equally seeded generators the new classes' samples do not depend on `n_base`, and fewer of a class are the first
+    ones of more.
 
     Raises:
         ClassNameError: a class is unknown, given twice, or both new and base.
         InputError: a class has too few images; the message says how many it has.
     """
     names = check_class_names([*base_classes, *new_classes], "new_classes and base_classes")
-    class_ids(names, data.classes, "new_classes and base_classes")
+    class_ids(new_classes if n_base == 0 else names, data.classes, "new_classes and base_classes")
     parts = [sample_per_class(class_subset(data, new_classes), n_new, "random", generator)]
     if base_classes and n_base != 0:
         parts.insert(0, sample_per_class(class_subset(data, base_classes), n_base, "random", generator))

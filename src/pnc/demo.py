@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from pnc.readers import load_data
 BASE_CLASSES = tuple("01234")
 NEW_CLASSES = tuple("56789")
 N_NEW, N_BASE = 20, 5
-RECIPE = Recipe(epochs=30, batch_size=64, crop_padding=1, flip=False)
+SPEC = "zoo:cnn?width=0.5"
+RECIPE = Recipe(epochs=60, batch_size=64, weight_decay=1e-2, crop_padding=1, flip=False)
 
 
 def run_demo(
     seed: int = 0,
+    recipe: Recipe = RECIPE,
     progress: Progress | None = None,
     trained: Callable[[str, EpochReport], None] | None = None,
 ) -> dict[str, Any]:
@@ -28,18 +31,19 @@ def run_demo(
 
     Args:
         seed: Of the networks, of the support and of the clone.
-        progress: Called while cloning, as in `pnc.clone`.
+        recipe: How both networks are trained; its own seed does not count.
+        progress: Called with what is being done, the steps done, and the steps in all.
         trained: Called after each epoch with "target" or "source".
     Returns:
         As `pnc.bench.main_job.run`.
     """
     train, test = load_data("digits", "train"), load_data("digits", "test")
-    recipe = Recipe(**{**RECIPE.facts(), "seed": seed})
+    recipe = replace(recipe, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         networks = {}
         for role, classes in (("target", BASE_CLASSES), ("source", NEW_CLASSES)):
             networks[role] = pretrain(
-                "zoo:cnn",
+                SPEC,
                 class_subset(train, classes),
                 class_subset(test, classes),
                 recipe,

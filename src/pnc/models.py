@@ -137,6 +137,7 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
     Raises:
         MismatchError: other names or shapes; the message gives the first of each. `module` is then as before.
+        InputError: a tensor holds NaN, with which every answer would be NaN. `module` is then as before.
     """
     state = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
     problems = {
@@ -151,6 +152,9 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     found = [f"{len(names)} {kind}: {listed(names, 3)}" for kind, names in problems.items() if names]
     if found:
         raise MismatchError(f"weights: they do not fit the network; {'; '.join(found)}; check the spec and the file")
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.isnan().any()]
+    if broken:
+        raise InputError(f"weights: {listed(broken, 3)} hold NaN: the training that made them failed; take other ones")
     module.load_state_dict(dict(tensors), strict=False)
 
 

@@ -21,7 +21,7 @@ from pnc.integrity import differences, evaluating, snapshot
 from pnc.metrics import evaluate
 from pnc.models import LoadedModel
 from pnc.positions import Progress, scan
-from pnc.task import prepare_task
+from pnc.task import CloneTask, prepare_task
 
 RIVALS: Mapping[str, ModuleType] = {
     "direct ensemble": ensemble,
@@ -61,22 +61,26 @@ def run(job: Job, rivals: Sequence[str], folder: Path, progress: Progress | None
         job: Networks and samples.
         rivals: Names out of `RIVALS`.
         folder: Where the clone's file goes.
-        progress: As in `pnc.clone`.
+        progress: Called with what is being done, the steps done, and the steps in all.
     Returns:
         `rows` (one for each method), `clone` (its size, place and cost) and `verified` (four promises, true or false),
-        all plain values.
+        all plain values. In a row, `seconds` is the time to make the method from two loaded networks and the support,
+        and `bytes` what must be sent to somebody who has both networks. The row of a rival that cannot use the support
+        has `not_applicable`, the reason, in place of all figures.
     """
     target, source = job.target, job.source
     before = snapshot(target.module)
-    images = images_as_float(job.test.images)
+    images = job.test.images
     target_logits = predict(target.module, images)
     rows = [_target_row(target_logits, job.test.labels)]
 
-    def row(method: str, logits: Tensor, seconds: float, n_bytes: int | None) -> dict[str, Any]:
+    def row(method: str, logits: Tensor, seconds: float, n_bytes: int) -> dict[str, Any]:
         facts = dataclasses.asdict(evaluate(logits, job.test.labels, target_logits))
         return {"method": method, **facts, "seconds": seconds, "bytes": n_bytes}
 
-    for method in rivals:
+    for done, method in enumerate(rivals):
+        if progress is not None:
+            progress(f"rival: {method}", done, len(rivals))
         start = time.perf_counter()
         task = _task(job)
         try:
@@ -85,11 +89,11 @@ def run(job: Job, rivals: Sequence[str], folder: Path, progress: Progress | None
             rows.append({"method": method, "not_applicable": str(error)})
             continue
         seconds = time.perf_counter() - start
-        rows.append(row(method, predict(rival, images), seconds, _n_bytes(rival)))
+        rows.append(row(method, predict(rival, images), seconds, _n_bytes(rival, target.module, source.module)))
     start = time.perf_counter()
     clone, facts = _clone(job, progress)
     seconds = time.perf_counter() - start
-    path = folder / f"{clone.name}.safetensors"
+    path = folder / "clone.safetensors"
     n_bytes = save(clone, path)
     net = attach(target.module, clone)
     logits = predict(net, images)
@@ -106,12 +110,22 @@ def run(job: Job, rivals: Sequence[str], folder: Path, progress: Progress | None
 
 
 def predict(model: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
-    """Give the logits (N, K) of images (N, C, H, W), in eval mode and batches."""
+    """Run a network in eval mode, batch by batch.
+
+    Args:
+        model: On any device, of any floating type; the images follow it.
+        images: (N, C, H, W), uint8 or floating point.
+        batch_size: Images at a time.
+    Returns:
+        Logits (N, K) on the CPU.
+    """
+    like = next(model.parameters(), torch.empty(0))
     with evaluating(model):
-        return torch.cat([model(batch) for batch in images.split(batch_size)])
+        batches = (images_as_float(batch).to(like.device, like.dtype) for batch in images.split(batch_size))
+        return torch.cat([model(batch).cpu() for batch in batches])
 
 
-def _task(job: Job) -> Any:
+def _task(job: Job) -> CloneTask:
     return prepare_task(
         job.source.module,
         job.target.module,
@@ -157,7 +171,8 @@ def _target_row(target_logits: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
-def _n_bytes(rival: nn.Module) -> int:
-    """Bytes of everything that would have to be shipped to run the rival, each tensor once."""
+def _n_bytes(rival: nn.Module, *known: nn.Module) -> int:
+    """Bytes of the tensors of `rival`, each once, that no network in `known` holds."""
+    there = {tensor.data_ptr() for network in known for tensor in [*network.parameters(), *network.buffers()]}
     tensors = {tensor.data_ptr(): tensor for tensor in [*rival.parameters(), *rival.buffers()]}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(tensor.numel() * tensor.element_size() for at, tensor in tensors.items() if at not in there)

@@ -1,0 +1,289 @@
+"""What the command line names - files, networks, classes, a device - checked before any work, then loaded."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pnc import checkpoint
+from pnc.composite import Composite, attach
+from pnc.data import ImageSet, Support, draw_support, listed, parse_classes
+from pnc.errors import ClassNameError, FileFormatError, InputError, PNCError
+from pnc.models import LoadedModel, load_model
+
+
+# --------------------------------------------------------------------------------------------------- files and settings
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[str | Path | None] = ()) -> None:
+    """Check that files can be written, and that none of them is an input: before the work, not after it.
+
+    Args:
+        outputs: Path by option; None where the option is not given.
+        inputs: Files that are read; what is no file, such as a spec, is passed over.
+    Raises:
+        InputError: a folder does not exist or cannot be written to, or a path is a folder, given twice, or an input.
+    """
+    taken = {Path(path).resolve() for path in inputs if path is not None}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        if path.resolve() in taken:
+            raise InputError(f"{option}: {path} is given for something else too; choose another path")
+        taken.add(path.resolve())
+        if path.is_dir():
+            raise InputError(f"{option}: {path} is a folder; give the path of a file in it")
+        try:
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(
+                f"{option}: cannot write {path}: {reason}; choose a folder that exists and is writable"
+            ) from error
+
+
+def read_device(name: str) -> torch.device:
+    """Return the device of that name if it can be used here."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" fails only here
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises for missing devices
+        raise InputError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
+    return device
+
+
+@contextmanager
+def use_threads(number: int | None) -> Iterator[None]:
+    """Let torch use that many threads within the block; None leaves its setting."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def data_file(spec: str) -> Path:
+    """Return the path in a data spec; for one without a path, that of a file that is not there."""
+    return Path(spec.partition("?")[0].partition(":")[2] or spec)
+
+
+def parse_shape(text: str | None) -> tuple[int, int, int] | None:
+    """Read "3,32,32" or "3x32x32"."""
+    if text is None:
+        return None
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
+        raise InputError(f"input-shape: expected channels,height,width such as 3,32,32; got {text!r}")
+    channels, height, width = (int(part) for part in parts)
+    return channels, height, width
+
+
+# --------------------------------------------------------------------------------------------------- networks
+@dataclass(frozen=True)
+class ModelOptions:
+    """What the command line says of one network.
+
+    Attributes:
+        role: "source", "target" or "model": begins every message.
+        spec: As `load_model` takes it.
+        weights: File of weights, for a spec that is no file itself.
+        classes: Names of the outputs, separated by commas.
+        device: Where it shall be.
+    """
+
+    role: str
+    spec: str
+    weights: Path | None
+    classes: str | None
+    device: str = "cpu"
+
+    @property
+    def file(self) -> Path | None:
+        """The file that its weights come from, if any."""
+        return Path(self.spec) if self.spec.endswith(".safetensors") else self.weights
+
+
+def load_network(
+    options: ModelOptions, classes: Sequence[str] | None = None, input_shape: Sequence[int] | None = None
+) -> LoadedModel:
+    """Load a network, and put it on its device.
+
+    Args:
+        options: What is asked for.
+        classes: Names of its outputs where neither the options nor its file give them.
+        input_shape: Shape of its images where its file does not give it.
+    Raises:
+        PNCError: as `load_model`; the message begins with the role.
+    """
+    own_file = options.spec.endswith(".safetensors")
+    names = None if own_file else classes
+    if options.classes is not None:
+        names = tuple(part.strip() for part in options.classes.split(","))
+    device = read_device(options.device)
+    with named(options.role):
+        model = load_model(options.spec, options.weights, names, None if own_file else input_shape)
+    model.module.to(device)
+    return model
+
+
+def check_trained(*options: ModelOptions) -> None:
+    """Refuse reference networks without weights: their answers would be random ones."""
+    for one in options:
+        if one.spec.startswith("zoo:") and one.weights is None:
+            raise InputError(
+                f"{one.role}: {one.spec} has random weights; give --{one.role}-weights, or a file of `pnc pretrain`"
+            )
+
+
+def check_different(source: ModelOptions, target: ModelOptions) -> None:
+    """Refuse one network in both roles."""
+    if source.file is None or target.file is None:
+        same = source.file == target.file and source.spec == target.spec
+    else:
+        same = _same_file(source.file, target.file)
+    if same:
+        raise InputError(
+            f"source and target are the same network, {source.file or source.spec}; "
+            "the source is one that knows other classes"
+        )
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
+
+
+def check_images(images: ImageSet, *models: LoadedModel) -> None:
+    """Refuse images of another shape than the networks were made for."""
+    for model in models:
+        if images.input_shape != model.input_shape:
+            raise InputError(
+                f"data: the images are {_size(images.input_shape)}, but {model.spec} takes {_size(model.input_shape)}; "
+                "where the data spec allows it, add ?size= and channels="
+            )
+
+
+# --------------------------------------------------------------------------------------------------- classes and images
+def choose_classes(text: str | None, source: LoadedModel, target: LoadedModel) -> tuple[str, ...]:
+    """Return the classes to clone: those that are asked for, by default all that the target lacks."""
+    if text is None:
+        lacking = tuple(name for name in source.classes if name not in target.classes)
+        if not lacking:
+            raise ClassNameError("classes: the target knows every class of the source already; there is none to clone")
+        return lacking
+    chosen = parse_classes(text, source.classes)
+    known = [name for name in chosen if name in target.classes]
+    if known:
+        raise ClassNameError(f"classes: the target knows {listed(known)} already; leave it out")
+    return chosen
+
+
+def parse_support(text: str) -> tuple[int | None, int | None]:
+    """Read NEW/BASE, the images per new and per base class; "all" becomes None."""
+    parts = text.split("/")
+    if len(parts) == 2 and all(part.isdecimal() or part == "all" for part in parts) and set(parts[0]) != {"0"}:
+        n_new, n_base = (None if part == "all" else int(part) for part in parts)
+        return n_new, n_base
+    raise InputError(f"support: expected NEW/BASE images per class, such as 100/20, 20/0 or all/all; got {text!r}")
+
+
+def draw(images: ImageSet, new: Sequence[str], base: Sequence[str], sizes: str, seed: int) -> Support:
+    """Draw the support that `sizes` asks for.
+
+    Raises:
+        InputError: the data has too few images of a class.
+    """
+    n_new, n_base = parse_support(sizes)
+    counts = images.counts()
+    for names, wanted in ((new, n_new), (base, n_base)):
+        for name in names:
+            there = counts.get(name, 0)
+            if wanted != 0 and there < (wanted or 1):
+                raise InputError(
+                    f"support: {sizes} asks for {wanted or 'all'} images of class {name!r}, but the data has {there}; "
+                    f"it has images of {listed([known for known, count in counts.items() if count])}"
+                )
+    return draw_support(images, new, base, n_new, n_base, torch.Generator().manual_seed(seed))
+
+
+# --------------------------------------------------------------------------------------------------- clones
+@dataclass(frozen=True)
+class CloneFacts:
+    """What a clone file says of itself that is needed before its networks are loaded; `all` is the whole of it."""
+
+    path: Path
+    base_classes: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    all: Mapping[str, Any]
+
+
+def read_clone_facts(path: Path) -> CloneFacts:
+    """Read the metadata of a clone file."""
+    facts = checkpoint.inspect(path)
+    with damage(path):
+        return CloneFacts(path, tuple(facts["base_classes"]), tuple(facts["target"]["input_shape"]), facts)
+
+
+@contextmanager
+def damage(path: Path) -> Iterator[None]:
+    """Within the block, what is missing in the metadata of a clone file is an error of that file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"the metadata of {path} is damaged: {error!r}") from error
+
+
+def attach_clones(clones: Sequence[CloneFacts], sources: Sequence[ModelOptions], target: LoadedModel) -> Composite:
+    """Load clones with their sources, and attach them to `target`.
+
+    Args:
+        clones: In the order of their logits.
+        sources: One for all, or one for each.
+        target: The network that they were made for.
+    Raises:
+        InputError: the number of sources does not fit.
+        MismatchError, FileFormatError, ClassNameError: as `load` and `attach`.
+    """
+    models: dict[ModelOptions, LoadedModel] = {}
+    loaded = []
+    for facts, options in zip(clones, _one_each(sources, len(clones)), strict=True):
+        if options not in models:
+            # A clone needs none of the source's names; they only have to be as many as its outputs.
+            models[options] = load_network(options, input_shape=_source_shape(facts))
+        loaded.append(checkpoint.load(facts.path, source=models[options].module))
+    net = attach(target.module, *loaded)
+    for facts in clones:
+        if facts.base_classes != target.classes:
+            raise ClassNameError(
+                f"target-classes: {facts.path} calls the target's outputs {listed(facts.base_classes)}, "
+                f"here they are {listed(target.classes)}; use the same names"
+            )
+    return net
+
+
+def _one_each(sources: Sequence[ModelOptions], number: int) -> Sequence[ModelOptions]:
+    if len(sources) not in (1, number):
+        raise InputError(f"source: give one for all {number} clones or one for each; got {len(sources)}")
+    return sources if len(sources) == number else list(sources) * number
+
+
+def _source_shape(facts: CloneFacts) -> Sequence[int]:
+    with damage(facts.path):
+        shape: Sequence[int] = facts.all["source"]["input_shape"]
+        return shape
+
+
+@contextmanager
+def named(role: str) -> Iterator[None]:
+    """Begin the message of an error within the block with `role`."""
+    try:
+        yield
+    except PNCError as error:
+        raise type(error)(f"{role}: {error}") from error
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

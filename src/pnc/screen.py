@@ -1,0 +1,155 @@
+"""What the `pnc` command shows: lines and plain tables on standard output, progress on standard error."""
+
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.cells import cell_len
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from pnc.arguments import CloneFacts, damage
+
+_GAP = "  "
+
+
+def say(text: str = "") -> None:
+    """Write one line."""
+    typer.echo(text)
+
+
+def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write rows in columns, numbers to the right; nothing is cut off, so that the output can be searched."""
+    widths = [max(map(cell_len, column)) for column in zip(header, *rows, strict=True)]
+    to_right = [all(_is_number(cell) for cell in column) for column in zip(*rows, strict=True)]
+    for cells in (header, ["-" * width for width in widths], *rows):
+        padded = [_pad(*cell) for cell in zip(cells, widths, to_right, strict=True)]
+        say(_GAP.join(padded).rstrip())
+
+
+def show_facts(facts: Mapping[str, str]) -> None:
+    """Write names and values, one pair a line; a long value goes on below itself."""
+    width = max(map(cell_len, facts)) + len(_GAP)
+    room = max(shutil.get_terminal_size().columns - width, 20)
+    for name, value in facts.items():
+        first, *more = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or [""]
+        say(_pad(name, width, False) + first)
+        for line in more:
+            say(" " * width + line)
+
+
+def show_job(facts: Mapping[str, Any]) -> None:
+    """Show what `main_job.run` found."""
+    rows = [row for row in facts["rows"] if "not_applicable" not in row]
+    show_table(
+        ("method", "base", "new", "average", "cond.KL", "leak", "seconds", "bytes"),
+        [
+            (
+                row["method"],
+                *(f"{row[key]:.3f}" for key in ("base_accuracy", "new_accuracy", "average_accuracy")),
+                f"{row['conditional_kl']:.2g}",
+                f"{row['leak']:.3f}",
+                f"{row['seconds']:.1f}",
+                f"{row['bytes']:,}",
+            )
+            for row in rows
+        ],
+    )
+    for row in facts["rows"]:
+        if row not in rows:
+            say(f"{row['method']}: {row['not_applicable']}")
+    made, verified = facts["clone"], facts["verified"]
+    say()
+    say("base, new, average: accuracy on test images of old and of new classes, and its mean")
+    say("bytes: what has to be sent to somebody who has both networks")
+    say(
+        f"The clone leaves the target at {made['position']['target_cut']}, enters the source at "
+        f"{made['position']['source_cut']}"
+    )
+    say(f"and adds {made['added_macs_share']:.0%} of the source's multiply-accumulates.")
+    promises = {
+        "base_logits_equal": "with the clone attached, the target's own logits are the same bits",
+        "reload_equal": "saved, loaded and attached again, it gives the same bits",
+        "removed_equal": "with the clone removed, the composite gives the target's bits",
+        "target_unchanged": "all parameters, buffers, flags and hooks of the target are as before",
+    }
+    for key, sentence in promises.items():
+        say(f"{'verified' if verified[key] else 'FAILED'}: {sentence}")
+
+
+def show_clone(facts: CloneFacts) -> None:
+    """Show what a clone file says of itself."""
+    known = facts.all
+    with damage(facts.path):
+        recipe, position = known["recipe"], known["position"]
+        sides = {side: f"{position[side]['name']} ({shown(position[side]['shape'])})" for side in ("target", "source")}
+        lines = {
+            "name": known["name"],
+            "new classes": ", ".join(known["classes"]),
+            "base classes": ", ".join(known["base_classes"]),
+            "leaves the target at": sides["target"],
+            "enters the source at": sides["source"],
+            "support": f"{recipe['n_new_samples']} new, {recipe['n_base_samples']} base images",
+            "held-out score": f"{recipe['score']:.3f} +- {recipe['standard_error']:.3f}",
+            "added MACs": f"{recipe['macs_share']:.1%} of the source's",
+            "density": f"{recipe['density']:g}",
+            "file": f"{known['kind']}, format {known['version']}, {known['n_bytes']:,} bytes",
+        }
+    show_facts(lines)
+
+
+def shown(value: Any) -> str:
+    """Write a value for people."""
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def complain(text: str) -> None:
+    """Write one line on standard error, whatever line ends the text has."""
+    typer.echo(" ".join(f"pnc: {text}".split()), err=True)
+
+
+class Bar:
+    """One progress line at a time, named after what is being done."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._what = progress, ""
+        self._id: TaskID | None = None
+
+    def step(self, what: str, done: int, total: int) -> None:
+        """Show `done` of `total` steps of `what`."""
+        if what != self._what or self._id is None:
+            if self._id is not None:
+                self._progress.remove_task(self._id)
+            self._what, self._id = what, self._progress.add_task(escape(what), total=total)
+        self._progress.update(self._id, completed=done, total=total)
+
+
+@contextmanager
+def progress() -> Iterator[Bar]:
+    """Show progress within the block; nothing remains of it, and nothing is shown where nobody looks."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as shown:
+        yield Bar(shown)
+
+
+def _pad(cell: str, width: int, to_right: bool) -> str:
+    space = " " * (width - cell_len(cell))
+    return space + cell if to_right else cell + space
+
+
+def _is_number(cell: str) -> bool:
+    return cell.strip("-+%").replace(",", "").replace(".", "", 1).replace("e-", "").isdecimal()
