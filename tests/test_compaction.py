@@ -21,7 +21,7 @@ from channel_zoo import (
 from pnc import channel_rules, rewriting, tensor_rules
 from pnc.channels import channel_spaces
 from pnc.compaction import compact, mask_segment, output_channels, own_copy
-from pnc.cuts import extract, find_head
+from pnc.cuts import candidate_cuts, extract, find_head
 from pnc.errors import MismatchError, PNCError
 from pnc.graph import record
 from pnc.integrity import differences, snapshot
@@ -69,6 +69,33 @@ def test_every_network_that_can_be_recorded_can_be_compacted(name):
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     n_params, n_before = (sum(p.numel() for p in m.parameters()) for m in (smaller, own_copy(segment)))
     assert n_params < n_before if spaces.spaces else n_params == n_before
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("test_resnet", 0.40),
+        ("test_byobnet", 0.55),
+        ("test_efficientnet", 0.55),
+        ("test_convnext2", 0.55),
+        ("test_nfnet", 0.55),
+        ("test_vit", 0.75),
+        ("test_vit_relpos", 0.75),
+    ],
+)
+def test_families_shrink_to_the_promised_share(torchvision, name, share):
+    """timm's miniatures, from the stem on, half of every space dropped."""
+    import timm
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = timm.create_model(name, num_classes=5).eval()
+    size = module.default_cfg["input_size"][1]
+    recording = record(module, torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)))
+    segment = extract(recording, candidate_cuts(recording)[1], [find_head(recording).features])
+    smaller, *_ = halved(segment)  # compared with masking in float64 on the way
+    n_params, n_before = (sum(p.numel() for p in m.parameters()) for m in (smaller, segment))
+    assert n_params <= share * n_before
 
 
 def test_weights_and_layer_sizes_shrink():
