@@ -25,7 +25,7 @@ PREFIX: Form = (0, 0)
 
 MAX_CHANNELS_3X3 = 128
 
-N_ROWS = 80_000
+N_ROWS = 40_000
 """Rows that one regression is made from, about; more take time and give no accuracy."""
 
 PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -225,7 +225,7 @@ class AdapterFitter:
             chosen = self._draw(form)
             y = torch.cat([_rows(tensor, chosen) for tensor in tensors], 1).float()
             for cut in self._target_cuts:
-                x = _rows(_inputs(target_tensors[cut.name], cut, form), chosen).float()
+                x = _inputs(target_tensors[cut.name], cut, form, chosen).float()
                 folds = self._moments.setdefault((cut.name, form), {})
                 if fold not in folds:
                     first = next(iter(folds.values()), None)
@@ -273,31 +273,35 @@ class AdapterFitter:
                 columns.setdefault(form, {})[cut.name, p] = slice(start, used[form])
         return columns
 
-    def _draw(self, form: Form) -> Tensor | None:
-        """The positions of a grid that are used for one batch; None for all."""
+    def _draw(self, form: Form) -> Tensor:
+        """The positions of a grid that are used for one batch, as flat indices."""
         n_positions = math.prod(form)
         if n_positions <= self._max_positions:
-            return None
+            return torch.arange(n_positions)
         return torch.randperm(n_positions, generator=self._generator)[: self._max_positions]
 
 
-def _inputs(tensor: Tensor, cut: CutPoint, form: Form) -> Tensor:
-    """What a regression onto one form reads of the target's tensor: (B, C), or (B, C * kernel * kernel, H, W)."""
+def _inputs(tensor: Tensor, cut: CutPoint, form: Form, chosen: Tensor) -> Tensor:
+    """What a regression onto one form reads of the target's tensor: (B, C), or (B * positions, C * kernel * kernel)."""
     grid, prefix = to_grid(tensor, cut)
     if form == PREFIX:
         return prefix_summary(grid, prefix)
-    grid, size = resize(grid, form), kernel_size(cut, form)
-    return grid if size == 1 else F.unfold(grid, size, padding=size // 2).unflatten(2, form)
+    grid = resize(grid, form)
+    if kernel_size(cut, form) == 1:
+        return _rows(grid, chosen)
+    padded = F.pad(grid, (1, 1, 1, 1))
+    width = padded.shape[3]
+    corners = chosen // form[1] * width + chosen % form[1]
+    window = (torch.arange(3)[:, None] * width + torch.arange(3)).flatten()
+    patches = padded.flatten(2)[:, :, (corners + window[:, None]).flatten().to(grid.device)]  # (B, C, 9 * positions)
+    return patches.unflatten(2, (9, len(chosen))).movedim(3, 1).flatten(2).flatten(0, 1)
 
 
-def _rows(tensor: Tensor, chosen: Tensor | None) -> Tensor:
-    """Positions as rows: (B, C, H, W) or (B, C) to (B * positions, C)."""
+def _rows(tensor: Tensor, chosen: Tensor) -> Tensor:
+    """Positions as rows: (B, C, H, W) to (B * positions, C); a vector (B, C) is its own row."""
     if tensor.dim() == 2:
         return tensor
-    flat = tensor.flatten(2)
-    if chosen is not None:
-        flat = flat[:, :, chosen.to(flat.device)]
-    return flat.transpose(1, 2).flatten(0, 1)
+    return tensor.flatten(2)[:, :, chosen.to(tensor.device)].transpose(1, 2).flatten(0, 1)
 
 
 class _Moments:

@@ -78,6 +78,9 @@ def run(job: Job, rivals: Sequence[str], folder: Path, progress: Progress | None
         facts = dataclasses.asdict(evaluate(logits, job.test.labels, target_logits))
         return {"method": method, **facts, "seconds": seconds, "bytes": n_bytes}
 
+    start = time.perf_counter()
+    clone, facts = _clone(job, progress)
+    clone_seconds = time.perf_counter() - start
     for done, method in enumerate(rivals):
         if progress is not None:
             progress(f"rival: {method}", done, len(rivals))
@@ -90,14 +93,11 @@ def run(job: Job, rivals: Sequence[str], folder: Path, progress: Progress | None
             continue
         seconds = time.perf_counter() - start
         rows.append(row(method, predict(rival, images), seconds, _n_bytes(rival, target.module, source.module)))
-    start = time.perf_counter()
-    clone, facts = _clone(job, progress)
-    seconds = time.perf_counter() - start
     path = folder / "clone.safetensors"
     n_bytes = save(clone, path)
     net = attach(target.module, clone)
     logits = predict(net, images)
-    rows.append(row(CLONE, logits, seconds, n_bytes))
+    rows.append(row(CLONE, logits, clone_seconds, n_bytes))
     reloaded = attach(target.module, load(path, source=source.module))
     verified = {
         "base_logits_equal": torch.equal(logits[:, : target_logits.shape[1]], target_logits),
@@ -145,9 +145,9 @@ def _clone(job: Job, progress: Progress | None) -> tuple[Clone, dict[str, Any]]:
     clone = fit(task, found.adapter(position), density=job.density, progress=progress)
     facts = {
         "position": {"target_cut": position.target_cut.name, "source_cut": position.source_cut.name},
-        "added_macs_share": position.macs_share,
+        "added_macs_share": clone.recipe["macs_share"],
         "added_params": clone.n_params,
-        "held_out_score": position.score,
+        "held_out_score": clone.recipe["score"],
         "scanned_positions": len(found.positions),
         "scanned_pairs": len(found.adapter_errors),
     }
