@@ -67,7 +67,8 @@ Flip = Annotated[bool, typer.Option(help="Use mirror images too: right for photo
 
 @app.callback(invoke_without_command=True)
 def start(
-    context: typer.Context, version: Annotated[bool, typer.Option(help="Say the version and stop.")] = False
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Say the version and stop.")] = False,
 ) -> None:
     """Partial network cloning: give a trained classifier classes of another one, without changing a bit of it."""
     if version:
@@ -81,9 +82,10 @@ def start(
 def demo(
     seed: Seed = 0, threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 1, json_path: Json = None
 ) -> None:
-    """Clone digits 5-9 from one small network into another one that knows 0-4, beside three other ways to do it.
+    """Clone digits 5-9 into a network that knows 0-4.
 
-    Networks this small only lose by more than one thread.
+    Trains both networks first, and compares the clone with three other ways to do it. More threads than one only cost
+    time with networks this small.
     """
     check_outputs({"json": json_path})
     with use_threads(threads), progress() as bar:
@@ -124,7 +126,7 @@ def pretrain(
     threads: Threads = None,
     json_path: Json = None,
 ) -> None:
-    """Train a reference network on some classes of a data set, and keep its weights."""
+    """Train a reference network and keep its weights."""
     given = {
         "epochs": epochs,
         "lr": lr,
@@ -191,7 +193,10 @@ def clone(
     threads: Threads = None,
     json_path: Json = None,
 ) -> None:
-    """Clone classes of a source for a target from a few images, and write the clone to a file."""
+    """Clone classes of a source for a target; write a file.
+
+    Positions are scanned in closed form on a few images of the training split; neither network changes.
+    """
     asked = (
         ModelOptions("source", source, source_weights, source_classes, device),
         ModelOptions("target", target, target_weights, target_classes, device),
@@ -244,7 +249,10 @@ def evaluate_clones(
     threads: Threads = None,
     json_path: Json = None,
 ) -> None:
-    """Attach clones to their target and measure accuracy and locality on the test split."""
+    """Attach clones and measure them on the test split.
+
+    Accuracy on base and on new classes, and how much the target's own answers moved.
+    """
     asked = ModelOptions("target", target, target_weights, target_classes, device)
     sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
     check_outputs({"json": json_path}, [*clones, asked.file, *(one.file for one in sources), data_file(data)])
@@ -290,7 +298,7 @@ def predict(
     device: Device = "cpu",
     json_path: Json = None,
 ) -> None:
-    """Say what is on images, with clones attached to their target."""
+    """Say what is on images, with clones attached."""
     asked = ModelOptions("target", target, target_weights, target_classes, device)
     sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
     check_outputs({"json": json_path}, [*images, *clones, asked.file, *(one.file for one in sources)])
@@ -319,7 +327,10 @@ def predict(
 
 @app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="Clone file.")], json_path: Json = None) -> None:
-    """Say what a clone file holds: classes, position, cost, and which networks it belongs to."""
+    """Say what a clone file holds.
+
+    Classes, position, cost; with --json also which networks it belongs to.
+    """
     check_outputs({"json": json_path}, [file])
     facts = read_clone_facts(file)
     show_clone(facts)
@@ -336,7 +347,7 @@ def cuts(
     ] = None,
     json_path: Json = None,
 ) -> None:
-    """List the cut points of a network: where it can be parted, and how deep each lies."""
+    """List where a network can be parted, and how deep."""
     asked = ModelOptions("model", model, weights, classes)
     check_outputs({"json": json_path}, [asked.file])
     loaded = load_network(asked, input_shape=parse_shape(input_shape))
@@ -385,8 +396,9 @@ def main() -> None:
         complain(f"{error.format_message()} (pnc COMMAND --help lists what there is)")
         sys.exit(BAD_INPUT)
     except typer.Abort:
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         complain("stopped")
-        sys.exit(INTERRUPTED)
     sys.exit(code)
 
 

@@ -33,11 +33,13 @@ def fit(task: CloneTask) -> nn.Module:
 
     if not task.has_base:
         raise InputError("LDA on the target's features needs samples of the base classes; the support has none")
+    n_classes = task.n_base + len(task.new_classes)
+    if task.samples.labels.bincount(minlength=n_classes).min() < 2:  # it estimates one covariance for each class
+        raise InputError("LDA on the target's features needs two samples of every class; the support has one of some")
     features = task.target.head.features
     network = extract(task.target.recording, None, [features])
     with torch.no_grad():
         rows = torch.cat([pool(network(x), features).float() for x in task.samples.images.split(task.batch_size)])
-    n_classes = task.n_base + len(task.new_classes)
     model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=np.full(n_classes, 1 / n_classes))
     model.fit(rows.double().numpy(), task.samples.labels.numpy())
     weight, bias = (torch.from_numpy(values).float() for values in (model.coef_, model.intercept_))

@@ -51,15 +51,16 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit that the running code is of, with "+" after it where files differ; None outside a checkout."""
+    """The commit that the running code is of, with "+" after it where files differ; None outside its own checkout."""
+    here = Path(__file__)
+    if not _git(here.parent, "ls-files", here.name):  # installed, perhaps somewhere within another project's checkout
+        return None
+    return _git(here.parent, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+")
+
+
+def _git(folder: Path, *words: str) -> str | None:
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        found = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git on this machine
         return None
     return found.stdout.strip() or None
@@ -82,12 +83,15 @@ def write_results(
         facts: What was measured; `rows` among them.
         claims: Computed from the rows.
         markdown: The rows as a table, with whatever must be said.
+    Raises:
+        InputError: the folder is not there or cannot be written to.
     """
-    where = {"command": command, "commit": commit(), "environment": environment()}
+    made_by, settings = commit(), environment()
+    where = {"command": command, "commit": made_by, "environment": settings}
     whole = {**where, **facts, "claims": [asdict(claim) for claim in claims]}
     write_file(folder / f"{name}.json", json.dumps(whole, indent=2) + "\n")
-    settings = ", ".join(f"{key} {value}" for key, value in where["environment"].items())  # type: ignore[union-attr]
-    lines = [f"`{command}`, commit {where['commit']}; {settings}.", "", markdown.strip(), ""]
+    listed = ", ".join(f"{key} {value}" for key, value in settings.items())
+    lines = [f"`{command}`, commit {made_by}; {listed}.", "", markdown.strip(), ""]
     if claims:
         lines += ["| claim | must be | measured | holds |", "|---|---|---|---|"]
         lines += [f"| {c.claim} | {c.must} | {_number(c.value)} | {'yes' if c.holds else '**no**'} |" for c in claims]

@@ -1,0 +1,89 @@
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pnc.bench import results
+from pnc.bench.results import Claim, at_least, at_most, commit, environment, table, write_results
+from pnc.errors import InputError
+
+
+def test_a_bound_itself_is_kept() -> None:
+    assert at_least("accuracy", 0.74, 0.74).holds
+    assert not at_least("accuracy", 0.74, 0.7399).holds
+    assert at_most("KL", 1e-6, 1e-6).holds
+    assert not at_most("KL", 1e-6, 2e-6).holds
+    assert at_most("KL", 1e-6, float("nan")).holds is False
+    assert at_least("accuracy", 0.5, float("nan")).holds is False
+
+
+def test_results_hold_command_commit_environment_rows_and_claims(tmp_path: Path) -> None:
+    claims = [at_least("accuracy", 0.74, 0.75), at_most("KL", 1e-6, 0.5), Claim("bits equal", "true", True, True)]
+    write_results(tmp_path, "job", "pnc bench job", {"rows": [{"a": 1}], "note": "x"}, claims, "| a |\n|---|\n| 1 |\n")
+    facts = json.loads((tmp_path / "job.json").read_text())
+    assert set(facts) == {"command", "commit", "environment", "rows", "note", "claims"}
+    assert facts["rows"] == [{"a": 1}]
+    assert [claim["holds"] for claim in facts["claims"]] == [True, False, True]
+    assert set(facts["claims"][0]) == {"claim", "must", "value", "spread", "holds"}
+    assert {"python", "torch", "threads", "device"} <= set(facts["environment"])
+    text = (tmp_path / "job.md").read_text()
+    assert text.startswith("`pnc bench job`, commit ")
+    assert "| a |\n|---|\n| 1 |\n" in text
+    assert "| KL | <= 1e-06 | 0.500 | **no** |" in text, "a claim that falls short stays, and shows"
+    assert "| bits equal | true | True | yes |" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.json", "job.md"]
+
+
+def test_without_claims_there_is_no_table_of_them(tmp_path: Path) -> None:
+    write_results(tmp_path, "job", "command", {"rows": []}, [], "text")
+    assert "claim" not in (tmp_path / "job.md").read_text()
+
+
+def test_results_need_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot write"):
+        write_results(tmp_path / "no", "job", "command", {"rows": []}, [], "text")
+
+
+def test_numbers_in_tables_are_short() -> None:
+    lines = table(
+        ("what", "n"), [("a", 0.12345), ("b", 1234567), ("c", 0.0), ("d", 1.5e-7), ("e", True), ("f", 12345.6)]
+    )
+    assert lines.splitlines() == [
+        "| what | n |",
+        "|---|---|",
+        "| a | 0.123 |",
+        "| b | 1,234,567 |",
+        "| c | 0.000 |",
+        "| d | 1.5e-07 |",
+        "| e | True |",
+        "| f | 1.2e+04 |",
+    ]
+
+
+def test_the_commit_is_that_of_the_code_or_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    foreign = tmp_path / "results.py"
+    foreign.touch()
+    monkeypatch.setattr(results, "__file__", str(foreign))
+    assert commit() is None, "installed within another checkout"
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run(["git", "-C", str(tmp_path), "add", "."], check=True)
+    subprocess.run(["git", "-C", str(tmp_path), *author, "commit", "--quiet", "-m", "first"], check=True)
+    made = commit()
+    assert made is not None and len(made) >= 12 and not made.endswith("+")
+    foreign.write_text("changed")
+    assert commit() == made + "+"
+
+    def missing(*words: Any, **settings: Any) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert commit() is None
+
+
+def test_the_environment_names_no_machine() -> None:
+    import platform
+
+    assert platform.node() not in json.dumps(environment())
