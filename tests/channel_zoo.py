@@ -99,6 +99,15 @@ class GroupNorm(Net):
         return self.norm(x)
 
 
+@case({"first": (4, 2)}, LAST)
+class GroupNormWithoutAffine(Net):
+    def __init__(self):
+        super().__init__(norm=nn.GroupNorm(4, 8, affine=False))
+
+    def middle(self, x):
+        return self.norm(x)
+
+
 @case({"first": (8, 1)}, LAST)
 class OneGroup(Net):
     """The norm goes on counting the removed channels, as zeros."""
@@ -298,6 +307,31 @@ class GatedHalves(Net):
     def middle(self, x):
         a, b = x.chunk(2, dim=1)
         return self.back(a * b.sigmoid())
+
+
+@case({"first": (4, 2), "wide": (8, 2)}, LAST)
+class GatedLinearUnits(Net):
+    def __init__(self):
+        super().__init__(wide=nn.Conv2d(4, 16, 1), glu=nn.GLU(1))
+
+    def middle(self, x):
+        return self.glu(self.wide(F.glu(x, dim=1)))
+
+
+@case({}, {"first": "gives more than a tensor"})
+class SeveralResults(Net):
+    def __init__(self):
+        super().__init__(pool=nn.MaxPool2d(2, return_indices=True))
+
+    def middle(self, x):
+        values, places = self.pool(x)
+        return values + places.remainder(2)
+
+
+@case({"first": (8, 1)}, LAST)
+class SizesByName(Net):
+    def middle(self, x):
+        return torch.reshape(torch.reshape(x, shape=(len(x), 8, 64)), (-1, 8, 8, 8))
 
 
 @case({"first": (3, 1), "first#1": (5, 1), "left": (2, 1), "right": (6, 1)}, LAST)

@@ -1,6 +1,6 @@
 """Which rule an operation follows: one table for functions and methods, one for modules.
 
-An operation without a rule freezes all that it reads.
+An operation without a rule gets its input in full size, and all that it makes stays (`layouts.opaque`).
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,8 @@ from torch import fx, nn
 from pnc import layer_rules as layers
 from pnc import leaf_probes
 from pnc import tensor_rules as tensors
-from pnc.layouts import Result, Tracker, family, opaque
+from pnc.layouts import Result, Tracker, opaque
+from pnc.nodes import family
 
 Rule = Callable[[Tracker, fx.Node], Result]
 
@@ -107,6 +108,7 @@ FUNCTION_RULES: dict[str, Rule] = {
     "roll": partial(tensors.keep_size, position=2, name="dims", default=None),
     "squeeze": partial(tensors.keep_size, position=1, name="dim", default=None),
     "cat": tensors.concatenate,
+    "glu": tensors.gated_halves,
     "stack": tensors.stacking,
     "pad": tensors.padding,
 }
@@ -124,6 +126,7 @@ MODULE_RULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys((nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), partial(tensors.spatial, n_dims=2)),
     **dict.fromkeys((nn.Upsample, nn.ZeroPad2d), tensors.spatial),
     nn.Flatten: tensors.movement,
+    nn.GLU: tensors.gated_halves,
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), tensors.conversion),
     **dict.fromkeys(_ACTIVATIONS, layers.activation),
 }

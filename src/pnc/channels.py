@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from pnc.channel_rules import apply_rule, opens_channels
-from pnc.layouts import FIXED, AtomSlice, Layout, Tracker, describe, fixed, shape_of
+from pnc.layouts import FIXED, AtomSlice, Layout, Tracker, fixed
+from pnc.nodes import describe, shape_of
 from pnc.opening import opened
 from pnc.tracing import info
 
@@ -146,7 +147,11 @@ def _visit(tracker: Tracker, node: fx.Node) -> None:
     if passive or not (opens_channels(tracker, node) or any(source.dims for source in tracker.inputs(node))):
         tracker.store(node, fixed(len(shape_of(node))))
     else:
-        tracker.store(node, apply_rule(tracker, node))
+        result = apply_rule(tracker, node)
+        if facts.shape is None and isinstance(result, Layout):  # several results, of which the rule knows one
+            tracker.atoms.freeze(result.ids, f"{describe(node)} gives more than a tensor")
+            result = fixed(0)
+        tracker.store(node, result)
 
 
 def _note_memory(tracker: Tracker, node: fx.Node, holders: dict[int, list[fx.Node]]) -> None:

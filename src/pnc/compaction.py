@@ -19,9 +19,9 @@ from torch.nn.utils import parametrize
 
 from pnc.channels import Channels, ChannelSpaces, WeightSlice
 from pnc.errors import MismatchError, PNCError
-from pnc.layouts import constant_sources, shape_of
 from pnc.leaf_probes import owned_tensor, replace_tensor, resize_attributes
 from pnc.masks import ChannelMasks
+from pnc.nodes import constant_sources, shape_of
 from pnc.opening import opened
 from pnc.rewriting import rewrite
 from pnc.tracing import NodeInfo, info

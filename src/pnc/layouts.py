@@ -3,21 +3,19 @@
 Every output channel of every convolution or linear layer is an *atom*, an integer. A tensor's layout says along which
 of its dims atoms lie. Operations that only move data are followed by running them on the atom numbers themselves, so
 that no rule about reshapes, permutations or slices is written down twice. Operations that need two channels to go
-together unite their atoms; whatever is not understood freezes the atoms that it touches.
+together unite their atoms; an operation that is not understood gets its input in full size (`opaque`).
 """
 
-import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _NormBase
 
-from pnc.tracing import BATCH_SIZES, info, operation_name
+from pnc.nodes import argument, constant_sources, describe, shape_of
+from pnc.tracing import info
 
 FIXED = 0
 """The atom of every index that can never be removed."""
@@ -299,33 +297,6 @@ def _shared_leaves(segment: fx.GraphModule, modules: dict[str, nn.Module]) -> se
     return {str(n.target) for n in segment.graph.nodes if n.op == "call_module" and n.name in busy}
 
 
-def describe(node: fx.Node) -> str:
-    """A node in words, for reasons."""
-    return f"{family(node)} ({node.name})"
-
-
-def family(node: fx.Node) -> str:
-    """Name of a call without the marks of in-place and operator variants: `__iadd__`, `add_` -> `add`."""
-    if node.target is getattr:
-        return f".{node.args[1]}"
-    name = operation_name(node.target).strip("_")
-    return _ALIASES.get(name, name)
-
-
-_ALIASES = {
-    **{f"{mark}{name}": name for mark in "ir" for name in ("add", "mul")},
-    **dict.fromkeys(("isub", "rsub", "subtract"), "sub"),
-    **dict.fromkeys(("truediv", "itruediv", "divide", "true_divide"), "div"),
-    **dict.fromkeys(("imatmul", "rmatmul"), "matmul"),
-    "ipow": "pow",
-    "multiply": "mul",
-    **dict.fromkeys(("concat", "concatenate"), "cat"),
-    **dict.fromkeys(("swapaxes", "swapdims"), "transpose"),
-    "moveaxis": "movedim",
-    "tile": "repeat",
-}
-
-
 def opaque(t: Tracker, node: fx.Node, reason: str = "") -> Layout:
     """An operation that is not understood: it gets every tensor in full size, and its result keeps all channels.
 
@@ -341,51 +312,6 @@ def opaque(t: Tracker, node: fx.Node, reason: str = "") -> Layout:
         for part in (layout,) if isinstance(layout, Layout) else layout or ():
             t.atoms.freeze(part.ids, reason or f"no rule for {describe(node)}")
     return fixed(len(shape_of(node)))
-
-
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """Argument of a call, given by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def shape_of(node: object) -> tuple[int, ...]:
-    """Shape at batch size 2; () for anything that is no node with a single tensor result."""
-    return (info(node).shape or ()) if isinstance(node, fx.Node) else ()
-
-
-def batch_dims(node: fx.Node) -> tuple[int, ...]:
-    """Dims whose size follows the batch."""
-    sizes = zip(info(node).shape or (), info(node).shape3 or (), strict=True)
-    return tuple(d for d, (a, b) in enumerate(sizes) if a != b)
-
-
-def scalar_value(node: fx.Node) -> Any:
-    """Value at batch size 2 of a node that follows the batch: the batch size itself, or a multiple of it."""
-    if node.op == "call_method":
-        return BATCH_SIZES[0]
-    function: Callable[..., Any] = node.target  # type: ignore[assignment]
-    return function(*map_arg(node.args, scalar_value))
-
-
-def constant_sources(node: fx.Node) -> list[fx.Node] | None:
-    """The tensors of the network that a constant in the graph is made of, if it could stand in their place.
-
-    Returns:
-        The `get_attr` nodes; None for what depends on the input or the batch size, takes a module to compute, or has
-        more entries than it is made of.
-    """
-    made_of = {node: None}
-    todo = [node]
-    while todo:
-        current = todo.pop()
-        new = [source for source in current.all_input_nodes if source not in made_of]
-        if current.op in ("placeholder", "call_module") or (current.op != "get_attr" and not current.all_input_nodes):
-            return None
-        made_of.update(dict.fromkeys(new))
-        todo += new
-    sources = [n for n in made_of if n.op == "get_attr"]
-    fits = math.prod(shape_of(node)) <= sum(math.prod(shape_of(source)) for source in sources)
-    return sources if fits else None
 
 
 def compress(full: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pnc.channels import KEPT, Channels, ChannelSpaces
 from pnc.errors import InputError
-from pnc.layouts import batch_dims, shape_of
 from pnc.leaf_probes import owned_tensor
 from pnc.masks import ChannelMasks, masks_for_density, unit_params
+from pnc.nodes import batch_dims, shape_of
 from pnc.opening import opened
 from pnc.tracing import BATCH_SIZES
 

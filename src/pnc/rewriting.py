@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pnc.channels import Channels
-from pnc.layouts import argument, family, shape_of
+from pnc.nodes import argument, family, shape_of
 from pnc.tensor_rules import indexed_dims
 from pnc.tracing import NodeInfo
 
@@ -43,11 +43,12 @@ def _sizes(node: fx.Node, nodes: Nodes, flags: Tensor) -> None:
     channels = nodes.get(node.name)
     if channels is None:
         return
-    packed = isinstance(node.args[1], (tuple, list))
-    sizes = list(node.args[1]) if packed else list(node.args[1:])  # type: ignore[arg-type]
+    given = argument(node, 1, "shape", node.kwargs.get("size"))
+    packed = isinstance(given, (tuple, list))
+    sizes = list(given) if packed else list(node.args[1:])
     if sizes[channels.dim] != -1:
         sizes[channels.dim] = _n_kept(channels, flags)
-    node.args = (node.args[0], tuple(sizes)) if packed else (node.args[0], *sizes)
+    node.args, node.kwargs = ((node.args[0], tuple(sizes)) if packed else (node.args[0], *sizes)), {}
 
 
 def _unflatten(node: fx.Node, nodes: Nodes, flags: Tensor) -> None:

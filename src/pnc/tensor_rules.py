@@ -6,24 +6,11 @@ Operations that only move data are run on the atoms themselves.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from pnc.layouts import (
-    FIXED,
-    Layout,
-    Result,
-    Tracker,
-    align,
-    argument,
-    batch_dims,
-    compress,
-    describe,
-    fixed,
-    opaque,
-    scalar_value,
-    shape_of,
-)
+from pnc.layouts import FIXED, Layout, Result, Tracker, align, compress, fixed, opaque
+from pnc.nodes import argument, batch_dims, describe, scalar_value, shape_of
 from pnc.tracing import info
 
 # ------------------------------------------------------------------------------------------------------- arithmetic
@@ -336,7 +323,7 @@ def keep_size(t: Tracker, node: fx.Node, position: int, name: str, default: obje
 
 def concatenate(t: Tracker, node: fx.Node) -> Result:
     """Concatenation, on the atoms without expanding the other dims."""
-    sources, dim = list(node.args[0]), argument(node, 1, "dim", 0)  # type: ignore[arg-type]
+    sources, dim = list(argument(node, 0, "tensors")), argument(node, 1, "dim", 0)
     rank = len(shape_of(node))
     dim %= rank
     layouts = [t.of(source) for source in sources]
@@ -349,6 +336,18 @@ def concatenate(t: Tracker, node: fx.Node) -> Result:
     if others and ids.shape[dim] > 1:
         t.rigid(ids, dim, f"{describe(node)} joins different channels along another dim")
     return Layout(ids, all(layout.zero for layout in layouts if layout.dims))
+
+
+def gated_halves(t: Tracker, node: fx.Node) -> Result:
+    """`glu`: the first half times a function of the second; their channels go in pairs."""
+    source = t.of(node.args[0])
+    module = t.modules[str(node.target)] if node.op == "call_module" else None
+    dim = int(module.dim if isinstance(module, nn.GLU) else argument(node, 1, "dim", -1)) % source.ids.dim()
+    if dim not in source.dims:
+        return source
+    first, second = source.ids.chunk(2, dim)
+    t.atoms.unite(first, second, f"gated by fixed channels in {describe(node)}")
+    return Layout(first, source.zero)
 
 
 def stacking(t: Tracker, node: fx.Node) -> Result:
