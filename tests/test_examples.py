@@ -1,0 +1,127 @@
+"""The examples run as they are written: on small data here."""
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import pnc
+from digits import BASE, NEW, held_out_images, pair, support, write_images
+from pnc import cli
+from pnc.baselines import finetuning
+from pnc.models import save_model
+from pnc.pretraining import Recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def cifar10(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module examples/cifar10.py, with little networks and few steps of fine-tuning."""
+    spec = importlib.util.spec_from_file_location("cifar10", ROOT / "examples" / "cifar10.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "SPEC", "zoo:cnn?width=0.25")
+    monkeypatch.setattr(module, "RECIPE", Recipe(epochs=2, batch_size=64, crop_padding=1, flip=False))
+    monkeypatch.setattr(finetuning, "MIN_STEPS", 10)
+    monkeypatch.setattr(finetuning, "EPOCHS", 1)
+    monkeypatch.setattr(finetuning, "LEARNING_RATES", (0.01,))
+    return module
+
+
+def test_the_cifar_example_writes_rows_and_claims(cifar10: ModuleType, tmp_path: Path) -> None:
+    save_model(pair().target, tmp_path / "t.safetensors", {})
+    save_model(pair().source, tmp_path / "s.safetensors", {})
+    files = ["--target", str(tmp_path / "t.safetensors"), "--source", str(tmp_path / "s.safetensors")]
+    cifar10.main(
+        ["--data", "digits", *files, "--out", str(tmp_path / "out"), "--threads", "1", "--data-name", "Digits"]
+    )
+    facts = json.loads((tmp_path / "out" / "cifar10.json").read_text())
+    methods = ["target alone", "direct ensemble", "LDA on target features", "fine-tuning with replay", "clone"]
+    assert [row["method"] for row in facts["rows"]] == methods
+    found = {claim["claim"]: claim for claim in facts["claims"]}
+    clone = facts["rows"][-1]
+    assert found["average accuracy of the clone, closed form alone"]["value"] == clone["average_accuracy"] > 0.74
+    assert found["conditional KL"]["holds"]
+    assert found["seconds to load both networks, scan and fit"]["value"] > clone["seconds"]
+    assert all(found[name.replace("_", " ")]["holds"] for name in facts["verified"])
+    assert facts["networks"]["target"] > 0.9
+    text = (tmp_path / "out" / "cifar10.md").read_text()
+    assert "Digits, 445 test images" in text and "| clone | " in text
+    assert str(tmp_path) not in text + json.dumps(facts)
+
+
+def test_the_cifar_example_trains_once(cifar10: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--data", "digits", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--threads", "1"]
+    cifar10.main(words)
+    assert "epoch 2/2" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
+        "cifar10_source.safetensors",
+        "cifar10_target.safetensors",
+    ]
+    cifar10.main(words)
+    assert "epoch" not in capsys.readouterr().err
+
+
+def test_the_cifar_example_refuses_bad_input(cifar10: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cifar10.main(["--data", "parquet:no", "--threads", "1"])
+    assert stopped.value.code == 2
+    assert "there is no file or folder no" in capsys.readouterr().err
+
+
+def readme_block(heading: str, language: str) -> str:
+    text = (ROOT / "README.md").read_text()
+    found = re.search(rf"^## {heading}\n(?:.*\n)*?```{language}\n((?:.*\n)*?)```", text, re.MULTILINE)
+    assert found is not None, f"README.md has no {language} block under {heading!r}"
+    return found[1]
+
+
+def test_the_python_example_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = support()
+    names: dict[str, Any] = {
+        "pnc": pnc,
+        "source": pair().source.module,
+        "target": pair().target.module,
+        "images": given.images,
+        "labels": [given.names[label] for label in given.labels],
+        "photos": held_out_images().images,
+    }
+    code = readme_block("In Python", "python")
+    for readme, digits in (('["dog", "frog", "horse"]', list(NEW)), ('["cat", "deer"]', list(BASE))):
+        assert readme in code
+        code = code.replace(readme, repr(digits))
+    exec(compile(code, "README.md", "exec"), names)
+    assert capsys.readouterr().out.strip() == str((*BASE, *NEW))
+    assert names["logits"].shape == (len(held_out_images()), 10)
+    assert (tmp_path / "animals.safetensors").stat().st_size < 256 * 1024
+    with torch.no_grad():
+        assert torch.equal(names["net"](names["photos"]), names["target"](names["photos"]))
+
+
+def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = write_images(tmp_path / "images", "test", ("3", "8"), 1) / "test"
+    for digit, photo in (("3", "a.jpg"), ("8", "b.jpg")):
+        shutil.copy(images / digit / "0.png", tmp_path / photo)  # Pillow goes by content, not by name
+    lines = readme_block("On the command line", "sh").splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["pnc", name] for name in ("pretrain", "pretrain", "clone", "inspect", "eval", "predict", "cuts")
+    ]
+    for line in lines:
+        small = line.replace("parquet:photos", "digits").replace("zoo:resnet20", "zoo:cnn?width=0.25 --epochs 2")
+        monkeypatch.setattr(sys, "argv", small.split())
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert not stopped.value.code, line
