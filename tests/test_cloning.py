@@ -1,8 +1,10 @@
+from functools import cache
+
 import pytest
 import torch
-from digits import BASE, NEW, pair, support, held_out_images
 
 import pnc
+from digits import BASE, NEW, held_out_images, pair, support
 from pnc.errors import InputError
 from pnc.integrity import differences, snapshot
 from pnc.metrics import evaluate
@@ -48,13 +50,38 @@ def test_without_base_samples_the_clone_still_works():
     assert found.conditional_kl <= 1e-6
 
 
+@cache
+def scanned():
+    nets = pair()
+    task = pnc.prepare_task(nets.source.module, nets.target.module, support(), classes=NEW, **nets.names())
+    return task, pnc.scan(task)
+
+
+def at_the_input(**settings):
+    """A clone of the whole source, in which there are channels to remove."""
+    task, found = scanned()
+    position = max(found.positions, key=lambda p: p.n_params)
+    return pnc.fit(task, found.adapter(position), **settings)
+
+
 @pytest.mark.parametrize("method", ["taylor", "magnitude", "random"])
-def test_a_lower_density_is_kept_and_makes_it_smaller(method):
-    full, half = clone(), clone(density=0.5, method=method)
+def test_a_lower_density_is_kept_and_makes_it_smaller_and_cheaper(method):
+    full, half = at_the_input(), at_the_input(density=0.5, method=method)
     assert half.masks is not None
-    assert half.masks.density <= 0.5
-    assert half.n_params < full.n_params
-    assert accuracy(half).average_accuracy > 0.6  # far above the .1 of chance for any choice of channels
+    assert half.recipe["density"] == half.masks.density <= 0.5
+    assert half.n_params < 0.7 * full.n_params
+    assert half.recipe["macs_share"] < 0.9 * full.recipe["macs_share"]
+    found = accuracy(half)
+    assert found.average_accuracy > 0.8  # far above the .1 of chance for any choice of channels
+    assert abs(half.recipe["score"] - found.average_accuracy) < 0.1
+
+
+def test_where_nothing_can_be_removed_the_clone_is_whole_and_says_so():
+    task, found = scanned()
+    position = min(found.positions, key=lambda p: p.n_macs)
+    whole = pnc.fit(task, found.adapter(position), density=0.5)
+    assert whole.masks is None
+    assert whole.recipe["density"] == 1.0
 
 
 def test_one_class_out_of_five():

@@ -2,11 +2,11 @@ import copy
 
 import pytest
 import torch
-from digits import BASE, NEW, network, pair, support, held_out_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pnc
+from digits import BASE, NEW, held_out_images, network, pair, support
 from pnc.errors import ClassNameError, InputError, MismatchError
 from pnc.integrity import differences, snapshot
 
