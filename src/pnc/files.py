@@ -42,7 +42,9 @@ def write_file(path: str | Path, data: bytes | str) -> None:
         Path(temporary).chmod(0o666 & ~umask)
         Path(temporary).replace(path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose a folder that exists and is writable")
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; choose a folder that exists and is writable"
+        ) from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

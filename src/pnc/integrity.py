@@ -28,7 +28,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything of a module that must not change: copies of its tensors, their flags and gradients, submodule states."""
+    """Everything of a module that must not change: copies of its tensors, their flags and gradients, submodules."""
 
     tensors: Mapping[str, Tensor]
     requires_grad: Mapping[str, bool]

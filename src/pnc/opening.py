@@ -196,7 +196,8 @@ class _SelfAttention(nn.Module):
         queries, keys, values = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D / H)
         out = F.scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
         out = inner.out_proj(out.reshape(n_samples, n_tokens, n_channels))
-        return out if inner.batch_first else out.transpose(0, 1)
+        result: Tensor = out if inner.batch_first else out.transpose(0, 1)
+        return result
 
 
 def _is_plain_self_attention(node: fx.Node, module: nn.MultiheadAttention) -> bool:

@@ -283,7 +283,8 @@ def _train_epoch(run: _Run, train: ImageSet, recipe: Recipe, epoch: int) -> floa
             images = augment(train.images[indices], recipe.crop_padding, recipe.flip, generator)
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
                 logits = module(_network_input(images, device))
-            loss = F.cross_entropy(logits.float(), train.labels[indices].to(device), label_smoothing=recipe.label_smoothing)
+            labels = train.labels[indices].to(device)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
             for group in run.optimizer.param_groups:
                 group["lr"] = recipe.lr * one_cycle(epoch * n_steps + step, recipe.epochs * n_steps)
             run.optimizer.zero_grad()

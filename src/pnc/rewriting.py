@@ -4,7 +4,7 @@ Most operations take the sizes of what they are given. Some are told (reshapes, 
 (means, norms over all channels): those keep the denominators that they had.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ def _mean(node: fx.Node, nodes: Nodes, flags: Tensor) -> None:
         node.op, node.target = "call_function", part_mean
 
 
-def part_mean(x: Tensor, dims: int | Sequence[int], keepdim: bool, share: float) -> Tensor:
+def part_mean(x: Tensor, dims: int | list[int], keepdim: bool, share: float) -> Tensor:
     """Mean of a tensor of which channels of zeros were left out; `share`: what is left of all that the mean counts."""
     return x.mean(dims, keepdim) * share
 
@@ -212,7 +212,7 @@ def _call_norm(node: fx.Node, rank: int) -> _NormFacts:
 def _module_norm(node: fx.Node, rank: int) -> _NormFacts:
     module = _module(node)
     assert isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm))
-    affine = []
+    affine: list[fx.Node | None] = []
     for name in ("weight", "bias"):
         tensor = getattr(module, name, None)
         if tensor is None:

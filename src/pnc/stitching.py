@@ -294,7 +294,8 @@ def _inputs(tensor: Tensor, cut: CutPoint, form: Form, chosen: Tensor) -> Tensor
     corners = chosen // form[1] * width + chosen % form[1]
     window = (torch.arange(3)[:, None] * width + torch.arange(3)).flatten()
     patches = padded.flatten(2)[:, :, (corners + window[:, None]).flatten().to(grid.device)]  # (B, C, 9 * positions)
-    return patches.unflatten(2, (9, len(chosen))).movedim(3, 1).flatten(2).flatten(0, 1)
+    rows: Tensor = patches.unflatten(2, (9, len(chosen))).movedim(3, 1).flatten(2).flatten(0, 1)
+    return rows
 
 
 def _rows(tensor: Tensor, chosen: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Operations that only move data are run on the atoms themselves.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,7 +25,7 @@ def elementwise(t: Tracker, node: fx.Node) -> Result:
     zero = torch.zeros((1,) * source.ids.dim())
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         function = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
-        out = function(zero, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        out = function(zero, *node.args[1:], **node.kwargs)
     if not bool(out.isfinite().all()):
         t.freeze(node, f"{describe(node)} of removed channels would be infinite")
         return fixed(source.ids.dim())
@@ -245,7 +246,7 @@ def movement(t: Tracker, node: fx.Node) -> Result:
     """An operation that only moves entries: run on the atoms themselves."""
     sources = t.inputs(node)
 
-    def atoms_of(source: fx.Node) -> object:
+    def atoms_of(source: fx.Node) -> Any:
         return t.of(source).ids.expand(shape_of(source)) if shape_of(source) else scalar_value(source)
 
     args, kwargs = map_arg(node.args, atoms_of), map_arg(node.kwargs, atoms_of)
@@ -255,7 +256,7 @@ def movement(t: Tracker, node: fx.Node) -> Result:
         # The atoms are not laid out in memory as the tensor was, so that they may have no view where it had one.
         target = "reshape" if node.target == "view" else node.target
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
-    out = function(*args, **kwargs)  # type: ignore[operator]
+    out = function(*args, **kwargs)
     zero = all(source.zero for source in sources if source.dims)
     if isinstance(out, Tensor):
         return _moved(t, node, compress(out), batch_dims(node), zero)
