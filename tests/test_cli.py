@@ -347,6 +347,8 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         ("cuts zoo:cnn --classes a,b", "model: .*input_shape"),
         ("cuts zoo:cnn --classes a,b --input-shape 8", "input-shape: expected channels,height,width"),
         ("cuts zoo:nothing --classes a,b --input-shape 1,8,8", "no reference network 'nothing'"),
+        ("cuts py:nothing:here --classes a,b --input-shape 1,8,8", "^pnc: model: cannot import nothing"),
+        ("cuts py:math:sqrt --classes a,b --input-shape 1,8,8", "sqrt in math: missing.*takes no arguments"),
         ("cuts zoo:vit_tiny?patch=5 --classes a,b --input-shape 1,8,8", "model: "),
         ("pretrain zoo:nothing --data digits --out {d}/n.safetensors", "no reference network 'nothing'"),
         ("pretrain zoo:cnn --data digits --out {d}/n.bin", "ends in .safetensors"),

@@ -84,6 +84,7 @@ def test_a_broken_promise_is_shown_and_ends_with_an_error(
     shown = capsys.readouterr().out
     assert shown.count("verified: ") == 3 and shown.count("FAILED: with the clone removed") == 1
     assert "LDA: no base samples" in shown
+    assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.slow
@@ -95,7 +96,7 @@ def test_the_command_shows_all_of_it_in_a_minute(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "demo.json").read_text())
     check_layout(facts)
     assert found.stderr == ""
-    assert max(map(len, found.stdout.splitlines())) <= 80
+    assert max(map(len, found.stdout.splitlines())) <= 80, found.stdout
     assert found.stdout.count("verified: ") == 4
     for row in facts["rows"]:
         numbers = [f"{row[key]:.3f}" for key in ("base_accuracy", "new_accuracy", "average_accuracy")]

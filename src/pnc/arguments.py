@@ -282,7 +282,8 @@ def named(role: str) -> Iterator[None]:
     try:
         yield
     except PNCError as error:
-        raise type(error)(f"{role}: {error}") from error
+        text = str(error)
+        raise type(error)(text if text.startswith(f"{role}: ") else f"{role}: {text}") from error
 
 
 def _size(shape: Sequence[int]) -> str:

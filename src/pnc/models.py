@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -227,6 +228,12 @@ def _build_py(request: _Request) -> LoadedModel:
     if not callable(function):
         raise InputError(f"model: there is no function {name!r} in {place}")
     classes, input_shape = request.known()
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise InputError(f"model: {name} in {place}: {error}; give a function that takes no arguments") from error
+    except ValueError:  # of a function in C that does not tell its signature: calling it will show
+        pass
     network = function()
     if not isinstance(network, nn.Module):
         raise InputError(f"model: {request.spec} returned {type(network).__name__}; expected a torch.nn.Module")

@@ -66,6 +66,7 @@ def _validation(task: CloneTask) -> Tensor:
 def _tune(task: CloneTask, rows: Tensor, setting: Setting) -> nn.Module:
     generator = torch.Generator().manual_seed(task.seed)
     model = extend_classifier(task, generator)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # a quarter faster; not in its stubs
     images, labels = task.samples.images[rows].to(task.target.device), task.samples.labels[rows]
     weights = (1 / labels.bincount().clamp_min(1).double())[labels]
     labels = labels.to(task.target.device)
