@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -122,3 +124,10 @@ def test_nan_in_the_support_is_refused():
     images[3, 0, 2, 2] = float("nan")
     with pytest.raises(InputError, match="NaN"):
         prepare(support=(images, [given.names[label] for label in given.labels]))
+
+
+def test_a_network_that_gives_nan_is_refused():
+    source = copy.deepcopy(pair().source.module)
+    next(source.parameters()).data[0] = float("nan")
+    with pytest.raises(InputError, match="source gives NaN"):
+        prepare(source=source)

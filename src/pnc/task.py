@@ -129,6 +129,8 @@ def read_network(model: nn.Module, example: Tensor, classes: Sequence[str], argu
         head = find_head(recording)
     except RecordingError as error:
         raise RecordingError(f"{argument} on images {tuple(example.shape[1:])}: {error}") from error
+    if not recording.probe_logits.isfinite().all():
+        raise InputError(f"{argument} gives NaN or infinite logits on noise like the support; check its weights")
     if recording.n_classes != len(names):
         raise ClassNameError(
             f"{argument} has {recording.n_classes} outputs but {len(names)} class names were given; "
