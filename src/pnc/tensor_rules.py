@@ -334,8 +334,9 @@ def concatenate(t: Tracker, node: fx.Node) -> Result:
         shape = shape_of(source)
         parts.append(layout.ids.expand([shape[d] if d == dim or d in others else 1 for d in range(rank)]))
     ids = compress(torch.cat(parts, dim))
-    if others and ids.shape[dim] > 1:
-        t.rigid(ids, dim, f"{describe(node)} joins different channels along another dim")
+    if others:  # such as tokens: channels with the same number go together in all of them
+        keep = [d for d in range(rank) if d != dim]
+        ids = t.atoms.bind_whole(ids, keep, f"joined with fixed channels along another dim by {describe(node)}")
     return Layout(ids, all(layout.zero for layout in layouts if layout.dims))
 
 
@@ -352,13 +353,13 @@ def gated_halves(t: Tracker, node: fx.Node) -> Result:
 
 
 def stacking(t: Tracker, node: fx.Node) -> Result:
-    """Stacking: the new dim has one index per operand, which must all stay."""
+    """Stacking: channels with the same number go together in all operands."""
     result = movement(t, node)
     assert isinstance(result, Layout)
-    dim = argument(node, 1, "dim", 0) % len(shape_of(node))
-    if dim in result.dims:
-        t.rigid(result.ids, dim, f"{describe(node)} makes a dim of them")
-    return result
+    rank = len(shape_of(node))
+    keep = [d for d in range(rank) if d != argument(node, 1, "dim", 0) % rank]
+    ids = t.atoms.bind_whole(result.ids, keep, f"stacked with fixed channels by {describe(node)}")
+    return Layout(ids, result.zero)
 
 
 def padding(t: Tracker, node: fx.Node) -> Result:
