@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from pnc.bench import results
-from pnc.bench.results import Claim, at_least, at_most, commit, environment, table, write_results
-from pnc.errors import InputError
+from pnc.bench.results import Cells, Claim, at_least, at_most, commit, environment, table, write_results
+from pnc.errors import FileFormatError, InputError
 
 
 def test_a_bound_itself_is_kept() -> None:
@@ -87,3 +87,29 @@ def test_the_environment_names_no_machine() -> None:
     import platform
 
     assert platform.node() not in json.dumps(environment())
+
+
+def test_a_stopped_bench_goes_on_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    cells = Cells(path, {"size": 1}, ["method", "seed"])
+    cells.add({"method": "a", "seed": 0, "value": 0.5})
+    cells.add({"method": "a", "seed": 1, "value": 0.25})
+    with path.open("a") as file:
+        file.write('{"method": "b", "se')  # killed while it wrote
+    again = Cells(path, {"size": 1}, ["method", "seed"])
+    assert {"method": "a", "seed": 1} in again and {"method": "b", "seed": 0} not in again
+    again.add({"method": "b", "seed": 0, "value": 1.0})
+    assert [row["value"] for row in Cells(path, {"size": 1}, ["method", "seed"]).rows] == [0.5, 0.25, 1.0]
+
+
+def test_cells_of_other_settings_and_other_files_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    Cells(path, {"size": 1}, ["seed"]).add({"seed": 0})
+    before = path.read_text()
+    with pytest.raises(InputError, match=r"rows of other settings \(\{'size': 1\}\)"):
+        Cells(path, {"size": 2}, ["seed"])
+    assert path.read_text() == before
+    path.write_text("something\nelse\n")
+    with pytest.raises(FileFormatError, match="no rows of a bench"):
+        Cells(path, {}, ["seed"])
+    assert path.read_text() == "something\nelse\n"

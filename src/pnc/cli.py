@@ -32,6 +32,7 @@ from pnc.arguments import (
     use_threads,
 )
 from pnc.bench import main_job
+from pnc.bench_cli import bench
 from pnc.cuts import cut_points
 from pnc.data import class_subset, listed, parse_classes, relabel
 from pnc.errors import InputError, PNCError
@@ -51,6 +52,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Partial network cloning: give a trained classifier classes of another one, without changing a bit of it.",
 )
+
+app.add_typer(bench, name="bench")
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the same facts here as JSON.")]
 Seed = Annotated[int, typer.Option(help="Of every random choice.", min=0, max=2**63 - 1)]

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from pnc.files import write_file
+from pnc.errors import FileFormatError, InputError
+from pnc.files import canonical_json, write_file
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,54 @@ def _git(folder: Path, *words: str) -> str | None:
     except FileNotFoundError:  # no git on this machine
         return None
     return found.stdout.strip() or None
+
+
+class Cells:
+    """Rows of a long bench on disk, one JSON line each: a bench that was stopped goes on where it was.
+
+    The first line holds what the bench was asked for. A last line that was not written to its end is dropped.
+
+    Args:
+        path: The file; made where it is not there.
+        settings: Whatever the rows depend on, as JSON values.
+        keys: Fields that name a row.
+
+    Raises:
+        InputError: the file holds rows of other settings.
+        FileFormatError: it is no such file.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> None:
+        self._path, self._keys = path, tuple(keys)
+        self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+        whole = path.read_text().rpartition("\n")[0] if path.is_file() else ""
+        lines = whole.splitlines() or [canonical_json({"settings": settings})]
+        try:
+            first, *rows = [json.loads(line) for line in lines]
+            there = first["settings"]
+            self._rows = {self._key(row): row for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise FileFormatError(f"{path} holds no rows of a bench; move it away, or write elsewhere") from error
+        if there != json.loads(canonical_json(settings)):
+            raise InputError(f"{path} holds rows of other settings ({there}); move it away, or write elsewhere")
+        write_file(path, "\n".join(lines) + "\n")
+
+    def __contains__(self, cell: Mapping[str, Any]) -> bool:
+        return self._key(cell) in self._rows
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows, in the order in which they came."""
+        return list(self._rows.values())
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row, in memory and on disk."""
+        self._rows[self._key(row)] = row
+        with self._path.open("a") as file:
+            file.write(canonical_json(row) + "\n")
+
+    def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[key] for key in self._keys)
 
 
 def write_results(
