@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from pnc.cuts import LOGITS, CutPoint, candidate_cuts, extract
 from pnc.errors import InputError
 from pnc.heads import HeadSamples, choose_shrinkage
-from pnc.stitching import AdapterFitter, CrossFitted, Stitched, pool
+from pnc.stitching import Adapter, AdapterFitter, CrossFitted, Stitched, pool
 from pnc.task import CloneTask
 
 Progress = Callable[[str, int, int], None]
@@ -22,6 +22,12 @@ Progress = Callable[[str, int, int], None]
 
 MAX_CUTS = 12
 TOLERANCE = 0.005
+TAPPED_BYTES = 2**28
+"""Memory for the tensors at all cuts that one batch of images takes, about."""
+DIGEST_BYTES = 11
+"""In a clone's file, of the fingerprint of one tensor."""
+FACTS_BYTES = 3000
+"""Of the other metadata in a clone's file, at most."""
 RUNNER_UP = 1.1
 
 
@@ -37,6 +43,7 @@ class Position:
         standard_error: Of `score`, from the number of held-out samples.
         n_macs: Multiply-accumulates added to the target per sample, without the head.
         n_params: Parameters of the adapter and of the source's part.
+        n_bytes: Of the clone's thin file, an upper estimate: the source's weights are not in it.
         macs_share: `n_macs` as a share of the whole source's.
     """
 
@@ -47,7 +54,38 @@ class Position:
     standard_error: float
     n_macs: int
     n_params: int
+    n_bytes: int
     macs_share: float
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Names of its two cuts."""
+        return self.target_cut.name, self.source_cut.name
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """How each image of the support fared when it was held out.
+
+    Attributes:
+        hits: Share of the image's copies that were classified right, (I,), float64.
+        is_base: Whether it shows a base class, (I,), bool.
+    """
+
+    hits: Tensor
+    is_base: Tensor
+
+    @property
+    def average(self) -> tuple[float, float]:
+        """Mean of the accuracies on base and on new images, and its standard error; of one kind where it is alone."""
+        kinds = [part for part in (self.hits[self.is_base], self.hits[~self.is_base]) if len(part)]
+        mean = sum(float(part.mean()) for part in kinds) / len(kinds)
+        variance = sum(float(part.var(correction=0)) / len(part) for part in kinds) / len(kinds) ** 2
+        return mean, variance**0.5
+
+    def minus(self, other: "Outcome") -> tuple[float, float]:
+        """Difference of both averages and its standard error, which is small: they are of the same images."""
+        return replace(self, hits=self.hits - other.hits).average
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,16 +95,25 @@ class Scan:
     Attributes:
         positions: The scored positions, best first.
         adapters: The fitted adapters of each, by the names of its two cuts.
+        outcomes: How the images of the support fared at each, by the names of its two cuts.
         adapter_errors: The adapters' errors of all pairs of cuts, scored or not, by the names of the two cuts.
     """
 
     positions: tuple[Position, ...]
     adapters: Mapping[tuple[str, str], CrossFitted]
+    outcomes: Mapping[tuple[str, str], Outcome]
     adapter_errors: Mapping[tuple[str, str], float]
 
     def adapter(self, position: Position) -> CrossFitted:
         """Give the adapters of a scored position."""
-        return self.adapters[position.target_cut.name, position.source_cut.name]
+        return self.adapters[position.names]
+
+    def loss_against(self, position: Position, other: Position) -> tuple[float, float]:
+        """What `position` gives up in score against `other`, and the standard error of that difference.
+
+        Both were measured on the same images, so the error is far below that of either score.
+        """
+        return self.outcomes[other.names].minus(self.outcomes[position.names])
 
     def front(self) -> tuple[Position, ...]:
         """List the positions that no other one beats in both score and added MACs, cheapest first."""
@@ -76,19 +123,29 @@ class Scan:
                 front.append(position)
         return tuple(front)
 
-    def choose(self, max_macs: float | None = None, tolerance: float = TOLERANCE) -> Position:
+    def choose(
+        self, max_macs: float | None = None, max_bytes: int | None = None, tolerance: float = TOLERANCE
+    ) -> Position:
         """Choose the cheapest position whose score lies within `tolerance` of the best one's.
 
         Args:
             max_macs: Bound on the added MACs as a share of the source's, in (0, 1]; None for no bound.
+            max_bytes: Bound on the size of the thin file; None for no bound.
             tolerance: Accuracy that may be given up for lower cost, in [0, 1].
         Raises:
             InputError: no scored position is that cheap; the message names the cheapest.
         """
-        allowed = [p for p in self.positions if max_macs is None or p.macs_share <= max_macs]
-        if not allowed:
-            cheapest = min(p.macs_share for p in self.positions)
-            raise InputError(f"max_macs={max_macs}: the cheapest position adds {cheapest:.3f} of the source's MACs")
+        allowed = list(self.positions)
+        if max_macs is not None:
+            cheapest = min(p.macs_share for p in allowed)
+            allowed = [p for p in allowed if p.macs_share <= max_macs]
+            if not allowed:
+                raise InputError(f"max_macs={max_macs}: the cheapest position adds {cheapest:.3f} of the source's MACs")
+        if max_bytes is not None:
+            smallest = min(p.n_bytes for p in allowed)
+            allowed = [p for p in allowed if p.n_bytes <= max_bytes]
+            if not allowed:
+                raise InputError(f"max_bytes={max_bytes}: the smallest file of such a clone has {smallest} bytes")
         best = max(p.score for p in allowed)
         return min((p for p in allowed if p.score >= best - tolerance), key=lambda p: (p.n_macs, -p.score))
 
@@ -114,11 +171,12 @@ def scan(
     adapters = {(t.name, s.name): fitter.solve(t, s) for t, s in chosen}
     bodies = {s: source_body(task, s) for s in source_cuts}
     parts = [(adapters[t.name, s.name], bodies[s]) for t, s in chosen]
-    positions = []
-    for (fitted, _), samples in zip(parts, run_parts(task, parts, progress), strict=True):
-        positions.append(_position(task, fitted, held_out_correct(task, samples)))
+    positions, outcomes = [], {}
+    for pair, (fitted, _), samples in zip(adapters, parts, run_parts(task, parts, progress), strict=True):
+        outcomes[pair] = outcome_of(held_out_correct(task, samples), task)
+        positions.append(_position(task, fitted, outcomes[pair], samples))
     positions.sort(key=lambda p: (-p.score, p.n_macs))
-    return Scan(tuple(positions), adapters, errors)
+    return Scan(tuple(positions), adapters, outcomes, errors)
 
 
 def source_body(task: CloneTask, cut: CutPoint) -> fx.GraphModule:
@@ -160,7 +218,7 @@ def run_parts(
     trunk = extract(task.target.recording, None, [*cuts, task.target.head.features, LOGITS])
     target_features, base_logits = [], []
     clone_features: list[list[Tensor]] = [[] for _ in parts]
-    for fold, images in _batches(task, "scoring positions", progress):
+    for fold, images in _batches(task, cuts, "scoring positions", progress):
         with torch.no_grad():
             *tensors, features, logits = trunk(images.to(task.target.device))
             at_cut = dict(zip(cuts, tensors, strict=True))
@@ -191,23 +249,36 @@ def held_out_correct(task: CloneTask, samples: HeadSamples) -> Tensor:
     return logits.argmax(1) == samples.labels
 
 
-def average_accuracy(correct: Tensor, task: CloneTask) -> tuple[float, float]:
-    """Mean of the accuracies on base and on new samples, and its standard error; of one kind where it is alone.
+def outcome_of(correct: Tensor, task: CloneTask, rows: Tensor | None = None) -> Outcome:
+    """Sum up which samples are right, image by image: copies of one image are one observation.
 
     Args:
-        correct: Which samples of the task are right, (N,) bool. Copies of one image count as one observation.
+        correct: (M,) bool.
         task: Whose support it is.
+        rows: The samples that `correct` speaks of, (N,) bool; None for all.
     """
-    is_base = task.samples.labels < task.n_base
-    mean = variance = 0.0
-    kinds = [rows for rows in (is_base, ~is_base) if rows.any()]
-    for rows in kinds:
-        images, index = task.samples.groups[rows].unique(return_inverse=True)
-        per_image = torch.zeros(len(images), dtype=torch.float64)
-        per_image.scatter_reduce_(0, index, correct[rows].double(), "mean", include_self=False)
-        mean += float(per_image.mean()) / len(kinds)
-        variance += float(per_image.var(correction=0)) / len(images) / len(kinds) ** 2
-    return mean, variance**0.5
+    labels, groups = task.samples.labels, task.samples.groups
+    if rows is not None:
+        labels, groups = labels[rows], groups[rows]
+    images, index = groups.unique(return_inverse=True)
+    hits = torch.zeros(len(images), dtype=torch.float64)
+    hits.scatter_reduce_(0, index, correct.double(), "mean", include_self=False)
+    is_base = torch.zeros(len(images), dtype=torch.bool)
+    is_base[index] = labels < task.n_base
+    return Outcome(hits, is_base)
+
+
+def average_accuracy(correct: Tensor, task: CloneTask) -> tuple[float, float]:
+    """Mean of the accuracies on base and on new samples, and its standard error: `outcome_of(...).average`."""
+    return outcome_of(correct, task).average
+
+
+def is_rectified(task: CloneTask, cut: CutPoint) -> bool:
+    """Whether the source's tensor at `cut` is nowhere below zero on the support."""
+    prefix = extract(task.source.recording, None, [cut])
+    with torch.no_grad():
+        batches = task.samples.batches(task.batch_size)
+        return all(bool((prefix(images.to(task.source.device)) >= 0).all()) for _, images in batches)
 
 
 def source_logits(task: CloneTask, clone_features: Tensor) -> Tensor:
@@ -239,7 +310,7 @@ def _gather_moments(
     fitter = AdapterFitter(target_cuts, source_cuts, len(task.samples.images), generator)
     target_taps = extract(task.target.recording, None, [*target_cuts, LOGITS])
     source_taps = extract(task.source.recording, None, [*source_cuts, LOGITS])
-    for fold, images in _batches(task, "fitting adapters", progress):
+    for fold, images in _batches(task, [*target_cuts, *source_cuts], "fitting adapters", progress):
         with torch.no_grad():
             target_tensors = target_taps(images.to(task.target.device))
             source_tensors = source_taps(images.to(task.source.device))
@@ -251,20 +322,24 @@ def _gather_moments(
     return fitter
 
 
-def _batches(task: CloneTask, what: str, progress: Progress | None) -> Iterator[tuple[int, Tensor]]:
+def _batches(
+    task: CloneTask, cuts: Sequence[CutPoint], what: str, progress: Progress | None
+) -> Iterator[tuple[int, Tensor]]:
+    """Fold and images, as many at a time as the memory for the tensors at `cuts` allows."""
     done, total = 0, len(task.samples.images)
-    for fold, images in task.samples.batches(task.batch_size):
+    size = min(task.batch_size, TAPPED_BYTES // (4 * sum(cut.size for cut in cuts)))
+    for fold, images in task.samples.batches(max(size, 1)):
         yield fold, images
         done += len(images)
         if progress is not None:
             progress(what, done, total)
 
 
-def _position(task: CloneTask, fitted: CrossFitted, correct: Tensor) -> Position:
+def _position(task: CloneTask, fitted: CrossFitted, outcome: Outcome, samples: HeadSamples) -> Position:
     adapter = fitted.adapter
     target_cut, source_cut, features = adapter.target_cut, adapter.source_cut, task.source.head.features
     n_macs = adapter.n_macs + features.n_macs - source_cut.n_macs
-    score, standard_error = average_accuracy(correct, task)
+    score, standard_error = outcome.average
     return Position(
         target_cut=target_cut,
         source_cut=source_cut,
@@ -273,5 +348,17 @@ def _position(task: CloneTask, fitted: CrossFitted, correct: Tensor) -> Position
         standard_error=standard_error,
         n_macs=n_macs,
         n_params=adapter.n_params + features.n_params - source_cut.n_params,
+        n_bytes=_file_bytes(task, adapter, samples),
         macs_share=n_macs / task.source.n_macs,
     )
+
+
+def _file_bytes(task: CloneTask, adapter: Adapter, samples: HeadSamples) -> int:
+    """Size of a thin file, from above: float32 values of adapter and head, fingerprints of both networks, the rest."""
+    n_features, n_new = samples.clone_features.shape[1], len(task.new_classes)
+    n_head = n_new * (n_features + 1)
+    if samples.has_base:
+        n_head = samples.n_classes * (samples.target_features.shape[1] + n_features + 1)
+    n_tensors = sum(len(network.model.state_dict()) for network in (task.source, task.target))
+    n_names = 2 * sum(8 + 6 * len(name) for name in (*task.target.classes, *task.new_classes))  # a clone's name too
+    return 4 * (adapter.n_params + n_head) + DIGEST_BYTES * n_tensors + n_names + FACTS_BYTES

@@ -66,9 +66,13 @@ def resize(grid: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = grid.shape[-2:]
     if (height, width) == size:
         return grid
-    if size[0] <= height and size[1] <= width:
-        return F.adaptive_avg_pool2d(grid, size)
-    return F.interpolate(grid, size, mode="bilinear", align_corners=False)
+    if _grows(grid, size):
+        return F.interpolate(grid, size, mode="bilinear", align_corners=False)
+    return F.adaptive_avg_pool2d(grid, size)
+
+
+def _grows(grid: Tensor, size: tuple[int, int]) -> bool:
+    return size[0] > grid.shape[2] or size[1] > grid.shape[3]
 
 
 def kernel_size(target_cut: CutPoint, size: Form) -> int:
@@ -286,6 +290,8 @@ def _inputs(tensor: Tensor, cut: CutPoint, form: Form, chosen: Tensor) -> Tensor
     grid, prefix = to_grid(tensor, cut)
     if form == PREFIX:
         return prefix_summary(grid, prefix)
+    if _grows(grid, form):
+        return _sampled(grid, form, chosen)
     grid = resize(grid, form)
     if kernel_size(cut, form) == 1:
         return _rows(grid, chosen)
@@ -296,6 +302,15 @@ def _inputs(tensor: Tensor, cut: CutPoint, form: Form, chosen: Tensor) -> Tensor
     patches = padded.flatten(2)[:, :, (corners + window[:, None]).flatten().to(grid.device)]  # (B, C, 9 * positions)
     rows: Tensor = patches.unflatten(2, (9, len(chosen))).movedim(3, 1).flatten(2).flatten(0, 1)
     return rows
+
+
+def _sampled(grid: Tensor, form: Form, chosen: Tensor) -> Tensor:
+    """Rows of what `resize` would give where the grid grows, without ever making the large grid."""
+    places = torch.stack([chosen % form[1], chosen // form[1]], 1).to(grid)  # x, y
+    sizes = places.new_tensor([form[1], form[0]])
+    points = ((2 * places + 1) / sizes - 1).expand(len(grid), 1, -1, -1)
+    sampled = F.grid_sample(grid, points, mode="bilinear", padding_mode="border", align_corners=False)
+    return sampled[:, :, 0].transpose(1, 2).flatten(0, 1)
 
 
 def _rows(tensor: Tensor, chosen: Tensor) -> Tensor:
@@ -346,21 +361,20 @@ def _total(parts: Sequence[_Moments]) -> _Moments:
 class _Regression:
     """Ridge regressions of all columns of y on x: for each penalty and fold the one fitted without that fold.
 
+    Only their errors are kept; `solutions` solves again what is asked for, as weights of all would fill the memory.
     With a single fold nothing can be held out: all is fitted and measured on the same rows, with the largest penalty.
     """
 
     def __init__(self, folds: Sequence[_Moments]) -> None:
-        self._all = _total(folds)
+        self._folds, self._all = folds, _total(folds)
         self._scale = (self._all.about(*_means(self._all))[0].diagonal() / self._all.n).clamp_min(1e-12).sqrt()
         self._penalties = PENALTIES if len(folds) > 1 else PENALTIES[-1:]
-        rest = [_total([other for other in folds if other is not fold] or [fold]) for fold in folds]
-        self._fits = [self._fit(moments) for moments in rest]
         self._missed = torch.zeros(len(self._penalties), len(self._all.y), dtype=torch.float64)
-        for fold, moments, fits in zip(folds, rest, self._fits, strict=True):
-            xx, xy, yy = fold.about(*_means(moments))
-            for index, weight in enumerate(fits):
+        for fold in folds:
+            rest = self._without(fold)
+            xx, xy, yy = fold.about(*_means(rest))
+            for index, weight in enumerate(self._fit(rest, self._penalties, slice(None))):
                 self._missed[index] += yy - 2 * (weight * xy.T).sum(1) + ((weight @ xx) * weight).sum(1)
-        self._rest = rest
         self._variance = self._all.about(*_means(self._all))[2]
 
     def best(self, columns: slice) -> tuple[int, float]:
@@ -371,23 +385,26 @@ class _Regression:
 
     def solutions(self, columns: slice) -> Iterator[tuple[Tensor, Tensor]]:
         """Weight (D, C) and bias (D,) for some columns of y: without each fold, then on all rows."""
-        index, _ = self.best(columns)
-        fits = [*(fits[index] for fits in self._fits), self._fit(self._all, index)[0]]
-        for moments, weight in zip([*self._rest, self._all], fits, strict=True):
+        penalty = self._penalties[self.best(columns)[0]]
+        for moments in (*map(self._without, self._folds), self._all):
+            (weight,) = self._fit(moments, [penalty], columns)
             x_mean, y_mean = _means(moments)
             x_mean, y_mean = x_mean + moments.x_pivot.cpu().double(), y_mean + moments.y_pivot.cpu().double()
-            yield weight[columns], y_mean[columns] - weight[columns] @ x_mean
+            yield weight, y_mean[columns] - weight @ x_mean
 
-    def _fit(self, moments: _Moments, only: int | None = None) -> list[Tensor]:
-        """Weights (D, C), for every penalty or for one."""
+    def _without(self, fold: _Moments) -> _Moments:
+        return _total([other for other in self._folds if other is not fold] or [fold])
+
+    def _fit(self, moments: _Moments, penalties: Sequence[float], columns: slice) -> Iterator[Tensor]:
+        """Weights (D, C) for some columns of y, for each penalty."""
         xx, xy, _ = moments.about(*_means(moments))
         correlation = xx / torch.outer(self._scale, self._scale) / moments.n
-        right = xy / self._scale[:, None] / moments.n
+        right = xy[:, columns] / self._scale[:, None] / moments.n
         identity = torch.eye(len(correlation), dtype=torch.float64)
-        penalties = self._penalties if only is None else self._penalties[only : only + 1]
-        # LU and not Cholesky: moments are summed in float32, so the smallest eigenvalues may be a little below zero.
-        solved = [torch.linalg.solve(correlation + penalty * identity, right) for penalty in penalties]
-        return [(solution / self._scale[:, None]).T for solution in solved]
+        for penalty in penalties:
+            # LU and not Cholesky: moments are summed in float32, so the smallest eigenvalues may be below zero.
+            solution = torch.linalg.solve(correlation + penalty * identity, right)
+            yield (solution / self._scale[:, None]).T
 
 
 def _means(moments: _Moments) -> tuple[Tensor, Tensor]:
