@@ -68,9 +68,9 @@ def at_the_input(**settings):
 def test_a_lower_density_is_kept_and_makes_it_smaller_and_cheaper(method):
     full, half = at_the_input(), at_the_input(density=0.5, method=method)
     assert half.masks is not None
-    assert half.recipe["density"] == half.masks.density <= 0.5
-    assert half.n_params < 0.7 * full.n_params
-    assert half.recipe["macs_share"] < 0.9 * full.recipe["macs_share"]
+    assert 0.45 < half.recipe["density"] <= 0.5
+    assert half.n_params < 0.8 * full.n_params
+    assert half.recipe["macs_share"] < 0.7 * full.recipe["macs_share"]
     found = accuracy(half)
     assert found.average_accuracy > 0.8  # far above the .1 of chance for any choice of channels
     assert abs(half.recipe["score"] - found.average_accuracy) < 0.1

@@ -7,6 +7,7 @@ from torch import nn
 
 from channel_zoo import Chain, FusedAttention, Net, NormalizedHeads, NormInBetween, SqueezeExcite
 from pnc import localization
+from pnc.budgets import Costs
 from pnc.channels import channel_spaces
 from pnc.compaction import compact, mask_segment
 from pnc.errors import InputError
@@ -19,7 +20,7 @@ from pnc.localization import (
     reestimate_statistics,
     taylor_scores,
 )
-from pnc.masks import channel_masks, unit_params
+from pnc.masks import channel_masks
 from segments import half, network, segment_of
 
 
@@ -120,16 +121,15 @@ def test_magnitude_is_the_norm_of_the_rows_times_the_scale_of_the_norm():
     module = network(NormInBetween)
     segment = segment_of(module)
     spaces = channel_spaces(segment)
-    scores = magnitude_scores(segment, spaces)["first"] / unit_params(spaces)
+    scores = magnitude_scores(segment, spaces)["first"]
     expected = module.first.weight.flatten(1).norm(dim=1) * module.norm.weight.abs()
     torch.testing.assert_close(scores, (expected / expected.mean()).detach())  # another order of operations
 
 
-def test_random_scores_do_not_depend_on_the_price():
+def test_random_scores_are_uniform_over_all_units():
     spaces = channel_spaces(segment_of(network(FusedAttention)))
-    scores = random_scores(spaces, seeded(3))
-    flat = torch.cat(list(scores.values())) / unit_params(spaces)
-    torch.testing.assert_close(flat, torch.rand(spaces.n_units, generator=seeded(3), dtype=torch.float64))
+    flat = torch.cat(list(random_scores(spaces, seeded(3)).values()))
+    assert torch.equal(flat, torch.rand(spaces.n_units, generator=seeded(3), dtype=torch.float64))
 
 
 # ------------------------------------------------------------------------------------------------------------- localize
@@ -142,7 +142,7 @@ def test_localize_keeps_the_budget_and_changes_nothing(method):
     spaces = channel_spaces(segment)
     before, state = snapshot(module), torch.get_rng_state()
     masks, again = (localize(segment, spaces, images(4), 0.6, seeded(), method=method) for _ in range(2))
-    assert 0.4 < masks.density <= 0.6
+    assert 0.4 < Costs(segment, spaces).density(masks.flat) <= 0.6
     assert masks.to_bytes() == again.to_bytes()
     assert not differences(module, before)
     assert all(parameter.grad is None for parameter in module.parameters())

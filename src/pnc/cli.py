@@ -182,7 +182,7 @@ def clone(
     source_classes: Names = None,
     target_classes: Names = None,
     flip: Flip = False,
-    density: Annotated[float, typer.Option(help="Share of the prunable parameters to keep, above 0.", max=1)] = 1.0,
+    density: Annotated[float, typer.Option(help="Share of the prunable MACs to keep, above 0.", max=1)] = 1.0,
     method: Annotated[Method, typer.Option(help="How channels are chosen below density 1.")] = "taylor",
     max_macs: Annotated[
         float | None, typer.Option(help="Bound on added MACs, as a share of the source's.", min=0)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pnc.budgets import Costs
 from pnc.channels import channel_spaces
 from pnc.compaction import compact, own_copy
 from pnc.cuts import CutPoint, extract
@@ -132,7 +133,7 @@ def clone(
         source_classes: Names of the source's outputs, in order.
         base_classes: Names of the target's outputs, in order.
         name: Of the clone; None makes one of the names of its classes.
-        density: Share of the prunable parameters of the source's part to keep, in (0, 1].
+        density: Share of the prunable multiply-accumulates of the source's part to keep, in (0, 1].
         method: How channels are chosen below density 1.
         max_macs: Bound on the added MACs as a share of the source's.
         flip: Use the mirror image of each sample too: right for photographs, wrong for digits.
@@ -144,7 +145,7 @@ def clone(
             `max_macs`, or `density` is out of range.
     """
     if not 0 < density <= 1:
-        raise InputError(f"density must be in (0, 1]: the share of prunable parameters that is kept; got {density}")
+        raise InputError(f"density must be in (0, 1]: the share of prunable MACs that is kept; got {density}")
     if name is not None and (not name or not name.isprintable()):
         raise InputError(f"name must be printable text; got {name!r}")
     task = prepare_task(
@@ -182,11 +183,12 @@ def fit(
         name: As in `clone`.
         progress: As in `clone`.
     """
-    body, masks = source_body(task, fitted.adapter.source_cut), None
+    body, masks, kept = source_body(task, fitted.adapter.source_cut), None, 1.0
     if density < 1 and (spaces := channel_spaces(body)).spaces:
         inputs = torch.cat(list(_adapted(task, fitted.adapter)))
         generator = torch.Generator().manual_seed(task.seed)
         masks = localize(body, spaces, inputs, density, method=method, generator=generator)
+        kept = Costs(body, spaces).density(masks.flat)
         part = compact(body, spaces, masks)
         reestimate_statistics(part, _adapted(task, fitted.adapter))
     else:
@@ -197,7 +199,7 @@ def fit(
     n_macs = fitted.adapter.n_macs + sum(info(node).n_macs for node in part.graph.nodes)
     recipe = {
         "adapter_error": fitted.error,
-        "density": 1.0 if masks is None else masks.density,
+        "density": kept,
         "flip": bool(len(task.samples.groups) > int(task.samples.groups.max()) + 1),
         "macs_share": n_macs / task.source.n_macs,
         "method": None if masks is None else method,

@@ -6,9 +6,8 @@ input in float64 whenever a segment is compacted, so that a wrong rule about an 
 
 import copy
 import dataclasses
-import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
+from pnc.budgets import Costs
 from pnc.channels import Channels, ChannelSpaces, WeightSlice
 from pnc.errors import MismatchError, PNCError
 from pnc.leaf_probes import owned_tensor, replace_tensor, resize_attributes
@@ -123,7 +123,7 @@ def kept_flags(spaces: ChannelSpaces, masks: ChannelMasks) -> Tensor:
     if {s.name: s.size for s in spaces.spaces} != {name: len(mask) for name, mask in masks.kept.items()}:
         raise MismatchError(
             "masks: made for other channel spaces than the given ones; make them with channel_masks or "
-            "masks_for_density from these spaces"
+            "masks_within from these spaces"
         )
     return torch.cat([masks.flat, torch.ones(1, dtype=torch.bool)])
 
@@ -147,7 +147,7 @@ def _mask(segment: fx.GraphModule, spaces: ChannelSpaces, flags: Tensor) -> fx.G
 
 def _shrink(segment: fx.GraphModule, spaces: ChannelSpaces, flags: Tensor) -> fx.GraphModule:
     nodes = {node.name: node for node in segment.graph.nodes}
-    _correct_info(nodes, spaces, flags)
+    _correct_info(segment, spaces, flags)
     kept = [(s, flags[s.units].nonzero().reshape(-1)) for s in spaces.slices]
     kept = [(s, keep) for s, keep in kept if len(keep) < len(s.units)]
     for s, keep in kept:
@@ -300,27 +300,25 @@ def _resize_bare_norm(module: nn.Module, channels: Channels | None, flags: Tenso
         _resize_module(module, len(channels.units), int(flags[channels.units].sum()))
 
 
-def _correct_info(nodes: Mapping[str, fx.Node], spaces: ChannelSpaces, flags: Tensor) -> None:
+def _correct_info(segment: fx.GraphModule, spaces: ChannelSpaces, flags: Tensor) -> None:
     """Shapes and costs of all nodes, as a recording of the smaller segment would give them."""
-    left: dict[tuple[str, str], float] = {}  # of each weight, as a share
+    nodes = {node.name: node for node in segment.graph.nodes}
+    n_macs = Costs(segment, spaces).by_node(flags[:-1])
+    left: dict[str, float] = {}  # of each weight, as a share
     for s in spaces.slices:
-        left[s.tensor, s.user] = left.get((s.tensor, s.user), 1.0) * float(flags[s.units].double().mean())
-    shapes = {(s.tensor, s.user): (s.shape, s.is_parameter) for s in spaces.slices}
-    by_reader: dict[str, list[tuple[str, str]]] = {}
-    for tensor, user in left:
-        by_reader.setdefault(user or tensor.rpartition(".")[0], []).append((tensor, user))
+        if s.is_parameter and not s.user:
+            left[s.tensor] = left.get(s.tensor, 1.0) * float(flags[s.units].double().mean())
+    gone: dict[str, int] = {}
+    for tensor, share in left.items():
+        module = tensor.rpartition(".")[0]
+        gone[module] = gone.get(module, 0) + round(owned_tensor(segment, tensor).numel() * (1 - share))
     for node in nodes.values():
-        weights = by_reader.get(node.name if node.op != "call_module" else str(node.target), [])
         facts = info(node)
-        share = min((left[w] for w in weights if len(shapes[w][0]) > 1), default=None)
-        if share is None and facts.n_macs:  # a product of tensors: over fewer heads, or a sum over fewer channels
-            channels = spaces.nodes.get(node.name) or spaces.nodes.get(dict(spaces.reads).get(node.name, ""))
-            share = float(flags[channels.units].double().mean()) if channels is not None else None
-        gone = sum(round(math.prod(shapes[w][0]) * (1 - left[w])) for w in weights if shapes[w][1] and not w[1])
+        n_gone = gone.get(str(node.target), 0) if node.op == "call_module" else 0
         node.meta["pnc"] = dataclasses.replace(
             facts,
-            n_macs=round(facts.n_macs * (1.0 if share is None else share)),
-            n_params=facts.n_params - gone if facts.n_params else 0,
+            n_macs=n_macs.get(node.name, facts.n_macs),
+            n_params=facts.n_params - n_gone if facts.n_params else 0,
         )
     for name, channels in spaces.nodes.items():
         _resize_info(nodes[name], channels.dim, int(flags[channels.units].sum()))

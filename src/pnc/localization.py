@@ -1,7 +1,7 @@
 """Localization, one-shot forms: which channels of a segment serve the images that are to be cloned.
 
 Each method gives a score per unit (`taylor_scores`, `magnitude_scores`, `random_scores`); `localize` ranks all units of
-a segment together and keeps the best ones under a budget of parameters.
+a segment together and keeps the best ones within a budget of multiply-accumulates.
 """
 
 import contextlib
@@ -13,10 +13,11 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pnc.budgets import Costs, masks_within
 from pnc.channels import KEPT, Channels, ChannelSpaces
 from pnc.errors import InputError
 from pnc.leaf_probes import owned_tensor
-from pnc.masks import ChannelMasks, masks_for_density, unit_params
+from pnc.masks import ChannelMasks
 from pnc.nodes import batch_dims, shape_of
 from pnc.opening import opened
 from pnc.tracing import BATCH_SIZES
@@ -41,32 +42,40 @@ def localize(
     *,
     method: Method = "taylor",
     loss: Loss | None = None,
+    round_to: int = 1,
 ) -> ChannelMasks:
     """Choose which channels of a segment to keep for some inputs.
 
-    Seven arguments: what is cut, for which images, how much, and by which rule.
+    Eight arguments: what is cut, for which images, how much, and by which rule.
 
     Args:
         segment: The part of the source that would be cloned.
         spaces: Its channel spaces.
         inputs: What the segment sees of the support, (N, ...).
-        density: Share of the prunable parameters to keep, in (0, 1].
+        density: Share of the prunable multiply-accumulates to keep, in (0, 1]: the most that the compacted segment
+            costs, reached as nearly as one unit allows.
         generator: For "random", and for "taylor" without a loss.
         method: "taylor": effect on the output for these inputs, to first order; "magnitude": size of the weights;
             "random": the baseline, uniform over all units.
         loss: What "taylor" measures the effect on; see `taylor_scores`.
+        round_to: As in `masks_within`.
     Raises:
         InputError: an unknown method, a density that cannot be met, or inputs that do not fit.
     """
+    if not 0 < density <= 1:
+        raise InputError(f"density: expected a share in (0, 1], got {density}")
+    costs = Costs(segment, spaces)
     if method == "taylor":
-        scores = taylor_scores(segment, spaces, inputs, generator, loss)
+        ranking = taylor_scores(segment, spaces, inputs, generator, loss)
+        prices = _by_space(spaces, costs.prices())
+        ranking = {name: scores / prices[name] for name, scores in ranking.items()}
     elif method == "magnitude":
-        scores = magnitude_scores(segment, spaces)
+        ranking = magnitude_scores(segment, spaces)
     elif method == "random":
-        scores = random_scores(spaces, generator)
+        ranking = random_scores(spaces, generator)
     else:
         raise InputError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
-    return masks_for_density(spaces, scores, density)
+    return masks_within(costs, ranking, costs.bound(density), round_to)
 
 
 def taylor_scores(
@@ -90,8 +99,8 @@ def taylor_scores(
         Space name -> scores (size,), float64, non-negative.
     Raises:
         InputError: the inputs do not fit to the segment.
-    Source: Molchanov et al., 2017 (arXiv:1611.06440) with a loss; their normalisation by layer is replaced by the
-    price in parameters (`masks_for_density`).
+    Source: Molchanov et al., 2017 (arXiv:1611.06440) with a loss; `localize` divides by the price in MACs instead of
+    their normalisation by layer.
     """
     _check_inputs(segment, inputs)
     if not spaces.spaces:
@@ -130,8 +139,7 @@ def class_loss(classify: Callable[[Tensor], Tensor], labels: Tensor) -> Loss:
 def magnitude_scores(segment: fx.GraphModule, spaces: ChannelSpaces) -> dict[str, Tensor]:
     """Size of each unit's weights: L2 norm of the producers' rows, times the scale of the norms behind them.
 
-    Sizes are taken relative to the mean of their space, since layers differ in scale for reasons of their own, and
-    multiplied by the unit's price, so that the ranking per parameter is by size.
+    Sizes are taken relative to the mean of their space, since layers differ in scale for reasons of their own.
 
     Returns:
         Space name -> scores (size,), float64, non-negative.
@@ -153,12 +161,12 @@ def magnitude_scores(segment: fx.GraphModule, spaces: ChannelSpaces) -> dict[str
     for space in spaces.spaces:
         part = size[space.start : space.start + space.size]
         part /= part.mean().clamp(min=torch.finfo(torch.float64).tiny)
-    return _by_space(spaces, size * unit_params(spaces))
+    return _by_space(spaces, size)
 
 
 def random_scores(spaces: ChannelSpaces, generator: torch.Generator) -> dict[str, Tensor]:
-    """Scores that make `masks_for_density` drop units uniformly; space name -> (size,), float64."""
-    return _by_space(spaces, torch.rand(spaces.n_units, generator=generator, dtype=torch.float64) * unit_params(spaces))
+    """Scores that make `masks_within` drop units uniformly; space name -> (size,), float64."""
+    return _by_space(spaces, torch.rand(spaces.n_units, generator=generator, dtype=torch.float64))
 
 
 def reestimate_statistics(segment: fx.GraphModule, batches: Iterable[Tensor]) -> None:

@@ -1,0 +1,191 @@
+"""Budgets: multiply-accumulates of a segment for any choice of channels, and the best choice within a bound."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from pnc.channels import ChannelSpace, ChannelSpaces
+from pnc.errors import InputError
+from pnc.masks import ChannelMasks
+from pnc.opening import opened
+from pnc.tracing import info
+
+_ROUNDING = 1e-3  # of one MAC: a density that was computed from a number of MACs gives that number back
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A node whose cost shrinks with units: for each weight of it the units along the dims that follow any."""
+
+    node: str
+    n_macs: int
+    weights: tuple[tuple[Tensor, ...], ...]
+
+
+class Costs:
+    """Multiply-accumulates per sample of a segment, for any choice of kept units.
+
+    Args:
+        segment: The one that `spaces` were found in.
+        spaces: Its channel spaces.
+    """
+
+    def __init__(self, segment: fx.GraphModule, spaces: ChannelSpaces) -> None:
+        self.spaces = spaces
+        self._terms, self._fixed = _terms(opened(segment), spaces)
+        least = torch.zeros(spaces.n_units, dtype=torch.bool)
+        least[[space.start for space in spaces.spaces]] = True
+        self.most, self.least = self.n_macs(~torch.zeros_like(least)), self.n_macs(least)
+
+    def by_node(self, kept: Tensor) -> dict[str, int]:
+        """Multiply-accumulates of the nodes that can shrink, by name, for kept flags (n_units,)."""
+        flags = torch.cat([kept, torch.ones(1, dtype=torch.bool)]).double()  # KEPT, -1, is the last entry
+        return {term.node: round(term.n_macs * _share(term, flags)) for term in self._terms}
+
+    def n_macs(self, kept: Tensor) -> int:
+        """Multiply-accumulates of the whole segment, for kept flags (n_units,)."""
+        return self._fixed + sum(self.by_node(kept).values())
+
+    def density(self, kept: Tensor) -> float:
+        """Share of the prunable MACs that is kept: 0 where one unit of each space is, 1 where nothing can go."""
+        prunable = self.most - self.least
+        return (self.n_macs(kept) - self.least) / prunable if prunable else 1.0
+
+    def bound(self, density: float) -> int:
+        """The number of MACs that a density stands for, rounded down."""
+        return self.least + math.floor(density * (self.most - self.least) + _ROUNDING)
+
+    def prices(self) -> Tensor:
+        """Multiply-accumulates that removing one unit alone would save; (n_units,), float64, at least 1."""
+        n_units = self.spaces.n_units
+        saved = torch.zeros(n_units, dtype=torch.float64)
+        for term in self._terms:
+            left = [torch.ones(n_units, dtype=torch.float64) for _ in term.weights]
+            for share, dims in zip(left, term.weights, strict=True):
+                for units in dims:
+                    share *= 1 - (units + 1).bincount(minlength=n_units + 1)[1:].double() / len(units)  # KEPT is -1
+            saved += term.n_macs * (1 - torch.stack(left).amin(0))
+        return saved.clamp(min=1)
+
+
+def masks_within(costs: Costs, ranking: Mapping[str, Tensor], n_macs: int, round_to: int = 1) -> ChannelMasks:
+    """Keep the units of highest rank, as many as a number of multiply-accumulates allows.
+
+    One ranking across all spaces; the best unit of each space always stays. Then the room that is left is used up: no
+    unit of any space could be added within the bound.
+
+    Args:
+        costs: Of the segment.
+        ranking: Space name -> (size,), one for every space; higher stays longer.
+        n_macs: Bound on what the segment may cost per sample.
+        round_to: Keep a multiple of so many channels in each space (or all of them), counted in its first producer.
+    Raises:
+        InputError: ranks are missing, of another shape or not finite; `round_to` is below 1; the bound is below what
+            the fewest channels cost.
+    """
+    if round_to < 1:
+        raise InputError(f"round_to: expected a number of channels, at least 1, got {round_to}")
+    spaces = costs.spaces
+    for space in spaces.spaces:
+        ranks = ranking.get(space.name)
+        if ranks is None or tuple(ranks.shape) != (space.size,) or not bool(ranks.isfinite().all()):
+            what = "nothing" if ranks is None else f"shape {tuple(ranks.shape)} or values that are not finite"
+            raise InputError(f"ranking[{space.name!r}]: expected {space.size} finite numbers, got {what}")
+    blocks = _Blocks(spaces, ranking, round_to)
+    least = costs.n_macs(blocks.kept(blocks.first))
+    if least > n_macs:
+        raise InputError(
+            f"n_macs: {n_macs} multiply-accumulates are too few, the fewest channels that can stay "
+            f"(round_to={round_to}) cost {least} already; allow more"
+        )
+    kept = blocks.kept(_filled(costs, blocks, _best_prefix(costs, blocks, n_macs), n_macs))
+    return ChannelMasks({s.name: kept[s.start : s.start + s.size].clone() for s in spaces.spaces})
+
+
+def _terms(segment: fx.GraphModule, spaces: ChannelSpaces) -> tuple[list[_Term], int]:
+    """The nodes that shrink with units, and the MACs of all others."""
+    by_reader: dict[str, dict[tuple[str, str], list[Tensor]]] = {}
+    for s in spaces.slices:
+        if len(s.shape) > 1:
+            read_there = by_reader.setdefault(s.user or s.tensor.rpartition(".")[0], {})
+            read_there.setdefault((s.tensor, s.user), []).append(s.units)
+    read = dict(spaces.reads)
+    terms, fixed = [], 0
+    for node in segment.graph.nodes:
+        found = by_reader.get(str(node.target) if node.op == "call_module" else node.name, {})
+        weights = tuple(tuple(dims) for dims in found.values())
+        if not weights and info(node).n_macs:  # a product of tensors: over fewer heads, or a sum over fewer channels
+            channels = spaces.nodes.get(node.name) or spaces.nodes.get(read.get(node.name, ""))
+            weights = ((channels.units,),) if channels is not None else ()
+        if weights:
+            terms.append(_Term(node.name, info(node).n_macs, weights))
+        else:
+            fixed += info(node).n_macs
+    return terms, fixed
+
+
+def _share(term: _Term, flags: Tensor) -> float:
+    return min(math.prod(float(flags[units].mean()) for units in dims) for dims in term.weights)
+
+
+class _Blocks:
+    """Units bundled to what may go at once; within a space a block goes only after all later ones.
+
+    Attributes:
+        first: Blocks that always stay, bool (n_blocks,).
+        order: All other blocks, those that stay longest first.
+    """
+
+    def __init__(self, spaces: ChannelSpaces, ranking: Mapping[str, Tensor], round_to: int) -> None:
+        self._of_unit = torch.zeros(spaces.n_units, dtype=torch.int64)
+        ranks: list[Tensor] = []
+        starts: list[int] = []
+        for space in spaces.spaces:
+            flat = ranking[space.name].detach().double().cpu()
+            best_first = torch.argsort(flat, descending=True, stable=True)
+            pieces = flat[best_first].split(_step(space, round_to))
+            starts.append(len(ranks))
+            sizes = torch.tensor([len(piece) for piece in pieces])
+            numbers = torch.arange(len(ranks), len(ranks) + len(pieces))
+            self._of_unit[space.start + best_first] = numbers.repeat_interleave(sizes)
+            ranks += [piece.mean() for piece in pieces]
+        self.first = torch.zeros(len(ranks), dtype=torch.bool)
+        self.first[starts] = True
+        order = torch.argsort(torch.stack(ranks), descending=True, stable=True) if ranks else torch.zeros(0).long()
+        self.order = order[~self.first[order]]
+
+    def kept(self, blocks: Tensor) -> Tensor:
+        """Kept flags of units, (n_units,), from those of blocks."""
+        return blocks[self._of_unit]
+
+    def prefix(self, length: int) -> Tensor:
+        """Flags of the blocks that always stay and of the best others."""
+        return self.first.index_fill(0, self.order[:length], True)
+
+
+def _step(space: ChannelSpace, round_to: int) -> int:
+    return round_to // math.gcd(round_to, space.granule)
+
+
+def _best_prefix(costs: Costs, blocks: _Blocks, n_macs: int) -> Tensor:
+    fewest, most = 0, len(blocks.order)
+    while fewest < most:  # costs grow with every block
+        middle = (fewest + most + 1) // 2
+        fits = costs.n_macs(blocks.kept(blocks.prefix(middle))) <= n_macs
+        fewest, most = (middle, most) if fits else (fewest, middle - 1)
+    return blocks.prefix(fewest)
+
+
+def _filled(costs: Costs, blocks: _Blocks, chosen: Tensor, n_macs: int) -> Tensor:
+    """Add further blocks, the best that fits first, until none does."""
+    while True:
+        # The next one of a space: the block before it stays.
+        following = [b for b in blocks.order.tolist() if not chosen[b] and chosen[b - 1]]
+        fitting = (chosen.index_fill(0, torch.tensor([b]), True) for b in following)
+        better = next((one for one in fitting if costs.n_macs(blocks.kept(one)) <= n_macs), None)
+        if better is None:
+            return chosen
+        chosen = better
