@@ -106,7 +106,9 @@ def test_clone_takes_classes_density_kind_and_support_without_base_samples(comma
     known = pnc.inspect(tmp_path / "c")
     assert (known["classes"], known["kind"], known["name"]) == (["7", "5"], "full", "7+5")
     assert (known["recipe"]["n_new_samples"], known["recipe"]["n_base_samples"]) == (20, 0)
-    assert known["recipe"]["density"] <= 0.5
+    nets, data = pair(), support(10, 0, ("7", "5"))
+    made = pnc.clone(nets.source.module, nets.target.module, data, classes=["7", "5"], density=0.5, **nets.names())
+    assert known["recipe"] == made.recipe
     assert "20 new, 0 base images" in found.out
 
 
@@ -193,6 +195,23 @@ def test_inspect_and_cuts_show_what_they_write(command: Command, tmp_path: Path)
     assert command("cuts zoo:resnet20 --input-shape 3x32x32 --classes a,b").code == 0
 
 
+def test_scan_shows_what_the_library_finds_and_draws_it(command: Command, files: Path, tmp_path: Path) -> None:
+    words = f"scan {NETWORKS} --data digits --support 20/5 --max-macs 0.5"
+    facts = command.facts(f"{words} --plot {tmp_path / 'scan.png'}", tmp_path / "scan.json")
+    nets = pair()
+    task = pnc.prepare_task(nets.source.module, nets.target.module, support(), classes=NEW, **nets.names())
+    found = pnc.scan(task)
+    assert facts["positions"] == json.loads(json.dumps(found.facts(found.choose(0.5))))
+    (chosen,) = [row for row in facts["positions"] if row["chosen"]]
+    assert chosen["macs_share"] <= 0.5
+    assert {row["target_cut"] for row in facts["positions"] if row["on_front"]} == {
+        position.target_cut.name for position in found.front()
+    }
+    assert (tmp_path / "scan.png").read_bytes().startswith(b"\x89PNG")
+    (line,) = [line for line in command(words).out.splitlines() if line.startswith("> ")]
+    assert line.split()[1:4] == [chosen["target_cut"], chosen["source_cut"], f"{chosen['score']:.3f}"]
+
+
 def test_pretrain_trains_once_and_says_so(command: Command, tmp_path: Path) -> None:
     words = (
         "pretrain zoo:cnn?width=0.25 --data digits --no-flip --classes 3,0-1 --epochs 2 --crop-padding 1 --out {out}"
@@ -220,7 +239,8 @@ def test_pretrain_trains_once_and_says_so(command: Command, tmp_path: Path) -> N
         "inspect {f}/all.safetensors",
         f"eval {{f}}/all.safetensors {NETWORKS} --data digits",
         "cuts {t}",
-        *(f"{name} --help" for name in ("demo", "pretrain", "clone", "eval", "predict", "inspect", "cuts")),
+        f"scan {NETWORKS} --data digits",
+        *(f"{name} --help" for name in ("demo", "pretrain", "clone", "scan", "eval", "predict", "inspect", "cuts")),
     ],
 )
 def test_nothing_on_the_screen_is_wider_than_eighty_columns(command: Command, words: str) -> None:
@@ -231,7 +251,7 @@ def test_nothing_on_the_screen_is_wider_than_eighty_columns(command: Command, wo
 
 
 def test_every_command_takes_json(command: Command) -> None:
-    for name in ("demo", "pretrain", "clone", "eval", "predict", "inspect", "cuts"):
+    for name in ("demo", "pretrain", "clone", "scan", "eval", "predict", "inspect", "cuts"):
         assert "--json" in command(f"{name} --help").out
 
 
@@ -307,6 +327,9 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         (f"clone {NETWORKS} --data numbers --out {{d}}/c", "'numbers' is of no known kind; expected one of digits"),
         (f"clone {NETWORKS} --data folder:{{d}}/no --out {{d}}/c", "there is no folder"),
         (f"clone {NETWORKS} --data parquet:{{d}}/no --out {{d}}/c", "there is no file or folder"),
+        ("scan --source {t} --target {t} --data digits", "same network"),
+        (f"scan {NETWORKS} --data digits --plot {{d}}/a.jpg", "plot: .* must end in .png"),
+        (f"scan {NETWORKS} --data digits --max-bytes 100", "max_bytes=100: the smallest file .* has [0-9]+ bytes"),
         ("clone --source {t} --target {t} --data digits --out {d}/c", "same network"),
         ("clone --source zoo:cnn --source-weights {t} --target {t} --data digits --out {d}/c", "same network"),
         ("clone --source {f}/../{f.name}/t.safetensors --target {t} --data digits --out {d}/c", "same network"),

@@ -77,6 +77,30 @@ def test_the_choice_is_the_cheapest_within_the_tolerance_and_the_budget():
     assert scan.choose(max_macs=0.3).macs_share <= 0.3
     with pytest.raises(InputError, match=r"max_macs=0\.0: the cheapest position adds"):
         scan.choose(max_macs=0.0)
+    smallest = min(p.n_bytes for p in scan.positions)
+    assert scan.choose(max_bytes=smallest).n_bytes == smallest
+    with pytest.raises(InputError, match=f"max_bytes={smallest - 1}: the smallest file .* has {smallest} bytes"):
+        scan.choose(max_bytes=smallest - 1)
+
+
+@pytest.mark.parametrize("n_base", [5, 0])
+def test_a_thin_file_is_no_larger_than_the_scan_says_and_not_much_smaller(tmp_path, n_base):
+    for position in found(n_base).positions[:: len(found(n_base).positions) - 1]:
+        clone = pnc.fit(task(n_base), found(n_base).adapter(position))
+        size = pnc.save(clone, tmp_path / "clone")
+        assert size <= position.n_bytes <= size + 2000
+
+
+def test_positions_are_compared_on_the_same_images():
+    scan = found()
+    best, worst = scan.positions[0], scan.positions[-1]
+    loss, error = scan.loss_against(worst, best)
+    assert loss == pytest.approx(best.score - worst.score)
+    hits = [scan.outcomes[position.names].hits for position in (best, worst)]
+    is_base = scan.outcomes[best.names].is_base
+    parts = [(hits[0] - hits[1])[rows] for rows in (is_base, ~is_base)]
+    assert error == pytest.approx(sum(part.var(correction=0) / len(part) / 4 for part in parts) ** 0.5)
+    assert scan.loss_against(best, best) == (0, 0)
 
 
 def test_two_scans_agree_to_the_bit():

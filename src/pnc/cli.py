@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from pnc import checkpoint, cloning, pretraining
+from pnc import checkpoint, cloning, positions, pretraining
 from pnc import demo as demonstration
 from pnc.arguments import (
     ModelOptions,
@@ -39,9 +39,10 @@ from pnc.errors import InputError, PNCError
 from pnc.files import write_file
 from pnc.localization import Method
 from pnc.metrics import evaluate
+from pnc.plots import check_plot, draw_scan
 from pnc.readers import load_data, load_images
-from pnc.screen import complain, progress, say, show_clone, show_facts, show_job, show_table, shown
-from pnc.task import read_network
+from pnc.screen import complain, progress, say, show_clone, show_facts, show_job, show_scan, show_table, shown
+from pnc.task import prepare_task, read_network
 
 BAD_INPUT, INTERRUPTED = 2, 130
 _USAGE_ERROR: Any = typer.BadParameter.__base__  # of click or of typer itself, as typer's version has it
@@ -65,6 +66,8 @@ Target = Annotated[str, typer.Option(help="Network that shall get them, or has g
 Weights = Annotated[Path | None, typer.Option(help="Its weights: .safetensors or a state-dict checkpoint.")]
 Names = Annotated[str | None, typer.Option(help="Names of its outputs, in order, separated by commas.")]
 Data = Annotated[str, typer.Option(help="Images: digits, parquet:PATH, folder:PATH, hf:NAME.")]
+MaxMacs = Annotated[float | None, typer.Option(help="Bound on added MACs, as a share of the source's.", min=0)]
+MaxBytes = Annotated[int | None, typer.Option(help="Bound on the bytes of a thin clone file.", min=0)]
 Flip = Annotated[bool, typer.Option(help="Use mirror images too: right for photographs, wrong for digits.")]
 
 
@@ -184,9 +187,8 @@ def clone(
     flip: Flip = False,
     density: Annotated[float, typer.Option(help="Share of the prunable MACs to keep, above 0.", max=1)] = 1.0,
     method: Annotated[Method, typer.Option(help="How channels are chosen below density 1.")] = "taylor",
-    max_macs: Annotated[
-        float | None, typer.Option(help="Bound on added MACs, as a share of the source's.", min=0)
-    ] = None,
+    max_macs: MaxMacs = None,
+    max_bytes: MaxBytes = None,
     name: Annotated[str | None, typer.Option(help="Name of the clone; by default made of its classes.")] = None,
     kind: Annotated[
         checkpoint.Kind, typer.Option(help="thin: without the source's weights; full: with them.")
@@ -226,6 +228,7 @@ def clone(
             density=density,
             method=method,
             max_macs=max_macs,
+            max_bytes=max_bytes,
             flip=flip,
             seed=seed,
             progress=bar.step,
@@ -236,6 +239,64 @@ def clone(
     _write_json(json_path, {"out": str(out), "seconds": seconds, **facts.all})
     show_clone(facts)
     say(f"{out}: written after {seconds:.1f} s of cloning")
+
+
+@app.command()
+def scan(
+    source: Source,
+    target: Target,
+    data: Data,
+    classes: Annotated[str | None, typer.Option(help="Classes to clone; by default all that the target lacks.")] = None,
+    support: Annotated[str, typer.Option(help="Images per new / per base class, of the training split.")] = "20/5",
+    source_weights: Weights = None,
+    target_weights: Weights = None,
+    source_classes: Names = None,
+    target_classes: Names = None,
+    flip: Flip = False,
+    max_cuts: Annotated[int, typer.Option(help="Cuts to try of each network.", min=2)] = positions.MAX_CUTS,
+    exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Score every pair of cuts: takes longer.")] = False,
+    max_macs: MaxMacs = None,
+    max_bytes: MaxBytes = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw score against cost here, as PNG.")] = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    json_path: Json = None,
+) -> None:
+    """Show where a clone could leave the target and enter the source: what each place costs, and what it is worth."""
+    asked = (
+        ModelOptions("source", source, source_weights, source_classes, device),
+        ModelOptions("target", target, target_weights, target_classes, device),
+    )
+    check_outputs({"plot": plot, "json": json_path}, [*(one.file for one in asked), data_file(data)])
+    if plot is not None:
+        check_plot(plot)
+    check_different(*asked)
+    check_trained(*asked)
+    parse_support(support)
+    read_device(device)
+    images = load_data(data, "train")
+    models = [load_network(one, input_shape=images.input_shape) for one in asked]
+    check_images(images, *models)
+    new, base = choose_classes(classes, *models), models[1].classes
+    with use_threads(threads), progress() as bar:
+        task = prepare_task(
+            models[0].module,
+            models[1].module,
+            draw(images, new, base, support, seed),
+            classes=new,
+            source_classes=models[0].classes,
+            base_classes=base,
+            flip=flip,
+            seed=seed,
+        )
+        found = positions.scan(task, max_cuts=max_cuts, exhaustive=exhaustive, progress=bar.step)
+    chosen = found.choose(max_macs, max_bytes)
+    facts = {"positions": found.facts(chosen), "n_pairs": len(found.adapter_errors)}
+    _write_json(json_path, facts)
+    if plot is not None:
+        draw_scan(found, chosen, plot)
+    show_scan(facts)
 
 
 @app.command("eval")

@@ -113,6 +113,7 @@ def clone(
     density: float = 1.0,
     method: Method = "taylor",
     max_macs: float | None = None,
+    max_bytes: int | None = None,
     flip: bool = False,
     seed: int = 0,
     batch_size: int = 128,
@@ -136,13 +137,14 @@ def clone(
         density: Share of the prunable multiply-accumulates of the source's part to keep, in (0, 1].
         method: How channels are chosen below density 1.
         max_macs: Bound on the added MACs as a share of the source's.
+        max_bytes: Bound on the size of the thin file at full density.
         flip: Use the mirror image of each sample too: right for photographs, wrong for digits.
         seed: Of every random choice; the same inputs and seed give the same clone.
         batch_size: Images that go through a network at a time.
         progress: Called with what is being done, the steps done, and the steps in all.
     Raises:
         InputError, ClassNameError, RecordingError: as `prepare_task`; InputError also where no position is within
-            `max_macs`, or `density` is out of range.
+            the bounds, or `density` is out of range.
     """
     if not 0 < density <= 1:
         raise InputError(f"density must be in (0, 1]: the share of prunable MACs that is kept; got {density}")
@@ -160,7 +162,7 @@ def clone(
         batch_size=batch_size,
     )
     found = scan(task, progress=progress)
-    fitted = found.adapter(found.choose(max_macs))
+    fitted = found.adapter(found.choose(max_macs, max_bytes))
     return fit(task, fitted, density=density, method=method, name=name, progress=progress)
 
 

@@ -7,6 +7,7 @@ adapters of the promising pairs, fits the head and measures it on held-out folds
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -122,6 +123,20 @@ class Scan:
             if not front or position.score > front[-1].score:
                 front.append(position)
         return tuple(front)
+
+    def facts(self, chosen: Position) -> list[dict[str, Any]]:
+        """The scored positions as plain values, best first; each says whether it is on the front, and chosen."""
+        front = self.front()
+        return [
+            {
+                "target_cut": p.target_cut.name,
+                "source_cut": p.source_cut.name,
+                **{key: value for key, value in vars(p).items() if not isinstance(value, CutPoint)},
+                "on_front": p in front,
+                "chosen": p is chosen,
+            }
+            for p in self.positions
+        ]
 
     def choose(
         self, max_macs: float | None = None, max_bytes: int | None = None, tolerance: float = TOLERANCE

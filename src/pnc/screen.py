@@ -103,6 +103,30 @@ def show_clone(facts: CloneFacts) -> None:
     show_facts(lines)
 
 
+def show_scan(facts: Mapping[str, Any]) -> None:
+    """Show the scanned positions, cheapest first, with the front and the choice."""
+    rows = sorted(facts["positions"], key=lambda row: (row["n_macs"], -row["score"]))
+    show_table(
+        ("", "target cut", "source cut", "score", "+-", "MACs", "params", "bytes"),
+        [
+            (
+                ">" if row["chosen"] else "*" if row["on_front"] else "",
+                row["target_cut"],
+                row["source_cut"],
+                f"{row['score']:.3f}",
+                f"{row['standard_error']:.3f}",
+                f"{row['macs_share']:.1%}",
+                f"{row['n_params']:,}",
+                f"{row['n_bytes']:,}",
+            )
+            for row in rows
+        ],
+    )
+    say("score: accuracy on held-out support, mean of base and new; +-: standard error")
+    say("MACs: added, share of the source's; bytes: of the thin file")
+    say("*: on the Pareto front, no position is both cheaper and better; >: chosen")
+
+
 def shown(value: Any) -> str:
     """Write a value for people."""
     if isinstance(value, bool):

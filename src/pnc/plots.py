@@ -1,0 +1,61 @@
+"""Pictures of what was measured; they need the extra `plots`."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+from pnc.errors import InputError
+from pnc.files import write_file
+from pnc.positions import Position, Scan
+
+
+def check_plot(path: Path) -> None:
+    """Check that a picture can be drawn to `path`: before the work, not after it.
+
+    Raises:
+        InputError: the name ends otherwise than in .png, or matplotlib is not installed.
+    """
+    if path.suffix.lower() != ".png":
+        raise InputError(f"plot: pictures are PNG files, so the name must end in .png; got {path}")
+    _figure()
+
+
+def draw_scan(found: Scan, chosen: Position, path: Path) -> None:
+    """Draw score against cost of all scanned positions, with the Pareto front and the choice, as a PNG file.
+
+    Args:
+        found: From `scan`.
+        chosen: From `found.choose`.
+        path: The file; an existing one is replaced.
+    Raises:
+        InputError: as `check_plot`, or the file cannot be written.
+    """
+    check_plot(path)
+    figure = _figure()
+    axes = figure.add_subplot(xlabel="added MACs, share of the source's", ylabel="accuracy on held-out support")
+    shares, scores = ([getattr(p, name) for p in found.positions] for name in ("macs_share", "score"))
+    axes.errorbar(shares, scores, [p.standard_error for p in found.positions], fmt=".", color="0.7", label="positions")
+    front = found.front()
+    axes.plot([p.macs_share for p in front], [p.score for p in front], "o-", label="front")
+    for position in front:
+        axes.annotate(
+            f"{position.target_cut.name} > {position.source_cut.name}",
+            (position.macs_share, position.score),
+            xytext=(4, -8),
+            textcoords="offset points",
+            fontsize=6,
+        )
+    axes.plot(chosen.macs_share, chosen.score, "o", markersize=14, fillstyle="none", color="C3", label="chosen")
+    axes.legend(loc="lower right")
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=150, metadata={"Software": "pnc"})
+    write_file(path, data.getvalue())
+
+
+def _figure() -> Any:
+    """An empty figure of matplotlib, apart from its global state."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError('plot: matplotlib is needed for this; pip install "pnc[plots]"') from error
+    return Figure(figsize=(8, 5), layout="constrained")

@@ -1,0 +1,136 @@
+"""Refinement by gradient: adapters tuned behind the frozen source, kept only where held-out images gain by it.
+
+The closed form makes the source's tensor at the cut as well as an affine map can. What counts is what the source's rest
+makes of it: so the adapters go on from there by gradient, towards the penultimate features that the source itself has
+for the same images and towards the right classes. Every fold has an adapter of its own, tuned without it, as in closed
+form; so the head, again in closed form, and the decision when to stop rest on images that no adapter has seen.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pnc.cuts import LOGITS, CutPoint, extract
+from pnc.heads import Head, SourceHead
+from pnc.stitching import Adapter, Stitched, pool
+from pnc.task import CloneTask
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """What training needs of the support, sample by sample, computed once: all of it lies before the adapter.
+
+    Attributes:
+        tensors: The target's tensors at the cut, (N, ...).
+        target_features: Its penultimate features, (N, D_t).
+        base_logits: Its logits, (N, K_base).
+        source_features: The source's penultimate features of the same images, (N, D_s).
+        labels: (N,), base classes first.
+    """
+
+    tensors: Tensor
+    target_features: Tensor
+    base_logits: Tensor
+    source_features: Tensor
+    labels: Tensor
+
+    def select(self, rows: Tensor) -> "Views":
+        """Keep the given rows."""
+        return Views(*(tensor[rows] for tensor in vars(self).values()))
+
+
+Loss = Callable[[Tensor, Head, Views], Tensor]
+"""(the clone's features (B, D_s), the head, the batch) -> loss."""
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast is trained: Adam, the learning rate falls linearly to zero."""
+
+    learning_rate: float
+    n_steps: int
+    n_snapshots: int = 1
+    batch_size: int = 64
+
+
+@torch.no_grad()
+def views(task: CloneTask, cut: CutPoint) -> Views:
+    """Run the support through the target, up to its logits, and through the source."""
+    trunk = extract(task.target.recording, None, [cut, task.target.head.features, LOGITS])
+    teacher = extract(task.source.recording, None, [task.source.head.features])
+    collected = []
+    for _, images in task.samples.batches(task.batch_size):
+        tensors, features, logits = trunk(images.to(task.target.device))
+        pooled = pool(features, task.target.head.features)
+        own = pool(teacher(images.to(task.source.device)), task.source.head.features)
+        collected.append((tensors, pooled, logits, own))
+    labels = task.samples.labels.to(task.target.device)
+    tensors, target_features, base_logits, source_features = (
+        torch.cat(parts) for parts in zip(*collected, strict=True)
+    )
+    return Views(tensors, target_features, base_logits, source_features, labels)
+
+
+def train(
+    stitched: Stitched, head: Head, data: Views, loss: Loss, schedule: Schedule, generator: torch.Generator
+) -> list[tuple[Adapter, Head]]:
+    """Train copies of an adapter and a head; the source's part between them stays frozen.
+
+    Batches hold every class equally often.
+
+    Args:
+        stitched: The adapter to start from and the source's part, whose parameters need no gradient.
+        head: To start from.
+        data: What is trained on.
+        loss: Of a batch.
+        schedule: How long and how fast.
+        generator: Draws the batches.
+    Returns:
+        Adapter and head at each of the schedule's snapshots; they share nothing with those given.
+    """
+    adapter, head = copy.deepcopy(stitched.adapter), copy.deepcopy(head)
+    trained = Stitched(adapter, stitched.body, stitched.features)
+    leaves = [buffer.requires_grad_() for module in (adapter, head) for buffer in module.buffers() if buffer.numel()]
+    weights = (1 / data.labels.bincount().clamp_min(1).double())[data.labels].cpu()
+    optimizer = torch.optim.Adam(leaves, schedule.learning_rate)
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / schedule.n_steps)
+    snapshots = []
+    for step in range(1, schedule.n_steps + 1):
+        batch = data.select(torch.multinomial(weights, schedule.batch_size, replacement=True, generator=generator))
+        with torch.enable_grad():
+            optimizer.zero_grad()
+            loss(trained(batch.tensors), head, batch).backward()
+        optimizer.step()
+        decay.step()
+        if step % (schedule.n_steps // schedule.n_snapshots) == 0:
+            snapshots.append((_frozen(adapter), _frozen(head)))
+    return snapshots
+
+
+def _frozen(module: Module) -> Module:
+    frozen = copy.deepcopy(module)
+    for buffer in frozen.buffers():
+        buffer.requires_grad_(False)
+        buffer.grad = None
+    return frozen
+
+
+def class_loss(features: Tensor, head: Head, batch: Views) -> Tensor:
+    """Cross entropy of the composite's logits; among the new ones alone where `head` knows no base samples."""
+    new, n_base = head(batch.target_features, features, batch.base_logits), batch.base_logits.shape[1]
+    if isinstance(head, SourceHead):
+        return F.cross_entropy(new, batch.labels - n_base)
+    return F.cross_entropy(torch.cat([batch.base_logits, new], 1), batch.labels)
+
+
+def feature_loss(features: Tensor, head: Head, batch: Views) -> Tensor:
+    """Squared distance to the source's own features, in units of their variance."""
+    scale = batch.source_features.var(0).mean()
+    return (features - batch.source_features).square().mean() / scale

@@ -1,0 +1,154 @@
+"""The reference strategy: positions from the deepest upward, adapter and head trained by gradient, masks in turn.
+
+This is our reading of the search in *Partial Network Cloning* (Ye, Liu, Wang, CVPR 2023, arXiv:2303.10597), whose
+authors published no code. A position is a depth at which both networks are parted. At each, from the deepest on,
+adapter and head are trained on part of the support; masks, where they are asked for, are then chosen behind the trained
+adapter, and both are trained again; the rest of the support measures it. The search goes one position up while that
+helps. At the position where it stopped, all is trained once more, on the whole support.
+
+Deviations: the head gives the new logits only, in the conditional form of `pnc.heads`, so that the target's own stay as
+they are; the learning rate is chosen on held-out images, at the deepest position.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from pnc.compaction import own_copy
+from pnc.cuts import CutPoint, candidate_cuts
+from pnc.heads import DiscriminantHead, Head, source_head
+from pnc.masks import ChannelMasks
+from pnc.positions import MAX_CUTS, Outcome, Progress, is_rectified, outcome_of, source_body, source_classifier
+from pnc.refinement import Schedule, Views, class_loss, train, views
+from pnc.stitching import Adapter, Stitched
+from pnc.task import CloneTask, Network
+
+LEARNING_RATES = (0.001, 0.003, 0.01, 0.03)
+N_STEPS = 300
+HELD_OUT_SHARE = 0.4
+
+PartOf = Callable[[Adapter], tuple[nn.Module, ChannelMasks | None]]
+"""The source's part behind an adapter, an own copy, with its masks where channels were removed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What was trained at one position.
+
+    Attributes:
+        stitched: Adapter and the source's part, which shares nothing with the source.
+        head: Behind it.
+        masks: What was removed of the source's part; None for nothing.
+        outcome: How held-out images fared.
+    """
+
+    stitched: Stitched
+    head: Head
+    masks: ChannelMasks | None
+    outcome: Outcome
+
+
+def search(task: CloneTask, part_of: PartOf, progress: Progress | None = None) -> Trained:
+    """Search for a position as the paper does.
+
+    Args:
+        task: From `prepare_task`.
+        part_of: Makes the source's part behind an adapter: masked, where this is wanted.
+        progress: Called after each training.
+    Returns:
+        What was trained on the whole support at the position where the search stopped, with the outcome that this
+        position had before, on images that were held out.
+    """
+    places = [_Place(task, *pair, part_of) for pair in depths(task)]
+    held_out = _held_out(task)
+    n_done = itertools.count(1)
+
+    def fit(place: _Place, learning_rate: float, rows: Tensor) -> Trained:
+        found = place.fit(learning_rate, rows, held_out)
+        if progress is not None:
+            progress("searching upward", next(n_done), len(LEARNING_RATES) + len(places))
+        return found
+
+    deepest = {rate: fit(places[0], rate, ~held_out) for rate in LEARNING_RATES}
+    rate = max(deepest, key=lambda rate: deepest[rate].outcome.average)
+    best, place = deepest[rate], places[0]
+    for above in places[1:]:
+        found = fit(above, rate, ~held_out)
+        if found.outcome.average[0] <= best.outcome.average[0]:
+            break
+        best, place = found, above
+    return replace(fit(place, rate, torch.ones_like(held_out)), outcome=best.outcome)
+
+
+def depths(task: CloneTask) -> list[tuple[CutPoint, CutPoint]]:
+    """The positions of the search, deepest first: each cut of the source with the target's of most similar depth."""
+
+    def depth(cut: CutPoint, network: Network) -> float:
+        return cut.n_macs / network.head.features.n_macs
+
+    target_cuts = candidate_cuts(task.target.recording, MAX_CUTS)
+    source_cuts = candidate_cuts(task.source.recording, MAX_CUTS)
+    return [
+        (min(target_cuts, key=lambda t: abs(depth(t, task.target) - depth(s, task.source))), s)
+        for s in reversed(source_cuts)
+    ]
+
+
+class _Place:
+    """One position, ready to be trained at."""
+
+    def __init__(self, task: CloneTask, target_cut: CutPoint, source_cut: CutPoint, part_of: PartOf) -> None:
+        self._task, self._target_cut, self._source_cut, self._part_of = task, target_cut, source_cut, part_of
+
+    @cached_property
+    def _views(self) -> Views:
+        return views(self._task, self._target_cut)
+
+    def fit(self, learning_rate: float, rows: Tensor, held_out: Tensor) -> Trained:
+        """Train adapter and head on `rows`, then masks and both again; measure `held_out`; both are (N,) bool."""
+        task, schedule = self._task, Schedule(learning_rate, N_STEPS)
+        data, generator = self._views.select(rows), torch.Generator().manual_seed(task.seed)
+        body, features = own_copy(source_body(task, self._source_cut)), task.source.head.features
+        adapter, head = self._start(generator)
+        ((adapter, head),) = train(Stitched(adapter, body, features), head, data, class_loss, schedule, generator)
+        part, masks = self._part_of(adapter)
+        if masks is not None:
+            ((adapter, head),) = train(Stitched(adapter, part, features), head, data, class_loss, schedule, generator)
+        stitched = Stitched(adapter, part, features)
+        correct = _logits(stitched, head, self._views.select(held_out), task.batch_size).argmax(1)
+        labels = task.samples.labels[held_out]
+        return Trained(stitched, head, masks, outcome_of(correct.cpu() == labels, task, held_out))
+
+    def _start(self, generator: torch.Generator) -> tuple[Adapter, Head]:
+        task = self._task
+        adapter = Adapter(self._target_cut, self._source_cut, is_rectified(task, self._source_cut))
+        for weight in (adapter.weight, adapter.prefix_weight):
+            weight.normal_(0, weight[0].numel() ** -0.5 if weight.numel() else 0, generator=generator)
+        head: Head
+        if task.has_base:
+            n_features = self._views.target_features.shape[1] + self._views.source_features.shape[1]
+            head = DiscriminantHead(task.n_base, task.n_base + len(task.new_classes), n_features)
+        else:
+            head = source_head(*source_classifier(task))
+        return adapter.to(task.target.device), head.to(task.target.device)
+
+
+def _held_out(task: CloneTask) -> Tensor:
+    """Which samples decide about learning rate and position, (N,) bool; all, where nothing can be held out."""
+    n_folds = max(1, round(HELD_OUT_SHARE * task.samples.n_folds))
+    return task.samples.folds < n_folds
+
+
+@torch.no_grad()
+def _logits(stitched: Stitched, head: Head, data: Views, batch_size: int) -> Tensor:
+    """The composite's logits, (N, K_base + K_new)."""
+    made = []
+    for rows in torch.arange(len(data.labels)).split(batch_size):
+        batch = data.select(rows)
+        new = head(batch.target_features, stitched(batch.tensors), batch.base_logits)
+        made.append(torch.cat([batch.base_logits, new], 1))
+    return torch.cat(made)
