@@ -14,7 +14,8 @@ from pnc import models
 from pnc.errors import ClassNameError, FileFormatError, InputError, MismatchError
 from pnc.files import read_tensors, write_tensors
 from pnc.integrity import differences, snapshot
-from pnc.models import LoadedModel, build_model, load_model, load_tensors, save_model
+from pnc.models import LoadedModel, build_model, load_model, save_model
+from pnc.weights import load_tensors
 
 CLASSES = ("ant", "bee", "cat")
 SHAPE = (1, 8, 8)
@@ -61,7 +62,7 @@ def test_the_seed_alone_decides_the_weights_and_the_global_state_stays(network: 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("resnet20", "'resnet20' is of no known kind; expected zoo:..., py:... or a .safetensors file"),
+        ("resnet20", "'resnet20' is of no known kind; expected zoo:..., timm:..., torchvision:..., hf:..., py:..."),
         ("keras:x", "'keras:x' is of no known kind"),
         ("zoo:renset20", "no reference network 'renset20' (did you mean 'resnet20'?); there are cnn, resnet20"),
         ("zoo:cnn?patch=3", "zoo:cnn: there is no option 'patch'; there are width"),
@@ -330,4 +331,4 @@ def test_counts_of_batches_may_be_missing(network: LoadedModel) -> None:
 
 
 def test_every_scheme_builds_through_one_table() -> None:
-    assert list(models._SCHEMES) == ["zoo", "py"]
+    assert list(models._SCHEMES) == ["zoo", "timm", "torchvision", "hf", "py", "pt2"]

@@ -18,8 +18,10 @@ from pnc.errors import (
     PNCError,
     RecordingError,
 )
+from pnc.exported import from_exported
 from pnc.models import LoadedModel, load_model
 from pnc.positions import Position, Scan, scan
+from pnc.preprocessing import Preprocessed
 from pnc.readers import load_data
 from pnc.task import CloneTask, prepare_task
 
@@ -35,6 +37,7 @@ __all__ = [
     "MismatchError",
     "PNCError",
     "Position",
+    "Preprocessed",
     "RecordingError",
     "Scan",
     "Support",
@@ -42,6 +45,7 @@ __all__ = [
     "clone",
     "draw_support",
     "fit",
+    "from_exported",
     "inspect",
     "load",
     "load_data",

@@ -13,7 +13,8 @@ from pnc import checkpoint
 from pnc.composite import Composite, attach
 from pnc.data import ImageSet, Support, draw_support, listed, parse_classes
 from pnc.errors import ClassNameError, FileFormatError, InputError, PNCError
-from pnc.models import LoadedModel, load_model
+from pnc.models import LoadedModel, has_own_weights, load_model
+from pnc.preprocessing import shape_text
 
 
 # --------------------------------------------------------------------------------------------------- files and settings
@@ -131,9 +132,11 @@ def load_network(
 
 
 def check_trained(*options: ModelOptions) -> None:
-    """Refuse reference networks without weights: their answers would be random ones."""
+    """Refuse networks without trained weights: their answers would be random ones."""
     for one in options:
-        if one.spec.startswith("zoo:") and one.weights is None:
+        with named(one.role):
+            trained = has_own_weights(one.spec)
+        if not trained and one.weights is None:
             raise InputError(
                 f"{one.role}: {one.spec} has random weights; give --{one.role}-weights, or a file of `pnc pretrain`"
             )
@@ -160,8 +163,9 @@ def check_images(images: ImageSet, *models: LoadedModel) -> None:
     """Refuse images of another shape than the networks were made for."""
     for model in models:
         if images.input_shape != model.input_shape:
+            came, taken = shape_text(images.input_shape), shape_text(model.input_shape)
             raise InputError(
-                f"data: the images are {_size(images.input_shape)}, but {model.spec} takes {_size(model.input_shape)}; "
+                f"data: the images are {came}, but {model.spec} takes {taken}; "
                 "where the data spec allows it, add ?size= and channels="
             )
 
@@ -284,7 +288,3 @@ def named(role: str) -> Iterator[None]:
     except PNCError as error:
         text = str(error)
         raise type(error)(text if text.startswith(f"{role}: ") else f"{role}: {text}") from error
-
-
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import inspect
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,19 +11,25 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pnc.data import check_class_names, listed, unknown_name
-from pnc.errors import FileFormatError, InputError, MismatchError
-from pnc.files import METADATA_KEY, read_tensors, write_tensors
+from pnc.errors import InputError, MismatchError
+from pnc.files import write_tensors
+from pnc.libraries import (
+    HF_OPTIONS,
+    TIMM_OPTIONS,
+    TORCHVISION_OPTIONS,
+    Found,
+    Wish,
+    hf_network,
+    timm_network,
+    torchvision_network,
+)
 from pnc.networks import Shape, cnn, mobilenetv2, resnet, vit_tiny
+from pnc.preprocessing import Preprocessed, checked_shape, shape_text
 from pnc.readers import split_spec
-
-FORMAT = "pnc-network"
-VERSION = 1
-
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+from pnc.weights import FORMAT, VERSION, load_tensors, read_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +37,11 @@ class LoadedModel:
     """A network and what is known of it.
 
     Attributes:
-        module: In eval mode; maps images (B, C, H, W) to logits (B, len(classes)).
+        module: In eval mode; maps images in [0, 1], (B, C, H, W), to logits (B, len(classes)). A network of a library
+            comes as `Preprocessed`, which does for it what its config says.
         spec: How to build it: the spec that was asked for, or the one in the file that was asked for.
         classes: Names of the outputs, in order.
-        input_shape: (C, H, W).
+        input_shape: (C, H, W) of the images that `module` is given.
         facts: What the weights file says of its making, such as recipe and test accuracy; empty where it says nothing.
     """
 
@@ -52,31 +58,44 @@ def load_model(
     classes: Sequence[str] | None = None,
     input_shape: Sequence[int] | None = None,
 ) -> LoadedModel:
-    """Build the network that a spec names, with the weights of a file or random ones.
+    """Build the network that a spec names, with the weights of a file, of its library, or random ones.
+
+    Specs:
+        - ``zoo:NAME?key=value``: a reference network.
+        - ``timm:NAME``, ``torchvision:NAME``, ``hf:ID``: a classifier of timm (also ``timm:hf-hub:ID``,
+          ``timm:local-dir:FOLDER``), torchvision or transformers (the ID of a repository, or a folder that
+          `save_pretrained` wrote, with the image processor). Without `weights` it comes with the library's own, which
+          the library downloads where it has not yet; ``?pretrained=false`` asks for random ones. It takes images of any
+          size, grey or colour: see `Preprocessed`. ``?size=N`` resizes them to another size than the config says.
+          Further options: ``in_chans`` (timm), ``weights``, an entry such as IMAGENET1K_V2 (torchvision), ``revision``
+          (hf). Preprocessing and class names are those of the config; classes that share a name get the index of the
+          output behind it, such as "crane (134)" and "crane (517)".
+        - ``py:MODULE:FUNCTION``, ``py:FILE.py:FUNCTION``: what a function of yours without arguments returns.
+        - The path of a .safetensors file that `save_model` or `pretrain` wrote, which needs nothing else.
 
     Args:
-        spec: ``zoo:NAME?key=value`` (a reference network); ``py:MODULE:FUNCTION`` or ``py:FILE.py:FUNCTION`` (a
-            function without arguments that returns the network); or the path of a .safetensors file that `save_model`
-            or `pretrain` wrote, which needs nothing else.
+        spec: As above.
         weights: A .safetensors file, or a checkpoint that ``torch.load(weights_only=True)`` reads: the state dict, or a
-            dict with it under "state_dict" or "model". A prefix "module." of all names is removed.
-        classes: Names of the outputs, in order; by default those in the file.
-        input_shape: (C, H, W) of the images; by default the one in the file.
+            dict with it under "state_dict" or "model". A prefix "module." of all names is removed. With it, nothing is
+            downloaded, and a network of timm or torchvision gets as many outputs as there are classes.
+        classes: Names of the outputs, in order; by default those in the file, or of the library.
+        input_shape: (C, H, W) of the images; by default the one in the file, or of the library's config.
 
     Raises:
-        InputError: an unknown spec or option, a path that is not there, classes or input shape neither given nor in the
-            file, or a network that does not take images of that shape.
+        InputError: an unknown spec, option or name, a path that is not there, a missing package, a library that cannot
+            get its weights, classes or input shape known from nowhere, or a network that does not take images of that
+            shape.
         FileFormatError: a file that is damaged, of another format, or of a newer version of it.
         MismatchError: weights that do not fit the network, or another number of outputs than of classes.
     """
     path = Path(spec) if spec.endswith(".safetensors") else None
     if path is None and weights is None:
-        return build_model(spec, classes, input_shape)
+        return _built(spec, classes, input_shape, seed=0, pretrained=True)
     if path is not None and weights is not None:
         raise InputError(
             f"weights: {spec} is a file of weights already; give weights= with another spec, such as zoo:..."
         )
-    tensors, facts = _read_weights(path or Path(str(weights)))
+    tensors, facts = read_weights(path or Path(str(weights)))
     if path is not None:
         spec = _own_spec(path, facts)
     known = facts.get("classes")
@@ -85,8 +104,23 @@ def load_model(
             f"classes: {len(classes)} names given for the {len(known)} outputs of {spec}: {listed(known)}"
         )
     model = build_model(spec, known if classes is None else classes, input_shape or facts.get("input_shape"))
-    load_tensors(model.module, tensors)
+    load_tensors(_inner(model.module), tensors)
     return replace(model, facts=facts)
+
+
+def has_own_weights(spec: str) -> bool:
+    """Whether a spec brings trained weights without a further file.
+
+    Raises:
+        InputError: the option "pretrained" is neither true nor false.
+    """
+    scheme, _, options = split_spec(spec, "model")
+    if scheme not in _LIBRARIES:
+        return scheme != "zoo"
+    asked = options.get("pretrained", "true")
+    if asked not in ("true", "false"):
+        raise InputError(f"model: pretrained={asked}: expected true or false")
+    return asked == "true"
 
 
 def build_model(
@@ -94,20 +128,34 @@ def build_model(
 ) -> LoadedModel:
     """Build a network with random weights, which `seed` alone decides; the global random state stays as it was.
 
+    Nothing is downloaded but, for ``hf:ID``, the config.
+
     Raises:
         InputError, MismatchError: as `load_model`.
     """
+    return _built(spec, classes, input_shape, seed, pretrained=False)
+
+
+def _built(
+    spec: str, classes: Sequence[str] | None, input_shape: Sequence[int] | None, seed: int, pretrained: bool
+) -> LoadedModel:
     scheme, name, options = split_spec(spec, "model")
     if scheme not in _SCHEMES:
-        known = ", ".join(f"{known}:..." for known in _SCHEMES)
+        known = ", ".join(f"{known}:..." for known in _SCHEMES if known != "pt2")
         raise InputError(f"model: {spec!r} is of no known kind; expected {known} or a .safetensors file of pnc")
     names = None if classes is None else check_class_names(classes, "classes")
-    request = _Request(spec, name, options, names, _checked_shape(input_shape))
+    shape = None if input_shape is None else checked_shape(input_shape)
+    request = _Request(spec, name, options, names, shape, has_own_weights(spec) and pretrained)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the accelerators
         model = _SCHEMES[scheme](request)
         _check_outputs(model)
     return model
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """The network whose weights files hold: what stands in front of it comes from the spec."""
+    return module.network if isinstance(module, Preprocessed) else module
 
 
 def save_model(model: LoadedModel, path: str | Path, facts: Mapping[str, Any]) -> None:
@@ -128,35 +176,7 @@ def save_model(model: LoadedModel, path: str | Path, facts: Mapping[str, Any]) -
         "classes": list(model.classes),
         "input_shape": list(model.input_shape),
     }
-    write_tensors(path, model.module.state_dict(), {**facts, **own})
-
-
-def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy `tensors` into the parameters and buffers of `module`.
-
-    BatchNorm's counts of batches may be missing: old checkpoints lack them, and in eval mode nothing reads them.
-
-    Raises:
-        MismatchError: other names or shapes; the message gives the first of each. `module` is then as before.
-        InputError: a tensor holds NaN, with which every answer would be NaN. `module` is then as before.
-    """
-    state = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
-    problems = {
-        "missing": [name for name in state if name not in tensors and not name.endswith(".num_batches_tracked")],
-        "unexpected": [name for name in tensors if name not in state],
-        "of another shape": [
-            f"{name} ({_size(tensors[name].shape)}, the network's is {_size(tensor.shape)})"
-            for name, tensor in state.items()
-            if name in tensors and tensors[name].shape != tensor.shape
-        ],
-    }
-    found = [f"{len(names)} {kind}: {listed(names, 3)}" for kind, names in problems.items() if names]
-    if found:
-        raise MismatchError(f"weights: they do not fit the network; {'; '.join(found)}; check the spec and the file")
-    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.isnan().any()]
-    if broken:
-        raise InputError(f"weights: {listed(broken, 3)} hold NaN: the training that made them failed; take other ones")
-    module.load_state_dict(dict(tensors), strict=False)
+    write_tensors(path, _inner(model.module).state_dict(), {**facts, **own})
 
 
 # --------------------------------------------------------------------------------------------------- specs
@@ -169,16 +189,21 @@ class _Request:
     options: Mapping[str, str]
     classes: tuple[str, ...] | None
     input_shape: Shape | None
+    pretrained: bool
 
-    def known(self) -> tuple[tuple[str, ...], Shape]:
-        """Return (classes, input_shape); an InputError says which of them is not given."""
-        if self.classes is None:
+    def known_classes(self, own: Sequence[str] | None = None) -> tuple[str, ...]:
+        """Return the names that were given, else the network's own; an InputError where there are none."""
+        if self.classes is None and own is None:
             raise InputError(f"classes: {self.spec} does not name its outputs; give their names in order as classes=")
-        if self.input_shape is None:
-            raise InputError(
-                f"input_shape: {self.spec} does not say which images it takes; give (C, H, W) as input_shape="
-            )
-        return self.classes, self.input_shape
+        return check_class_names(own or (), "classes") if self.classes is None else self.classes
+
+    def known_shape(self, network: nn.Module | None = None) -> Shape:
+        """Return the shape that was given, else that of a `Preprocessed` network; an InputError where there is none."""
+        if self.input_shape is not None:
+            return self.input_shape
+        if isinstance(network, Preprocessed):
+            return network.input_shape
+        raise InputError(f"input_shape: {self.spec} does not say which images it takes; give (C, H, W) as input_shape=")
 
 
 _ZOO: dict[str, Callable[..., nn.Module]] = {
@@ -202,7 +227,7 @@ def _build_zoo(request: _Request) -> LoadedModel:
         if key not in limits:
             raise InputError(f"model: zoo:{request.name}: {unknown_name(key, list(limits), 'option')}")
         values[key] = _number(key, text, limits[key], whole=key in _TRANSFORMER_SIZES)
-    classes, input_shape = request.known()
+    classes, input_shape = request.known_classes(), request.known_shape()
     return LoadedModel(
         _ZOO[request.name](input_shape, len(classes), **values).eval(), request.spec, classes, input_shape
     )
@@ -227,7 +252,7 @@ def _build_py(request: _Request) -> LoadedModel:
     function = getattr(_imported(place), name, None)
     if not callable(function):
         raise InputError(f"model: there is no function {name!r} in {place}")
-    classes, input_shape = request.known()
+    classes = request.known_classes()
     try:
         inspect.signature(function).bind()
     except TypeError as error:
@@ -237,7 +262,7 @@ def _build_py(request: _Request) -> LoadedModel:
     network = function()
     if not isinstance(network, nn.Module):
         raise InputError(f"model: {request.spec} returned {type(network).__name__}; expected a torch.nn.Module")
-    return LoadedModel(network.eval(), request.spec, classes, input_shape)
+    return LoadedModel(network.eval(), request.spec, classes, request.known_shape(network))
 
 
 def _imported(place: str) -> ModuleType:
@@ -255,15 +280,38 @@ def _imported(place: str) -> ModuleType:
     return module
 
 
-_SCHEMES: dict[str, Callable[[_Request], LoadedModel]] = {"zoo": _build_zoo, "py": _build_py}
+_LIBRARIES: dict[str, tuple[Callable[[Wish], Found], Sequence[str]]] = {
+    "timm": (timm_network, TIMM_OPTIONS),
+    "torchvision": (torchvision_network, TORCHVISION_OPTIONS),
+    "hf": (hf_network, HF_OPTIONS),
+}
 
 
-def _checked_shape(input_shape: Sequence[int] | None) -> Shape | None:
-    if input_shape is None:
-        return None
-    if len(input_shape) != 3 or any(not isinstance(size, int) or size < 1 for size in input_shape):
-        raise InputError(f"input_shape: expected three positive whole numbers (C, H, W), got {tuple(input_shape)}")
-    return input_shape[0], input_shape[1], input_shape[2]
+def _build_from_library(request: _Request) -> LoadedModel:
+    scheme = request.spec.partition(":")[0]
+    build, known = _LIBRARIES[scheme]
+    for key in request.options:
+        if key not in known:
+            raise InputError(f"model: {scheme}: {unknown_name(key, known, 'option')}")
+    n_classes = None if request.classes is None or request.pretrained else len(request.classes)
+    found = build(Wish(request.spec, request.name, request.options, request.pretrained, n_classes))
+    network = found.network.eval()
+    return LoadedModel(network, request.spec, request.known_classes(found.classes), request.known_shape(network))
+
+
+def _refuse_pt2(request: _Request) -> LoadedModel:
+    raise InputError(
+        f"model: {request.spec} is not opened, as torch.export.load runs code that such a file may hold; if it is "
+        "yours, write a function that returns pnc.from_exported(torch.export.load(...)), and give py:FILE.py:FUNCTION"
+    )
+
+
+_SCHEMES: dict[str, Callable[[_Request], LoadedModel]] = {
+    "zoo": _build_zoo,
+    **dict.fromkeys(_LIBRARIES, _build_from_library),
+    "py": _build_py,
+    "pt2": _refuse_pt2,
+}
 
 
 def _check_outputs(model: LoadedModel) -> None:
@@ -276,12 +324,12 @@ def _check_outputs(model: LoadedModel) -> None:
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"input_shape: {model.spec} does not take images of {_size(model.input_shape)}: {reason}"
+            f"input_shape: {model.spec} does not take images of {shape_text(model.input_shape)}: {reason}"
         ) from error
     logits = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
     logits = getattr(logits, "logits", logits)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        came = _size(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        came = shape_text(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"model: {model.spec} must return logits (B, K) for B images, for 2 it returned {came}")
     if logits.shape[1] != len(model.classes):
         raise MismatchError(
@@ -290,11 +338,6 @@ def _check_outputs(model: LoadedModel) -> None:
         )
 
 
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "a scalar"
-
-
-# --------------------------------------------------------------------------------------------------- weights files
 def _own_spec(path: Path, facts: Mapping[str, Any]) -> str:
     if not facts:
         raise InputError(
@@ -305,61 +348,3 @@ def _own_spec(path: Path, facts: Mapping[str, Any]) -> str:
         # Opening a file must not run code that the file names.
         raise InputError(f"model: {path} is for {spec!r}; give this spec yourself, and the file as weights=")
     return spec
-
-
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors, and the facts of a file of our own ({} for others)."""
-    if not path.is_file():
-        raise InputError(f"weights: there is no file {path}")
-    if path.suffix != ".safetensors":
-        return _plain_names(_read_checkpoint(path)), {}
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            if METADATA_KEY not in (file.metadata() or {}):
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-                return _plain_names(tensors), {}
-    except (OSError, SafetensorError) as error:
-        raise FileFormatError(f"weights: {path} is not a whole safetensors file ({error}); copy it again") from error
-    tensors, facts = read_tensors(path)
-    _check_facts(path, facts)
-    return tensors, facts
-
-
-def _check_facts(path: Path, facts: Mapping[str, Any]) -> None:
-    if facts.get("format") != FORMAT:
-        raise FileFormatError(
-            f"weights: {path} holds {facts.get('format')!r}, no network; give a file that pretrain wrote"
-        )
-    if facts.get("version") != VERSION:
-        raise FileFormatError(
-            f"weights: {path} is of format version {facts.get('version')}, this pnc reads {VERSION}; use a matching pnc"
-        )
-    classes, shape = facts.get("classes"), facts.get("input_shape")
-    fine = isinstance(facts.get("model"), str) and isinstance(classes, list) and isinstance(shape, list)
-    if not fine or not all(isinstance(name, str) for name in classes or ()):
-        raise FileFormatError(f"weights: the metadata of {path} is damaged; make the file again")
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise FileFormatError(
-            f"weights: {path} is no checkpoint of tensors alone ({reason}); save model.state_dict() as safetensors"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FileFormatError(
-            f"weights: {path} holds no state dict; save model.state_dict(), or a dict with it under 'state_dict'"
-        )
-    return dict(state)
-
-
-def _plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in _WRAPPER_PREFIXES:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors

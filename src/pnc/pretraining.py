@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from pnc.data import ImageSet, images_as_float, relabel
 from pnc.errors import FileFormatError, InputError
 from pnc.files import canonical_json, read_tensors, write_tensors
-from pnc.models import LoadedModel, build_model, load_model, load_tensors, save_model
+from pnc.models import LoadedModel, build_model, load_model, save_model
 from pnc.networks import Normalize
 from pnc.readers import split_spec
+from pnc.weights import load_tensors
 
 _WARMUP_SHARE = 0.15
 

@@ -1,0 +1,46 @@
+"""Programs of `torch.export` as networks."""
+
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from pnc.errors import InputError
+
+
+def from_exported(program: ExportedProgram) -> nn.Module:
+    """Unwrap an exported program to a network that can be a source or a target.
+
+    Files of exported programs are not opened here, nor by ``load_model``: `torch.export.load` unpickles what it finds
+    in them (constants, example inputs and weights of older files, with ``weights_only=False``), calls functions by name
+    and evaluates expressions as Python. Such a file can run any code, so open only your own:
+    ``pnc.from_exported(torch.export.load("net.pt2"))``.
+
+    Args:
+        program: Exported from a classifier in eval mode, with one input, images (B, C, H, W), whose B is dynamic:
+            ``torch.export.export(net.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))``.
+
+    Returns:
+        A network over the program's own parameters and buffers. Train and eval mode are baked into programs: both flags
+        change nothing.
+
+    Raises:
+        InputError: no exported program, another number or form of inputs, or a fixed number of images.
+    """
+    if not isinstance(program, ExportedProgram):
+        raise InputError(
+            f"program: expected a torch.export.ExportedProgram, got {type(program).__name__}; "
+            "give what torch.export.export or torch.export.load returns"
+        )
+    names = program.graph_signature.user_inputs
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    shapes = [value.shape for value in values if isinstance(value, Tensor)]
+    if len(names) != 1 or len(shapes) != 1 or len(shapes[0]) != 4:
+        came = ", ".join(str(tuple(shape)) for shape in shapes) or "no tensor"
+        raise InputError(f"program: expected one input, images (B, C, H, W); it takes {len(names)}: {came}")
+    if isinstance(shapes[0][0], int):
+        raise InputError(
+            f"program: it takes {shapes[0][0]} images at a time, neither more nor fewer; export it again with "
+            'dynamic_shapes=({0: torch.export.Dim("batch")},)'
+        )
+    unwrapped = program.module()
+    assert isinstance(unwrapped, fx.GraphModule)  # what every program gives
+    return fx.GraphModule(unwrapped, unwrapped.graph).eval()  # anew, as train() and eval() of the first one raise
