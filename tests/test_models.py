@@ -153,6 +153,15 @@ def test_outputs_are_checked(
         load_model(f"py:{code}:{name}", None, CLASSES, shape)
 
 
+def test_a_preprocessed_network_says_which_images_it_takes(tmp_path: Path) -> None:
+    code = (
+        "import pnc\nfrom pnc.networks import cnn\n\ndef own(): return pnc.Preprocessed(cnn((3, 8, 8), 3), (3, 8, 8))\n"
+    )
+    (tmp_path / "own.py").write_text(code)
+    assert load_model(f"py:{tmp_path / 'own.py'}:own", classes=CLASSES).input_shape == (3, 8, 8)
+    assert load_model(f"py:{tmp_path / 'own.py'}:own", None, CLASSES, (1, 5, 5)).input_shape == (1, 5, 5)
+
+
 def test_names_must_fit_the_outputs(code: Path) -> None:
     with pytest.raises(MismatchError, match="three has 3 outputs, but 2 names were given; give one per output"):
         load_model(f"py:{code}:three", None, ["ant", "bee"], SHAPE)
