@@ -60,7 +60,9 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the same facts 
 Seed = Annotated[int, typer.Option(help="Of every random choice.", min=0, max=2**63 - 1)]
 Threads = Annotated[int | None, typer.Option(help="Threads for torch; its own default if not given.", min=1)]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
-Source = Annotated[str, typer.Option(help="Network that knows the classes: a file of `pnc pretrain`, timm:..., hf:..., py:...")]
+Source = Annotated[
+    str, typer.Option(help="Network that knows the classes: a file of `pnc pretrain`, timm:..., hf:..., ...")
+]
 Sources = Annotated[list[str], typer.Option("--source", help="Source of each clone, in order; one serves for all.")]
 Target = Annotated[str, typer.Option(help="Network that shall get them, or has got them: likewise.")]
 Weights = Annotated[Path | None, typer.Option(help="Its weights: .safetensors or a state-dict checkpoint.")]
@@ -403,7 +405,9 @@ def inspect(file: Annotated[Path, typer.Argument(help="Clone file.")], json_path
 
 @app.command()
 def cuts(
-    model: Annotated[str, typer.Argument(help="Network: a file of `pnc pretrain`, zoo:..., timm:..., torchvision:..., hf:..., py:...")],
+    model: Annotated[
+        str, typer.Argument(help="A file of `pnc pretrain`, zoo:..., timm:..., torchvision:..., hf:..., py:...")
+    ],
     weights: Weights = None,
     classes: Names = None,
     input_shape: Annotated[
