@@ -1,5 +1,6 @@
 import copy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,17 @@ def case(name: str) -> Case:
     }[name]
 
 
+@cache
+def made(name: str) -> tuple[Case, pnc.Clone]:
+    """A case and its clone, whose networks are found as they were."""
+    nets = case(name)
+    before = [snapshot(nets.source), snapshot(nets.target)]
+    clone = pnc.clone(nets.source, nets.target, nets.support, source_classes=NEW, base_classes=BASE)
+    assert not differences(nets.source, before[0])
+    assert not differences(nets.target, before[1])
+    return nets, clone
+
+
 CASES = (
     "coloured source, grey images",
     "coloured target, grey images",
@@ -231,9 +243,8 @@ CASES = (
 
 @pytest.mark.parametrize("name", CASES)
 def test_networks_with_other_preprocessing_clone_into_each_other(name: str, tmp_path: Path) -> None:
-    nets = case(name)
-    before = [snapshot(nets.source), snapshot(nets.target)]
-    clone = pnc.clone(nets.source, nets.target, nets.support, source_classes=NEW, base_classes=BASE)
+    nets, clone = made(name)
+    before = snapshot(nets.target)
     net = pnc.attach(nets.target, clone)
     with torch.no_grad():
         logits, own = net(nets.test.images), nets.target(nets.test.images)
@@ -248,13 +259,11 @@ def test_networks_with_other_preprocessing_clone_into_each_other(name: str, tmp_
         assert same_bits(again(nets.test.images), logits)
         net.detach(clone.name)
         assert same_bits(net(nets.test.images), own)
-    assert not differences(nets.source, before[0])
-    assert not differences(nets.target, before[1])
+    assert not differences(nets.target, before)
 
 
 def test_a_clone_belongs_to_networks_with_their_preprocessing(tmp_path: Path) -> None:
-    nets = case("coloured source, grey images")
-    clone = pnc.clone(nets.source, nets.target, nets.support, source_classes=NEW, base_classes=BASE)
+    clone = made("coloured source, grey images")[1]
     pnc.save(clone, tmp_path / "c.safetensors")
     assert fingerprint(wrapped(NEW)) == clone.source
     assert pnc.load(tmp_path / "c.safetensors", source=wrapped(NEW)).source == clone.source
@@ -266,8 +275,7 @@ def test_a_clone_belongs_to_networks_with_their_preprocessing(tmp_path: Path) ->
 
 
 def test_the_other_target_is_refused() -> None:
-    nets = case("coloured target, grey images")
-    clone = pnc.clone(nets.source, nets.target, nets.support, source_classes=NEW, base_classes=BASE)
+    clone = made("coloured target, grey images")[1]
     pnc.attach(wrapped(BASE), clone)
     with pytest.raises(MismatchError, match="pipeline"):
         pnc.attach(wrapped(BASE, interpolation="bicubic"), clone)
