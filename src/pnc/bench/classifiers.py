@@ -1,0 +1,244 @@
+"""Classifiers of three libraries to try things on: random weights that hide no error, small images, four classes."""
+
+import fnmatch
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from pnc.errors import InputError
+
+N_CLASSES = 4
+BATCH = 3
+SIZE = 64
+
+FAMILIES: Mapping[str, tuple[str, ...]] = {
+    "ResNet": ("*:resnet*", "*:wide_resnet*", "*:resnext*", "timm:seresnet*", "timm:ecaresnet*", "timm:skres*",
+               "timm:legacy_seresn*", "transformers:ResNet"),
+    "MobileNet": ("*:mobilenet*", "transformers:MobileNet*"),
+    "EfficientNet": ("*:efficientnet*", "timm:tf_efficientnet*", "transformers:EfficientNet"),
+    "DenseNet": ("*:densenet*",),
+    "RegNet": ("*:regnet*", "transformers:RegNet"),
+    "ConvNeXt": ("*:convnext*", "transformers:ConvNext*"),
+    "ViT": ("*:vit_*", "transformers:ViT*"),
+    "DeiT": ("timm:deit*", "transformers:DeiT*"),
+    "Swin": ("*:swin*", "transformers:Swin*"),
+}  # fmt: skip
+"""Patterns of the names of well-known families."""
+
+SHARES: Mapping[str, float] = {
+    **dict.fromkeys(("ResNet",), 0.40),
+    **dict.fromkeys(("MobileNet", "EfficientNet", "DenseNet", "RegNet", "ConvNeXt"), 0.55),
+    **dict.fromkeys(("ViT", "DeiT", "Swin"), 0.75),
+}
+"""Share of a part's parameters that may be left when half of its channels are gone."""
+
+_SMALL = {"image_size": 64, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+_PLAIN = {**_SMALL, "intermediate_size": 128, "patch_size": 16}
+_STAGES = {"hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 2, 1]}
+_WINDOWS = {"image_size": 64, "patch_size": 4, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+_LEVIT = {"image_size": 64, "hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [2, 2, 2],
+          "key_dim": [16, 16, 16]}  # fmt: skip
+_PERCEIVER = {"num_latents": 16, "d_latents": 64, "num_blocks": 1, "num_self_attends_per_block": 2,
+              "num_self_attention_heads": 4, "num_cross_attention_heads": 1}  # fmt: skip
+_VISION = {"vision_config": _PLAIN}
+
+TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "BEiT": ("Beit", _PLAIN),
+    "BiT": ("Bit", {**_STAGES, "embedding_size": 16, "num_groups": 8}),
+    "CLIP": ("CLIP", _VISION),
+    "ConvNext": ("ConvNext", _STAGES),
+    "ConvNextV2": ("ConvNextV2", _STAGES),
+    "CvT": ("Cvt", {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 2, 3]}),
+    "Data2VecVision": ("Data2VecVision", _PLAIN),
+    "DeiT": ("DeiT", _PLAIN),
+    "DeiTWithTeacher": ("DeiTForImageClassificationWithTeacher", _PLAIN),
+    "Dinov2": ("Dinov2", {**_SMALL, "patch_size": 16}),
+    "Dinov2WithRegisters": ("Dinov2WithRegisters", {**_SMALL, "patch_size": 16}),
+    "DonutSwin": ("DonutSwin", _WINDOWS),
+    "EfficientNet": ("EfficientNet", {"width_coefficient": 0.25, "depth_coefficient": 0.5, "hidden_dim": 320}),
+    "FocalNet": ("FocalNet", {"image_size": 64, "embed_dim": 16, "depths": [1, 1, 2, 1],
+                              "hidden_sizes": [16, 32, 64, 128]}),
+    "HGNetV2": ("HGNetV2", {}),
+    "Hiera": ("Hiera", {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8]}),
+    "IJepa": ("IJepa", _PLAIN),
+    "LeViT": ("Levit", _LEVIT),
+    "LeViTWithTeacher": ("LevitForImageClassificationWithTeacher", _LEVIT),
+    "MetaClip2": ("MetaClip2", _VISION),
+    "MobileNetV1": ("MobileNetV1", {"depth_multiplier": 0.25}),
+    "MobileNetV2": ("MobileNetV2", {"depth_multiplier": 0.35}),
+    "MobileViT": ("MobileViT", {"image_size": 64, "hidden_sizes": [32, 48, 64],
+                                "neck_hidden_sizes": [16, 16, 24, 32, 48, 64, 96]}),
+    "MobileViTV2": ("MobileViTV2", {"image_size": 64, "width_multiplier": 0.5}),
+    "PPLCNet": ("PPLCNet", {}),
+    "PVT": ("Pvt", {**_STAGES, "image_size": 64, "num_attention_heads": [1, 2, 3, 4]}),
+    "PVTv2": ("PvtV2", {**_STAGES, "image_size": 64, "num_attention_heads": [1, 2, 3, 4]}),
+    "PerceiverConv": ("PerceiverForImageClassificationConvProcessing", _PERCEIVER),
+    "PerceiverFourier": ("PerceiverForImageClassificationFourier", _PERCEIVER),
+    "PerceiverLearned": ("PerceiverForImageClassificationLearned", {**_PERCEIVER, "image_size": 64}),
+    "PoolFormer": ("PoolFormer", _STAGES),
+    "RegNet": ("RegNet", {**_STAGES, "embedding_size": 16, "groups_width": 8}),
+    "ResNet": ("ResNet", {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [2, 2, 2, 2],
+                          "layer_type": "basic"}),
+    "SegFormer": ("Segformer", {**_STAGES, "num_attention_heads": [1, 2, 3, 4]}),
+    "SigLIP": ("Siglip", _VISION),
+    "SwiftFormer": ("SwiftFormer", {"image_size": 64}),
+    "Swin": ("Swin", _WINDOWS),
+    "Swinv2": ("Swinv2", _WINDOWS),
+    "TextNet": ("TextNet", {}),
+    "ViT": ("ViT", _PLAIN),
+    "ViTMSN": ("ViTMSN", _PLAIN),
+}  # fmt: skip
+"""Classifiers of transformers by a name of ours: a class or its beginning, and a configuration of small size."""
+
+TORCHVISION = """
+alexnet convnext_tiny densenet121 densenet169 efficientnet_b0 efficientnet_b1 efficientnet_v2_s googlenet
+inception_v3@96 maxvit_t@224 mnasnet0_5 mnasnet0_75 mobilenet_v2 mobilenet_v3_large mobilenet_v3_small regnet_x_400mf
+regnet_x_800mf regnet_y_400mf regnet_y_800mf resnet18 resnet34 resnet50 resnext50_32x4d shufflenet_v2_x0_5
+shufflenet_v2_x1_0 squeezenet1_0 squeezenet1_1 swin_s swin_t swin_v2_t vgg11 vgg11_bn vit_b_32@224 wide_resnet50_2
+"""
+"""Names of torchvision; @ and the size of the images where it is not `SIZE`."""
+
+TIMM = """
+caformer_s18 convformer_s18 convmixer_768_32 convnext_atto convnext_femto_ols convnext_nano convnext_pico
+convnext_tiny_hnf convnext_zepto_rms convnextv2_atto cpubone_b1_dwnorm cpubone_nano cs3darknet_focus_s cs3darknet_s
+cs3edgenet_x csatv2 cspdarknet53 cspnext_s cspnext_tiny cspresnet50 cspresnext50 darknet53 davit_small davit_tiny
+densenet121 densenetblur121d dla34 dla46_c dla46x_c dla60_res2net dpn48b dpn68 dpn68b eca_nfnet_l0 eca_vovnet39b
+ecaresnet26t ecaresnetlight edgenext_x_small edgenext_xx_small efficientnet_b0 efficientnet_b0_g8_gn
+efficientnet_b0_gn efficientnet_cc_b0_4e efficientnet_es efficientnet_lite0 efficientnetv2_rw_t efficientvim_m1
+efficientvim_m2_dist efficientvit_b0 efficientvit_b1 ese_vovnet19b_dw ese_vovnet19b_slim fasternet_t0 fasternet_t1
+fastvit_mci0 fastvit_sa12 fastvit_t8 fbnetc_100 fbnetv3_b focalnet_tiny_lrf focalnet_tiny_srf gc_efficientnetv2_rw_t
+ghostnet_050 ghostnetv2_100 ghostnetv3_100 hardcorenas_a hardcorenas_b hgnet_tiny hgnetv2_b0 hieradet_small
+hrnet_w18_small hrnet_w18_ssld iformer_t inception_next_atto inception_next_tiny inception_resnet_v2@96
+inception_v3@96 inception_v4@96 lcnet_035 lcnet_050 lcnetv2_base lcnetv2_small legacy_seresnet18 legacy_seresnet34
+legacy_seresnext26_32x4d legacy_xception lowformer_b0 lowformer_b1 mambaout_femto mambaout_kobe mixnet_s mnasnet_100
+mnasnet_small mobilenet_edgetpu_100 mobilenetv1_100 mobilenetv2_100 mobilenetv3_large_075 mobilenetv3_small_050
+mobilenetv4_conv_small mobilenetv4_hybrid_medium nasnetalarge nextvit_base nextvit_small nf_ecaresnet26 nf_regnet_b0
+nf_resnet26 nfnet_l0 poolformer_s12 poolformerv2_s12 pvt_v2_b0 pvt_v2_b1 rdnet_small rdnet_tiny regnetv_040
+regnetx_002 regnetx_004_tv regnety_002 regnety_004 regnetz_005 repghostnet_050 repghostnet_080 res2net50_26w_4s
+res2next50 resnest14d resnest26d resnet10t resnet14t resnet18 resnet26 resnet26d resnet34d resnet50 resnet50_gn
+resnetaa50 resnetblur18 resnetrs50 resnetv2_18 resnetv2_50 resnetv2_50d_gn resnetv2_50x1_bit resnext50_32x4d
+rexnet_100 rexnet_150 rexnetr_200 selecsls42 selecsls60 semnasnet_075 seresnet50 seresnext26t_32x4d shvit_s1 shvit_s2
+skresnet18 skresnet34 skresnext50_32x4d spnasnet_100 starnet_s1 starnet_s2 test_convnext test_convnext2 test_convnext3
+test_efficientnet test_efficientnet_evos test_efficientnet_gn test_efficientnet_ln test_mambaout test_nfnet
+test_resnet tf_efficientnet_lite0 tf_efficientnetv2_b0 tf_mixnet_s tf_mobilenetv3_small_minimal_100 tiny_vit_11m_224
+tiny_vit_5m_224 tinynet_e tresnet_m tresnet_v2_l vgg11_bn wide_resnet50_2 xception41 xception41p
+"""
+"""Names of timm that take images of any size."""
+
+TIMM_SIZED = """
+bat_resnext26ts@256 beit_base_patch16_224 beitv2_base_patch16_224 botnet26t_256 cait_s24_224 cait_xxs24_224
+coat_lite_mini coat_lite_tiny coat_tiny coatnet_nano_rw_224 coatnet_pico_rw_224 coatnet_rmlp_nano_rw_224
+coatnext_nano_rw_224 convit_small convit_tiny crossvit_9_240@240 crossvit_9_dagger_240@240 crossvit_tiny_240@240
+deit3_small_patch16_224 deit_tiny_distilled_patch16_224 deit_tiny_patch16_224 eca_botnext26ts_256
+efficientformer_l1@224 efficientformerv2_s0 efficientformerv2_s1 efficientvit_m0 efficientvit_m2
+eva02_small_patch14_224 eva02_tiny_patch14_224 flexivit_small gcresnet33ts gcvit_xtiny gcvit_xxtiny gernet_s
+gmixer_12_224 gmlp_ti16_224 halonet26t@256 hiera_small_abswin_256 hiera_tiny_224 lambda_resnet26rpt_256 levit_128s
+levit_conv_128s maxvit_nano_rw_256 maxvit_rmlp_pico_rw_256 maxxvit_rmlp_nano_rw_256 mixer_b32_224 mixer_s32_224
+mobileone_s0 mobilevit_xs mobilevit_xxs mobilevitv2_050 mobilevitv2_075 mvitv2_tiny naflexvit_base_patch16_gap
+naflexvit_base_patch16_map nest_tiny pit_s_distilled_224 pit_ti_224 qwen3_vit_88m regnetz_b16 repvgg_a0 repvgg_b0
+repvit_m0_9 repvit_m1 resmlp_12_224 resmlp_24_224 resnet32ts resnet33ts sebotnet33ts_256 sequencer2d_s seresnet33ts
+swiftformer_s swiftformer_xs swin_s3_tiny_224 swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 swinv2_tiny_window8_256
+test_byobnet test_coatnet test_maxvit test_vit test_vit2 test_vit3 test_vit4 test_vit_relpos tnt_b_patch16_224
+tnt_s_patch16_224 twins_pcpvt_small twins_svt_small visformer_small visformer_tiny vit_little_patch16_reg1_gap_256
+vit_medium_patch16_gap_240 vit_pe_core_tiny_patch16_384 vit_relpos_small_patch16_224 vit_small_patch16_dinov3
+vit_small_patch32_224 vit_small_r26_s32_224 vit_srelpos_small_patch16_224 vit_tiny_patch16_224 vit_tiny_r_s16_p8_224
+vit_wee_patch16_reg1_gap_256 vitamin_small_224 volo_d1_224 xcit_nano_12_p16_224 xcit_tiny_12_p8_224
+"""
+"""Names of timm that are built for a size of images."""
+
+
+def _sizes() -> dict[str, int]:
+    named = [("torchvision", TORCHVISION), ("timm", TIMM), ("timm", TIMM_SIZED)]
+    words = [(library, *word.partition("@")) for library, block in named for word in block.split()]
+    sizes = {f"{library}:{name}": int(size or SIZE) for library, name, _, size in words}
+    return {**sizes, **dict.fromkeys((f"transformers:{name}" for name in TRANSFORMERS), SIZE)}
+
+
+CLASSIFIERS: Mapping[str, int] = _sizes()
+"""Size of the images of every model."""
+
+
+def chosen(patterns: str | None) -> tuple[str, ...]:
+    """Names out of `CLASSIFIERS`, sorted: all, or those that one of some patterns such as timm:vit_* matches.
+
+    Args:
+        patterns: Separated by commas; None for all.
+    Raises:
+        InputError: a pattern matches nothing.
+    """
+    names: set[str] = set()
+    for pattern in ["*"] if patterns is None else patterns.split(","):
+        found = fnmatch.filter(CLASSIFIERS, pattern.strip())
+        if not found:
+            raise InputError(
+                f"models: {pattern.strip()!r} is none of the {len(CLASSIFIERS)} models, such as timm:resnet18"
+            )
+        names.update(found)
+    return tuple(sorted(names))
+
+
+def family(model: str) -> str | None:
+    """The well-known family of a model, if it is of one."""
+    return next((name for name, own in FAMILIES.items() if any(fnmatch.fnmatch(model, p) for p in own)), None)
+
+
+def build(model: str) -> tuple[nn.Module, Tensor]:
+    """Build a model out of `CLASSIFIERS` with `N_CLASSES` outputs and weights of torch's global random state.
+
+    Returns:
+        The network in eval mode, `prepared`, and images (`BATCH`, 3, size, size).
+    Raises:
+        ImportError: its library is not there.
+    """
+    library, _, name = model.partition(":")
+    size = CLASSIFIERS[model]
+    if library == "torchvision":
+        options = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
+        network = importlib.import_module("torchvision.models").get_model(
+            name, weights=None, num_classes=N_CLASSES, **options
+        )
+    elif library == "timm":
+        sized = {word.partition("@")[0] for word in TIMM_SIZED.split()}
+        options = {"img_size": size} if name in sized else {}
+        network = importlib.import_module("timm").create_model(name, num_classes=N_CLASSES, **options)
+    else:
+        network = _transformers_network(name)
+    images = torch.randn(BATCH, 3, size, size)
+    return prepared(network, images), images
+
+
+def _transformers_network(name: str) -> nn.Module:
+    transformers = importlib.import_module("transformers")
+    class_name, options = TRANSFORMERS[name]
+    stem = class_name.partition("ForImage")[0]
+    config = getattr(transformers, f"{stem}Config")(num_labels=N_CLASSES, **options)
+    whole = class_name if "ForImage" in class_name else f"{class_name}ForImageClassification"
+    network: nn.Module = getattr(transformers, whole)(config)
+    return network
+
+
+def prepared(network: nn.Module, images: Tensor) -> nn.Module:
+    """Make a fresh network one whose every part matters, in place; back in eval mode.
+
+    What starts as zero or one (gates of residual branches, biases, scales) gets noise, as it would hide errors; then
+    BatchNorm's statistics are those of `images` (B, C, H, W), so that the outputs depend on the input.
+    """
+    with torch.no_grad():
+        for parameter in network.parameters():
+            spread = 0.1 if parameter.dim() < 2 or parameter.abs().max() < 1e-3 else 0.02
+            parameter.add_(torch.randn_like(parameter), alpha=spread)
+        norms = [m for m in network.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+        momenta = [norm.momentum for norm in norms]
+        network.eval()
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1.0
+        if norms:
+            network(images)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    return network.eval()

@@ -1,0 +1,288 @@
+"""Whether the classifiers that users bring can be recorded, cut, shrunk, cloned and exported: one row per model."""
+
+import ctypes
+import gc
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from pnc.bench.classifiers import N_CLASSES, SHARES, build, family, prepared
+from pnc.bench.results import Cells, Claim, at_least, at_most, table
+from pnc.channels import KEPT, ChannelSpaces, channel_spaces
+from pnc.checkpoint import load, save
+from pnc.cloning import fit
+from pnc.compaction import compact
+from pnc.composite import Composite, attach
+from pnc.cuts import LOGITS, candidate_cuts, cut_points, extract, find_head, largest_gap
+from pnc.errors import PNCError
+from pnc.graph import Recording, pick_logits, record
+from pnc.integrity import differences, evaluating, same_bits, snapshot
+from pnc.masks import channel_masks
+from pnc.networks import resnet
+from pnc.positions import Progress, scan
+from pnc.task import prepare_task
+
+N_CUTS = 8
+"""Cuts at which a network is parted and put together again, spread over all that it has."""
+
+BATCHES = (1, 5)
+"""Batch sizes of that; the recorder itself looks at others."""
+
+LARGE = 30
+"""Megabytes from which on a network's own memory is more than what the interpreter takes for a graph."""
+
+COLUMNS = (
+    "model", "recorded", "cuts", "largest_gap", "exact", "prunable_share", "kept_at_half", "shrunk_equals_masked",
+    "clone_runs", "export_ok", "seconds", "megabytes", "memory_ratio", "reason",
+)  # fmt: skip
+
+T = TypeVar("T")
+
+_N_NEW, _N_BASE = 4, 2
+_SCAN_CUTS = 4
+_EXPORT_TOLERANCE = 1e-4
+
+
+def run(models: Sequence[str], cells: Cells, progress: Progress | None = None) -> list[dict[str, Any]]:
+    """Measure models that `cells` does not hold yet.
+
+    Args:
+        models: Names out of `classifiers.CLASSIFIERS`.
+        cells: Where rows are kept, by "model".
+        progress: Called with the model, the number of models done, and that of all.
+    Returns:
+        A row for each model, in their order.
+    """
+    for done, model in enumerate(models):
+        if {"model": model} not in cells:
+            if progress is not None:
+                progress(model, done, len(models))
+            cells.add(measure(model))
+    rows = {row["model"]: row for row in cells.rows}
+    return [rows[model] for model in models]
+
+
+def measure(model: str) -> dict[str, Any]:
+    """Make the row of one model; what fails is in its `reason`, with the stage.
+
+    `recorded` is false only where the recorder refused, which the reason then tells; `shrunk_equals_masked` is None
+    where nothing can be removed. `seconds` are of one processor, for recording and analysis; `memory_ratio` is the peak
+    memory of that in multiples of `megabytes`, what the network needs by itself (weights, and a forward pass of the
+    same batch).
+    """
+    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+    row.update(model=model, recorded=False, exact=False, clone_runs=False, export_ok=False, reason="")
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")  # of the libraries
+        torch.manual_seed(0)
+        built = _tried(row, "build", lambda: build(model))
+        if built is None:
+            return {**row, "unchanged": True}
+        network, images = built
+        with evaluating(network):
+            network(images)  # fills what it keeps between calls
+        before = snapshot(network)
+        recording = _tried(row, "record", lambda: _record(row, network, images))
+        if recording is not None:
+            _tried(row, "exact", lambda: _check_exact(row, network, recording, images.shape[1:]))
+            _tried(row, "shrink", lambda: _shrink(row, recording))
+            _tried(row, "clone", lambda: _clone_both_ways(row, network, images.shape[1:]))
+        changed = differences(network, before)
+        row.update(unchanged=not changed, reason=row["reason"] + "".join(f"changed: {what}. " for what in changed[:1]))
+    return row
+
+
+def _tried(row: dict[str, Any], stage: str, work: Callable[[], T]) -> T | None:
+    """What `work` gives; None where it fails, with the reason in the row."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001 (whatever goes wrong with somebody's network is this bench's result)
+        known = "" if isinstance(error, PNCError) else f"{type(error).__name__}: "
+        row["reason"] += f"{stage}: {known}{(str(error) or '?').splitlines()[0][:200]}. "
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------- stages
+
+
+def _record(row: dict[str, Any], network: nn.Module, images: Tensor) -> Recording:
+    own_bytes = sum(t.numel() * t.element_size() for t in [*network.parameters(), *network.buffers()])
+    with evaluating(network):
+        _, forward_peak = peak_memory(lambda: network(images))
+    gc.collect()
+    gc.freeze()  # or else the collector goes through all that three libraries have loaded, time and again
+    try:
+        start = time.process_time()
+        recording, facts = _analysed(network, images)
+        seconds = time.process_time() - start
+    finally:
+        gc.unfreeze()
+    row.update(facts, recorded=True, seconds=seconds)
+    _, peak = peak_memory(lambda: _analysed(network, images))
+    if peak is not None and forward_peak is not None:
+        own_bytes += forward_peak
+        row.update(megabytes=own_bytes / 1e6, memory_ratio=(own_bytes - forward_peak + peak) / own_bytes)
+    return recording
+
+
+def _analysed(network: nn.Module, images: Tensor) -> tuple[Recording, dict[str, Any]]:
+    recording = record(network, images)
+    cuts = cut_points(recording)
+    channel_spaces(extract(recording, None, [find_head(recording).features]))
+    return recording, {"cuts": len(cuts), "largest_gap": largest_gap(recording).share}
+
+
+def _check_exact(row: dict[str, Any], network: nn.Module, recording: Recording, shape: Sequence[int]) -> None:
+    cuts = cut_points(recording)
+    chosen = [cuts[i] for i in dict.fromkeys(round(i * (len(cuts) - 1) / (N_CUTS - 1)) for i in range(N_CUTS))]
+    front = extract(recording, None, [*chosen, LOGITS])
+    with evaluating(network):
+        for size in BATCHES:
+            x = torch.randn(size, *shape)
+            expected = pick_logits(network(x.clone()))
+            *tensors, whole = front(x)
+            assert same_bits(whole, expected), f"the recorded graph differs at batch {size}"
+            for cut, tensor in zip(chosen, tensors, strict=True):
+                assert same_bits(extract(recording, cut, [LOGITS])(tensor), expected), f"differs at {cut.name}"
+    row["exact"] = True
+
+
+def _shrink(row: dict[str, Any], recording: Recording) -> None:
+    start = candidate_cuts(recording)[1]
+    segment = extract(recording, start, [find_head(recording).features])
+    spaces = channel_spaces(segment)
+    n_params = sum(p.numel() for p in segment.parameters())
+    row["prunable_share"] = prunable_params(spaces) / max(n_params, 1)
+    if not spaces.spaces:
+        return
+    row["shrunk_equals_masked"] = False
+    masks = channel_masks(spaces, {s.name: torch.arange(s.size) % 2 == 0 for s in spaces.spaces})
+    smaller = compact(segment, spaces, masks)  # compared with masking in float64 on the way
+    row.update(shrunk_equals_masked=True, kept_at_half=sum(p.numel() for p in smaller.parameters()) / n_params)
+
+
+def prunable_params(spaces: ChannelSpaces) -> int:
+    """Number of parameters that belong to a channel that can be removed."""
+    shapes = {(s.tensor, s.user): s.shape for s in spaces.slices if s.is_parameter}
+    total = 0
+    for key, shape in shapes.items():
+        fixed = list(shape)
+        for s in (s for s in spaces.slices if (s.tensor, s.user) == key):
+            fixed[s.dim] = int((s.units == KEPT).sum())
+        total += torch.Size(shape).numel() - torch.Size(fixed).numel()
+    return total
+
+
+def _clone_both_ways(row: dict[str, Any], network: nn.Module, shape: Sequence[int]) -> None:
+    """Clone two classes of a small ResNet into the network, and two of the network, half of its part, into that."""
+    small = prepared(resnet((shape[0], shape[1], shape[2]), N_CLASSES, 1, width=0.25), torch.randn(4, *shape))
+    net = _cloned(small, network, shape, density=1.0)
+    _cloned(network, small, shape, density=0.5)
+    row["clone_runs"] = True
+    _tried(row, "export", lambda: _export(row, net, shape))
+
+
+def _cloned(source: nn.Module, target: nn.Module, shape: Sequence[int], density: float) -> Composite:
+    """Clone two classes, check every promise, and give the composite."""
+    base, known = [[f"{role} {i}" for i in range(N_CLASSES)] for role in ("old", "new")]
+    labels = [name for name in base for _ in range(_N_BASE)] + [name for name in known[:2] for _ in range(_N_NEW)]
+    before = snapshot(target), snapshot(source)
+    task = prepare_task(
+        source,
+        target,
+        (torch.randn(len(labels), *shape), labels),
+        classes=known[:2],
+        source_classes=known,
+        base_classes=base,
+    )
+    found = scan(task, max_cuts=_SCAN_CUTS)
+    clone = fit(task, found.adapter(found.choose()), density=density)
+    x = torch.randn(3, *shape)
+    net = attach(target, clone)
+    with evaluating(target):
+        expected, logits = pick_logits(target(x.clone())), net(x)
+    assert same_bits(logits[:, :N_CLASSES].contiguous(), expected), "the base logits differ"
+    with tempfile.TemporaryDirectory() as folder:
+        save(clone, Path(folder) / "clone.safetensors")
+        again = attach(target, load(Path(folder) / "clone.safetensors", source=source))
+    removed = net.detach(clone.name)
+    with torch.no_grad():
+        assert same_bits(again(x), logits), "the clone from its file differs"
+        assert same_bits(net(x), expected), "after removal the logits differ"
+    for network, state in zip((target, source), before, strict=True):
+        assert not differences(network, state), "a network was changed"
+    return net.attach(removed)
+
+
+def _export(row: dict[str, Any], net: Composite, shape: Sequence[int]) -> None:
+    x = torch.randn(3, *shape)
+    program = torch.export.export(net, (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
+    found, expected = program.module()(x), net(x)
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    assert difference <= _EXPORT_TOLERANCE, f"the exported program differs by {difference:.2g}"
+    row["export_ok"] = True
+
+
+def peak_memory(work: Callable[[], T]) -> tuple[T, int | None]:
+    """Run `work`; also give by how many bytes the process grew at most meanwhile, None where that cannot be known."""
+    gc.collect()
+    if not sys.platform.startswith("linux"):
+        return work(), None
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before goes back, so that its use counts again
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: proc(5)
+    before = _status("VmRSS")
+    result = work()
+    return result, max(0, _status("VmHWM") - before)
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
+def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """What was asked for, beside what was measured."""
+    n = len(rows)
+    refused = [row for row in rows if not row["recorded"]]
+    seconds = [row["seconds"] for row in rows if row["recorded"]]
+    large = [row["memory_ratio"] for row in rows if row["memory_ratio"] is not None and row["megabytes"] >= LARGE]
+    shrinkable = [row for row in rows if row["shrunk_equals_masked"] is not None]
+    found = [
+        at_least("models", 200, n),
+        at_least("share exact, or refused with the reason", 1, sum(r["exact"] or not r["recorded"] for r in rows) / n),
+        at_most("share refused", 0.02, len(refused) / n),
+        at_least("share where clones run both ways", 0.97, sum(row["clone_runs"] for row in rows) / n),
+        at_least("share of shrinkable models where shrunk equals masked",
+                 1, sum(row["shrunk_equals_masked"] for row in shrinkable) / max(len(shrinkable), 1)),
+        at_least("share where the network is as before", 1, sum(row["unchanged"] for row in rows) / n),
+    ]  # fmt: skip
+    if seconds:
+        found.append(at_most("seconds to record and analyse, median", 0.3, statistics.median(seconds)))
+        found.append(at_most("seconds to record and analyse, worst", 10, max(seconds)))
+    if large:
+        what = f"peak memory over the network's own, worst of those that take {LARGE} MB or more"
+        found.append(at_most(what, 3, max(large)))
+    for name, share in SHARES.items():
+        kept = [row["kept_at_half"] or 1.0 for row in rows if row["recorded"] and family(row["model"]) == name]
+        if kept:
+            found.append(
+                at_most(f"share of parameters left with half of the channels, {name}, worst", share, max(kept))
+            )
+    return found
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table."""
+    return table(COLUMNS, [["" if row[column] is None else row[column] for column in COLUMNS] for row in rows])
