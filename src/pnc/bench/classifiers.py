@@ -197,7 +197,7 @@ def build(model: str) -> tuple[nn.Module, Tensor]:
     library, _, name = model.partition(":")
     size = CLASSIFIERS[model]
     if library == "torchvision":
-        options = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
+        options: dict[str, Any] = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
         network = importlib.import_module("torchvision.models").get_model(
             name, weights=None, num_classes=N_CLASSES, **options
         )
