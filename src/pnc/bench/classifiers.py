@@ -19,7 +19,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "ResNet": ("*:resnet*", "*:wide_resnet*", "*:resnext*", "timm:seresnet*", "timm:ecaresnet*", "timm:skres*",
                "timm:legacy_seresn*", "transformers:ResNet"),
     "MobileNet": ("*:mobilenet*", "transformers:MobileNet*"),
-    "EfficientNet": ("*:efficientnet*", "timm:tf_efficientnet*", "transformers:EfficientNet"),
+    "EfficientNet": ("*:efficientnet_[!c]*", "*:efficientnetv2*", "timm:tf_efficientnet*", "transformers:EfficientNet"),
     "DenseNet": ("*:densenet*",),
     "RegNet": ("*:regnet*", "transformers:RegNet"),
     "ConvNeXt": ("*:convnext*", "transformers:ConvNext*"),
@@ -27,7 +27,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "DeiT": ("timm:deit*", "transformers:DeiT*"),
     "Swin": ("*:swin*", "transformers:Swin*"),
 }  # fmt: skip
-"""Patterns of the names of well-known families."""
+"""Patterns of the names of well-known families; efficientnet_cc mixes its filters for each image anew, and is none."""
 
 SHARES: Mapping[str, float] = {
     **dict.fromkeys(("ResNet",), 0.40),

@@ -159,7 +159,7 @@ def _check_exact(row: dict[str, Any], network: nn.Module, recording: Recording, 
 def _shrink(row: dict[str, Any], recording: Recording) -> None:
     start = candidate_cuts(recording)[1]
     segment = extract(recording, start, [find_head(recording).features])
-    spaces = channel_spaces(segment)
+    spaces = channel_spaces(segment, free_output=True)
     n_params = sum(p.numel() for p in segment.parameters())
     row["prunable_share"] = prunable_params(spaces) / max(n_params, 1)
     if not spaces.spaces:
