@@ -121,29 +121,6 @@ def _is_map(shape: Sequence[int], channel_dim: int, input_shape: Sequence[int]) 
     return 2 / 3 <= ratio <= 3 / 2
 
 
-@dataclass(frozen=True)
-class Gap:
-    """Neighbouring cut points, or the last one and the output, with no way to part the network between them.
-
-    Attributes:
-        share: Of the network's MACs, the part that lies between them.
-        after: Name of the cut point in front.
-        before: Name of the one behind; `LOGITS` for the output.
-    """
-
-    share: float
-    after: str
-    before: str
-
-
-def largest_gap(recording: Recording) -> Gap:
-    """Find the largest part of a network that has no cut point inside, by MACs."""
-    total = sum(info(node).n_macs for node in recording.module.graph.nodes)
-    places = [*((cut.name, cut.n_macs) for cut in cut_points(recording)), (LOGITS, total)]
-    gaps = [Gap((high - low) / max(total, 1), a, b) for (a, low), (b, high) in itertools.pairwise(places)]
-    return max(gaps, key=lambda gap: gap.share)
-
-
 def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...]:
     """The cut points worth trying, from the input to the deepest one before the head's features.
 
