@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import zoo
 from pnc.cuts import INPUT, LOGITS, CutPoint, candidate_cuts, cut_points, extract, find_head
@@ -175,6 +176,25 @@ def test_of_a_chain_without_multiplications_only_the_last_is_a_candidate():
         "layers_0_relu_1",
         "layers_1_relu_1",
         "layers_2_relu_1",
+    ]
+
+
+def test_a_map_is_cut_before_it_is_padded_for_the_next_layer():
+    class Padding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3)
+            self.classifier = nn.Linear(4, 5)
+
+        def forward(self, x):
+            x = F.pad(F.relu(self.stem(x)), (0, 1, 0, 1))
+            return self.classifier(F.relu(self.last(x)).mean((2, 3)))
+
+    recording = record(Padding(), torch.randn(2, 3, 8, 8))
+    assert [(cut.name, cut.shape) for cut in candidate_cuts(recording)] == [
+        (INPUT, (3, 8, 8)),
+        ("relu", (4, 8, 8)),
+        ("relu_1", (4, 7, 7)),
     ]
 
 

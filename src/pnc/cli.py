@@ -1,11 +1,11 @@
 """The `pnc` command. Every command takes `--json PATH` for the facts that it shows, and exits with 2 on bad input."""
 
+import dataclasses
 import importlib.metadata
-import itertools
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,7 +33,7 @@ from pnc.arguments import (
 )
 from pnc.bench import main_job
 from pnc.bench_cli import bench
-from pnc.cuts import cut_points
+from pnc.cuts import cut_points, largest_gap
 from pnc.data import class_subset, listed, parse_classes, relabel
 from pnc.errors import InputError, PNCError
 from pnc.files import write_file
@@ -432,10 +432,10 @@ def cuts(
         }
         for cut in cut_points(network.recording)
     ]
-    largest = _largest_gap(rows)
+    largest = largest_gap(network.recording)
     facts = {
         "cuts": rows,
-        "largest_gap": largest,
+        "largest_gap": dataclasses.asdict(largest),
         "features": network.head.features.name,
         "classifier": network.head.module,
     }
@@ -449,7 +449,7 @@ def cuts(
         ],
     )  # fmt: skip
     say("MACs, params: share of the network's that lies in front of the cut")
-    say(f"largest gap: {largest['share']:.1%} of the MACs, between {largest['after']} and {largest['before']}")
+    say(f"largest gap: {largest.share:.1%} of the MACs, between {largest.after} and {largest.before}")
     say(f"classifier: {network.head.module or '(no module)'}; its features: {network.head.features.name}")
 
 
@@ -468,16 +468,6 @@ def main() -> None:
     if code == INTERRUPTED:
         complain("stopped")
     sys.exit(code)
-
-
-def _largest_gap(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Between which neighbours among the cuts, or the last cut and the output, most of the MACs lie."""
-    places = [*((row["name"], row["macs_share"]) for row in rows), ("the output", 1.0)]
-    gaps = [
-        {"share": high - low, "after": after, "before": before}
-        for (after, low), (before, high) in itertools.pairwise(places)
-    ]
-    return max(gaps, key=lambda gap: gap["share"])
 
 
 def _write_json(path: Path | None, facts: Mapping[str, Any]) -> None:

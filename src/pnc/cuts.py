@@ -121,6 +121,29 @@ def _is_map(shape: Sequence[int], channel_dim: int, input_shape: Sequence[int]) 
     return 2 / 3 <= ratio <= 3 / 2
 
 
+@dataclass(frozen=True)
+class Gap:
+    """Neighbouring cut points, or the last one and the output, with no way to part the network between them.
+
+    Attributes:
+        share: Of the network's MACs, the part that lies between them.
+        after: Name of the cut point in front.
+        before: Name of the one behind; `LOGITS` for the output.
+    """
+
+    share: float
+    after: str
+    before: str
+
+
+def largest_gap(recording: Recording) -> Gap:
+    """Find the largest part of a network that has no cut point inside, by MACs."""
+    total = sum(info(node).n_macs for node in recording.module.graph.nodes)
+    places = [*((cut.name, cut.n_macs) for cut in cut_points(recording)), (LOGITS, total)]
+    gaps = [Gap((high - low) / max(total, 1), a, b) for (a, low), (b, high) in itertools.pairwise(places)]
+    return max(gaps, key=lambda gap: gap.share)
+
+
 def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...]:
     """The cut points worth trying, from the input to the deepest one before the head's features.
 
@@ -146,13 +169,16 @@ def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...
 def _chain_ends(chain: Sequence[CutPoint], is_last: bool) -> list[CutPoint]:
     """The cuts to keep of those with the same cost; `is_last`: the head's features belong to them as well.
 
-    A map is preferred to the same values as tokens or as one long vector: it knows which positions are neighbours.
+    A map is preferred to the same values as tokens or as one long vector: it knows which positions are neighbours. And
+    a map before it is padded for the next layer to the padded one, whose border an adapter could not know.
     """
     spatial = [cut for cut in chain if not cut.is_pooled]
     pooled = [cut for cut in chain if cut.is_pooled and not is_last][-1:]
     if not spatial:
         return pooled
-    last = next((cut for cut in reversed(spatial) if cut.kind == "map" and cut.size == spatial[-1].size), spatial[-1])
+    maps = [cut for cut in spatial if cut.kind == "map"]
+    size = min(cut.size for cut in maps) if spatial[-1].kind == "map" else spatial[-1].size
+    last = next((cut for cut in reversed(maps) if cut.size == size), spatial[-1])
     return [last] if pooled and pooled[0].size == last.size else [last, *pooled]
 
 

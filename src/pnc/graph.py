@@ -10,7 +10,7 @@ import copy
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,12 @@ from torch import Tensor, fx, nn
 from pnc.errors import InputError, RecordingError
 from pnc.integrity import same_bits
 from pnc.merging import bind, merge
-from pnc.segments import dominators, subgraph
+from pnc.segments import dominators, part
 from pnc.tracing import BATCH_SIZES, NodeInfo, Recorder, Tape, info, tensors_in
 
-__all__ = ["BATCH_SIZES", "NodeInfo", "Recording", "info", "record"]
+__all__ = ["BATCH_SIZES", "NodeInfo", "Recording", "info", "pick_logits", "record"]
 
 _PROBE_SIZE = 4  # other than both batch sizes; not prime, so that a rounded half of the batch shows too
-_VERIFIED_CUTS = 3
 _LOCK = threading.RLock()  # recording patches `nn.Module.__call__`: one at a time
 
 
@@ -230,7 +229,7 @@ def _laid_out(images: Tensor, example: Tensor) -> Tensor:
 def _run(forward: Callable[[Tensor], object], x: Tensor) -> Tensor:
     """The logits of a forward on a copy of `x`; any error of the user's code becomes a RecordingError."""
     try:
-        return _pick_logits(forward(x.clone()))
+        return pick_logits(forward(x.clone()))
     except RecordingError:
         raise
     except Exception as error:  # noqa: BLE001 - the user's code may raise anything
@@ -252,8 +251,12 @@ def _run_single(network: nn.Module, images: Tensor) -> Tensor | None:
         return None
 
 
-def _pick_logits(out: object) -> Tensor:
-    """The logits in what a forward returned: a tensor, `.logits`, ["logits"], or the first tensor."""
+def pick_logits(out: object) -> Tensor:
+    """The logits in what a network's forward returned: a tensor, `.logits`, ["logits"], or the first tensor.
+
+    Raises:
+        RecordingError: there are none of shape (B, K).
+    """
     logits = getattr(out, "logits", None)
     if logits is None and isinstance(out, Mapping):
         logits = out.get("logits")
@@ -267,7 +270,7 @@ def _pick_logits(out: object) -> Tensor:
 
 def _tape(network: nn.Module, x: Tensor) -> Tape:
     recorder = Recorder(network)
-    logits = _run(lambda images: recorder.run(images, _pick_logits), x)
+    logits = _run(lambda images: recorder.run(images, pick_logits), x)
     if recorder.data_reads:
         raise RecordingError(
             f"the network's Python code reads values that depend on the images ({recorder.data_reads[0]}), "
@@ -297,31 +300,29 @@ def _verify(network: nn.Module, state: _State, recording: Recording, single: Ten
 
 
 def _check_recording(recording: Recording, single: Tensor | None) -> None:
-    """Compare graph and network on the probe; on its first image also as prefix and suffix at sampled cuts."""
+    """Compare graph and network on the probe; on its first image as prefix and suffix of the cut in the middle."""
     module, probe, logits = recording.module, recording.probe, recording.probe_logits
-    _compare(_outputs(module, probe.clone())[0], logits, "its recording")
+    _compare(_output(module, module.graph, probe.clone()), logits, "its recording")
     if single is not None:
         probe, logits = probe[:1], single
-    found = dominators(module.graph)[1:]
-    cuts = [found[i] for i in sorted({len(found) * i // _VERIFIED_CUTS for i in range(_VERIFIED_CUTS)}) if found]
-    *features, last = _outputs(subgraph(module, recording.input, [*cuts, recording.output]), probe)
-    _compare(last, logits, f"its recording at batch size {len(probe)}")
-    for cut, tensor in zip(cuts, features, strict=True):
-        kept = tensor.clone()
-        suffix = subgraph(module, cut, [recording.output])
-        _compare(_outputs(suffix, tensor)[0], logits, f"its recording cut at {cut.name}")
-        assert same_bits(tensor, kept), f"the suffix from {cut.name} wrote to its input"
+    cuts = dominators(module.graph)
+    cut = cuts[len(cuts) // 2]
+    tensor = _output(module, part(module.graph, recording.input, [cut]), probe)
+    kept = tensor.clone()
+    found = _output(module, part(module.graph, cut, [recording.output]), tensor)
+    _compare(found, logits, f"its recording at batch size {len(probe)}, cut at {cut.name}")
+    assert same_bits(tensor, kept), f"the suffix from {cut.name} wrote to its input"
 
 
-def _outputs(part: fx.GraphModule, x: Tensor) -> Sequence[Tensor]:
-    """What a part of the graph gives; a failure shows that the graph does not fit this batch size."""
+def _output(module: fx.GraphModule, graph: fx.Graph, x: Tensor) -> Tensor:
+    """What a graph over the module's layers gives; a failure shows that the graph does not fit this batch size."""
     try:
-        out = part(x)
+        out: Tensor = fx.Interpreter(module, graph=graph).run(x)  # for one run quicker than making code of the graph
     except Exception as error:  # noqa: BLE001 - operations of the user's choice
         raise RecordingError(
             f"the network is not reproduced by its recording, which fails at batch size {len(x)}: {_reason(error)}"
         ) from error
-    return out if isinstance(out, tuple) else (out,)
+    return out
 
 
 def _compare(found: Tensor, expected: Tensor, what: str) -> None:

@@ -38,10 +38,22 @@ def run(module: nn.Module, *inputs: Tensor) -> list[Tensor] | None:
 
     Calls `forward` directly, so that hooks of the module's owner see nothing, and keeps the global random state.
     """
+    copied = _copied(module)
+    return None if copied is None else _run(copied, *inputs)
+
+
+def _copied(module: nn.Module) -> nn.Module | None:
+    """A copy to experiment with, in evaluation mode and float64 on the CPU; None where it cannot be made."""
+    try:
+        return copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval()
+    except FAILURES:
+        return None
+
+
+def _run(copied: nn.Module, *inputs: Tensor) -> list[Tensor] | None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
-            probed = copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval()
-            outs = [probed.forward(x.clone()) for x in inputs]
+            outs = [copied.forward(x.clone()) for x in inputs]
         except FAILURES:
             return None
     return outs if all(isinstance(out, Tensor) for out in outs) else None
@@ -85,30 +97,31 @@ def per_channel(module: nn.Module, shape: Sequence[int], dim: int) -> PerChannel
     Dropping two channels of the input, and the entries of the parameters that have one per channel, must drop the same
     two channels of the output and change nothing else.
     """
-    module, x = copy.deepcopy(module).cpu(), probe_input(shape, dim)
+    copied, x = _copied(module), probe_input(shape, dim)
     n_channels = shape[dim]
-    outs = run(module, x)
-    if outs is None or outs[0].shape != x.shape or n_channels < 3:
+    outs = None if copied is None else _run(copied, x)
+    if copied is None or outs is None or outs[0].shape != x.shape or n_channels < 3:
         return None
     tensors = []
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    for name, tensor in [*copied.named_parameters(), *copied.named_buffers()]:
         dims = [d for d, size in enumerate(tensor.shape) if size == n_channels]
         if len(dims) > 1:
             return None
         tensors += [(name, d) for d in dims]
     dropped = torch.tensor([0, n_channels // 2])
     keep = torch.tensor([c for c in range(n_channels) if c not in (0, n_channels // 2)])
-    smaller, masked = copy.deepcopy(module), copy.deepcopy(module)
-    parameters = {name for name, _ in module.named_parameters()}
+    smaller = copy.deepcopy(copied)
+    parameters = {name for name, _ in copied.named_parameters()}
     for name, d in tensors:
-        replace_tensor(smaller, name, owned_tensor(smaller, name).index_select(d, keep))
+        tensor = owned_tensor(copied, name)
+        replace_tensor(smaller, name, tensor.index_select(d, keep))
         if name in parameters:
-            replace_tensor(masked, name, owned_tensor(masked, name).index_fill(d, dropped, 0.0))
+            replace_tensor(copied, name, tensor.index_fill(d, dropped, 0.0))
     resize_attributes(smaller, n_channels, len(keep))
-    part = run(smaller, x.index_select(dim, keep))
+    part = _run(smaller, x.index_select(dim, keep))
     if part is None or not close(part[0], outs[0].index_select(dim, keep)):
         return None
-    zeroed = run(masked, x, x.index_fill(dim, dropped, 0.0))
+    zeroed = _run(copied, x, x.index_fill(dim, dropped, 0.0))
     assert zeroed is not None  # it ran with other numbers
     makes_zero, keeps_zero = (not bool(z.index_select(dim, dropped).any()) for z in zeroed)
     return PerChannel(tuple(tensors), makes_zero, keeps_zero)

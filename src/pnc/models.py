@@ -11,11 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pnc.data import check_class_names, listed, unknown_name
-from pnc.errors import InputError, MismatchError
+from pnc.errors import InputError, MismatchError, RecordingError
 from pnc.files import write_tensors
+from pnc.graph import pick_logits
 from pnc.libraries import (
     HF_OPTIONS,
     TIMM_OPTIONS,
@@ -326,11 +327,10 @@ def _check_outputs(model: LoadedModel) -> None:
         raise InputError(
             f"input_shape: {model.spec} does not take images of {shape_text(model.input_shape)}: {reason}"
         ) from error
-    logits = output["logits"] if isinstance(output, Mapping) and "logits" in output else output
-    logits = getattr(logits, "logits", logits)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        came = shape_text(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"model: {model.spec} must return logits (B, K) for B images, for 2 it returned {came}")
+    try:
+        logits = pick_logits(output)
+    except RecordingError as error:
+        raise InputError(f"model: {model.spec}: {error}") from error
     if logits.shape[1] != len(model.classes):
         raise MismatchError(
             f"classes: {model.spec} has {logits.shape[1]} outputs, but {len(model.classes)} names were given; "

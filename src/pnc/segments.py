@@ -78,6 +78,15 @@ def costs_before(cuts: Sequence[fx.Node]) -> list[tuple[int, int]]:
 def subgraph(module: fx.GraphModule, start: fx.Node, outputs: Sequence[fx.Node]) -> fx.GraphModule:
     """The part of a recorded graph that computes `outputs` from `start`, over the same modules and tensors.
 
+    Raises:
+        InputError: as `part`.
+    """
+    return eval_module(module, part(module.graph, start, outputs))
+
+
+def part(graph: fx.Graph, start: fx.Node, outputs: Sequence[fx.Node]) -> fx.Graph:
+    """The part of a recorded graph that computes `outputs` from `start`, as a graph of its own.
+
     One output comes as a tensor, several as a tuple. The tensor given for `start` is never written to, and an output
     that a later operation writes to is copied first. Integers that follow the batch come from the given tensor.
 
@@ -90,7 +99,7 @@ def subgraph(module: fx.GraphModule, start: fx.Node, outputs: Sequence[fx.Node])
     new = fx.Graph()
     given = new.placeholder("x")
     given.meta["pnc"] = dataclasses.replace(info(start), n_macs=0, n_params=0, after=(), writes=frozenset())
-    nodes = [node for node in module.graph.nodes if node in wanted]
+    nodes = [node for node in graph.nodes if node in wanted]
     overwritten = any(info(start).holds & info(node).writes for node in nodes)
     copies = {start: _clone(new, given) if overwritten else given}
     taps = {start: given}
@@ -104,7 +113,7 @@ def subgraph(module: fx.GraphModule, start: fx.Node, outputs: Sequence[fx.Node])
             taps[node] = _clone(new, copies[node])
     result = new.output(taps[outputs[0]] if len(outputs) == 1 else tuple(taps[node] for node in outputs))
     result.meta["pnc"] = dataclasses.replace(info(outputs[-1]), n_macs=0, n_params=0, after=(), writes=frozenset())
-    return eval_module(module, new)
+    return new
 
 
 def _is_batch_size(node: fx.Node) -> bool:
