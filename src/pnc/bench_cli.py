@@ -5,10 +5,23 @@ from typing import Annotated
 
 import typer
 
-from pnc.arguments import check_outputs, use_threads
+from pnc.arguments import (
+    ModelOptions,
+    check_different,
+    check_images,
+    check_outputs,
+    check_trained,
+    data_file,
+    load_network,
+    parse_support,
+    use_threads,
+)
 from pnc.bench import classifiers
 from pnc.bench import coverage as coverage_bench
+from pnc.bench import positions as positions_bench
 from pnc.bench.results import Cells, commit, write_results
+from pnc.errors import InputError
+from pnc.readers import load_data
 from pnc.screen import progress, say
 
 bench = typer.Typer(
@@ -47,3 +60,47 @@ def coverage(
         made = coverage_bench.claims(rows), coverage_bench.markdown(rows)
         write_results(json_path.parent, json_path.stem, command, {"rows": rows}, *made)
     say(made[1])
+
+
+@bench.command("positions")
+def measure_positions(
+    source: Annotated[str, typer.Option(help="File of `pnc pretrain`: the network that knows the new classes.")],
+    target: Annotated[str, typer.Option(help="File of `pnc pretrain`: the network that shall get them.")],
+    data: Annotated[str, typer.Option(help="Images: digits, parquet:PATH, folder:PATH, hf:NAME.")],
+    support: Annotated[str, typer.Option(help="Images per new / per base class.")] = "100/20",
+    flip: Annotated[bool, typer.Option(help="Use mirror images too.")] = True,
+    seeds: Annotated[int, typer.Option(help="How many supports, seeds 0, 1, ...", min=1)] = 3,
+    data_name: Annotated[str | None, typer.Option(help="What the results call the images.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for positions.json, .md and .jsonl.")] = Path("results"),
+    threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 1,
+) -> None:
+    """Ways to find a position side by side: closed form within bounds, refined, and the paper's search.
+
+    Takes some minutes for each seed; rows that are in positions.jsonl already are not made again.
+    """
+    asked = ModelOptions("source", source, None, None), ModelOptions("target", target, None, None)
+    check_different(*asked)
+    check_trained(*asked)
+    n_new, n_base = parse_support(support)
+    if not n_new or not n_base:
+        raise InputError(f"support: numbers of images above 0 of new and of base classes are needed; got {support!r}")
+    rows_path = out / "positions.jsonl"
+    check_outputs({"out": rows_path}, [*(one.file for one in asked), data_file(data)])
+    train, test = load_data(data, "train"), load_data(data, "test")
+    models = [load_network(one, input_shape=train.input_shape) for one in asked]
+    check_images(train, *models)
+    setting = positions_bench.Setting(models[0], models[1], train, test, n_new, n_base, flip)
+    facts = {"source": source, "target": target, "data": data_name or data, "support": support, "flip": flip}
+    cells = Cells(rows_path, facts, ("strategy", "seed"))
+    with use_threads(threads), progress() as bar:
+        rows = positions_bench.run(setting, range(seeds), cells, bar.step)
+    command = (
+        f"pnc bench positions --source {source} --target {target} --data {data_name or data} --support {support} "
+        f"--{'' if flip else 'no-'}flip --seeds {seeds} --threads {threads}"
+    )
+    found = positions_bench.claims(rows)
+    text = positions_bench.markdown(rows, setting, data_name or data)
+    write_results(out, "positions", command, {**facts, "rows": rows}, found, text)
+    for one in found:
+        say(f"{'holds' if one.holds else 'FAILS'}: {one.claim} {one.must}: {one.value:.3f} +- {one.spread:.3f}")
+    say(f"{out / 'positions.md'}: written")

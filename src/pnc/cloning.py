@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +13,28 @@ from pnc.channels import channel_spaces
 from pnc.compaction import compact, own_copy
 from pnc.cuts import CutPoint, extract
 from pnc.errors import InputError
-from pnc.heads import Head, HeadSamples, choose_shrinkage, fit_discriminant, source_head
+from pnc.heads import Head
 from pnc.integrity import Fingerprint, fingerprint
 from pnc.localization import Method, localize, reestimate_statistics
 from pnc.masks import ChannelMasks
 from pnc.positions import (
+    Outcome,
     Progress,
-    average_accuracy,
+    fit_head,
     held_out_correct,
+    outcome_of,
     run_parts,
     scan,
     source_body,
-    source_classifier,
 )
+from pnc.refinement import refined
+from pnc.sequential import Part, search
 from pnc.stitching import Adapter, CrossFitted, Stitched
 from pnc.task import CloneTask, prepare_task
 from pnc.tracing import info
+
+Strategy = Literal["scan", "sequential"]
+"""How a position is found: all in closed form, or as the paper does (`pnc.sequential`), the reference."""
 
 MAX_NAME = 60
 """Characters up to which a clone is named after all of its classes."""
@@ -114,6 +120,8 @@ def clone(
     method: Method = "taylor",
     max_macs: float | None = None,
     max_bytes: int | None = None,
+    strategy: Strategy = "scan",
+    refine: bool = False,
     flip: bool = False,
     seed: int = 0,
     batch_size: int = 128,
@@ -138,6 +146,9 @@ def clone(
         method: How channels are chosen below density 1.
         max_macs: Bound on the added MACs as a share of the source's.
         max_bytes: Bound on the size of the thin file at full density.
+        strategy: How the position is found. "sequential" is the reference to compare with: the paper's search, trained
+            by gradient; it knows no bounds and takes minutes.
+        refine: Tune the adapter by gradient, and keep what held-out images gain by; takes minutes.
         flip: Use the mirror image of each sample too: right for photographs, wrong for digits.
         seed: Of every random choice; the same inputs and seed give the same clone.
         batch_size: Images that go through a network at a time.
@@ -148,6 +159,10 @@ def clone(
     """
     if not 0 < density <= 1:
         raise InputError(f"density must be in (0, 1]: the share of prunable MACs that is kept; got {density}")
+    if strategy not in get_args(Strategy):
+        raise InputError(f"strategy: expected one of {', '.join(get_args(Strategy))}, got {strategy!r}")
+    if strategy == "sequential" and (max_macs is not None or max_bytes is not None or refine):
+        raise InputError("strategy: the sequential search takes no max_macs, max_bytes or refine; leave them out")
     if name is not None and (not name or not name.isprintable()):
         raise InputError(f"name must be printable text; got {name!r}")
     task = prepare_task(
@@ -161,9 +176,11 @@ def clone(
         seed=seed,
         batch_size=batch_size,
     )
+    if strategy == "sequential":
+        return fit_sequential(task, density=density, method=method, name=name, progress=progress)
     found = scan(task, progress=progress)
     fitted = found.adapter(found.choose(max_macs, max_bytes))
-    return fit(task, fitted, density=density, method=method, name=name, progress=progress)
+    return fit(task, fitted, density=density, method=method, refine=refine, name=name, progress=progress)
 
 
 def fit(
@@ -172,6 +189,7 @@ def fit(
     *,
     density: float = 1.0,
     method: Method = "taylor",
+    refine: bool = False,
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Clone:
@@ -182,42 +200,90 @@ def fit(
         fitted: The adapters of a position, from `scan`: `found.adapter(found.choose())`.
         density: As in `clone`.
         method: As in `clone`.
+        refine: As in `clone`.
         name: As in `clone`.
         progress: As in `clone`.
     """
-    body, masks, kept = source_body(task, fitted.adapter.source_cut), None, 1.0
-    if density < 1 and (spaces := channel_spaces(body)).spaces:
-        inputs = torch.cat(list(_adapted(task, fitted.adapter)))
-        generator = torch.Generator().manual_seed(task.seed)
-        masks = localize(body, spaces, inputs, density, method=method, generator=generator)
-        kept = Costs(body, spaces).density(masks.flat)
-        part = compact(body, spaces, masks)
-        reestimate_statistics(part, _adapted(task, fitted.adapter))
-    else:
-        part = own_copy(body)
-    (samples,) = run_parts(task, [(fitted, part)], progress)
-    head, shrinkage = _fit_head(task, samples)
-    score, standard_error = average_accuracy(held_out_correct(task, samples), task)
-    n_macs = fitted.adapter.n_macs + sum(info(node).n_macs for node in part.graph.nodes)
+    part = _part(task, fitted.adapter, density, method)
+    error = fitted.error
+    facts: dict[str, Any] = {}
+    if refine:
+        found = refined(task, fitted, part.module, progress)
+        fitted, facts = found.fitted, {"refine": {"gain": found.gain, "steps": found.n_steps}}
+    (samples,) = run_parts(task, [(fitted, part.module)], progress)
+    head, shrinkage = fit_head(task, samples)
+    outcome = outcome_of(held_out_correct(task, samples), task)
+    facts |= {"adapter_error": error, "shrinkage": shrinkage}
+    return _made(task, copy.deepcopy(fitted.adapter), part, head, outcome, name, method, facts)
+
+
+def fit_sequential(
+    task: CloneTask,
+    *,
+    density: float = 1.0,
+    method: Method = "taylor",
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Clone:
+    """Make a clone as the paper does: `strategy="sequential"` of `clone`.
+
+    Args:
+        task: From `prepare_task`.
+        density: As in `clone`.
+        method: As in `clone`.
+        name: As in `clone`.
+        progress: As in `clone`.
+    """
+
+    found = search(task, lambda adapter: _part(task, adapter, density, method), progress)
+    facts = {"learning_rate": found.learning_rate, "strategy": "sequential"}
+    return _made(task, found.adapter, found.part, found.head, found.outcome, name, method, facts)
+
+
+def _part(task: CloneTask, adapter: Adapter, density: float, method: Method) -> Part:
+    """The source's part behind an adapter, as an own copy, at the density that is wanted."""
+    body = source_body(task, adapter.source_cut)
+    if density == 1 or not (spaces := channel_spaces(body)).spaces:
+        return Part(own_copy(body))
+    inputs = torch.cat(list(_adapted(task, adapter)))
+    generator = torch.Generator().manual_seed(task.seed)
+    masks = localize(body, spaces, inputs, density, method=method, generator=generator)
+    module = compact(body, spaces, masks)
+    reestimate_statistics(module, _adapted(task, adapter))
+    return Part(module, masks, Costs(body, spaces).density(masks.flat))
+
+
+def _made(
+    task: CloneTask,
+    adapter: Adapter,
+    part: Part,
+    head: Head,
+    outcome: Outcome,
+    name: str | None,
+    method: Method,
+    facts: Mapping[str, Any],
+) -> Clone:
+    """Put the pieces together; `facts` go into the recipe with what every clone says. One argument for each piece."""
+    n_macs = adapter.n_macs + sum(info(node).n_macs for node in part.module.graph.nodes)
+    score, standard_error = outcome.average
     recipe = {
-        "adapter_error": fitted.error,
-        "density": kept,
+        "density": part.density,
         "flip": bool(len(task.samples.groups) > int(task.samples.groups.max()) + 1),
         "macs_share": n_macs / task.source.n_macs,
-        "method": None if masks is None else method,
+        "method": None if part.masks is None else method,
         "n_base_samples": _n_images(task, base=True),
         "n_new_samples": _n_images(task, base=False),
         "score": score,
         "seed": task.seed,
-        "shrinkage": shrinkage,
         "standard_error": standard_error,
+        **facts,
     }
     return Clone(
         name=name or _default_name(task.new_classes),
         classes=task.new_classes,
         base_classes=task.target.classes,
-        branch=Branch(Stitched(copy.deepcopy(fitted.adapter), part, task.source.head.features), head).cpu(),
-        masks=masks,
+        branch=Branch(Stitched(adapter, part.module, task.source.head.features), head).cpu(),
+        masks=part.masks,
         source=fingerprint(task.source.model),
         target=fingerprint(task.target.model),
         input_shape=task.target.recording.input_shape,
@@ -238,14 +304,6 @@ def _adapted(task: CloneTask, adapter: Adapter) -> Iterator[Tensor]:
     for _, images in task.samples.batches(task.batch_size):
         with torch.no_grad():
             yield adapter(prefix(images.to(task.target.device)))
-
-
-def _fit_head(task: CloneTask, samples: HeadSamples) -> tuple[Head, float | None]:
-    """Make the head that the support allows; also give the shrinkage of its covariance, if it has one."""
-    if not samples.has_base:
-        return source_head(*source_classifier(task)), None
-    shrinkage, _ = choose_shrinkage(samples)
-    return fit_discriminant(samples, shrinkage), shrinkage
 
 
 def _n_images(task: CloneTask, base: bool) -> int:

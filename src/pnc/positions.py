@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from pnc.cuts import LOGITS, CutPoint, candidate_cuts, extract
 from pnc.errors import InputError
-from pnc.heads import HeadSamples, choose_shrinkage
+from pnc.heads import Head, HeadSamples, choose_shrinkage, fit_discriminant, source_head
 from pnc.stitching import Adapter, AdapterFitter, CrossFitted, Stitched, pool
 from pnc.task import CloneTask
 
@@ -251,6 +251,14 @@ def run_parts(
         n_classes=task.n_base + len(task.new_classes),
     )
     return [replace(samples, clone_features=torch.cat(collected)) for collected in clone_features]
+
+
+def fit_head(task: CloneTask, samples: HeadSamples) -> tuple[Head, float | None]:
+    """Make the head that the support allows; also give the shrinkage of its covariance, if it has one."""
+    if not samples.has_base:
+        return source_head(*source_classifier(task)), None
+    shrinkage, _ = choose_shrinkage(samples)
+    return fit_discriminant(samples, shrinkage), shrinkage
 
 
 def held_out_correct(task: CloneTask, samples: HeadSamples) -> Tensor:

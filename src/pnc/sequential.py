@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx
 
 from pnc.compaction import own_copy
 from pnc.cuts import CutPoint, candidate_cuts
@@ -31,28 +31,34 @@ LEARNING_RATES = (0.001, 0.003, 0.01, 0.03)
 N_STEPS = 300
 HELD_OUT_SHARE = 0.4
 
-PartOf = Callable[[Adapter], tuple[nn.Module, ChannelMasks | None]]
-"""The source's part behind an adapter, an own copy, with its masks where channels were removed."""
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A part of the source, as an own copy without gradients.
+
+    Attributes:
+        module: From the cut to the source's penultimate features.
+        masks: What was removed of it; None for nothing.
+        density: Share of its prunable multiply-accumulates that is left.
+    """
+
+    module: fx.GraphModule
+    masks: ChannelMasks | None = None
+    density: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What was trained at one position.
+    """What was trained at one position, and how held-out images fared."""
 
-    Attributes:
-        stitched: Adapter and the source's part, which shares nothing with the source.
-        head: Behind it.
-        masks: What was removed of the source's part; None for nothing.
-        outcome: How held-out images fared.
-    """
-
-    stitched: Stitched
+    adapter: Adapter
+    part: Part
     head: Head
-    masks: ChannelMasks | None
+    learning_rate: float
     outcome: Outcome
 
 
-def search(task: CloneTask, part_of: PartOf, progress: Progress | None = None) -> Trained:
+def search(task: CloneTask, part_of: Callable[[Adapter], Part], progress: Progress | None = None) -> Trained:
     """Search for a position as the paper does.
 
     Args:
@@ -101,7 +107,9 @@ def depths(task: CloneTask) -> list[tuple[CutPoint, CutPoint]]:
 class _Place:
     """One position, ready to be trained at."""
 
-    def __init__(self, task: CloneTask, target_cut: CutPoint, source_cut: CutPoint, part_of: PartOf) -> None:
+    def __init__(
+        self, task: CloneTask, target_cut: CutPoint, source_cut: CutPoint, part_of: Callable[[Adapter], Part]
+    ) -> None:
         self._task, self._target_cut, self._source_cut, self._part_of = task, target_cut, source_cut, part_of
 
     @cached_property
@@ -115,13 +123,14 @@ class _Place:
         body, features = own_copy(source_body(task, self._source_cut)), task.source.head.features
         adapter, head = self._start(generator)
         ((adapter, head),) = train(Stitched(adapter, body, features), head, data, class_loss, schedule, generator)
-        part, masks = self._part_of(adapter)
-        if masks is not None:
-            ((adapter, head),) = train(Stitched(adapter, part, features), head, data, class_loss, schedule, generator)
-        stitched = Stitched(adapter, part, features)
-        correct = _logits(stitched, head, self._views.select(held_out), task.batch_size).argmax(1)
-        labels = task.samples.labels[held_out]
-        return Trained(stitched, head, masks, outcome_of(correct.cpu() == labels, task, held_out))
+        part = self._part_of(adapter)
+        if part.masks is not None:
+            behind = Stitched(adapter, part.module, features)
+            ((adapter, head),) = train(behind, head, data, class_loss, schedule, generator)
+        unseen = self._views.select(held_out)
+        correct = _logits(Stitched(adapter, part.module, features), head, unseen, task.batch_size).argmax(1)
+        hits = correct.cpu() == task.samples.labels[held_out]
+        return Trained(adapter, part, head, learning_rate, outcome_of(hits, task, held_out))
 
     def _start(self, generator: torch.Generator) -> tuple[Adapter, Head]:
         task = self._task
