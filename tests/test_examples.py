@@ -22,18 +22,29 @@ from pnc.pretraining import Recipe
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def cifar10(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module examples/cifar10.py, with little networks and few steps of fine-tuning."""
-    spec = importlib.util.spec_from_file_location("cifar10", ROOT / "examples" / "cifar10.py")
+def module_of(example: str) -> ModuleType:
+    """The module examples/NAME.py."""
+    spec = importlib.util.spec_from_file_location(example, ROOT / "examples" / f"{example}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "SPEC", "zoo:cnn?width=0.25")
-    monkeypatch.setattr(module, "RECIPE", Recipe(epochs=2, batch_size=64, crop_padding=1, flip=False))
+    return module
+
+
+def fast_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few steps of fine-tuning."""
     monkeypatch.setattr(finetuning, "MIN_STEPS", 10)
     monkeypatch.setattr(finetuning, "EPOCHS", 1)
     monkeypatch.setattr(finetuning, "LEARNING_RATES", (0.01,))
+
+
+@pytest.fixture
+def cifar10(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module examples/cifar10.py, with little networks and few steps of fine-tuning."""
+    module = module_of("cifar10")
+    monkeypatch.setattr(module, "SPEC", "zoo:cnn?width=0.25")
+    monkeypatch.setattr(module, "RECIPE", Recipe(epochs=2, batch_size=64, crop_padding=1, flip=False))
+    fast_tuning(monkeypatch)
     return module
 
 
@@ -125,3 +136,48 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         assert not stopped.value.code, line
+
+
+def test_the_tiny_imagenet_example_goes_on_over_seeds_and_counts_its_claims(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    example = module_of("tiny_imagenet")
+    fast_tuning(monkeypatch)
+    monkeypatch.setattr(example, "SPEC", "zoo:cnn?width=0.25")
+    monkeypatch.setattr(example, "RECIPE", Recipe(epochs=2, batch_size=64, crop_padding=1, flip=False))
+    monkeypatch.setattr(example, "TARGET_SIZE", 6)
+    monkeypatch.setattr(example, "N_BASE_CLASSES", 5)
+    monkeypatch.setattr(example, "N_NEW_CLASSES", 3)
+    monkeypatch.setattr(example, "public_source", lambda shape, size: pair().source)
+    words = ["--data", "digits", "--support", "8/4", "--out", str(tmp_path), "--runs", str(tmp_path), "--threads", "1"]
+    example.main([*words, "--seeds", "1"])
+    first = json.loads((tmp_path / "tiny_imagenet_8_4.json").read_text())["cells"]
+    example.main([*words, "--seeds", "2"])
+    facts = json.loads((tmp_path / "tiny_imagenet_8_4.json").read_text())
+    assert facts["cells"][:1] == first, "a seed that is there is not run again"
+    assert (facts["new"], [cell["seed"] for cell in facts["cells"]]) == (["5", "6", "7"], [0, 1])
+    assert facts["source_accuracy"] > 0.9
+    rows = [row for cell in facts["cells"] for row in cell["rows"]]
+    means = {
+        method: sum(row["average_accuracy"] for row in rows if row["method"] == method) / 2
+        for method in ("clone", "fine-tuning with replay")
+    }
+    found = {claim["claim"]: claim for claim in facts["claims"]}
+    gain = found["average accuracy above fine-tuning with replay"]
+    assert gain["value"] == pytest.approx(means["clone"] - means["fine-tuning with replay"])
+    assert found["target unchanged"]["holds"] and found["removed equal"]["holds"]
+    assert "means of 2 seeds" in (tmp_path / "tiny_imagenet_8_4.md").read_text()
+
+
+def test_the_targets_small_images_are_those_that_preprocessing_makes() -> None:
+    example = module_of("tiny_imagenet")
+    data = held_out_images()
+    seen: list[torch.Tensor] = []
+
+    class Watching(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(images)
+            return images.flatten(1)
+
+    pnc.Preprocessed(Watching(), (1, example.TARGET_SIZE, example.TARGET_SIZE))(data.images)
+    assert torch.equal(example.shrunk(data).images, seen[0])

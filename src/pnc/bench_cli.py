@@ -46,7 +46,7 @@ def coverage(
     ),
     threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 1,
 ) -> None:
-    """Record, cut, shrink, clone and export 250 classifiers of torchvision, timm and transformers.
+    """Record, cut, shrink, clone and export 219 classifiers of torchvision, timm and transformers.
 
     Takes an hour or more. Rows are kept beside the results as they come, and a stopped run goes on behind them.
     """

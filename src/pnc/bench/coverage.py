@@ -48,7 +48,7 @@ COLUMNS = (
 T = TypeVar("T")
 
 _N_NEW, _N_BASE = 4, 2
-_SCAN_CUTS = 4
+_SCAN_CUTS = 3
 _EXPORT_TOLERANCE = 1e-4
 
 
