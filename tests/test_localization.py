@@ -3,21 +3,19 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from channel_zoo import Chain, FusedAttention, Net, NormalizedHeads, NormInBetween, SqueezeExcite
 from pnc import localization
-from pnc.budgets import Costs
+from pnc.budgets import Costs, masks_within
 from pnc.channels import channel_spaces
-from pnc.compaction import compact, mask_segment
+from pnc.compaction import mask_segment
 from pnc.errors import InputError
 from pnc.integrity import differences, snapshot
 from pnc.localization import (
     class_loss,
-    localize,
     magnitude_scores,
+    one_shot_ranking,
     random_scores,
-    reestimate_statistics,
     taylor_scores,
 )
 from pnc.masks import channel_masks
@@ -132,120 +130,62 @@ def test_random_scores_are_uniform_over_all_units():
     assert torch.equal(flat, torch.rand(spaces.n_units, generator=seeded(3), dtype=torch.float64))
 
 
-# ------------------------------------------------------------------------------------------------------------- localize
+# ------------------------------------------------------------------------------------------------------------- rankings
+
+
+def chosen(segment, inputs, density, **options):
+    spaces = channel_spaces(segment)
+    costs = Costs(segment, spaces)
+    return masks_within(costs, one_shot_ranking(segment, costs, inputs, seeded(), **options), costs.bound(density))
 
 
 @pytest.mark.parametrize("method", ["taylor", "magnitude", "random"])
-def test_localize_keeps_the_budget_and_changes_nothing(method):
+def test_ranking_changes_nothing_and_can_be_had_again(method):
     module = network(SqueezeExcite).requires_grad_(True).train()
     segment = segment_of(module)
-    spaces = channel_spaces(segment)
     before, state = snapshot(module), torch.get_rng_state()
-    masks, again = (localize(segment, spaces, images(4), 0.6, seeded(), method=method) for _ in range(2))
-    assert 0.4 < Costs(segment, spaces).density(masks.flat) <= 0.6
+    masks, again = (chosen(segment, images(4), 0.6, method=method) for _ in range(2))
     assert masks.to_bytes() == again.to_bytes()
     assert not differences(module, before)
     assert all(parameter.grad is None for parameter in module.parameters())
     assert torch.get_rng_state().equal(state)
 
 
-def test_localize_drops_what_does_nothing_first():
+def test_what_does_nothing_goes_first():
     module = network(Chain)
     with torch.no_grad():
         module.last.weight[:, [2, 5]] = 0
-    segment = segment_of(module)
-    masks = localize(segment, channel_spaces(segment), images(4), 0.75, seeded())
+    masks = chosen(segment_of(module), images(4), 0.75)
     assert masks.keep("first").tolist() == [0, 1, 3, 4, 6, 7]
 
 
-def test_localize_without_gradients_enabled_and_with_nothing_to_prune():
+def test_effects_count_per_multiply_accumulate():
+    segment = segment_of(network(SqueezeExcite))
+    costs = Costs(segment, channel_spaces(segment))
+    ranking = one_shot_ranking(segment, costs, images(4), seeded())
+    scores = taylor_scores(segment, costs.spaces, images(4), seeded())
+    for space in costs.spaces.spaces:
+        prices = costs.prices()[space.start : space.start + space.size]
+        assert torch.equal(ranking[space.name], scores[space.name] / prices)
+
+
+def test_ranking_without_gradients_enabled_and_with_nothing_to_prune():
     segment = segment_of(network(Chain))
-    spaces = channel_spaces(segment)
-    expected = localize(segment, spaces, images(4), 0.5, seeded())
+    expected = chosen(segment, images(4), 0.5)
     with torch.no_grad():
-        assert localize(segment, spaces, images(4), 0.5, seeded()).to_bytes() == expected.to_bytes()
+        assert chosen(segment, images(4), 0.5).to_bytes() == expected.to_bytes()
     rest = segment_of(network(Chain), start="last")
-    assert localize(rest, channel_spaces(rest), torch.zeros(2, 5, 4, 4), 0.5, seeded()).kept == {}
+    assert chosen(rest, torch.zeros(2, 5, 4, 4), 0.5).kept == {}
 
 
 @pytest.mark.parametrize(
-    ("inputs", "options", "message"),
+    ("inputs", "message"),
     [
-        (images(4), {"method": "gates"}, "method: expected one of taylor, magnitude, random, got 'gates'"),
-        (images(4), {"density": 0.0}, "density: expected a share in (0, 1], got 0.0"),
-        (images(0), {}, "expected a floating-point batch (N, 3, 8, 8) with N >= 1, got torch.float64 (0, 3, 8, 8)"),
-        (images(4)[:, :2], {}, "got torch.float64 (4, 2, 8, 8)"),
-        (images(4).long(), {}, "got torch.int64 (4, 3, 8, 8)"),
+        (images(0), "expected a floating-point batch (N, 3, 8, 8) with N >= 1, got torch.float64 (0, 3, 8, 8)"),
+        (images(4)[:, :2], "got torch.float64 (4, 2, 8, 8)"),
+        (images(4).long(), "got torch.int64 (4, 3, 8, 8)"),
     ],
 )
-def test_bad_input_is_refused(inputs, options, message):
-    segment = segment_of(network(Chain))
+def test_bad_input_is_refused(inputs, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        localize(segment, channel_spaces(segment), inputs, options.pop("density", 0.5), seeded(), **options)
-
-
-# ----------------------------------------------------------------------------------------------------------- statistics
-
-
-def compacted():
-    segment = segment_of(network(NormInBetween))
-    spaces = channel_spaces(segment)
-    return compact(segment, spaces, half(spaces))
-
-
-def test_statistics_become_those_of_the_inputs():
-    part = compacted()
-    batches = [images(4, seed) for seed in (1, 2, 3)]
-    reestimate_statistics(part, iter(batches))
-    outs = [part.first(batch) for batch in batches]
-    mean = torch.stack([out.mean((0, 2, 3)) for out in outs]).mean(0)
-    variance = torch.stack([out.var((0, 2, 3)) for out in outs]).mean(0)
-    torch.testing.assert_close(part.norm.running_mean, mean)  # a running mean, in another order
-    torch.testing.assert_close(part.norm.running_var, variance)
-    assert part.norm.num_batches_tracked == 3
-
-
-def test_only_statistics_change():
-    part = compacted()
-    before = {name: tensor.clone() for name, tensor in part.state_dict().items()}
-    momentum, state = part.norm.momentum, torch.get_rng_state()
-    reestimate_statistics(part, [images(4)])
-    changed = {name for name, tensor in part.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
-    assert part.norm.momentum == momentum
-    assert not any(module.training for module in part.modules())
-    assert torch.get_rng_state().equal(state)
-
-
-def test_all_comes_back_after_an_error():
-    part = compacted()
-    before, momentum = snapshot(part), part.norm.momentum
-    with pytest.raises(RuntimeError):
-        reestimate_statistics(part, [images(4), torch.zeros(4, 2, 8, 8, dtype=torch.float64)])
-    assert not differences(part, before)
-    assert part.norm.momentum == momentum
-
-
-@pytest.mark.parametrize(("batches", "message"), [([], "got none"), ([images(1)], "got a batch of 1")])
-def test_statistics_need_inputs(batches, message):
-    with pytest.raises(InputError, match=message):
-        reestimate_statistics(compacted(), batches)
-
-
-def test_statistics_of_other_libraries_norms(torchvision):
-    from timm.layers import BatchNormAct2d
-
-    class Fused(Net):
-        def __init__(self):
-            super().__init__(norm=BatchNormAct2d(8), conv=nn.Conv2d(8, 8, 1), inner=nn.BatchNorm2d(8))
-
-        def middle(self, x):
-            return self.inner(self.conv(self.norm(x)))
-
-    segment = segment_of(network(Fused))
-    spaces = channel_spaces(segment)
-    assert [space.name for space in spaces.spaces] == ["first", "conv"]
-    part = compact(segment, spaces, half(spaces))
-    reestimate_statistics(part, [images(6)])
-    torch.testing.assert_close(part.norm.running_mean, part.first(images(6)).mean((0, 2, 3)))  # order of sums
-    assert not part.norm.training
+        chosen(segment_of(network(Chain)), inputs, 0.5)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -81,6 +81,19 @@ def parse_shape(text: str | None) -> tuple[int, int, int] | None:
         raise InputError(f"input-shape: expected channels,height,width such as 3,32,32; got {text!r}")
     channels, height, width = (int(part) for part in parts)
     return channels, height, width
+
+
+def parse_density(text: str) -> float | Literal["auto"]:
+    """Read a share above 0 and at most 1, or "auto"."""
+    if text == "auto":
+        return "auto"
+    try:
+        density = float(text)
+    except ValueError:
+        density = 0.0
+    if not 0 < density <= 1:
+        raise InputError(f"density must be in (0, 1], the share of prunable MACs kept, or auto; got {text!r}")
+    return density
 
 
 # --------------------------------------------------------------------------------------------------- networks

@@ -18,8 +18,10 @@ from pnc.arguments import (
 )
 from pnc.bench import classifiers
 from pnc.bench import coverage as coverage_bench
+from pnc.bench import localize as localize_bench
 from pnc.bench import positions as positions_bench
 from pnc.bench.results import Cells, commit, write_results
+from pnc.data import parse_classes, sample_per_class
 from pnc.errors import InputError
 from pnc.readers import load_data
 from pnc.screen import progress, say
@@ -104,3 +106,53 @@ def measure_positions(
     for one in found:
         say(f"{'holds' if one.holds else 'FAILS'}: {one.claim} {one.must}: {one.value:.3f} +- {one.spread:.3f}")
     say(f"{out / 'positions.md'}: written")
+
+
+@bench.command("localize")
+def measure_localization(
+    source: Annotated[str, typer.Option(help="File of `pnc pretrain`: the network that knows the new classes.")],
+    target: Annotated[str, typer.Option(help="File of `pnc pretrain`: the network that shall get them.")],
+    data: Annotated[str, typer.Option(help="Images: digits, parquet:PATH, folder:PATH, hf:NAME.")],
+    some: Annotated[str, typer.Option(help="Classes of a second table, for which the source's others are not cloned.")],
+    support: Annotated[str, typer.Option(help="Images per new / per base class.")] = "100/20",
+    flip: Annotated[bool, typer.Option(help="Use mirror images too.")] = True,
+    seeds: Annotated[int, typer.Option(help="How many supports, seeds 0, 1, ...", min=1)] = 3,
+    n_test: Annotated[int | None, typer.Option(help="Test images per class, the first ones; all by default.")] = None,
+    data_name: Annotated[str | None, typer.Option(help="What the results call the images.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for localize.json, .md and .jsonl.")] = Path("results"),
+    threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 1,
+) -> None:
+    """Ways to choose channels side by side, at four densities: learned, one-shot, and the paper's.
+
+    Takes an hour or so for each seed; rows that are in localize.jsonl already are not made again.
+    """
+    asked = ModelOptions("source", source, None, None), ModelOptions("target", target, None, None)
+    check_different(*asked)
+    check_trained(*asked)
+    n_new, n_base = parse_support(support)
+    if not n_new or not n_base:
+        raise InputError(f"support: numbers of images above 0 of new and of base classes are needed; got {support!r}")
+    rows_path = out / "localize.jsonl"
+    check_outputs({"out": rows_path}, [*(one.file for one in asked), data_file(data)])
+    train, test = load_data(data, "train"), load_data(data, "test")
+    test = test if n_test is None else sample_per_class(test, n_test, "first")
+    models = [load_network(one, input_shape=train.input_shape) for one in asked]
+    check_images(train, *models)
+    setting = positions_bench.Setting(models[0], models[1], train, test, n_new, n_base, flip)
+    everything = [name for name in models[0].classes if name not in models[1].classes]
+    groups = [everything, list(parse_classes(some, models[0].classes))]
+    facts = {"source": source, "target": target, "data": data_name or data, "support": support, "flip": flip}
+    cells = Cells(rows_path, {**facts, "n_test": n_test}, localize_bench.KEYS)
+    with use_threads(threads), progress() as bar:
+        rows = localize_bench.run(setting, groups, range(seeds), cells, bar.step)
+    command = (
+        f"pnc bench localize --source {source} --target {target} --data {data_name or data} --some {some} "
+        f"--support {support} --{'' if flip else 'no-'}flip --seeds {seeds} --threads {threads}"
+        + (f" --n-test {n_test}" if n_test else "")
+    )
+    found = localize_bench.claims(rows)
+    text = localize_bench.markdown(rows, setting, data_name or data)
+    write_results(out, "localize", command, {**facts, "n_test": n_test, "rows": rows}, found, text)
+    for one in found:
+        say(f"{'holds' if one.holds else 'FAILS'}: {one.claim} {one.must}: {one.value:.3f} +- {one.spread:.3f}")
+    say(f"{out / 'localize.md'}: written")

@@ -105,6 +105,12 @@ def masks_within(costs: Costs, ranking: Mapping[str, Tensor], n_macs: int, round
     return ChannelMasks({s.name: kept[s.start : s.start + s.size].clone() for s in spaces.spaces})
 
 
+def best_within(costs: Costs, ranking: Mapping[str, Tensor], n_macs: int) -> Tensor:
+    """Kept flags (n_units,) as in `masks_within`, quickly: unchecked, and without using up the room that is left."""
+    blocks = _Blocks(costs.spaces, ranking, round_to=1)
+    return blocks.kept(_best_prefix(costs, blocks, n_macs))
+
+
 def _terms(segment: fx.GraphModule, spaces: ChannelSpaces) -> tuple[list[_Term], int]:
     """The nodes that shrink with units, and the MACs of all others."""
     by_reader: dict[str, dict[tuple[str, str], list[Tensor]]] = {}

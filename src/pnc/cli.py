@@ -25,6 +25,7 @@ from pnc.arguments import (
     data_file,
     draw,
     load_network,
+    parse_density,
     parse_shape,
     parse_support,
     read_clone_facts,
@@ -37,11 +38,11 @@ from pnc.cuts import cut_points, largest_gap
 from pnc.data import class_subset, listed, parse_classes, relabel
 from pnc.errors import InputError, PNCError
 from pnc.files import write_file
-from pnc.localization import Method
 from pnc.metrics import evaluate
 from pnc.plots import check_plot, draw_scan
 from pnc.readers import load_data, load_images
 from pnc.screen import complain, progress, say, show_clone, show_facts, show_job, show_scan, show_table, shown
+from pnc.selection import Method
 from pnc.task import prepare_task, read_network
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -187,8 +188,10 @@ def clone(
     source_classes: Names = None,
     target_classes: Names = None,
     flip: Flip = False,
-    density: Annotated[float, typer.Option(help="Share of the prunable MACs to keep, above 0.", max=1)] = 1.0,
-    method: Annotated[Method, typer.Option(help="How channels are chosen below density 1.")] = "taylor",
+    density: Annotated[
+        str, typer.Option(help="Share of the prunable MACs to keep, above 0; auto: chosen with the position.")
+    ] = "1",
+    method: Annotated[Method, typer.Option(help="How channels are chosen below density 1.")] = "gates",
     max_macs: MaxMacs = None,
     max_bytes: MaxBytes = None,
     name: Annotated[str | None, typer.Option(help="Name of the clone; by default made of its classes.")] = None,
@@ -212,6 +215,7 @@ def clone(
     check_different(*asked)
     check_trained(*asked)
     parse_support(support)
+    wanted_density = parse_density(density)
     read_device(device)
     images = load_data(data, "train")
     models = [load_network(one, input_shape=images.input_shape) for one in asked]
@@ -227,7 +231,7 @@ def clone(
             source_classes=models[0].classes,
             base_classes=base,
             name=name,
-            density=density,
+            density=wanted_density,
             method=method,
             max_macs=max_macs,
             max_bytes=max_bytes,

@@ -1,33 +1,31 @@
 """The whole job: two networks and a few labelled images in, a clone out."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
-from pnc.budgets import Costs
-from pnc.channels import channel_spaces
-from pnc.compaction import compact, own_copy
-from pnc.cuts import CutPoint, extract
+from pnc.cuts import CutPoint
 from pnc.errors import InputError
 from pnc.heads import Head
 from pnc.integrity import Fingerprint, fingerprint
-from pnc.localization import Method, localize, reestimate_statistics
+from pnc.joint import joint_front, worth_trying
 from pnc.masks import ChannelMasks
 from pnc.positions import (
+    TOLERANCE,
     Outcome,
     Progress,
+    Scan,
     fit_head,
     held_out_correct,
     outcome_of,
     run_parts,
     scan,
-    source_body,
 )
 from pnc.refinement import refined
+from pnc.selection import Method, localize
 from pnc.sequential import Part, search
 from pnc.stitching import Adapter, CrossFitted, Stitched
 from pnc.task import CloneTask, prepare_task
@@ -116,8 +114,8 @@ def clone(
     source_classes: Sequence[str],
     base_classes: Sequence[str],
     name: str | None = None,
-    density: float = 1.0,
-    method: Method = "taylor",
+    density: float | Literal["auto"] = 1.0,
+    method: Method = "gates",
     max_macs: float | None = None,
     max_bytes: int | None = None,
     strategy: Strategy = "scan",
@@ -142,8 +140,12 @@ def clone(
         source_classes: Names of the source's outputs, in order.
         base_classes: Names of the target's outputs, in order.
         name: Of the clone; None makes one of the names of its classes.
-        density: Share of the prunable multiply-accumulates of the source's part to keep, in (0, 1].
-        method: How channels are chosen below density 1.
+        density: Share of the prunable multiply-accumulates of the source's part to keep, in (0, 1]. "auto" chooses it
+            together with the position: the most promising few on the joint front are made, and the cheapest of them
+            whose held-out score is as good as the best one's but for half a point is taken. It reaches a `max_macs`
+            that no position meets at full density.
+        method: How channels are chosen below density 1: by "gates", learned with the norms by gradient (a minute), by
+            one-shot scores "taylor", "magnitude" or "random", or by "local-surrogate", the paper's rule as we read it.
         max_macs: Bound on the added MACs as a share of the source's.
         max_bytes: Bound on the size of the thin file at full density.
         strategy: How the position is found. "sequential" is the reference to compare with: the paper's search, trained
@@ -157,12 +159,17 @@ def clone(
         InputError, ClassNameError, RecordingError: as `prepare_task`; InputError also where no position is within
             the bounds, or `density` is out of range.
     """
-    if not 0 < density <= 1:
-        raise InputError(f"density must be in (0, 1]: the share of prunable MACs that is kept; got {density}")
+    if density != "auto" and not (isinstance(density, int | float) and 0 < density <= 1):
+        raise InputError(
+            f"density must be in (0, 1], the share of prunable MACs that is kept, or 'auto'; got {density!r}"
+        )
     if strategy not in get_args(Strategy):
         raise InputError(f"strategy: expected one of {', '.join(get_args(Strategy))}, got {strategy!r}")
-    if strategy == "sequential" and (max_macs is not None or max_bytes is not None or refine):
-        raise InputError("strategy: the sequential search takes no max_macs, max_bytes or refine; leave them out")
+    bounded = max_macs is not None or max_bytes is not None or density == "auto"
+    if strategy == "sequential" and (bounded or refine):
+        raise InputError(
+            "strategy: the sequential search takes no max_macs, max_bytes, refine or density='auto'; leave them out"
+        )
     if name is not None and (not name or not name.isprintable()):
         raise InputError(f"name must be printable text; got {name!r}")
     task = prepare_task(
@@ -177,8 +184,10 @@ def clone(
         batch_size=batch_size,
     )
     if strategy == "sequential":
-        return fit_sequential(task, density=density, method=method, name=name, progress=progress)
+        return fit_sequential(task, density=float(density), method=method, name=name, progress=progress)
     found = scan(task, progress=progress)
+    if density == "auto":
+        return _fit_auto(task, found, max_macs, max_bytes, method, refine, name, progress)
     fitted = found.adapter(found.choose(max_macs, max_bytes))
     return fit(task, fitted, density=density, method=method, refine=refine, name=name, progress=progress)
 
@@ -188,7 +197,7 @@ def fit(
     fitted: CrossFitted,
     *,
     density: float = 1.0,
-    method: Method = "taylor",
+    method: Method = "gates",
     refine: bool = False,
     name: str | None = None,
     progress: Progress | None = None,
@@ -204,7 +213,7 @@ def fit(
         name: As in `clone`.
         progress: As in `clone`.
     """
-    part = _part(task, fitted.adapter, density, method)
+    part = localize(task, fitted.adapter, density, method, progress=progress)
     error = fitted.error
     facts: dict[str, Any] = {}
     if refine:
@@ -217,11 +226,38 @@ def fit(
     return _made(task, copy.deepcopy(fitted.adapter), part, head, outcome, name, method, facts)
 
 
+def _fit_auto(
+    task: CloneTask,
+    found: Scan,
+    max_macs: float | None,
+    max_bytes: int | None,
+    method: Method,
+    refine: bool,
+    name: str | None,
+    progress: Progress | None,
+) -> Clone:
+    """Make the clones that are worth trying, and take the cheapest one that is good enough; arguments as in `clone`."""
+    made = [
+        fit(
+            task,
+            found.adapter(one.position),
+            density=one.density,
+            method=method,
+            refine=refine,
+            name=name,
+            progress=progress,
+        )
+        for one in worth_trying(joint_front(task, found, max_macs, max_bytes))
+    ]
+    best = max(one.recipe["score"] for one in made)
+    return min((c for c in made if c.recipe["score"] >= best - TOLERANCE), key=lambda c: c.recipe["macs_share"])
+
+
 def fit_sequential(
     task: CloneTask,
     *,
     density: float = 1.0,
-    method: Method = "taylor",
+    method: Method = "gates",
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Clone:
@@ -235,22 +271,9 @@ def fit_sequential(
         progress: As in `clone`.
     """
 
-    found = search(task, lambda adapter: _part(task, adapter, density, method), progress)
+    found = search(task, lambda adapter: localize(task, adapter, density, method), progress)
     facts = {"learning_rate": found.learning_rate, "strategy": "sequential"}
     return _made(task, found.adapter, found.part, found.head, found.outcome, name, method, facts)
-
-
-def _part(task: CloneTask, adapter: Adapter, density: float, method: Method) -> Part:
-    """The source's part behind an adapter, as an own copy, at the density that is wanted."""
-    body = source_body(task, adapter.source_cut)
-    if density == 1 or not (spaces := channel_spaces(body)).spaces:
-        return Part(own_copy(body))
-    inputs = torch.cat(list(_adapted(task, adapter)))
-    generator = torch.Generator().manual_seed(task.seed)
-    masks = localize(body, spaces, inputs, density, method=method, generator=generator)
-    module = compact(body, spaces, masks)
-    reestimate_statistics(module, _adapted(task, adapter))
-    return Part(module, masks, Costs(body, spaces).density(masks.flat))
 
 
 def _made(
@@ -296,14 +319,6 @@ def _made(
 def _default_name(classes: Sequence[str]) -> str:
     joined = "+".join(classes)
     return joined if len(joined) <= MAX_NAME else f"{classes[0]}+{len(classes) - 1}"
-
-
-def _adapted(task: CloneTask, adapter: Adapter) -> Iterator[Tensor]:
-    """The support, batch by batch, as the source's part sees it behind the adapter."""
-    prefix = extract(task.target.recording, None, [adapter.target_cut])
-    for _, images in task.samples.batches(task.batch_size):
-        with torch.no_grad():
-            yield adapter(prefix(images.to(task.target.device)))
 
 
 def _n_images(task: CloneTask, base: bool) -> int:

@@ -1,28 +1,25 @@
 """Localization, one-shot forms: which channels of a segment serve the images that are to be cloned.
 
-Each method gives a score per unit (`taylor_scores`, `magnitude_scores`, `random_scores`); `localize` ranks all units of
-a segment together and keeps the best ones within a budget of multiply-accumulates.
+Each method gives a score per unit (`taylor_scores`, `magnitude_scores`, `random_scores`); `one_shot_ranking` makes them
+comparable between all units of a segment, and `masks_within` keeps the best ones within a budget.
 """
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from pnc.budgets import Costs, masks_within
+from pnc.budgets import Costs
 from pnc.channels import KEPT, Channels, ChannelSpaces
 from pnc.errors import InputError
 from pnc.leaf_probes import owned_tensor
-from pnc.masks import ChannelMasks
 from pnc.nodes import batch_dims, shape_of
 from pnc.opening import opened
 from pnc.tracing import BATCH_SIZES
 
-Method = Literal["taylor", "magnitude", "random"]
+OneShot = Literal["taylor", "magnitude", "random"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs of the segment (B, ...), indices of these samples among the inputs (B,)) -> loss per sample (B,)."""
@@ -33,49 +30,35 @@ N_PROJECTIONS = 4
 _BATCH = 32
 
 
-def localize(
+def one_shot_ranking(
     segment: fx.GraphModule,
-    spaces: ChannelSpaces,
+    costs: Costs,
     inputs: Tensor,
-    density: float,
     generator: torch.Generator,
-    *,
-    method: Method = "taylor",
+    method: OneShot = "taylor",
     loss: Loss | None = None,
-    round_to: int = 1,
-) -> ChannelMasks:
-    """Choose which channels of a segment to keep for some inputs.
-
-    Eight arguments: what is cut, for which images, how much, and by which rule.
+) -> dict[str, Tensor]:
+    """Rank the units of a segment for `masks_within`.
 
     Args:
         segment: The part of the source that would be cloned.
-        spaces: Its channel spaces.
+        costs: Of this segment.
         inputs: What the segment sees of the support, (N, ...).
-        density: Share of the prunable multiply-accumulates to keep, in (0, 1]: the most that the compacted segment
-            costs, reached as nearly as one unit allows.
         generator: For "random", and for "taylor" without a loss.
-        method: "taylor": effect on the output for these inputs, to first order; "magnitude": size of the weights;
-            "random": the baseline, uniform over all units.
+        method: "taylor": effect on the output for these inputs, to first order, per multiply-accumulate; "magnitude":
+            size of the weights; "random": the baseline, uniform over all units.
         loss: What "taylor" measures the effect on; see `taylor_scores`.
-        round_to: As in `masks_within`.
-    Raises:
-        InputError: an unknown method, a density that cannot be met, or inputs that do not fit.
+    Returns:
+        Space name -> ranks (size,), float64.
     """
-    if not 0 < density <= 1:
-        raise InputError(f"density: expected a share in (0, 1], got {density}")
-    costs = Costs(segment, spaces)
+    spaces = costs.spaces
     if method == "taylor":
-        ranking = taylor_scores(segment, spaces, inputs, generator, loss)
-        prices = _by_space(spaces, costs.prices())
-        ranking = {name: scores / prices[name] for name, scores in ranking.items()}
-    elif method == "magnitude":
-        ranking = magnitude_scores(segment, spaces)
-    elif method == "random":
-        ranking = random_scores(spaces, generator)
-    else:
-        raise InputError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
-    return masks_within(costs, ranking, costs.bound(density), round_to)
+        scores = taylor_scores(segment, spaces, inputs, generator, loss)
+        prices = by_space(spaces, costs.prices())
+        return {name: of_space / prices[name] for name, of_space in scores.items()}
+    if method == "magnitude":
+        return magnitude_scores(segment, spaces)
+    return random_scores(spaces, generator)
 
 
 def taylor_scores(
@@ -99,18 +82,18 @@ def taylor_scores(
         Space name -> scores (size,), float64, non-negative.
     Raises:
         InputError: the inputs do not fit to the segment.
-    Source: Molchanov et al., 2017 (arXiv:1611.06440) with a loss; `localize` divides by the price in MACs instead of
-    their normalisation by layer.
+    Source: Molchanov et al., 2017 (arXiv:1611.06440) with a loss; `one_shot_ranking` divides by the price in MACs
+    instead of their normalisation by layer.
     """
     _check_inputs(segment, inputs)
     if not spaces.spaces:
         return {}
-    segment = opened(segment)
+    gated = Gated(opened(segment), spaces)
     total = torch.zeros(spaces.n_units, dtype=torch.float64)
     for rows in torch.arange(len(inputs)).split(_BATCH):
         gates = torch.ones(len(rows), spaces.n_units, dtype=inputs.dtype, device=inputs.device, requires_grad=True)
         with torch.enable_grad():
-            out = _Gated(segment, spaces, gates).run(inputs[rows].detach())
+            out = gated.run_with(inputs[rows].detach(), gates)
             if loss is not None:
                 (gradient,) = torch.autograd.grad(loss(out, rows).sum(), gates, allow_unused=False)
                 total += gradient.detach().abs().double().sum(0).cpu()
@@ -119,7 +102,7 @@ def taylor_scores(
                 direction = torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out.device)
                 (gradient,) = torch.autograd.grad(out, gates, direction, retain_graph=left > 0)
                 total += gradient.detach().double().square().sum(0).cpu() / N_PROJECTIONS
-    return _by_space(spaces, total)
+    return by_space(spaces, total)
 
 
 def class_loss(classify: Callable[[Tensor], Tensor], labels: Tensor) -> Loss:
@@ -161,72 +144,35 @@ def magnitude_scores(segment: fx.GraphModule, spaces: ChannelSpaces) -> dict[str
     for space in spaces.spaces:
         part = size[space.start : space.start + space.size]
         part /= part.mean().clamp(min=torch.finfo(torch.float64).tiny)
-    return _by_space(spaces, size)
+    return by_space(spaces, size)
 
 
 def random_scores(spaces: ChannelSpaces, generator: torch.Generator) -> dict[str, Tensor]:
     """Scores that make `masks_within` drop units uniformly; space name -> (size,), float64."""
-    return _by_space(spaces, torch.rand(spaces.n_units, generator=generator, dtype=torch.float64))
-
-
-def reestimate_statistics(segment: fx.GraphModule, batches: Iterable[Tensor]) -> None:
-    """Replace the running statistics of a segment's BatchNorm layers by those of the given inputs, in place.
-
-    After a mask the old statistics describe features that are no longer there. The mean over batches is kept
-    (`momentum=None`), and every layer goes back to evaluation mode. Only for segments of one's own, such as what
-    `compact` and `mask_segment` return.
-
-    Args:
-        segment: Changed in its BatchNorm buffers only.
-        batches: Inputs (B, ...), B >= 2.
-    Raises:
-        InputError: no batch, or one of a single sample.
-    """
-    layers = [m for m in segment.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    n_batches = 0
-    with _averaging(layers), torch.no_grad():
-        for batch in batches:
-            if len(batch) < 2:
-                raise InputError("batches: statistics need at least 2 samples per batch, got a batch of 1")
-            segment(batch)
-            n_batches += 1
-    if n_batches == 0:
-        raise InputError("batches: expected at least one batch of inputs, got none")
-
-
-@contextlib.contextmanager
-def _averaging(layers: list[_BatchNorm]) -> Iterator[None]:
-    """Let BatchNorm layers collect the mean of their batches' statistics; flags and momentum come back.
-
-    After an error the statistics come back too.
-    """
-    before = [(layer.training, layer.momentum) for layer in layers]
-    statistics = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in layers]
-    try:
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.training, layer.momentum = True, None
-        yield
-    except BaseException:
-        for layer, saved in zip(layers, statistics, strict=True):
-            for name, buffer in saved.items():
-                layer.get_buffer(name).copy_(buffer)
-        raise
-    finally:
-        for layer, (training, momentum) in zip(layers, before, strict=True):
-            layer.training, layer.momentum = training, momentum
+    return by_space(spaces, torch.rand(spaces.n_units, generator=generator, dtype=torch.float64))
 
 
 # --------------------------------------------------------------------------------------------------------- gates
 
 
-class _Gated(fx.Interpreter):
-    """Runs a segment with a factor on every unit, one per sample, wherever units are read (`ChannelSpaces.reads`)."""
+class Gated(fx.Interpreter):
+    """Runs a segment with a factor on every unit, wherever units are read (`ChannelSpaces.reads`).
 
-    def __init__(self, segment: fx.GraphModule, spaces: ChannelSpaces, gates: Tensor) -> None:
+    Args:
+        segment: The one that `spaces` were found in, opened.
+        spaces: Its channel spaces.
+    """
+
+    def __init__(self, segment: fx.GraphModule, spaces: ChannelSpaces) -> None:
         super().__init__(segment)
         self._spaces, self._reads = spaces, set(spaces.reads)
+        self._gates = torch.empty(0)
+
+    def run_with(self, inputs: Tensor, gates: Tensor) -> Tensor:
+        """Give the outputs for inputs (B, ...) and factors of the units: for each sample (B, n_units), or for all."""
         self._gates = F.pad(gates, (0, 1), value=1.0)  # the last one for KEPT, -1
+        out: Tensor = self.run(inputs)
+        return out
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one node; what it reads is scaled for this node only."""
@@ -240,16 +186,20 @@ class _Gated(fx.Interpreter):
 
     def _factors(self, node: fx.Node, channels: Channels) -> Tensor:
         """The gates in the shape of a node's tensor: 1 everywhere but along the batch and the channels."""
-        factors = self._gates[:, channels.units.to(self._gates.device)]  # (B, size)
+        factors = self._gates[..., channels.units.to(self._gates.device)]  # (size,) or (B, size)
         shape = [1] * len(shape_of(node))
+        shape[channels.dim] = len(channels.units)
+        if factors.dim() == 1:
+            return factors.reshape(shape)
         batch = batch_dims(node)[0]
         # Windows or tokens folded into the batch: those of a sample follow each other.
         factors = factors.repeat_interleave(shape_of(node)[batch] // BATCH_SIZES[0], 0)
-        shape[batch], shape[channels.dim] = factors.shape
+        shape[batch] = len(factors)
         return (factors if batch < channels.dim else factors.T).reshape(shape)
 
 
-def _by_space(spaces: ChannelSpaces, flat: Tensor) -> dict[str, Tensor]:
+def by_space(spaces: ChannelSpaces, flat: Tensor) -> dict[str, Tensor]:
+    """Values of all units, (n_units,), as copies by name of the space."""
     return {space.name: flat[space.start : space.start + space.size].clone() for space in spaces.spaces}
 
 

@@ -1,0 +1,167 @@
+"""BatchNorm layers of a segment that lost channels: statistics estimated anew, scales and shifts tuned by gradient.
+
+What is tuned ends up in the running statistics, which a clone's file carries anyway: weights and biases stay the
+source's.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pnc.errors import InputError
+
+Batch = tuple[Tensor, Callable[[Tensor], Tensor]]
+"""Inputs of a segment (B, ...), and the loss of its outputs for them."""
+
+LEARNING_RATE = 0.1
+_LEAST_SCALE = 0.05
+"""Smallest share of its scale that a channel keeps: the sign cannot go into a standard deviation."""
+
+
+def reestimate_statistics(segment: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics of a segment's BatchNorm layers by those of the given inputs, in place.
+
+    After a mask the old statistics describe features that are no longer there. The mean over batches is kept
+    (`momentum=None`), and every layer goes back to evaluation mode. Only for segments of one's own, such as what
+    `compact` and `mask_segment` return.
+
+    Args:
+        segment: Changed in its BatchNorm buffers only.
+        batches: Inputs (B, ...), B >= 2.
+    Raises:
+        InputError: no batch, or one of a single sample.
+    """
+    n_batches = 0
+    with _averaging(batch_norms(segment)), torch.no_grad():
+        for batch in batches:
+            if len(batch) < 2:
+                raise InputError("batches: statistics need at least 2 samples per batch, got a batch of 1")
+            segment(batch)
+            n_batches += 1
+    if n_batches == 0:
+        raise InputError("batches: expected at least one batch of inputs, got none")
+
+
+def tune_norms(
+    segment: nn.Module,
+    batches: Iterable[Batch],
+    n_steps: int,
+    inputs: Iterable[Tensor],
+    start: nn.Module | None = None,
+) -> None:
+    """Tune scale and shift of every channel behind a BatchNorm layer by gradient, in place; estimate statistics anew.
+
+    The layers work with batch statistics meanwhile. In the end only their running statistics differ from before.
+
+    Args:
+        segment: One's own, as for `reestimate_statistics`.
+        batches: At least `n_steps` batches.
+        n_steps: Steps of Adam.
+        inputs: For the statistics, as in `reestimate_statistics`.
+        start: The same segment with other weights and biases of its norms, to start from.
+    """
+    layers = [layer for layer in batch_norms(segment) if layer.affine]
+    before = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in layers]
+    with training_norms(segment) as parameters:
+        if start is not None:
+            for layer, other in zip(batch_norms(segment), batch_norms(start), strict=True):
+                layer.load_state_dict(other.state_dict())
+        if parameters:
+            optimizer, decay = optimizer_for([{"params": parameters, "lr": LEARNING_RATE}], n_steps)
+            for (x, loss), _ in zip(batches, range(n_steps), strict=False):
+                with torch.enable_grad():
+                    optimizer.zero_grad()
+                    loss(segment(x)).backward()
+                optimizer.step()
+                decay.step()
+    for layer, (weight, bias) in zip(layers, before, strict=True):
+        _keep_sign(layer, weight, bias)
+    reestimate_statistics(segment, inputs)
+    for layer, (weight, bias) in zip(layers, before, strict=True):
+        _fold(layer, weight, bias)
+
+
+def batch_norms(segment: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorm layers that keep running statistics."""
+    return [m for m in segment.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+@contextlib.contextmanager
+def training_norms(segment: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Let BatchNorm layers use batch statistics, and their weights and biases take gradients, within the block.
+
+    Yields:
+        Those weights and biases.
+    """
+    layers = batch_norms(segment)
+    momenta = [layer.momentum for layer in layers]
+    parameters = [p for layer in layers if layer.affine for p in (layer.weight, layer.bias)]
+    try:
+        for layer in layers:
+            layer.training, layer.momentum = True, 0.0
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield parameters
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.training, layer.momentum = False, momentum
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+
+def optimizer_for(
+    groups: list[dict[str, object]], n_steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Adam whose learning rates are constant for the first half of the steps and then fall to zero."""
+    optimizer = torch.optim.Adam(groups)
+    half = max(1.0, n_steps / 2)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (n_steps - step) / half))
+
+
+@torch.no_grad()
+def _keep_sign(layer: _BatchNorm, weight: Tensor, bias: Tensor) -> None:
+    """Bring tuned scales to what running statistics can say: of the sign of `weight`; where that is zero, as before."""
+    ratio = (layer.weight / weight).clamp(min=_LEAST_SCALE)
+    usable = ratio.isfinite() & (layer.bias - bias).div(weight).isfinite()
+    layer.weight.copy_(torch.where(usable, weight * ratio, weight))
+    layer.bias.copy_(torch.where(usable, layer.bias, bias))
+
+
+@torch.no_grad()
+def _fold(layer: _BatchNorm, weight: Tensor, bias: Tensor) -> None:
+    """Give a layer its weight and bias back, and running statistics with which it does the same as before."""
+    assert layer.running_mean is not None and layer.running_var is not None
+    unused = weight == 0  # there nothing was tuned
+    deviation = (layer.running_var + layer.eps).sqrt() * torch.where(unused, 1.0, weight / layer.weight)
+    shift = torch.where(unused, 0.0, (layer.bias - bias) / weight)
+    layer.running_mean.sub_(shift * deviation)
+    layer.running_var.copy_((deviation.square() - layer.eps).clamp(min=0))
+    layer.weight.copy_(weight)
+    layer.bias.copy_(bias)
+
+
+@contextlib.contextmanager
+def _averaging(layers: list[_BatchNorm]) -> Iterator[None]:
+    """Let BatchNorm layers collect the mean of their batches' statistics; flags and momentum come back.
+
+    After an error the statistics come back too.
+    """
+    before = [(layer.training, layer.momentum) for layer in layers]
+    statistics = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in layers]
+    try:
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.training, layer.momentum = True, None
+        yield
+    except BaseException:
+        for layer, saved in zip(layers, statistics, strict=True):
+            for name, buffer in saved.items():
+                layer.get_buffer(name).copy_(buffer)
+        raise
+    finally:
+        for layer, (training, momentum) in zip(layers, before, strict=True):
+            layer.training, layer.momentum = training, momentum

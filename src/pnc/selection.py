@@ -1,0 +1,162 @@
+"""The selection function: which channels of the source's part a clone keeps, by every method, for a task.
+
+`taylor`, `magnitude` and `random` look at the part once (`pnc.localization`). `gates` starts from `taylor`, learns
+ranks and norms by gradient where the clone will work, behind the adapter, and tunes the norms of what is left.
+`local-surrogate` learns ranks on the source alone, as the paper does in our reading (`pnc.surrogate`).
+"""
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, fx
+
+from pnc.budgets import Costs, masks_within
+from pnc.channels import channel_spaces
+from pnc.compaction import compact, own_copy
+from pnc.cuts import LOGITS, extract
+from pnc.errors import InputError
+from pnc.gates import learn_gates
+from pnc.localization import one_shot_ranking
+from pnc.norms import Batch, reestimate_statistics, tune_norms
+from pnc.positions import Progress, source_body
+from pnc.sequential import Part
+from pnc.stitching import Adapter, pool
+from pnc.surrogate import Neighbourhoods, neighbourhoods, surrogate_loss
+from pnc.task import CloneTask
+
+Method = Literal["gates", "taylor", "magnitude", "random", "local-surrogate"]
+
+GATES_STEPS = 150
+NORMS_STEPS = 150
+SURROGATE_STEPS = 150
+BATCH_SIZE = 32
+SURROGATE_IMAGES = 4
+"""Images in a batch of `local-surrogate`, each with its neighbours."""
+
+_TINY = 1e-30  # for the logarithm of effects
+
+
+def localize(
+    task: CloneTask,
+    adapter: Adapter,
+    density: float,
+    method: Method = "gates",
+    *,
+    round_to: int = 1,
+    progress: Progress | None = None,
+) -> Part:
+    """Localize: take the source's part behind an adapter, at the density that is wanted.
+
+    Args:
+        task: Whose source and support.
+        adapter: The part begins at its source cut.
+        density: Share of the prunable multiply-accumulates to keep, in (0, 1]. Where nothing can go all is kept.
+        method: How channels are chosen.
+        round_to: Keep multiples of so many channels, see `masks_within`.
+        progress: Called after each step of learning.
+    Raises:
+        InputError: an unknown method, or a density that cannot be met.
+    """
+    if method not in get_args(Method):
+        raise InputError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
+    if not 0 < density <= 1:
+        raise InputError(f"density must be in (0, 1]: the share of prunable MACs that is kept; got {density}")
+    body = source_body(task, adapter.source_cut)
+    if density == 1 or not (spaces := channel_spaces(body)).spaces:
+        return Part(own_copy(body))
+    choice = _Choice(task, adapter, body, Costs(body, spaces), progress)
+    ranking, learned = choice.ranking(density, method)
+    masks = masks_within(choice.costs, ranking, choice.costs.bound(density), round_to)
+    module = compact(body, spaces, masks)
+    if learned is None:
+        reestimate_statistics(module, choice.inputs)
+    else:
+        batches = choice.counted(choice.batches(), "tuning norms", NORMS_STEPS)
+        tune_norms(module, batches, NORMS_STEPS, choice.inputs, start=compact(learned, spaces, masks))
+    return Part(module, masks, choice.costs.density(masks.flat))
+
+
+class _Choice:
+    """One choice of channels: what the part sees of the support, and what it should make of it."""
+
+    def __init__(
+        self, task: CloneTask, adapter: Adapter, body: fx.GraphModule, costs: Costs, progress: Progress | None
+    ) -> None:
+        self._task, self._adapter, self._body, self.costs, self._progress = task, adapter, body, costs, progress
+        self._generator = torch.Generator().manual_seed(task.seed)
+        prefix = extract(task.target.recording, None, [adapter.target_cut])
+        with torch.no_grad():
+            batches = [images.to(task.target.device) for _, images in task.samples.batches(task.batch_size)]
+            self.inputs = [_laid_out(adapter(prefix(images))) for images in batches]
+
+    def ranking(self, density: float, method: Method) -> tuple[dict[str, Tensor], fx.GraphModule | None]:
+        """Ranks of all units by a method, and the part with the norms that were learned along with them, if any."""
+        if method == "local-surrogate":
+            start = {space.name: torch.zeros(space.size) for space in self.costs.spaces.spaces}
+            batches = self.counted(self._surrogate_batches(), "learning gates", SURROGATE_STEPS)
+            return learn_gates(self._body, self.costs, start, density, batches, SURROGATE_STEPS, tune=False)[0], None
+        inputs = torch.cat(self.inputs)
+        if method != "gates":
+            return one_shot_ranking(self._body, self.costs, inputs, self._generator, method), None
+        effects = one_shot_ranking(self._body, self.costs, inputs, self._generator, "taylor")
+        start = {name: 0.5 * effect.clamp_min(_TINY).log() for name, effect in effects.items()}
+        batches = self.counted(self.batches(), "learning gates", GATES_STEPS)
+        return learn_gates(self._body, self.costs, start, density, batches, GATES_STEPS, tune=True)
+
+    def batches(self) -> Iterator[Batch]:
+        """Draws of the support without end: what the part sees, and the distance from the source's own features.
+
+        The distance is squared and in units of each feature's variance.
+        """
+        task, features = self._task, self._task.source.head.features
+        teacher = extract(task.source.recording, None, [features])
+        with torch.no_grad():
+            batches = [images.to(task.source.device) for _, images in task.samples.batches(task.batch_size)]
+            wanted = torch.cat([pool(teacher(images), features) for images in batches])
+        inputs, variance = torch.cat(self.inputs), wanted.var(0, correction=0)
+        scale = variance.clamp_min(1e-6 * float(variance.max()) + 1e-12)
+        for rows in _draws(len(inputs), BATCH_SIZE, self._generator):
+
+            def distance(outputs: Tensor, rows: Tensor = rows) -> Tensor:
+                return ((pool(outputs, features) - wanted[rows]).square() / scale).mean()
+
+            yield inputs[rows], distance
+
+    def counted(self, batches: Iterator[Batch], what: str, n_steps: int) -> Iterator[Batch]:
+        """The same batches, with a report of progress for each."""
+        for step, batch in enumerate(batches, start=1):
+            yield batch
+            if self._progress is not None:
+                self._progress(what, step, n_steps)
+
+    def _surrogate_batches(self) -> Iterator[Batch]:
+        """Neighbourhoods of samples of the new classes, without end, and the distance of their explanations."""
+        task = self._task
+        cut, features = self._adapter.source_cut, task.source.head.features
+        prefix = extract(task.source.recording, None, [cut])
+        classifier = extract(task.source.recording, features, [LOGITS])
+        new = task.samples.images[task.samples.labels >= task.n_base]
+        for rows in _draws(len(new), SURROGATE_IMAGES, self._generator):
+            around = neighbourhoods(new[rows].to(task.source.device), self._generator)
+            with torch.no_grad():
+                inputs = prefix(around.images)
+                expected = classifier(self._body(inputs.clone()))[:, task.source_ids]
+
+            def distance(outputs: Tensor, around: Neighbourhoods = around, expected: Tensor = expected) -> Tensor:
+                return surrogate_loss(around, classifier(outputs)[:, task.source_ids], expected)
+
+            yield _laid_out(inputs), distance
+
+
+def _laid_out(tensor: Tensor) -> Tensor:
+    """Maps in channels_last, in which convolutions train a third faster."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def _draws(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Row numbers below n, `size` at a time (all, where there are fewer), each as often as any other; without end."""
+    while True:
+        for rows in torch.randperm(n, generator=generator).split(min(size, n)):
+            if len(rows) == min(size, n):
+                yield rows

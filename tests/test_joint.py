@@ -1,0 +1,92 @@
+from functools import cache
+
+import pytest
+import torch
+
+import pnc
+from digits import NEW, pair, support
+from pnc.errors import InputError
+from pnc.joint import LEAST_DENSITY, LOSS, N_TRIED, Candidate, joint_front, worth_trying
+from pnc.selection import localize
+
+
+@cache
+def scanned():
+    nets = pair()
+    task = pnc.prepare_task(nets.source.module, nets.target.module, support(), classes=NEW, **nets.names())
+    return task, pnc.scan(task)
+
+
+def test_estimates_are_of_macs_that_the_clone_then_has():
+    task, found = scanned()
+    front = joint_front(task, found)
+    assert len({(one.position.source_cut.name, one.density) for one in front}) == len(front)
+    for one in front[::3]:
+        clone = pnc.fit(task, found.adapter(one.position), density=one.density, method="taylor")
+        body_macs = one.macs_share * task.source.n_macs - one.position.n_macs
+        assert clone.recipe["macs_share"] <= one.macs_share + 1e-12  # a sum in another order
+        assert one.estimate == pytest.approx(one.position.score - LOSS * (1 / one.density - 1))
+        assert body_macs <= 0
+
+
+def test_nothing_on_the_front_beats_another():
+    task, found = scanned()
+    front = joint_front(task, found)
+    for cheap, dear in zip(front, front[1:], strict=False):
+        assert cheap.macs_share < dear.macs_share and cheap.estimate < dear.estimate
+    best = max(found.positions, key=lambda p: (p.score, -p.n_macs))
+    assert front[-1].estimate == best.score
+
+
+def test_a_bound_that_no_position_meets_is_met_by_density_and_filled():
+    task, found = scanned()
+    cheapest = min(p.macs_share for p in found.positions if p.n_macs)
+    dear = max(found.front(), key=lambda p: p.macs_share)
+    bound = 0.6 * dear.macs_share
+    assert cheapest < bound
+    front = joint_front(task, found, max_macs=bound)
+    assert all(one.macs_share <= bound for one in front)
+    filled = [one for one in front if one.density not in (1.0, 0.7, 0.5, 0.35, 0.25)]
+    for one in filled:
+        assert one.density >= LEAST_DENSITY
+        part = localize(task, found.adapter(one.position).adapter, one.density, "taylor")
+        spent = (
+            sum(node.meta["pnc"].n_macs for node in part.module.graph.nodes)
+            + found.adapter(one.position).adapter.n_macs
+        )
+        assert 0.9 * bound < spent / task.source.n_macs <= bound
+
+
+def test_bounds_that_nothing_meets_are_refused():
+    task, found = scanned()
+    with pytest.raises(InputError, match="no position reaches them, even at density 0.1; allow more"):
+        joint_front(task, found, max_macs=1e-9)
+    with pytest.raises(InputError, match="max_bytes=10"):
+        joint_front(task, found, max_bytes=10)
+
+
+def test_tried_is_the_cheapest_that_is_good_enough_and_what_is_dearer():
+    scores = [0.5, 0.7, 0.896, 0.899, 0.9]
+    front = [Candidate(None, 1.0, share, score) for share, score in enumerate(scores)]
+    assert [one.estimate for one in worth_trying(front, tolerance=0.005)] == scores[2:]
+    assert [one.estimate for one in worth_trying(front, tolerance=0.25)] == scores[1 : 1 + N_TRIED]
+    assert [one.estimate for one in worth_trying(front, tolerance=0.0)] == scores[2:]
+    assert worth_trying(front[:1]) == tuple(front[:1])
+
+
+def test_clones_of_automatic_density_keep_the_bound(monkeypatch):
+    monkeypatch.setattr("pnc.joint.N_TRIED", 2)
+    nets = pair()
+    made = pnc.clone(
+        nets.source.module, nets.target.module, support(), density="auto", method="taylor", max_macs=0.2, **nets.names()
+    )
+    assert made.recipe["macs_share"] <= 0.2
+    assert made.recipe["score"] > 0.8
+    assert torch.is_tensor(made.branch.head.weight)
+
+
+@pytest.mark.parametrize("density", ["half", 0.0, 2])
+def test_other_densities_are_refused(density):
+    nets = pair()
+    with pytest.raises(InputError, match="density must be in .*or 'auto'; got"):
+        pnc.clone(nets.source.module, nets.target.module, support(), density=density, **nets.names())

@@ -1,0 +1,117 @@
+import re
+from functools import cache
+from typing import get_args
+
+import pytest
+import torch
+
+import pnc
+from digits import BASE, NEW, pair, support
+from pnc import selection
+from pnc.budgets import Costs
+from pnc.channels import channel_spaces
+from pnc.errors import InputError
+from pnc.integrity import differences, snapshot
+from pnc.positions import source_body
+from pnc.selection import Method, localize
+
+METHODS = get_args(Method)
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    for name in ("GATES_STEPS", "NORMS_STEPS", "SURROGATE_STEPS"):
+        monkeypatch.setattr(selection, name, 12)
+
+
+@cache
+def case():
+    """A task and the adapter where there is most of the source to choose from."""
+    nets = pair()
+    task = pnc.prepare_task(nets.source.module, nets.target.module, support(8, 3), classes=NEW, **nets.names())
+    found = pnc.scan(task)
+    return task, found.adapter(max(found.positions, key=lambda p: p.n_params)).adapter
+
+
+def n_macs(part):
+    return sum(node.meta["pnc"].n_macs for node in part.module.graph.nodes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_the_budget_repeats_itself_and_changes_nothing(method):
+    task, adapter = case()
+    nets = pair()
+    before = [snapshot(nets.source.module), snapshot(nets.target.module)]
+    state = torch.get_rng_state()
+    steps = []
+    part, again = (localize(task, adapter, 0.4, method, progress=lambda *step: steps.append(step)) for _ in range(2))
+    body = source_body(task, adapter.source_cut)
+    costs = Costs(body, channel_spaces(body))
+    assert 0.35 < part.density <= 0.4
+    assert n_macs(part) == costs.n_macs(part.masks.flat) <= costs.bound(0.4)
+    assert part.masks.to_bytes() == again.masks.to_bytes()
+    for name, tensor in part.module.state_dict().items():
+        assert torch.equal(tensor, again.module.state_dict()[name])
+    assert differences(nets.source.module, before[0]) == [] == differences(nets.target.module, before[1])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert bool(steps) == (method in ("gates", "local-surrogate"))
+    assert all(done <= total for _, done, total in steps)
+
+
+def test_gates_leave_the_features_closer_to_the_sources_own_than_taylor_does(monkeypatch):
+    for name in ("GATES_STEPS", "NORMS_STEPS"):
+        monkeypatch.setattr(selection, name, 60)
+    task, adapter = case()
+    body = source_body(task, adapter.source_cut)
+    costs = Costs(body, channel_spaces(body))
+    choice = selection._Choice(task, adapter, body, costs, None)
+    distances = {}
+    for method in ("gates", "taylor"):
+        module = localize(task, adapter, 0.2, method).module
+        batches = choice.batches()
+        with torch.no_grad():
+            distances[method] = sum(float(loss(module(x))) for (x, loss), _ in zip(batches, range(4), strict=False))
+    assert distances["gates"] < 0.7 * distances["taylor"]
+
+
+def test_weights_of_the_part_stay_the_sources(method="gates"):
+    task, adapter = case()
+    part = localize(task, adapter, 0.4, method)
+    plain = localize(task, adapter, 0.4, "random")
+    names = set(part.module.state_dict())
+    assert names == set(plain.module.state_dict())
+    weights = dict(task.source.model.named_parameters())
+    for name, tensor in part.module.named_parameters():
+        values = set(weights[name].detach().flatten().tolist())
+        assert set(tensor.flatten().tolist()) <= values, f"{name} holds values that the source does not have"
+
+
+def test_channels_come_in_multiples_where_asked():
+    task, adapter = case()
+    part = localize(task, adapter, 0.5, "taylor", round_to=8)
+    counts = {name: (int(mask.sum()), len(mask)) for name, mask in part.masks.kept.items()}
+    assert all(kept % 8 == 0 or kept == size for kept, size in counts.values())
+    assert any(kept < size for kept, size in counts.values())
+
+
+def test_full_density_is_the_part_as_it_is():
+    task, adapter = case()
+    part = localize(task, adapter, 1.0, "gates")
+    assert part.masks is None and part.density == 1.0
+    body = source_body(task, adapter.source_cut)
+    assert all(torch.equal(part.module.state_dict()[name], tensor) for name, tensor in body.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "luck"}, "method: expected one of gates, taylor, magnitude, random, local-surrogate, got 'luck'"),
+        ({"density": 0.0}, "density must be in (0, 1]"),
+        ({"density": 1.5}, "density must be in (0, 1]"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, message):
+    task, adapter = case()
+    with pytest.raises(InputError, match=re.escape(message)):
+        localize(task, adapter, **{"density": 0.5, "method": "taylor", **options})
+    assert task.target.classes == BASE
