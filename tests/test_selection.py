@@ -8,11 +8,14 @@ import torch
 import pnc
 from digits import BASE, NEW, pair, support
 from pnc import selection
+from pnc.bench.localize import masked_source_accuracy
 from pnc.budgets import Costs
 from pnc.channels import channel_spaces
+from pnc.data import class_subset
 from pnc.errors import InputError
 from pnc.integrity import differences, snapshot
 from pnc.positions import source_body
+from pnc.readers import load_data
 from pnc.selection import Method, localize
 
 METHODS = get_args(Method)
@@ -115,3 +118,29 @@ def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(InputError, match=re.escape(message)):
         localize(task, adapter, **{"density": 0.5, "method": "taylor", **options})
     assert task.target.classes == BASE
+
+
+def test_a_part_forgets_the_classes_that_are_not_cloned(monkeypatch):
+    """By the source's own head, on images that were never shown: those of the classes that stay behind."""
+    for name in ("GATES_STEPS", "NORMS_STEPS"):
+        monkeypatch.setattr(selection, name, 60)
+    nets, classes = pair(), ("5", "7")
+    task = pnc.prepare_task(
+        nets.source.module, nets.target.module, support(20, 5, classes), classes=classes, **nets.names()
+    )
+    found = pnc.scan(task)
+    fitted = found.adapter(max(found.positions, key=lambda p: p.n_params))
+    test = class_subset(load_data("digits", "test"), NEW)
+    whole, forgetful = (
+        masked_source_accuracy(task, pnc.fit(task, fitted, density=density), test) for density in (1.0, 0.5)
+    )
+    assert whole["cloned"] > 0.95 and whole["not_cloned"] > 0.95
+    assert forgetful["cloned"] > 0.9
+    assert forgetful["not_cloned"] < 0.3
+
+
+def test_features_of_a_single_class_have_no_discriminants():
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(selection._discriminants(features, torch.full((6,), 3)), torch.zeros(4, 1))
+    found = selection._discriminants(features, torch.tensor([2, 2, 2, 5, 5, 5]))
+    torch.testing.assert_close(found[:, 0], -found[:, 1])  # rounding of the mean

@@ -6,6 +6,7 @@ ranks and norms by gradient where the clone will work, behind the adapter, and t
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ from pnc.compaction import compact, own_copy
 from pnc.cuts import LOGITS, extract
 from pnc.errors import InputError
 from pnc.gates import learn_gates
+from pnc.heads import HeadSamples, fit_discriminant
 from pnc.localization import one_shot_ranking
 from pnc.norms import Batch, reestimate_statistics, tune_norms
 from pnc.positions import Progress, source_body
@@ -33,6 +35,9 @@ SURROGATE_STEPS = 150
 BATCH_SIZE = 32
 SURROGATE_IMAGES = 4
 """Images in a batch of `local-surrogate`, each with its neighbours."""
+
+MARGIN = 5.0
+SHRINKAGE = 0.2
 
 _TINY = 1e-30  # for the logarithm of effects
 
@@ -105,23 +110,10 @@ class _Choice:
         return learn_gates(self._body, self.costs, start, density, batches, GATES_STEPS, tune=True)
 
     def batches(self) -> Iterator[Batch]:
-        """Draws of the support without end: what the part sees, and the distance from the source's own features.
-
-        The distance is squared and in units of each feature's variance.
-        """
-        task, features = self._task, self._task.source.head.features
-        teacher = extract(task.source.recording, None, [features])
-        with torch.no_grad():
-            batches = [images.to(task.source.device) for _, images in task.samples.batches(task.batch_size)]
-            wanted = torch.cat([pool(teacher(images), features) for images in batches])
-        inputs, variance = torch.cat(self.inputs), wanted.var(0, correction=0)
-        scale = variance.clamp_min(1e-6 * float(variance.max()) + 1e-12)
+        """Draws of the support without end: what the part sees, and how far its outputs are from the aim."""
+        inputs, aim = torch.cat(self.inputs), _Aim(self._task)
         for rows in _draws(len(inputs), BATCH_SIZE, self._generator):
-
-            def distance(outputs: Tensor, rows: Tensor = rows) -> Tensor:
-                return ((pool(outputs, features) - wanted[rows]).square() / scale).mean()
-
-            yield inputs[rows], distance
+            yield inputs[rows], partial(aim.loss, rows=rows)
 
     def counted(self, batches: Iterator[Batch], what: str, n_steps: int) -> Iterator[Batch]:
         """The same batches, with a report of progress for each."""
@@ -147,6 +139,52 @@ class _Choice:
                 return surrogate_loss(around, classifier(outputs)[:, task.source_ids], expected)
 
             yield _laid_out(inputs), distance
+
+
+class _Aim:
+    """What a part shall give for the support: the source's features, where they matter, and no class but the cloned.
+
+    Three terms of equal weight: the squared distance from the source's own features in units of their variance; the
+    same along the discriminants of the classes at hand; and, where the source knows classes that are not cloned, what
+    its classifier lacks to prefer the cloned ones by `MARGIN` logits. The last one makes the part forget the others.
+    """
+
+    def __init__(self, task: CloneTask) -> None:
+        self._features, self._ids = task.source.head.features, task.source_ids
+        teacher = extract(task.source.recording, None, [self._features])
+        with torch.no_grad():
+            batches = [images.to(task.source.device) for _, images in task.samples.batches(task.batch_size)]
+            self._wanted = torch.cat([pool(teacher(images), self._features) for images in batches])
+        self._scale = _above_zero(self._wanted.var(0, correction=0)).sqrt()
+        discriminants = _discriminants(self._wanted, task.samples.labels)
+        self._discriminants = discriminants / _above_zero((self._wanted @ discriminants).var(correction=0)).sqrt()
+        self._forgets = len(self._ids) < len(task.source.classes)
+        self._classifier = extract(task.source.recording, self._features, [LOGITS])
+        self._margin = torch.full((len(task.source.classes),), MARGIN, device=self._wanted.device)
+        self._margin[self._ids] = 0
+
+    def loss(self, outputs: Tensor, rows: Tensor) -> Tensor:
+        """The mean over a batch of outputs, for these rows of the support."""
+        missed = pool(outputs, self._features) - self._wanted[rows]
+        loss = (missed / self._scale).square().mean() + (missed @ self._discriminants).square().mean()
+        if self._forgets:
+            logits = self._classifier(outputs)
+            loss = loss + ((logits + self._margin).logsumexp(1) - logits[:, self._ids].logsumexp(1)).mean()
+        return loss
+
+
+def _discriminants(features: Tensor, labels: Tensor) -> Tensor:
+    """Directions of features (N, D) that tell classes apart, one for each class that there is, (D, K)."""
+    classes, places = labels.unique(return_inverse=True)
+    nothing = torch.zeros(len(labels), 0)
+    samples = HeadSamples(nothing, features.cpu(), nothing, places, torch.zeros_like(labels), len(classes))
+    weight = fit_discriminant(samples, SHRINKAGE).weight
+    return (weight - weight.mean(0)).T.to(features)
+
+
+def _above_zero(variance: Tensor) -> Tensor:
+    """Variances, those of what never moves replaced by something small."""
+    return variance.clamp_min(1e-6 * float(variance.max()) + 1e-12)
 
 
 def _laid_out(tensor: Tensor) -> Tensor:

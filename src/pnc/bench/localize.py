@@ -53,8 +53,8 @@ def run(
     """
     wanted = [
         ("+".join(group), seed, method, density)
-        for group in groups
         for seed in seeds
+        for group in groups
         for method, density in [(FULL, 1.0), *((m, d) for d in DENSITIES for m in METHODS)]
     ]
     by_name = {"+".join(group): group for group in groups}
