@@ -327,6 +327,10 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         (f"clone {NETWORKS} --data numbers --out {{d}}/c", "'numbers' is of no known kind; expected one of digits"),
         (f"clone {NETWORKS} --data folder:{{d}}/no --out {{d}}/c", "there is no folder"),
         (f"clone {NETWORKS} --data parquet:{{d}}/no --out {{d}}/c", "there is no file or folder"),
+        (
+            f"clone {NETWORKS} --data digits --out {{d}}/c --strategy sequential --refine",
+            "the sequential search takes no",
+        ),
         ("scan --source {t} --target {t} --data digits", "same network"),
         (f"scan {NETWORKS} --data digits --plot {{d}}/a.jpg", "plot: .* must end in .png"),
         (f"scan {NETWORKS} --data digits --max-bytes 100", "max_bytes=100: the smallest file .* has [0-9]+ bytes"),

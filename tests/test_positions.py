@@ -67,13 +67,15 @@ def test_the_front_is_not_beaten():
         assert any(p.n_macs <= position.n_macs and p.score >= position.score for p in front)
 
 
-def test_the_choice_is_the_cheapest_within_the_tolerance_and_the_budget():
+def test_the_choice_is_the_cheapest_within_standard_errors_and_bounds():
     scan = found()
-    best = scan.positions[0].score
-    assert scan.choose(tolerance=1.0).n_macs == min(p.n_macs for p in scan.positions)
-    exact = scan.choose(tolerance=0.0)
-    assert exact.score == best
-    assert exact.n_macs == min(p.n_macs for p in scan.positions if p.score == best)
+    best = scan.positions[0]
+    for n_errors in (0.0, 1.0, 2.0):
+        losses = {p: scan.loss_against(p, best) for p in scan.positions}
+        as_good = [p for p, (loss, error) in losses.items() if loss <= n_errors * error + 1e-12]  # rounding
+        assert scan.choose(n_errors=n_errors).n_macs == min(p.n_macs for p in as_good)
+    assert scan.choose(n_errors=0.0).score == best.score
+    assert scan.choose(n_errors=1e9).n_macs == min(p.n_macs for p in scan.positions if losses[p][1] > 0 or p is best)
     assert scan.choose(max_macs=0.3).macs_share <= 0.3
     with pytest.raises(InputError, match=r"max_macs=0\.0: the cheapest position adds"):
         scan.choose(max_macs=0.0)

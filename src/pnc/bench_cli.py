@@ -76,7 +76,7 @@ def measure_positions(
     out: Annotated[Path, typer.Option(help="Folder for positions.json, .md and .jsonl.")] = Path("results"),
     threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 1,
 ) -> None:
-    """Ways to find a position side by side: closed form within bounds, refined, and the paper's search.
+    """Ways to find a position side by side: closed form within bounds, density, refinement, the paper's search.
 
     Takes some minutes for each seed; rows that are in positions.jsonl already are not made again.
     """

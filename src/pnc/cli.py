@@ -194,6 +194,10 @@ def clone(
     method: Annotated[Method, typer.Option(help="How channels are chosen below density 1.")] = "gates",
     max_macs: MaxMacs = None,
     max_bytes: MaxBytes = None,
+    strategy: Annotated[
+        cloning.Strategy, typer.Option(help="scan: closed form; sequential: the paper's search, to compare with.")
+    ] = "scan",
+    refine: Annotated[bool, typer.Option(help="Tune the adapter by gradient where that helps; takes minutes.")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the clone; by default made of its classes.")] = None,
     kind: Annotated[
         checkpoint.Kind, typer.Option(help="thin: without the source's weights; full: with them.")
@@ -235,6 +239,8 @@ def clone(
             method=method,
             max_macs=max_macs,
             max_bytes=max_bytes,
+            strategy=strategy,
+            refine=refine,
             flip=flip,
             seed=seed,
             progress=bar.step,

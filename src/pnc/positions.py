@@ -23,6 +23,7 @@ Progress = Callable[[str, int, int], None]
 
 MAX_CUTS = 12
 TOLERANCE = 0.005
+"""Accuracy that may be given up for lower cost where there is no standard error of the difference to go by."""
 TAPPED_BYTES = 2**28
 """Memory for the tensors at all cuts that one batch of images takes, about."""
 DIGEST_BYTES = 11
@@ -30,6 +31,7 @@ DIGEST_BYTES = 11
 FACTS_BYTES = 3000
 """Of the other metadata in a clone's file, at most."""
 RUNNER_UP = 1.1
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,15 +140,15 @@ class Scan:
             for p in self.positions
         ]
 
-    def choose(
-        self, max_macs: float | None = None, max_bytes: int | None = None, tolerance: float = TOLERANCE
-    ) -> Position:
-        """Choose the cheapest position whose score lies within `tolerance` of the best one's.
+    def choose(self, max_macs: float | None = None, max_bytes: int | None = None, n_errors: float = 1.0) -> Position:
+        """Choose the cheapest position whose score lies within one standard error of the best one's.
+
+        It is the error of the difference between both, on the same images (`loss_against`).
 
         Args:
             max_macs: Bound on the added MACs as a share of the source's, in (0, 1]; None for no bound.
             max_bytes: Bound on the size of the thin file; None for no bound.
-            tolerance: Accuracy that may be given up for lower cost, in [0, 1].
+            n_errors: How many standard errors may be given up for lower cost, at least 0.
         Raises:
             InputError: no scored position is that cheap; the message names the cheapest.
         """
@@ -161,8 +163,13 @@ class Scan:
             allowed = [p for p in allowed if p.n_bytes <= max_bytes]
             if not allowed:
                 raise InputError(f"max_bytes={max_bytes}: the smallest file of such a clone has {smallest} bytes")
-        best = max(p.score for p in allowed)
-        return min((p for p in allowed if p.score >= best - tolerance), key=lambda p: (p.n_macs, -p.score))
+        best = max(allowed, key=lambda p: p.score)
+        as_good = []
+        for position in allowed:
+            loss, error = self.loss_against(position, best)
+            if loss <= n_errors * error + ROUNDING:
+                as_good.append(position)
+        return min(as_good, key=lambda p: (p.n_macs, -p.score))
 
 
 def scan(
