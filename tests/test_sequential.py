@@ -73,9 +73,11 @@ def test_positions_pair_equal_depths_deepest_first():
     assert costs == sorted(costs, reverse=True) and costs[-1] == 0
 
 
-def test_the_search_stops_where_the_next_position_does_not_help(monkeypatch):
+@pytest.mark.parametrize("patience", [1, 2])
+def test_the_search_stops_where_the_next_positions_do_not_help(monkeypatch, patience):
     """Outcomes are given; what was trained to reach them does not matter here."""
-    scores = dict(zip((source.name for _, source in depths(task())), (0.5, 0.6, 0.6, 0.9), strict=False))
+    monkeypatch.setattr(pnc.sequential, "PATIENCE", patience)
+    scores = dict(zip((source.name for _, source in depths(task())), (0.5, 0.6, 0.6, 0.9, 0.1), strict=False))
     tried, images = [], torch.ones(10, dtype=torch.float64)
 
     def fit(place, learning_rate, rows, held_out):
@@ -87,13 +89,15 @@ def test_the_search_stops_where_the_next_position_does_not_help(monkeypatch):
     monkeypatch.setattr(pnc.sequential._Place, "fit", fit)
     found = search(task(), lambda adapter: Part(own_copy(source_body(task(), adapter.source_cut))))
     names, best = list(scores), 0.01
+    further = [(names[3], best, False), (names[4], best, False)] if patience == 2 else []
     assert tried == [
         *((names[0], rate, False) for rate in (0.003, 0.01)),
         (names[1], best, False),
         (names[2], best, False),
-        (names[1], best, True),
+        *further,
+        (names[3 if further else 1], best, True),
     ]
-    assert found.outcome.average[0] == pytest.approx(0.6)
+    assert found.outcome.average[0] == pytest.approx(0.9 if further else 0.6)
 
 
 def test_without_base_samples_the_new_classes_are_learned_among_themselves():

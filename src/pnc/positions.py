@@ -31,6 +31,8 @@ DIGEST_BYTES = 11
 FACTS_BYTES = 3000
 """Of the other metadata in a clone's file, at most."""
 RUNNER_UP = 1.1
+N_ERRORS = 0.5
+"""Standard errors of the difference to the best that are given up for lower cost; see docs/method.md."""
 ROUNDING = 1e-12
 
 
@@ -140,8 +142,10 @@ class Scan:
             for p in self.positions
         ]
 
-    def choose(self, max_macs: float | None = None, max_bytes: int | None = None, n_errors: float = 1.0) -> Position:
-        """Choose the cheapest position whose score lies within one standard error of the best one's.
+    def choose(
+        self, max_macs: float | None = None, max_bytes: int | None = None, n_errors: float = N_ERRORS
+    ) -> Position:
+        """Choose the cheapest position whose score lies within half a standard error of the best one's.
 
         It is the error of the difference between both, on the same images (`loss_against`).
 

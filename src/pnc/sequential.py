@@ -4,10 +4,11 @@ This is our reading of the search in *Partial Network Cloning* (Ye, Liu, Wang, C
 authors published no code. A position is a depth at which both networks are parted. At each, from the deepest on,
 adapter and head are trained on part of the support; masks, where they are asked for, are then chosen behind the trained
 adapter, and both are trained again; the rest of the support measures it. The search goes one position up while that
-helps. At the position where it stopped, all is trained once more, on the whole support.
+helps. At the best position, all is trained once more, on the whole support.
 
 Deviations: the head gives the new logits only, in the conditional form of `pnc.heads`, so that the target's own stay as
-they are; the learning rate is chosen on held-out images, at the deepest position.
+they are; the learning rate is chosen on held-out images, at the deepest position; the search goes on over a few
+positions that do not help, since with the first of them as its end it stopped almost at once.
 """
 
 import itertools
@@ -29,6 +30,8 @@ from pnc.task import CloneTask, Network
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03)
 N_STEPS = 300
+PATIENCE = 3
+"""Positions in a row that may fail to help before the search ends: few held-out images say it with much noise."""
 HELD_OUT_SHARE = 0.4
 
 
@@ -66,28 +69,29 @@ def search(task: CloneTask, part_of: Callable[[Adapter], Part], progress: Progre
         part_of: Makes the source's part behind an adapter: masked, where this is wanted.
         progress: Called after each training.
     Returns:
-        What was trained on the whole support at the position where the search stopped, with the outcome that this
+        What was trained on the whole support at the best position, with the outcome that this
         position had before, on images that were held out.
     """
-    places = [_Place(task, *pair, part_of) for pair in depths(task)]
-    held_out = _held_out(task)
-    n_done = itertools.count(1)
+    pairs, held_out, n_done = depths(task), _held_out(task), itertools.count(1)
 
     def fit(place: _Place, learning_rate: float, rows: Tensor) -> Trained:
         found = place.fit(learning_rate, rows, held_out)
         if progress is not None:
-            progress("searching upward", next(n_done), len(LEARNING_RATES) + len(places))
+            progress("searching upward", next(n_done), len(LEARNING_RATES) + len(pairs))
         return found
 
-    deepest = {rate: fit(places[0], rate, ~held_out) for rate in LEARNING_RATES}
-    rate = max(deepest, key=lambda rate: deepest[rate].outcome.average)
-    best, place = deepest[rate], places[0]
-    for above in places[1:]:
-        found = fit(above, rate, ~held_out)
-        if found.outcome.average[0] <= best.outcome.average[0]:
+    best_place, best_number = _Place(task, *pairs[0], part_of), 0
+    deepest = [fit(best_place, rate, ~held_out) for rate in LEARNING_RATES]
+    best = max(deepest, key=lambda found: found.outcome.average)
+    rate = best.learning_rate
+    for number, pair in enumerate(pairs[1:], 1):
+        if number - best_number > PATIENCE:
             break
-        best, place = found, above
-    return replace(fit(place, rate, torch.ones_like(held_out)), outcome=best.outcome)
+        place = _Place(task, *pair, part_of)
+        found = fit(place, rate, ~held_out)
+        if found.outcome.average[0] > best.outcome.average[0]:
+            best, best_place, best_number = found, place, number
+    return replace(fit(best_place, rate, torch.ones_like(held_out)), outcome=best.outcome)
 
 
 def depths(task: CloneTask) -> list[tuple[CutPoint, CutPoint]]:
