@@ -16,7 +16,7 @@ from pnc.localization import Gated, by_space
 from pnc.norms import LEARNING_RATE, Batch, optimizer_for, training_norms
 from pnc.opening import opened
 
-GATES_LEARNING_RATE = 0.02
+GATES_LEARNING_RATE = 0.01
 SHRINKING = 0.3
 """Share of the steps after which the budget is reached."""
 

@@ -13,7 +13,7 @@ DENSITIES = (1.0, 0.7, 0.5, 0.35, 0.25)
 LEAST_DENSITY = 0.1
 LOSS = 0.02
 """Accuracy lost at density 1/2, and in proportion to 1 / density - 1 elsewhere: what gates lose on ResNets of CIFAR
-size, rounded up (results/localize.md). Only decides what is tried."""
+size, rounded up (`pnc bench localize`). Only decides what is tried."""
 N_TRIED = 3
 
 

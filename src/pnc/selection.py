@@ -29,9 +29,9 @@ from pnc.task import CloneTask
 
 Method = Literal["gates", "taylor", "magnitude", "random", "local-surrogate"]
 
-GATES_STEPS = 150
-NORMS_STEPS = 150
-SURROGATE_STEPS = 150
+GATES_STEPS = 200
+NORMS_STEPS = 300
+SURROGATE_STEPS = 200
 BATCH_SIZE = 32
 SURROGATE_IMAGES = 4
 """Images in a batch of `local-surrogate`, each with its neighbours."""
