@@ -95,9 +95,9 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """Classifiers of transformers by a name of ours: a class or its beginning, and a configuration of small size."""
 
 TORCHVISION = """
-alexnet densenet121 efficientnet_b0 efficientnet_b1 googlenet inception_v3@96 mnasnet0_5 mnasnet0_75 mobilenet_v2
+densenet121 efficientnet_b0 efficientnet_b1 googlenet inception_v3@96 mnasnet0_5 mnasnet0_75 mobilenet_v2
 mobilenet_v3_large mobilenet_v3_small regnet_x_400mf regnet_x_800mf regnet_y_400mf regnet_y_800mf resnet18 resnet34
-resnet50 shufflenet_v2_x0_5 shufflenet_v2_x1_0 squeezenet1_0 squeezenet1_1 vgg11_bn vit_b_32@224
+resnet50 shufflenet_v2_x0_5 shufflenet_v2_x1_0 squeezenet1_0 squeezenet1_1 vit_b_32@224
 """
 """Names of torchvision; @ and the size of the images where it is not `SIZE`."""
 
