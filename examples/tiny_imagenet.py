@@ -8,7 +8,7 @@ its own.
     python examples/tiny_imagenet.py --data parquet:PATH --support 20/5
 
 PATH is a folder with train.parquet and test.parquet in the image layout of Hugging Face `datasets`; `hf:NAME` works
-where the hub can be reached. The target is trained once (about ten minutes on one core) and kept in `--runs`.
+where the hub can be reached. The target is trained once (about five minutes on one core) and kept in `--runs`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from pnc.pretraining import Recipe, pretrain
 from pnc.readers import load_data
 
 SPEC = "zoo:resnet20"
-RECIPE = Recipe(epochs=60, crop_padding=4, precision="bfloat16")
+RECIPE = Recipe(epochs=30, crop_padding=4, precision="bfloat16")
 TARGET_SIZE = 32
 N_BASE_CLASSES, N_NEW_CLASSES = 50, 10
 TUNING = "fine-tuning with replay"

@@ -48,9 +48,9 @@ def coverage(
     ),
     threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 1,
 ) -> None:
-    """Record, cut, shrink, clone and export 219 classifiers of torchvision, timm and transformers.
+    """Record, cut, shrink, clone and export some 200 classifiers of torchvision, timm and transformers.
 
-    Takes an hour or more. Rows are kept beside the results as they come, and a stopped run goes on behind them.
+    Takes about an hour. Rows are kept beside the results as they come, and a stopped run goes on behind them.
     """
     names = classifiers.chosen(models)
     outputs = {suffix: json_path.with_suffix(suffix) for suffix in (".json", ".md", ".jsonl")}
