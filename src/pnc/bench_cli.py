@@ -20,7 +20,7 @@ from pnc.bench import classifiers
 from pnc.bench import coverage as coverage_bench
 from pnc.bench import localize as localize_bench
 from pnc.bench import positions as positions_bench
-from pnc.bench.results import Cells, commit, write_results
+from pnc.bench.results import Cells, write_results
 from pnc.data import parse_classes, sample_per_class
 from pnc.errors import InputError
 from pnc.readers import load_data
@@ -56,7 +56,7 @@ def coverage(
     outputs = {suffix: json_path.with_suffix(suffix) for suffix in (".json", ".md", ".jsonl")}
     check_outputs(dict(outputs))
     with use_threads(threads), progress() as bar:
-        cells = Cells(outputs[".jsonl"], {"commit": commit()}, ["model"])
+        cells = Cells(outputs[".jsonl"], {}, ["model"])
         rows = coverage_bench.run(names, cells, bar.step)
         command = f"pnc bench coverage --threads {threads}" + (f" --models {models}" if models else "")
         made = coverage_bench.claims(rows), coverage_bench.markdown(rows)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from pnc.bench.classifiers import N_CLASSES, SHARES, build, family, prepared
-from pnc.bench.results import Cells, Claim, at_least, at_most, table
+from pnc.bench.results import Cells, Claim, at_least, at_most, commit, table
 from pnc.channels import KEPT, ChannelSpaces, channel_spaces
 from pnc.checkpoint import load, save
 from pnc.cloning import fit
@@ -66,7 +66,7 @@ def run(models: Sequence[str], cells: Cells, progress: Progress | None = None) -
         if {"model": model} not in cells:
             if progress is not None:
                 progress(model, done, len(models))
-            cells.add(measure(model))
+            cells.add({**measure(model), "commit": commit()})
     rows = {row["model"]: row for row in cells.rows}
     return [rows[model] for model in models]
 
