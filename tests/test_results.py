@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pnc.bench import results
-from pnc.bench.results import Cells, Claim, at_least, at_most, commit, environment, table, write_results
+from pnc.bench.results import Cells, Claim, at_least, at_most, commit, environment, over_seeds, table, write_results
 from pnc.errors import FileFormatError, InputError
 
 
@@ -113,3 +113,10 @@ def test_cells_of_other_settings_and_other_files_are_left_alone(tmp_path: Path) 
     with pytest.raises(FileFormatError, match="no rows of a bench"):
         Cells(path, {}, ["seed"])
     assert path.read_text() == "something\nelse\n"
+
+
+def test_over_seeds_the_mean_reaches_a_lower_bound_and_every_value_keeps_an_upper_one() -> None:
+    assert over_seeds("accuracy", ">=", 0.5, [0.4, 0.6]) == Claim("accuracy", ">= 0.5", 0.5, True, pytest.approx(0.1))
+    assert not over_seeds("accuracy", ">=", 0.51, [0.4, 0.6]).holds
+    assert over_seeds("MACs", "<=", 0.6, [0.4, 0.6]).holds
+    assert not over_seeds("MACs", "<=", 0.55, [0.4, 0.6]).holds

@@ -1,5 +1,6 @@
 """The `pnc bench` commands: measurements that anyone can run again, each with its results as JSON and Markdown."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from pnc.bench import classifiers
 from pnc.bench import coverage as coverage_bench
 from pnc.bench import localize as localize_bench
 from pnc.bench import positions as positions_bench
-from pnc.bench.results import Cells, write_results
+from pnc.bench.results import Cells, Claim, write_results
 from pnc.data import parse_classes, sample_per_class
 from pnc.errors import InputError
 from pnc.readers import load_data
@@ -80,18 +81,8 @@ def measure_positions(
 
     Takes some minutes for each seed; rows that are in positions.jsonl already are not made again.
     """
-    asked = ModelOptions("source", source, None, None), ModelOptions("target", target, None, None)
-    check_different(*asked)
-    check_trained(*asked)
-    n_new, n_base = parse_support(support)
-    if not n_new or not n_base:
-        raise InputError(f"support: numbers of images above 0 of new and of base classes are needed; got {support!r}")
     rows_path = out / "positions.jsonl"
-    check_outputs({"out": rows_path}, [*(one.file for one in asked), data_file(data)])
-    train, test = load_data(data, "train"), load_data(data, "test")
-    models = [load_network(one, input_shape=train.input_shape) for one in asked]
-    check_images(train, *models)
-    setting = positions_bench.Setting(models[0], models[1], train, test, n_new, n_base, flip)
+    setting = _setting(source, target, data, support, flip, rows_path)
     facts = {"source": source, "target": target, "data": data_name or data, "support": support, "flip": flip}
     cells = Cells(rows_path, facts, ("strategy", "seed"))
     with use_threads(threads), progress() as bar:
@@ -103,9 +94,7 @@ def measure_positions(
     found = positions_bench.claims(rows)
     text = positions_bench.markdown(rows, setting, data_name or data)
     write_results(out, "positions", command, {**facts, "rows": rows}, found, text)
-    for one in found:
-        say(f"{'holds' if one.holds else 'FAILS'}: {one.claim} {one.must}: {one.value:.3f} +- {one.spread:.3f}")
-    say(f"{out / 'positions.md'}: written")
+    _show_claims(found, out / "positions.md")
 
 
 @bench.command("localize")
@@ -126,21 +115,10 @@ def measure_localization(
 
     Takes an hour or so for each seed; rows that are in localize.jsonl already are not made again.
     """
-    asked = ModelOptions("source", source, None, None), ModelOptions("target", target, None, None)
-    check_different(*asked)
-    check_trained(*asked)
-    n_new, n_base = parse_support(support)
-    if not n_new or not n_base:
-        raise InputError(f"support: numbers of images above 0 of new and of base classes are needed; got {support!r}")
     rows_path = out / "localize.jsonl"
-    check_outputs({"out": rows_path}, [*(one.file for one in asked), data_file(data)])
-    train, test = load_data(data, "train"), load_data(data, "test")
-    test = test if n_test is None else sample_per_class(test, n_test, "first")
-    models = [load_network(one, input_shape=train.input_shape) for one in asked]
-    check_images(train, *models)
-    setting = positions_bench.Setting(models[0], models[1], train, test, n_new, n_base, flip)
-    everything = [name for name in models[0].classes if name not in models[1].classes]
-    groups = [everything, list(parse_classes(some, models[0].classes))]
+    setting = _setting(source, target, data, support, flip, rows_path, n_test)
+    everything = [name for name in setting.source.classes if name not in setting.target.classes]
+    groups = [everything, list(parse_classes(some, setting.source.classes))]
     facts = {"source": source, "target": target, "data": data_name or data, "support": support, "flip": flip}
     cells = Cells(rows_path, {**facts, "n_test": n_test}, localize_bench.KEYS)
     with use_threads(threads), progress() as bar:
@@ -153,6 +131,28 @@ def measure_localization(
     found = localize_bench.claims(rows)
     text = localize_bench.markdown(rows, setting, data_name or data)
     write_results(out, "localize", command, {**facts, "n_test": n_test, "rows": rows}, found, text)
-    for one in found:
+    _show_claims(found, out / "localize.md")
+
+
+def _setting(
+    source: str, target: str, data: str, support: str, flip: bool, out: Path, n_test: int | None = None
+) -> positions_bench.Setting:
+    """Check and load what the options of a comparison name; `out` is the file that its rows go to."""
+    asked = ModelOptions("source", source, None, None), ModelOptions("target", target, None, None)
+    check_different(*asked)
+    check_trained(*asked)
+    n_new, n_base = parse_support(support)
+    if not n_new or not n_base:
+        raise InputError(f"support: numbers of images above 0 of new and of base classes are needed; got {support!r}")
+    check_outputs({"out": out}, [*(one.file for one in asked), data_file(data)])
+    train, test = load_data(data, "train"), load_data(data, "test")
+    test = test if n_test is None else sample_per_class(test, n_test, "first")
+    models = [load_network(one, input_shape=train.input_shape) for one in asked]
+    check_images(train, *models)
+    return positions_bench.Setting(models[0], models[1], train, test, n_new, n_base, flip)
+
+
+def _show_claims(claims: Sequence[Claim], written: Path) -> None:
+    for one in claims:
         say(f"{'holds' if one.holds else 'FAILS'}: {one.claim} {one.must}: {one.value:.3f} +- {one.spread:.3f}")
-    say(f"{out / 'localize.md'}: written")
+    say(f"{written}: written")

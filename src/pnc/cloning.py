@@ -270,7 +270,6 @@ def fit_sequential(
         name: As in `clone`.
         progress: As in `clone`.
     """
-
     found = search(task, lambda adapter: localize(task, adapter, density, method), progress)
     facts = {"learning_rate": found.learning_rate, "strategy": "sequential"}
     return _made(task, found.adapter, found.part, found.head, found.outcome, name, method, facts)

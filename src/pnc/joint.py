@@ -12,8 +12,8 @@ from pnc.task import CloneTask
 DENSITIES = (1.0, 0.7, 0.5, 0.35, 0.25)
 LEAST_DENSITY = 0.1
 LOSS = 0.02
-"""Accuracy lost at density 1/2, and in proportion to 1 / density - 1 elsewhere: what gates lose on ResNets of CIFAR
-size, rounded up (`pnc bench localize`). Only decides what is tried."""
+"""Accuracy taken to be lost at density 1/2, and in proportion to 1 / density - 1 elsewhere. A rough figure: it only
+decides what is tried; the choice is by held-out score."""
 N_TRIED = 3
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pnc.bench.main_job import predict
 from pnc.bench.positions import Setting
-from pnc.bench.results import Cells, Claim, table
+from pnc.bench.results import Cells, Claim, over_seeds, table
 from pnc.cloning import Clone, fit
 from pnc.composite import attach
 from pnc.cuts import LOGITS, extract
@@ -159,26 +159,22 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
     for group in groups:
         for density, bound in ((0.5, 0.98), (0.3, 0.95)):
             kept = _values(rows, group, "gates", density, "relative")
-            found.append(_claim(f"{group}: share of full accuracy that gates keep at density {density}", bound, kept))
+            words = f"{group}: share of full accuracy that gates keep at density {density}"
+            found.append(over_seeds(words, ">=", bound, kept))
         for rival in METHODS[1:]:
             for density in DENSITIES:
                 ours, theirs = (
                     _values(rows, group, method, density, "average_accuracy") for method in ("gates", rival)
                 )
                 ahead = [a - b for a, b in zip(ours, theirs, strict=True)]
-                found.append(_claim(f"{group}: accuracy of gates above {rival} at density {density}", 0.0, ahead))
+                words = f"{group}: accuracy of gates above {rival} at density {density}"
+                found.append(over_seeds(words, ">=", 0.0, ahead))
         for density in DENSITIES:
             others = [v for v in _values(rows, group, "gates", density, "not_cloned") if v is not None]
             if others:
                 words = f"{group}: accuracy of the masked source on classes not cloned, gates, density {density}"
-                found.append(_claim(words, 0.1, others, at_most=True))
+                found.append(over_seeds(words, "<=", 0.1, others))
     return found
-
-
-def _claim(words: str, bound: float, values: Sequence[float], at_most: bool = False) -> Claim:
-    mean, spread = fmean(values), (max(values) - min(values)) / 2
-    holds = mean <= bound if at_most else mean >= bound
-    return Claim(words, f"{'<=' if at_most else '>='} {bound:g}", mean, holds, spread)
 
 
 def _values(rows: Sequence[Mapping[str, Any]], group: str, method: str, density: float, key: str) -> list[Any]:

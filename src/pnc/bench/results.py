@@ -7,7 +7,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, Literal
 
 import torch
 
@@ -42,6 +43,13 @@ def at_least(claim: str, bound: float, value: float) -> Claim:
 def at_most(claim: str, bound: float, value: float) -> Claim:
     """A claim that `value` is `bound` or less."""
     return Claim(claim, f"<= {bound:g}", value, value <= bound)
+
+
+def over_seeds(claim: str, relation: Literal[">=", "<="], bound: float, values: Sequence[float]) -> Claim:
+    """A claim about a figure of several seeds: their mean is `bound` or more, or none of them is above it."""
+    mean, spread = fmean(values), (max(values) - min(values)) / 2
+    holds = mean >= bound if relation == ">=" else max(values) <= bound
+    return Claim(claim, f"{relation} {bound:g}", mean, holds, spread)
 
 
 def environment() -> dict[str, Any]:
