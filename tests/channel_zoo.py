@@ -165,6 +165,22 @@ class ForeignMixer(Net):
         return self.act(x)
 
 
+class FirstApart(nn.Module):
+    def forward(self, x):
+        return torch.cat([x[:, :1] * 2, x[:, 1:]], 1) + 1
+
+
+@case({"first": (8, 1)}, LAST)
+class ForeignPlaces(Net):
+    """Entry by entry, but not in the same way for all channels."""
+
+    def __init__(self):
+        super().__init__(act=FirstApart())
+
+    def middle(self, x):
+        return self.act(x)
+
+
 class LayerScale(nn.Module):
     def __init__(self, n):
         super().__init__()

@@ -8,6 +8,7 @@ from torch import nn
 from channel_zoo import Chain
 from pnc.bench import classifiers, coverage
 from pnc.bench.classifiers import CLASSIFIERS, chosen, family, prepared
+from pnc.bench.results import Cells
 from pnc.channels import channel_spaces
 from pnc.cli import app
 from pnc.errors import InputError
@@ -60,6 +61,21 @@ def test_a_failing_stage_leaves_the_others(monkeypatch):
     row = coverage.measure("mine:resnet")
     assert row["reason"] == "shrink: ValueError: no such thing. "
     assert row["recorded"] and row["exact"] and row["clone_runs"] and not row["shrunk_equals_masked"]
+
+
+def test_time_and_memory_are_measured_again_once_for_each_commit(monkeypatch, tmp_path):
+    images = torch.randn(4, 3, 16, 16)
+    monkeypatch.setattr(coverage, "build", lambda _: (prepared(resnet((3, 16, 16), 4, 1), images), images))
+    monkeypatch.setitem(coverage.CLASSIFIERS, "mine:resnet", 16)
+    cells = Cells(tmp_path / "rows.jsonl", {}, coverage.KEYS)
+    cells.add(
+        {"model": "mine:resnet", "size": 16, "recorded": True, "seconds": 1e9, "cuts": 0, "clone_runs": "as it was"}
+    )
+    coverage.measure_again(["mine:resnet"], cells)
+    (row,) = cells.rows
+    assert 0 < row["seconds"] < 1e9 and row["cuts"] > 3 and row["clone_runs"] == "as it was"
+    coverage.measure_again(["mine:resnet"], cells)
+    assert cells.rows == [row]
 
 
 def test_prunable_parameters_are_those_of_removable_channels():
@@ -117,7 +133,7 @@ def test_every_model_of_the_list_is_built_by_a_library_that_knows_it(torchvision
             assert hasattr(transformers, f"{stem}Config"), model
 
 
-def test_the_command_writes_results_and_goes_on(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_results_and_goes_on(tmp_path, monkeypatch, capsys, torchvision):
     measured = []
 
     def measure(model):
@@ -136,4 +152,14 @@ def test_the_command_writes_results_and_goes_on(tmp_path, monkeypatch, capsys):
     held = {claim["claim"]: claim["holds"] for claim in facts["claims"]}
     assert held["share of parameters left with half of the channels, ResNet, worst"] is False
     assert held["share of parameters left with half of the channels, ViT, worst"] is True
-    assert "| timm:resnet18 |" in (tmp_path / "coverage.md").read_text()
+    assert "| timm:resnet18 | 64 |" in (tmp_path / "coverage.md").read_text()
+
+
+def test_a_library_that_is_missing_is_an_error_and_no_row(tmp_path, monkeypatch):
+    def no_library(module):
+        raise InputError(f"model: the package {module} is needed for this")
+
+    monkeypatch.setattr(classifiers, "load_library", no_library)
+    with pytest.raises(InputError, match="the package torchvision is needed"):
+        coverage.run(["timm:resnet18"], cells := Cells(tmp_path / "rows.jsonl", {}, coverage.KEYS))
+    assert cells.rows == []

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import zoo
-from pnc.cuts import INPUT, LOGITS, CutPoint, candidate_cuts, cut_points, extract, find_head
+from pnc.cuts import INPUT, LOGITS, CutPoint, candidate_cuts, cut_points, extract, find_head, gaps
 from pnc.errors import InputError
 from pnc.graph import info, record
 from pnc.integrity import differences, same_bits, snapshot
@@ -233,6 +233,18 @@ def test_prefix_tokens_are_followed_through_slices():
     assert (cuts["getitem"].shape, cuts["getitem"].n_prefix_tokens) == ((4, 8), 0)
 
 
+def test_class_tokens_alone_are_a_grid():
+    class TwoTokens(zoo.VisionTransformer):
+        def forward(self, x):
+            tokens = self.tokens(x)[:, :2]
+            return self.head(F.layer_norm(tokens, (8,)).mean(1))
+
+    cuts = named(recording_of(TwoTokens))
+    assert cuts["norm"].n_prefix_tokens == 2
+    for name in ("getitem", "layer_norm"):
+        assert (cuts[name].kind, cuts[name].shape, cuts[name].n_prefix_tokens) == ("tokens", (2, 8), 0)
+
+
 def test_maps_with_the_channels_last():
     cuts = named(recording_of(zoo.ChannelsLastMaps))
     assert (cuts["permute"].kind, cuts["permute"].shape, cuts["permute"].channel_dim) == ("map", (8, 8, 4), 3)
@@ -292,6 +304,34 @@ def test_costs_grow_towards_the_output():
             assert (a.n_macs, a.n_params) <= (b.n_macs, b.n_params)
         assert cuts[-1].n_macs <= sum(facts.n_macs for facts in nodes)
         assert cuts[-1].n_params <= sum(facts.n_params for facts in nodes)
+
+
+class FewCuts(nn.Module):
+    """Two branches side by side, most of the work; then a layer with most of the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two = zoo.stem(), nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(4, 8, 1)
+        self.wide, self.head = nn.Linear(512, 64), nn.Linear(64, zoo.N_CLASSES)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(self.wide((self.one(x).relu() + self.two(x)).flatten(1)).relu())
+
+
+def test_gaps_are_found_by_macs_and_by_parameters():
+    macs = {"stem_0": 3 * 4 * 9 * 64, "add": (4 * 8 * 9 + 4 * 8) * 64, "wide": 512 * 64, "logits": 64 * 5}
+    params = {"stem_0": 3 * 4 * 9, "add": 4 * 8 * 9 + 8 + 4 * 8 + 8, "wide": 512 * 64 + 64, "logits": 64 * 5 + 5}
+    found = gaps(recording_of(FewCuts))
+    assert [(gap.after, gap.before) for gap in found[:2]] == [("flatten", "wide"), ("stem_2", "add")]
+    assert {gap.before: gap.share for gap in found if gap.share} == {
+        name: pytest.approx(n / sum(macs.values())) for name, n in macs.items()
+    }
+    n_params = sum(params.values()) + 8  # of the norm
+    assert {gap.before: gap.params_share for gap in found if gap.before in params} == {
+        name: pytest.approx(n / n_params) for name, n in params.items()
+    }
+    assert [gap.before for gap in found if gap.is_large] == ["wide", "add"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- head

@@ -34,12 +34,13 @@ def logits(network, x):
 
 
 def everything(network):
-    """What `snapshot` does not cover: attributes by identity, the content of plain containers, global state."""
+    """What `snapshot` does not cover: attributes and gradients by identity, plain containers, global state."""
     attributes = {
         (name, key): (id(value), str(value) if isinstance(value, (dict, list, int)) else None)
         for name, module in network.named_modules()
         for key, value in module.__dict__.items()
     }
+    attributes |= {name: id(parameter.grad) for name, parameter in network.named_parameters()}
     state = torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state()), torch.is_grad_enabled()
     return attributes, state, nn.Module.__call__
 
@@ -140,6 +141,27 @@ def test_channels_last(name):
     x = zoo.images(5, seed=5).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         assert same_bits(recording.module(x), logits(network, x))
+
+
+def test_autocast_of_the_caller_is_left_to_the_caller():
+    network, x = zoo.build(zoo.Residual), zoo.images(5, seed=5)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        recording = record(network, zoo.images(2))
+        expected = logits(network, x)
+        assert same_bits(recording.module(x), expected)
+        assert expected.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert same_bits(recording.module(x), logits(network, x))
+
+
+def test_examples_may_be_any_kind_of_tensor():
+    network, x = zoo.build(zoo.Residual), zoo.images(5, seed=5)
+    expected = logits(network, x)
+    for example in (zoo.images(2).requires_grad_(), nn.Parameter(zoo.images(2)), zoo.images(4)[::2].transpose(2, 3)):
+        recording = record(network, example)
+        assert not recording.probe.requires_grad
+        with torch.no_grad():
+            assert same_bits(recording.module(x), expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- wrappers

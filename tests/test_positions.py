@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 import pnc
 from digits import NEW, pair, support
 from pnc.errors import InputError
-from pnc.positions import average_accuracy, run_parts, shortlist, source_body
+from pnc.positions import outcome_of, run_parts, shortlist, source_body
 
 
 @cache
@@ -35,6 +36,14 @@ def test_positions_are_sorted_by_score_and_cost_what_their_parts_cost():
         assert position.n_params == adapter.n_params + sum(p.numel() for p in body.parameters())
         assert 0 <= position.score <= 1
         assert position.standard_error < 0.1
+
+
+def test_the_whole_source_is_chosen_only_where_there_is_no_other_position():
+    scan = found()
+    whole = [position for position in scan.positions if position.macs_share >= 1]
+    assert whole
+    assert scan.choose(n_errors=0).macs_share < 1
+    assert replace(scan, positions=tuple(whole)).choose() in whole
 
 
 def test_all_pairs_have_an_error_but_few_are_run():
@@ -135,14 +144,14 @@ def test_without_base_samples_positions_are_scored_among_the_new_classes():
 
 def test_copies_of_one_image_count_once():
     correct = torch.arange(len(task().samples.labels)) % 3 > 0
-    mean, error = average_accuracy(correct, task())
+    mean, error = outcome_of(correct, task()).average
     is_base = task().samples.labels < 5
     assert mean == pytest.approx((correct[is_base].double().mean() + correct[~is_base].double().mean()) / 2)
     nets = pair()
     twice = pnc.prepare_task(nets.source.module, nets.target.module, support(), classes=NEW, flip=True, **nets.names())
     # a flipped copy that is right exactly where its original is adds no evidence
     of_image = correct[task().samples.groups.argsort()]
-    again = average_accuracy(of_image[twice.samples.groups], twice)
+    again = outcome_of(of_image[twice.samples.groups], twice).average
     assert again == pytest.approx((mean, error))
 
 

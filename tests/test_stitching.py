@@ -5,9 +5,9 @@ import torch
 from sklearn.linear_model import Ridge
 
 from pnc.cuts import CutPoint
+from pnc.regression import PENALTIES
 from pnc.stitching import (
     MAX_CHANNELS_3X3,
-    PENALTIES,
     Adapter,
     AdapterFitter,
     Stitched,
@@ -89,33 +89,54 @@ def test_a_linear_relation_is_found_exactly(source):
     torch.testing.assert_close(adapter(x), y, atol=5e-3, rtol=1e-4)  # values near 100 in float32
 
 
-def test_ridge_and_its_held_out_error_are_those_of_scikit_learn():
+@pytest.mark.parametrize("source", [cut("s", 6), cut("s", 6, 2, 2)], ids=["vector", "map"])
+@pytest.mark.parametrize("n_channels", [9, 90], ids=["moments", "rows"])  # 60 images: fewer than 90 channels
+def test_ridge_and_its_held_out_error_are_those_of_scikit_learn(n_channels, source):
     generator = torch.Generator().manual_seed(2)
-    x, noise = torch.randn(60, 9, generator=generator), torch.randn(60, 6, generator=generator)
-    y = x[:, :6] + 3 * noise
-    source = cut("s", 6)
-    fitter = AdapterFitter([VECTOR], [source], 60, generator)
+    target = cut("vector", n_channels)
+    x, noise = torch.randn(60, n_channels, generator=generator), torch.randn(60, *source.shape, generator=generator)
+    x = x * torch.linspace(0.1, 10, n_channels) + 5
+    y = x[:, :6].reshape(60, 6, *(1 for _ in source.shape[1:])) + 3 * noise
+    fitter = AdapterFitter([target], [source], 60, generator)
     folds = [torch.arange(60) % 3 == fold for fold in range(3)]
     for fold, rows in enumerate(folds):
-        fitter.update(fold, {"vector": x[rows]}, {"s": y[rows]})
-    scale = x.std(0, correction=0)
+        for half in (slice(0, 7), slice(7, None)):  # as batches
+            fitter.update(fold, {"vector": x[rows][half]}, {"s": y[rows][half]})
+    inputs, n_positions = (x / x.std(0, correction=0)).numpy(), source.size // 6
+
+    def spread(rows):  # every position is a row
+        return inputs[rows].repeat(n_positions, 0), y[rows].reshape(-1, 6, n_positions).movedim(1, 2).flatten(0, 1)
 
     def ridge(rows, penalty):
-        return Ridge(alpha=penalty * int(rows.sum())).fit((x / scale)[rows].numpy(), y[rows].numpy())
+        return Ridge(alpha=penalty * int(rows.sum()) * n_positions, solver="svd").fit(*spread(rows))
 
+    variance = (spread(slice(None))[1] - spread(slice(None))[1].mean(0)).square().sum()
     missed = []
     for penalty in PENALTIES:
-        models = [ridge(~rows, penalty) for rows in folds]
-        squares = [(m.predict((x / scale)[r].numpy()) - y[r].numpy()) ** 2 for m, r in zip(models, folds, strict=True)]
-        missed.append(sum(float(square.sum()) for square in squares) / float((y - y.mean(0)).square().sum()))
+        models = [(ridge(~rows, penalty), *spread(rows)) for rows in folds]
+        squares = [(torch.from_numpy(m.predict(a)) - b).square().sum() for m, a, b in models]
+        missed.append(float(sum(squares) / variance))
     best = min(range(len(PENALTIES)), key=lambda index: missed[index])
-    fitted = fitter.solve(VECTOR, source)
+    fitted = fitter.solve(target, source)
     assert fitted.error == pytest.approx(missed[best], rel=1e-5)  # float32 rows
     everything = torch.ones(60, dtype=torch.bool)
     for adapter, rows in zip([fitted.adapter, *fitted.held_out], [everything, *(~r for r in folds)], strict=True):
-        model = ridge(rows, PENALTIES[best])
-        expected = torch.from_numpy(model.predict((x / scale).numpy())).float()
+        made = torch.from_numpy(ridge(rows, PENALTIES[best]).predict(inputs)).float()
+        expected = made.reshape(60, 6, *(1 for _ in source.shape[1:])).expand_as(y)
         torch.testing.assert_close(adapter(x), expected, atol=1e-4, rtol=1e-4)  # float32
+
+
+def test_very_wide_tensors_take_no_more_than_their_rows():
+    """25,088 channels, as VGG flattens to: second moments of them would fill 5 GB."""
+    wide, source = cut("wide", 25_088), cut("s", 3, 4, 4)
+    fitter = AdapterFitter([wide], [source], 20, torch.Generator())
+    weight = torch.randn(3, 25_088, generator=torch.Generator().manual_seed(6)) / 100
+    for fold in range(2):
+        x = tensor_at(wide, 10, fold)
+        y = (x @ weight.T)[:, :, None, None].expand(-1, -1, 4, 4)
+        fitter.update(fold, {"wide": x}, {"s": y})
+    adapter, _ = solved(fitter, wide, source)
+    torch.testing.assert_close(adapter(x), y, atol=0.1, rtol=0.1)  # fitted on these, with a penalty
 
 
 def test_what_is_learnt_by_heart_does_not_count():

@@ -8,6 +8,7 @@ import enum
 import math
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 N_CLASSES = 5
@@ -130,6 +131,29 @@ class Grouped(Around):
 
 
 @reproduced
+class DynamicWeights(Around):
+    """A convolution whose weights are scaled by what it is given."""
+
+    def middle(self, x):
+        return F.conv2d(x, self.conv.weight * x.mean((0, 2, 3)).sigmoid().view(1, 4, 1, 1), padding=1)
+
+
+@reproduced
+class ConditionalConvolution(Around):
+    """Filters mixed for each image, run as one convolution with a group per image."""
+
+    def __init__(self):
+        super().__init__()
+        self.route, self.filters = nn.Linear(4, 2), nn.Parameter(torch.randn(2, 4 * 4 * 9))
+
+    def middle(self, x):
+        batch, channels, height, width = x.shape
+        weight = (self.route(x.mean((2, 3))).softmax(1) @ self.filters).view(batch * 4, channels, 3, 3)
+        x = F.conv2d(x.reshape(1, batch * channels, height, width), weight, padding=1, groups=batch)
+        return x.view(batch, 4, height, width)
+
+
+@reproduced
 class SqueezeExcite(Around):
     def __init__(self):
         super().__init__()
@@ -175,6 +199,22 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x):
         return self.head(self.tokens(x)[:, 0])
+
+
+@reproduced
+class InterpolatedPositions(VisionTransformer):
+    """Position embeddings of another grid, resized to the one of the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.grid = nn.Parameter(torch.randn(1, 8, 3, 3))
+
+    def tokens(self, x):
+        x = self.patches(x)
+        grid = F.interpolate(self.grid, size=x.shape[-2:], mode="bicubic", antialias=True)
+        x = (x + grid).flatten(2).transpose(1, 2)
+        x = torch.cat([self.prefix.expand(x.shape[0], -1, -1), x], 1)
+        return self.norm(x + self.attention(self.norm1(x)))
 
 
 @reproduced
@@ -456,6 +496,50 @@ class RootIsLeaf(nn.Module):
 
 
 @reproduced
+class OwnCall(Around):
+    """A layer that overrides `__call__`, and one whose `forward` is called directly."""
+
+    class Doubling(nn.Conv2d):
+        def __call__(self, x):
+            return self.forward(x) * 2
+
+    def __init__(self):
+        super().__init__()
+        self.doubling = self.Doubling(4, 4, 1)
+
+    def middle(self, x):
+        return self.conv.forward(self.doubling(x))
+
+
+@reproduced
+class UnregisteredModule(Around):
+    def __init__(self):
+        super().__init__()
+        self.hidden = [nn.Conv2d(4, 4, 1)]
+
+    def middle(self, x):
+        return self.hidden[0](x)
+
+
+@reproduced
+class WeightsForOneCall(Around):
+    """The same layer with its own weights and, for one call, with others."""
+
+    def middle(self, x):
+        weights = {"weight": self.conv.weight * 2, "bias": self.conv.bias - 1}
+        return torch.func.functional_call(self.conv, weights, (x,))
+
+
+@reproduced
+class HookForOneCall(Around):
+    def middle(self, x):
+        handle = self.conv.register_forward_hook(lambda module, args, out: out * 2)
+        x = self.conv(x)
+        handle.remove()
+        return x
+
+
+@reproduced
 class ChildlessBranch(Around):
     """A data-dependent branch inside a leaf runs again each time, so it does no harm."""
 
@@ -487,6 +571,45 @@ class Hooked(Around):
 
     def halve(self, module, args, out):
         return out / 2
+
+
+@reproduced
+class CapturedFeatures(Around):
+    """The head reads what a hook has put aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.caught = None
+        self.conv.register_forward_hook(self.catch)
+
+    def catch(self, module, args, out):
+        self.caught = out
+
+    def forward(self, x):
+        super().forward(x)
+        return self.tail(self.caught.relu())
+
+
+@reproduced
+class ParallelPart(Around):
+    """`DataParallel` inside, as torchvision's first VGGs had it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.DataParallel(self.stem)
+
+
+@torch.library.custom_op("zoo::doubled", mutates_args=())
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@reproduced
+class CustomOperators(Around):
+    """Operators below PyTorch's functions: a registered one, by name and as a function, and ATen's own."""
+
+    def middle(self, x):
+        return torch.ops.aten.relu(doubled(x) + torch.ops.zoo.doubled(x)) - torch.ops.aten.exp.default(x)
 
 
 @reproduced
@@ -523,6 +646,25 @@ class Parametrized(Around):
 
     def middle(self, x):
         return x + self.mix(x)[:, :, None, None]
+
+
+@reproduced
+class Pruned(Around):
+    """Masks of `torch.nn.utils.prune`: the weight is made by a hook."""
+
+    def __init__(self):
+        super().__init__()
+        prune.l1_unstructured(self.conv, "weight", 0.5)
+        prune.ln_structured(self.stem[0], "weight", 0.5, n=2, dim=0)
+
+
+@reproduced
+class InferenceTensors(Around):
+    """Weights that were made under `inference_mode`."""
+
+    def __init__(self):
+        with torch.inference_mode():
+            super().__init__()
 
 
 @reproduced
@@ -610,6 +752,25 @@ class Counting(Around):
 
 
 @reproduced
+class NestedCaches(Around):
+    """Containers within containers, and flags and gradients, that every forward changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.cache = {"shapes": {"all": []}, "last": [None]}
+        for parameter in self.parameters():
+            parameter.grad = torch.ones_like(parameter)
+
+    def middle(self, x):
+        self.cache["shapes"]["all"].append(tuple(x.shape))
+        self.cache["last"][0] = x.mean()
+        self.stem.requires_grad_(False)
+        self.conv.zero_grad()
+        self.tail[2].bias.grad.zero_()
+        return x
+
+
+@reproduced
 class TrainMode(Around):
     """Dropout and BatchNorm as they are in training; one BatchNorm is frozen."""
 
@@ -679,6 +840,17 @@ class Indexing(Around):
         top = x.flatten(2).topk(4, dim=2)
         x = x[..., None].squeeze(-1)[:, order][:, torch.tensor([True, True, True, True])]
         return x + x[batch, best][:, None] + top.values.sum(2)[..., None, None] + top.indices[:, :, :1, None]
+
+
+@reproduced
+class DataDependentShapes(Around):
+    """How many entries are chosen depends on the images, what is done with them does not."""
+
+    def middle(self, x):
+        chosen = x > 0.5
+        out = torch.zeros_like(x)
+        out[chosen] = x[chosen] * 2
+        return out + (x > 0.5).nonzero().float().mean() + x.masked_select(chosen).sum()
 
 
 @reproduced
@@ -845,6 +1017,13 @@ class ListRoundTrip(Around):
         return torch.tensor(x.tolist())
 
 
+@refused("did not see being made .* another thread")
+class OtherThread(Around):
+    def middle(self, x):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(self.conv, x).result()
+
+
 @refused("without memory of its own")
 class Vmapped(Around):
     def middle(self, x):
@@ -970,6 +1149,18 @@ class MapOutput(nn.Module):
 
     def forward(self, x):
         return self.head(self.stem(x))
+
+
+@refused(r"must give logits \(B, K\), but gives a tensor \(2,\) of torch.float32")
+class OneScore(Plain):
+    def forward(self, x):
+        return super().forward(x)[:, 0]
+
+
+@refused(r"must give logits \(B, K\), but gives a tensor \(2, 5\) of torch.int64")
+class Decisions(Plain):
+    def forward(self, x):
+        return F.one_hot(super().forward(x).argmax(1), N_CLASSES)
 
 
 @refused(r"must give logits \(B, K\), but gives list")

@@ -12,7 +12,7 @@ import torch
 from pnc import checkpoint
 from pnc.composite import Composite, attach
 from pnc.data import ImageSet, Support, draw_support, listed, parse_classes
-from pnc.errors import ClassNameError, FileFormatError, InputError, PNCError
+from pnc.errors import ClassNameError, InputError, PNCError
 from pnc.models import LoadedModel, has_own_weights, load_model
 from pnc.preprocessing import shape_text
 
@@ -240,17 +240,7 @@ class CloneFacts:
 def read_clone_facts(path: Path) -> CloneFacts:
     """Read the metadata of a clone file."""
     facts = checkpoint.inspect(path)
-    with damage(path):
-        return CloneFacts(path, tuple(facts["base_classes"]), tuple(facts["target"]["input_shape"]), facts)
-
-
-@contextmanager
-def damage(path: Path) -> Iterator[None]:
-    """Within the block, what is missing in the metadata of a clone file is an error of that file."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(f"the metadata of {path} is damaged: {error!r}") from error
+    return CloneFacts(path, tuple(facts["base_classes"]), tuple(facts["target"]["input_shape"]), facts)
 
 
 def attach_clones(clones: Sequence[CloneFacts], sources: Sequence[ModelOptions], target: LoadedModel) -> Composite:
@@ -269,7 +259,7 @@ def attach_clones(clones: Sequence[CloneFacts], sources: Sequence[ModelOptions],
     for facts, options in zip(clones, _one_each(sources, len(clones)), strict=True):
         if options not in models:
             # A clone needs none of the source's names; they only have to be as many as its outputs.
-            models[options] = load_network(options, input_shape=_source_shape(facts))
+            models[options] = load_network(options, input_shape=facts.input_shape)
         loaded.append(checkpoint.load(facts.path, source=models[options].module))
     net = attach(target.module, *loaded)
     for facts in clones:
@@ -285,12 +275,6 @@ def _one_each(sources: Sequence[ModelOptions], number: int) -> Sequence[ModelOpt
     if len(sources) not in (1, number):
         raise InputError(f"source: give one for all {number} clones or one for each; got {len(sources)}")
     return sources if len(sources) == number else list(sources) * number
-
-
-def _source_shape(facts: CloneFacts) -> Sequence[int]:
-    with damage(facts.path):
-        shape: Sequence[int] = facts.all["source"]["input_shape"]
-        return shape
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from pnc import layer_rules as layers
 from pnc import leaf_probes
 from pnc import tensor_rules as tensors
 from pnc.layouts import Result, Tracker, opaque
-from pnc.nodes import family
+from pnc.nodes import describe, family
+from pnc.tracing import info
 
 Rule = Callable[[Tracker, fx.Node], Result]
 
@@ -23,7 +24,16 @@ def apply_rule(t: Tracker, node: fx.Node) -> Result:
         return layers.refuse(t, node, f"{node.target} is used more than once or shares its weights")
     if node.op == "call_module" and has_hooks(t.modules[str(node.target)]):
         return layers.refuse(t, node, f"{node.target} has hooks, which may change what passes")
-    return _rule(t, node)(t, node)
+    rule = _rule(t, node)
+    if rule in _WEIGHTED and node.op != "call_module" and _made_of_channels(t, node):
+        return opaque(t, node, f"the weights of {describe(node)} are made of channels that could go")
+    return rule(t, node)
+
+
+def _made_of_channels(t: Tracker, node: fx.Node) -> bool:
+    """Whether channels lie in an operand of a layer's functional form other than its input, or set its groups."""
+    weights = [operand for operand in node.all_input_nodes if operand is not node.args[0]]
+    return any(t.of(weight).dims or not info(weight).is_tensor for weight in weights)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -60,6 +70,8 @@ def is_understood(module: nn.Module, shape: Sequence[int]) -> bool:
         return True
     return any(leaf_probes.per_channel(module, shape, dim) for dim in {1, len(shape) - 1})
 
+
+_WEIGHTED = (layers.convolution, layers.linear, layers.channel_norm, layers.group_norm, layers.layer_norm)
 
 _ELEMENTWISE = """
     relu relu6 gelu silu hardswish hardsigmoid hardtanh sigmoid tanh leaky_relu elu selu celu mish softplus softsign

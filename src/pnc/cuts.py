@@ -8,12 +8,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
 
+from pnc.axes import channel_dims, prefix_tokens
 from pnc.errors import InputError
 from pnc.graph import Recording
 from pnc.segments import costs_before, dominators, needs_of, subgraph
-from pnc.tracing import info, operation_name
+from pnc.tracing import info
 
 INPUT = "input"
 """Name of the cut point in front of everything."""
@@ -21,8 +21,10 @@ INPUT = "input"
 LOGITS = "logits"
 """Names the network's output in `extract`."""
 
+LARGE_GAP = 0.2
+"""Share of a network without a cut point inside that is worth a word."""
+
 _KINDS: dict[int, Literal["map", "tokens", "vector"]] = {2: "vector", 3: "tokens", 4: "map"}
-_CONVOLUTIONS = ("conv1d", "conv2d", "conv_transpose2d")
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class CutPoint:
             `channel_dim` is 1; "vector": (B, D).
         shape: Without batch.
         channel_dim: Dimension of the channels, batch counted.
-        n_prefix_tokens: Class, distillation or register tokens in front of the tokens of the image.
+        n_prefix_tokens: Class, distillation or register tokens in front of the tokens of the image; 0 where they are
+            alone.
         n_macs: Of the part before the cut, per sample.
         n_params: Of the part before the cut.
     """
@@ -66,6 +69,11 @@ class CutPoint:
     def is_pooled(self) -> bool:
         """Whether there is one position only, so that it is as good as a vector."""
         return self.size == self.n_channels
+
+    def is_same_place(self, other: "CutPoint") -> bool:
+        """Whether both are the same tensor, read in the same way; costs and order do not matter."""
+        keys = ("name", "kind", "shape", "channel_dim", "n_prefix_tokens")
+        return all(getattr(self, key) == getattr(other, key) for key in keys)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,15 +106,17 @@ def cut_points(recording: Recording) -> tuple[CutPoint, ...]:
     image (attention scores, for example, are no map).
     """
     nodes = dominators(recording.module.graph)
-    channel_dims, prefix_tokens = _channel_dims(recording), _prefix_tokens(recording.module.graph)
+    dims, prefixes = channel_dims(recording), prefix_tokens(recording.module.graph)
     found: list[CutPoint] = []
     for node, costs in zip(nodes, costs_before(nodes), strict=True):
         shape = info(node).shape or ()
         kind = _KINDS.get(len(shape))
-        channel_dim = channel_dims.get(node, 2 if kind == "tokens" else 1)
+        channel_dim = dims.get(node, 2 if kind == "tokens" else 1)
         if kind is None or (kind == "map" and not _is_map(shape, channel_dim, recording.input_shape)):
             continue
-        n_prefix_tokens = prefix_tokens.get(node, 0) if kind == "tokens" else 0
+        n_prefix_tokens = prefixes.get(node, 0) if kind == "tokens" else 0
+        if kind == "tokens" and n_prefix_tokens == shape[3 - channel_dim]:
+            n_prefix_tokens = 0  # class tokens alone are a grid of their own
         name = INPUT if node.op == "placeholder" else node.name
         found.append(
             CutPoint(name, len(found), info(node).scope, kind, shape[1:], channel_dim, n_prefix_tokens, *costs)
@@ -127,21 +137,29 @@ class Gap:
 
     Attributes:
         share: Of the network's MACs, the part that lies between them.
+        params_share: Of its parameters.
         after: Name of the cut point in front.
         before: Name of the one behind; `LOGITS` for the output.
     """
 
     share: float
+    params_share: float
     after: str
     before: str
 
+    @property
+    def is_large(self) -> bool:
+        """Whether a fifth of the network's MACs or parameters lies between them."""
+        return max(self.share, self.params_share) >= LARGE_GAP
 
-def largest_gap(recording: Recording) -> Gap:
-    """Find the largest part of a network that has no cut point inside, by MACs."""
-    total = sum(info(node).n_macs for node in recording.module.graph.nodes)
-    places = [*((cut.name, cut.n_macs) for cut in cut_points(recording)), (LOGITS, total)]
-    gaps = [Gap((high - low) / max(total, 1), a, b) for (a, low), (b, high) in itertools.pairwise(places)]
-    return max(gaps, key=lambda gap: gap.share)
+
+def gaps(recording: Recording) -> tuple[Gap, ...]:
+    """The parts of a network that have no cut point inside, by MACs, the largest first."""
+    n_macs, n_params = (max(n, 1) for n in costs_before([recording.output])[0])
+    cuts = cut_points(recording)
+    places = [*((cut.name, cut.n_macs, cut.n_params) for cut in cuts), (LOGITS, n_macs, n_params)]
+    found = [Gap((y[1] - x[1]) / n_macs, (y[2] - x[2]) / n_params, x[0], y[0]) for x, y in itertools.pairwise(places)]
+    return tuple(sorted(found, key=lambda gap: -gap.share))
 
 
 def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...]:
@@ -193,101 +211,6 @@ def _spread(cuts: Sequence[CutPoint], limit: int) -> tuple[CutPoint, ...]:
         free = [i for i in range(len(cuts)) if i not in chosen]
         chosen.add(min(free, key=lambda i: (abs(cuts[i].n_macs - wanted), i)))
     return tuple(cuts[i] for i in sorted(chosen))
-
-
-def _channel_dims(recording: Recording) -> dict[fx.Node, int]:
-    """Where each tensor has its channels, followed from the layers that define it; unknown ones are left out."""
-    module = recording.module
-    nodes = [n for n in module.graph.nodes if info(n).from_input and info(n).shape is not None]
-    dims = {recording.input: 1}
-    for node in nodes:
-        defined = _defined_channel_dim(module, node)
-        carried = (_carried(module, node, source, dims) for source in node.all_input_nodes)
-        dim = defined if defined is not None else next((d for d in carried if d is not None), None)
-        if dim is not None:
-            dims[node] = dim
-    for node in reversed(nodes):  # what no layer before it has defined, a layer that reads it may
-        read_by = [d for user in node.users if (d := _defined_channel_dim(module, user)) is not None]
-        if node not in dims and read_by:
-            dims[node] = read_by[0]
-    return dims
-
-
-def _defined_channel_dim(module: fx.GraphModule, node: fx.Node) -> int | None:
-    """Where a linear layer or a convolution puts its channels."""
-    layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    name = operation_name(node.target)
-    if isinstance(layer, nn.Linear) or name == "linear":
-        return len(info(node).shape or ()) - 1
-    return 1 if isinstance(layer, _ConvNd) or name in _CONVOLUTIONS else None
-
-
-def _carried(module: fx.GraphModule, node: fx.Node, source: fx.Node, dims: dict[fx.Node, int]) -> int | None:
-    """The channel dimension of a node's result, given that of one of its arguments."""
-    shape, before = info(node).shape, info(source).shape
-    dim = dims.get(source)
-    if shape is None or before is None or dim is None:
-        return None
-    name, numbers = operation_name(node.target), _numbers(node.args[1:]) or _numbers(tuple(node.kwargs.values()))
-    if node.op == "call_module":  # torchvision's Permute is a module with the order in `dims`
-        numbers = _numbers(getattr(module.get_submodule(name), "dims", None))
-    if len(numbers) == len(shape) and (name == "permute" or node.op == "call_module"):
-        return [number % len(shape) for number in numbers].index(dim)
-    if len(numbers) == 2 and name in ("transpose", "swapaxes", "swapdims"):
-        a, b = (number % len(shape) for number in numbers)
-        return {a: b, b: a}.get(dim, dim)
-    if len(shape) == len(before):
-        return dim if shape[dim] == before[dim] or name in ("cat", "getitem", "__getitem__") else None
-    if dim == 1 and len(shape) > 1 and shape[1] == before[1]:
-        return 1
-    return len(shape) - 1 if dim == len(before) - 1 and shape[-1] == before[-1] else None
-
-
-def _numbers(args: object) -> list[int]:
-    """The integers in the arguments, whether given one by one or as one tuple."""
-    if isinstance(args, int):
-        return [args]
-    return [n for part in args for n in _numbers(part)] if isinstance(args, (tuple, list)) else []
-
-
-def _prefix_tokens(graph: fx.Graph) -> dict[fx.Node, int]:
-    """How many tokens that do not come from the image stand in front, for tensors (B, N, D)."""
-    counts: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        shape = info(node).shape
-        if shape is None or len(shape) != 3:
-            continue
-        name, first = operation_name(node.target), node.args[0] if node.args else None
-        if not info(node).from_input:
-            counts[node] = shape[1]  # class tokens, in case they are put in front of others
-        elif name in ("cat", "concat", "concatenate") and isinstance(first, (tuple, list)):
-            counts[node] = _leading_tokens(first, counts)
-        elif name in ("getitem", "__getitem__") and isinstance(first, fx.Node):
-            counts[node] = _sliced_tokens(node.args[1], counts.get(first, 0), (info(first).shape or (0, 0))[1])
-        else:
-            same = [n for n in node.all_input_nodes if info(n).from_input and (info(n).shape or ())[1:2] == shape[1:2]]
-            counts[node] = max((counts.get(n, 0) for n in same), default=0)
-    return counts
-
-
-def _leading_tokens(parts: Sequence[object], counts: dict[fx.Node, int]) -> int:
-    """Prefix tokens of concatenated parts: those of the first, and of the next where the first has no others."""
-    total = 0
-    for part in parts:
-        if not isinstance(part, fx.Node) or part not in counts:
-            break
-        total += counts[part]
-        if counts[part] < (info(part).shape or (0, 0))[1]:
-            break
-    return total
-
-
-def _sliced_tokens(index: object, count: int, n_tokens: int) -> int:
-    """How many of the first `count` of `n_tokens` tokens an index expression keeps in front."""
-    tokens = index[1] if isinstance(index, (tuple, list)) and len(index) > 1 else slice(None)
-    if not isinstance(tokens, slice) or not all(isinstance(n, int | None) for n in (tokens.start, tokens.stop)):
-        return 0
-    return len(range(n_tokens)[tokens.start : tokens.stop][: max(0, count - (tokens.start or 0))])
 
 
 # ----------------------------------------------------------------------------------------------------------------- head

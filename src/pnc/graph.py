@@ -6,7 +6,6 @@ cannot be reproduced exactly is refused with the reason.
 """
 
 import contextlib
-import copy
 import random
 import sys
 import threading
@@ -22,7 +21,8 @@ from pnc.errors import InputError, RecordingError
 from pnc.integrity import same_bits
 from pnc.merging import bind, merge
 from pnc.segments import dominators, part
-from pnc.tracing import BATCH_SIZES, NodeInfo, Recorder, Tape, info, tensors_in
+from pnc.tape import Tape, tensors_in
+from pnc.tracing import BATCH_SIZES, NodeInfo, Recorder, info
 
 __all__ = ["BATCH_SIZES", "NodeInfo", "Recording", "info", "pick_logits", "record"]
 
@@ -135,27 +135,62 @@ class _State:
     """Everything of a network that its forward could change, with the values, to be put back."""
 
     def __init__(self, network: nn.Module) -> None:
-        attributes = [module.__dict__ for module in network.modules()]
-        inside = [value for part in attributes for value in part.values() if isinstance(value, (dict, list, set))]
-        self._containers = [(container, copy.copy(container)) for container in [*attributes, *inside]]
+        self._containers = [(container, _content(container)) for container in _containers_of(network)]
         tensors = [*network.named_buffers(), *network.named_parameters()]
         self._tensors = [(name, tensor, tensor.detach().clone()) for name, tensor in tensors]
+        self._gradients = [
+            (p, p.requires_grad, p.grad, None if p.grad is None else p.grad.clone()) for p in network.parameters()
+        ]
 
     def restore(self, parameters: bool = True) -> list[str]:
         """Put back what differs, and touch nothing else; return the names of the tensors whose values had changed."""
         for container, content in self._containers:
-            _put_back(container, content)
+            if container or content:  # most hold nothing
+                _put_back(container, content)
+        for parameter, requires_grad, gradient, saved in self._gradients:
+            _put_back_gradient(parameter, requires_grad, gradient, saved)
         changed = []
-        for name, tensor, saved in self._tensors:
+        for name, tensor, values in self._tensors:
             if isinstance(tensor, nn.Parameter) and not parameters:
                 continue
-            if not torch.equal(tensor, saved) and not same_bits(
-                tensor, saved
-            ):  # the first is fast, the second knows NaN
+            # The first comparison is fast, the second knows NaN.
+            if not torch.equal(tensor, values) and not same_bits(tensor, values):
                 changed.append(name)
                 with torch.no_grad():
-                    tensor.copy_(saved)
+                    tensor.copy_(values)
         return changed
+
+
+def _put_back_gradient(
+    parameter: nn.Parameter, requires_grad: bool, gradient: Tensor | None, saved: Tensor | None
+) -> None:
+    """Give a parameter its former flag and gradient: the same object, with its former values."""
+    if parameter.requires_grad != requires_grad:
+        parameter.requires_grad_(requires_grad)
+    if parameter.grad is not gradient:
+        parameter.grad = gradient
+    if gradient is not None and saved is not None and not same_bits(gradient, saved):
+        with torch.no_grad():
+            gradient.copy_(saved)
+
+
+def _containers_of(network: nn.Module) -> list[Any]:
+    """The attributes of all modules, and every dictionary, list and set that can be reached through such from there."""
+    found: dict[int, Any] = {}
+    todo: list[Any] = [module.__dict__ for module in network.modules()]
+    while todo:
+        container = todo.pop()
+        if container and id(container) not in found:
+            values = container.values() if isinstance(container, dict) else container
+            todo += [value for value in values if isinstance(value, (dict, list, set))]
+        found[id(container)] = container
+    return list(found.values())
+
+
+def _content(container: Any) -> Any:
+    """What is in a dictionary, list or set now."""
+    kind: Any = next(kind for kind in (dict, list, set) if isinstance(container, kind))
+    return kind(container)
 
 
 def _put_back(container: Any, content: Any) -> None:
@@ -263,7 +298,9 @@ def pick_logits(out: object) -> Tensor:
     if logits is None:
         logits = next(iter(tensors_in(out)), None)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
-        what = f"a tensor {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(out).__name__
+        what = type(out).__name__
+        if isinstance(logits, Tensor):
+            what = f"a tensor {tuple(logits.shape)} of {logits.dtype}"
         raise RecordingError(f"the network must give logits (B, K), but gives {what}")
     return logits
 

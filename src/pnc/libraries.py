@@ -72,7 +72,7 @@ def timm_network(wish: Wish) -> Found:
     Raises:
         InputError: an unknown name, a network without classifier, or weights that timm cannot get.
     """
-    timm = _library("timm")
+    timm = load_library("timm")
     arguments: dict[str, Any] = {} if wish.n_classes is None else {"num_classes": wish.n_classes}
     if "in_chans" in wish.options:
         arguments["in_chans"] = wish.whole_number("in_chans")
@@ -129,7 +129,7 @@ def torchvision_network(wish: Wish) -> Found:
     Raises:
         InputError: an unknown name or entry, or weights that torchvision cannot get.
     """
-    models = _library("torchvision.models")
+    models = load_library("torchvision.models")
     known = models.list_models(module=models)
     if wish.name not in known:
         raise InputError(f"model: {unknown_name(wish.name, known, 'classifier of torchvision')}")
@@ -162,7 +162,7 @@ def hf_network(wish: Wish) -> Found:
         InputError: an unknown ID, weights without the classifier, or an image processor that does something else than
             to resize, crop, scale and normalise.
     """
-    transformers = _library("transformers")
+    transformers = load_library("transformers")
     place = {"trust_remote_code": False, "revision": wish.options.get("revision", "main")}
     with _asking("transformers", wish.spec, "give an ID of the hub, or a folder with network and image processor"):
         config = transformers.AutoConfig.from_pretrained(wish.name, **place)
@@ -243,7 +243,12 @@ def distinct(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{name} ({index})" if counts[name] > 1 else name for index, name in enumerate(names))
 
 
-def _library(module: str) -> Any:
+def load_library(module: str) -> Any:
+    """Import a module of an optional library.
+
+    Raises:
+        InputError: it is not installed, or cannot be imported.
+    """
     package = module.split(".")[0]
     try:
         return importlib.import_module(module)

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from pnc.errors import RecordingError
 from pnc.integrity import same_bits
-from pnc.tracing import BATCH_SIZES, NodeInfo, Op, Ref, Tape, info, operation_name
+from pnc.tape import Op, Ref, Tape
+from pnc.tracing import BATCH_SIZES, NodeInfo, info, operation_name
 
 
 def merge(network: nn.Module, first: Tape, second: Tape) -> fx.Graph:
@@ -51,7 +52,7 @@ def _check_alike(first: Tape, second: Tape) -> None:
         if not same_bits(constant, second.constants[name]):
             raise RecordingError(
                 "the network uses a tensor that PyTorch did not see being made and that changes between runs "
-                f"(numpy, a C++ extension or TorchScript?), of shape {tuple(constant.shape)}"
+                f"(numpy, a C++ extension, TorchScript or another thread?), of shape {tuple(constant.shape)}"
             )
 
 
@@ -223,7 +224,7 @@ class _Twins:
             alias = tensor.detach()
             if isinstance(tensor, nn.Parameter):
                 # Not simply False: `matmul` picks its kernel by this flag, even without gradients, and so the bits.
-                alias = nn.Parameter(alias, requires_grad=tensor.requires_grad)
+                alias = nn.Parameter(alias, requires_grad=tensor.requires_grad and not tensor.is_inference())
             self._tensors[id(tensor)] = alias
         return self._tensors[id(tensor)]
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pnc.cuts import LOGITS, CutPoint, candidate_cuts, extract
 from pnc.errors import InputError
-from pnc.heads import Head, HeadSamples, choose_shrinkage, fit_discriminant, source_head
+from pnc.heads import Head, HeadSamples, SourceHead, Stacking, choose_stacking, fit_stacked, source_head
 from pnc.stitching import Adapter, AdapterFitter, CrossFitted, Stitched, pool
 from pnc.task import CloneTask
 
@@ -26,7 +27,7 @@ TOLERANCE = 0.005
 """Accuracy that may be given up for lower cost where there is no standard error of the difference to go by."""
 TAPPED_BYTES = 2**28
 """Memory for the tensors at all cuts that one batch of images takes, about."""
-DIGEST_BYTES = 11
+DIGEST_BYTES = 16
 """In a clone's file, of the fingerprint of one tensor."""
 FACTS_BYTES = 3000
 """Of the other metadata in a clone's file, at most."""
@@ -147,7 +148,8 @@ class Scan:
     ) -> Position:
         """Choose the cheapest position whose score lies within half a standard error of the best one's.
 
-        It is the error of the difference between both, on the same images (`loss_against`).
+        It is the error of the difference between both, on the same images (`loss_against`). A position that costs as
+        much as the whole source is taken only where there is no other: there an ensemble of both networks does as well.
 
         Args:
             max_macs: Bound on the added MACs as a share of the source's, in (0, 1]; None for no bound.
@@ -156,7 +158,7 @@ class Scan:
         Raises:
             InputError: no scored position is that cheap; the message names the cheapest.
         """
-        allowed = list(self.positions)
+        allowed = [p for p in self.positions if p.macs_share < 1] or list(self.positions)
         if max_macs is not None:
             cheapest = min(p.macs_share for p in allowed)
             allowed = [p for p in allowed if p.macs_share <= max_macs]
@@ -199,7 +201,7 @@ def scan(
     parts = [(adapters[t.name, s.name], bodies[s]) for t, s in chosen]
     positions, outcomes = [], {}
     for pair, (fitted, _), samples in zip(adapters, parts, run_parts(task, parts, progress), strict=True):
-        outcomes[pair] = outcome_of(held_out_correct(task, samples), task)
+        outcomes[pair] = outcome_of(judge(samples).correct, task)
         positions.append(_position(task, fitted, outcomes[pair], samples))
     positions.sort(key=lambda p: (-p.score, p.n_macs))
     return Scan(tuple(positions), adapters, outcomes, errors)
@@ -239,7 +241,10 @@ def run_parts(
         progress: Called after each batch.
     Returns:
         What heads are fitted on, for each part.
+    Raises:
+        InputError: there are no base samples, and the source's logits are no linear map of its pooled features.
     """
+    own = own_head(task)
     cuts = list(dict.fromkeys(fitted.adapter.target_cut for fitted, _ in parts))
     trunk = extract(task.target.recording, None, [*cuts, task.target.head.features, LOGITS])
     target_features, base_logits = [], []
@@ -257,30 +262,48 @@ def run_parts(
         target_features=torch.cat(target_features),
         clone_features=torch.empty(0),
         base_logits=torch.cat(base_logits),
+        own_logits=torch.empty(0),
         labels=task.samples.labels,
         folds=task.samples.folds,
         n_classes=task.n_base + len(task.new_classes),
     )
-    return [replace(samples, clone_features=torch.cat(collected)) for collected in clone_features]
+    made = [torch.cat(collected) for collected in clone_features]
+    return [replace(samples, clone_features=rows, own_logits=F.linear(rows, own.weight, own.bias)) for rows in made]
 
 
-def fit_head(task: CloneTask, samples: HeadSamples) -> tuple[Head, float | None]:
-    """Make the head that the support allows; also give the shrinkage of its covariance, if it has one."""
-    if not samples.has_base:
-        return source_head(*source_classifier(task)), None
-    shrinkage, _ = choose_shrinkage(samples)
-    return fit_discriminant(samples, shrinkage), shrinkage
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """What a support says about a head before it is fitted.
 
-
-def held_out_correct(task: CloneTask, samples: HeadSamples) -> Tensor:
-    """Which samples are classified right by a head that was fitted without them, (N,) bool.
-
-    Without base samples nothing is fitted, and the source's own head is asked among the new classes.
+    Attributes:
+        stacking: How to make the head; None without base samples, where the source's own classifier is it.
+        logits: Of each sample by a head that was fitted without it: of all classes, (N, K_base + K_new), or, without
+            base samples, of the new ones, (N, K_new).
+        labels: Places among these logits, (N,).
     """
-    if not samples.has_base:
-        return source_logits(task, samples.clone_features).argmax(1) + samples.n_base == samples.labels
-    _, logits = choose_shrinkage(samples)
-    return logits.argmax(1) == samples.labels
+
+    stacking: Stacking | None
+    logits: Tensor
+    labels: Tensor
+
+    @property
+    def correct(self) -> Tensor:
+        """Which samples are classified right when they are held out, (N,) bool."""
+        return self.logits.argmax(1) == self.labels
+
+
+def judge(samples: HeadSamples) -> Judged:
+    """Choose the head that the support allows, and measure it on held-out samples; `run_parts` makes the samples."""
+    if samples.has_base:
+        stacking = choose_stacking(samples)
+        return Judged(stacking, stacking.logits, samples.labels)
+    return Judged(None, samples.own_logits, samples.labels - samples.n_base)
+
+
+def fit_head(task: CloneTask, samples: HeadSamples, judged: Judged) -> Head:
+    """Make the head that was chosen, on all samples."""
+    own = own_head(task)
+    return own if judged.stacking is None else fit_stacked(samples, judged.stacking, own)
 
 
 def outcome_of(correct: Tensor, task: CloneTask, rows: Tensor | None = None) -> Outcome:
@@ -302,11 +325,6 @@ def outcome_of(correct: Tensor, task: CloneTask, rows: Tensor | None = None) -> 
     return Outcome(hits, is_base)
 
 
-def average_accuracy(correct: Tensor, task: CloneTask) -> tuple[float, float]:
-    """Mean of the accuracies on base and on new samples, and its standard error: `outcome_of(...).average`."""
-    return outcome_of(correct, task).average
-
-
 def is_rectified(task: CloneTask, cut: CutPoint) -> bool:
     """Whether the source's tensor at `cut` is nowhere below zero on the support."""
     prefix = extract(task.source.recording, None, [cut])
@@ -315,26 +333,22 @@ def is_rectified(task: CloneTask, cut: CutPoint) -> bool:
         return all(bool((prefix(images.to(task.source.device)) >= 0).all()) for _, images in batches)
 
 
-def source_logits(task: CloneTask, clone_features: Tensor) -> Tensor:
-    """The source's own logits of the new classes, (N, K_new), from the clone's features (N, D_s)."""
-    weight, bias = source_classifier(task)
-    return clone_features @ weight.T + bias
-
-
-def source_classifier(task: CloneTask) -> tuple[Tensor, Tensor]:
-    """Rows of the source's classifier for the new classes: weight (K_new, D_s) and bias (K_new,), float32 on the CPU.
+def own_head(task: CloneTask) -> SourceHead:
+    """The source's classifier of the new classes, on the CPU; all zeros where it is no linear map of pooled features.
 
     Raises:
-        InputError: the source's logits are no linear map of its pooled features.
+        InputError: it is no such map, and there are no base samples to fit another head on.
     """
     head = task.source.head
     if head.weight is None or head.features.n_prefix_tokens:
-        raise InputError(
-            "support: without base samples the source's own classifier is needed, which here is no linear layer on "
-            "pooled features; give some samples of every base class"
-        )
+        if not task.has_base:
+            raise InputError(
+                "support: without base samples the source's own classifier is needed, which here is no linear layer "
+                "on pooled features; give some samples of every base class"
+            )
+        return SourceHead(len(task.new_classes), head.features.n_channels)
     bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
-    return head.weight[task.source_ids].float().cpu(), bias[task.source_ids].float().cpu()
+    return source_head(head.weight[task.source_ids].float().cpu(), bias[task.source_ids].float().cpu())
 
 
 def _gather_moments(
@@ -388,11 +402,11 @@ def _position(task: CloneTask, fitted: CrossFitted, outcome: Outcome, samples: H
 
 
 def _file_bytes(task: CloneTask, adapter: Adapter, samples: HeadSamples) -> int:
-    """Size of a thin file, from above: float32 values of adapter and head, fingerprints of both networks, the rest."""
+    """Size of a thin file, from above: values of adapter and head, fingerprints of both networks, the rest."""
     n_features, n_new = samples.clone_features.shape[1], len(task.new_classes)
-    n_head = n_new * (n_features + 1)
-    if samples.has_base:
-        n_head = samples.n_classes * (samples.target_features.shape[1] + n_features + 1)
+    n_head = 4 * n_new * (n_features + 1)
+    if samples.has_base:  # discriminants in half precision
+        n_head += samples.n_classes * (2 * (samples.target_features.shape[1] + n_features) + 4)
     n_tensors = sum(len(network.model.state_dict()) for network in (task.source, task.target))
     n_names = 2 * sum(8 + 6 * len(name) for name in (*task.target.classes, *task.new_classes))  # a clone's name too
-    return 4 * (adapter.n_params + n_head) + DIGEST_BYTES * n_tensors + n_names + FACTS_BYTES
+    return 4 * adapter.n_params + n_head + DIGEST_BYTES * n_tensors + n_names + FACTS_BYTES

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from pnc.arguments import CloneFacts, damage
+from pnc.arguments import CloneFacts
 
 _GAP = "  "
 
@@ -85,21 +85,20 @@ def show_job(facts: Mapping[str, Any]) -> None:
 def show_clone(facts: CloneFacts) -> None:
     """Show what a clone file says of itself."""
     known = facts.all
-    with damage(facts.path):
-        recipe, position = known["recipe"], known["position"]
-        sides = {side: f"{position[side]['name']} ({shown(position[side]['shape'])})" for side in ("target", "source")}
-        lines = {
-            "name": known["name"],
-            "new classes": ", ".join(known["classes"]),
-            "base classes": ", ".join(known["base_classes"]),
-            "leaves the target at": sides["target"],
-            "enters the source at": sides["source"],
-            "support": f"{recipe['n_new_samples']} new, {recipe['n_base_samples']} base images",
-            "held-out score": f"{recipe['score']:.3f} +- {recipe['standard_error']:.3f}",
-            "added MACs": f"{recipe['macs_share']:.1%} of the source's",
-            "density": f"{recipe['density']:g}",
-            "file": f"{known['kind']}, format {known['version']}, {known['n_bytes']:,} bytes",
-        }
+    recipe, position = known["recipe"], known["position"]
+    sides = {side: f"{position[side]['name']} ({shown(position[side]['shape'])})" for side in ("target", "source")}
+    lines = {
+        "name": known["name"],
+        "new classes": ", ".join(known["classes"]),
+        "base classes": ", ".join(known["base_classes"]),
+        "leaves the target at": sides["target"],
+        "enters the source at": sides["source"],
+        "support": f"{recipe['n_new_samples']} new, {recipe['n_base_samples']} base images",
+        "held-out score": f"{recipe['score']:.3f} +- {recipe['standard_error']:.3f}",
+        "added MACs": f"{recipe['macs_share']:.1%} of the source's",
+        "density": f"{recipe['density']:g}",
+        "file": f"{known['kind']}, format {known['version']}, {known['n_bytes']:,} bytes",
+    }
     show_facts(lines)
 
 

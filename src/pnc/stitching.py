@@ -8,7 +8,7 @@ mean of its grid. So every kind fits to every other kind.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pnc.cuts import CutPoint
+from pnc.regression import Moments, Regression, Rows
 
 Form = tuple[int, int]
 """A grid size, or `PREFIX`."""
@@ -27,9 +28,6 @@ MAX_CHANNELS_3X3 = 128
 
 N_ROWS = 40_000
 """Rows that one regression is made from, about; more take time and give no accuracy."""
-
-PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Ridge penalties that are tried, in units of the inputs' variance."""
 
 
 def grid_size(cut: CutPoint) -> tuple[int, int]:
@@ -191,7 +189,8 @@ class AdapterFitter:
 
     One pass over the support feeds `update`; `error` and `solve` then answer for any pair. Second moments of a target
     cut are kept once for each form in which source cuts need it (a grid size, or a prefix token), and are shared by all
-    source cuts of that form. The ridge penalty of a pair is the one of lowest error on held-out folds.
+    source cuts of that form; where there are fewer rows than inputs, the rows themselves are kept instead. The ridge
+    penalty of a pair is the one of lowest error on held-out folds.
 
     Args:
         target_cuts: Cuts whose tensors are mapped from.
@@ -208,10 +207,11 @@ class AdapterFitter:
         generator: torch.Generator,
     ) -> None:
         self._target_cuts, self._source_cuts = list(target_cuts), list(source_cuts)
-        self._max_positions, self._generator = max(4, N_ROWS // n_images), generator
+        self._n_images, self._generator = n_images, generator
+        self._max_positions = max(4, N_ROWS // n_images)
         self._columns = self._assign_columns()
-        self._moments: dict[tuple[str, Form], dict[int, _Moments]] = {}
-        self._regressions: dict[tuple[str, Form], _Regression] = {}
+        self._seen: dict[tuple[str, Form], dict[int, Moments | Rows]] = {}
+        self._regressions: dict[tuple[str, Form], Regression] = {}
         self._lowest = dict.fromkeys((cut.name for cut in source_cuts), math.inf)
         self._device = torch.device("cpu")
 
@@ -230,11 +230,11 @@ class AdapterFitter:
             y = torch.cat([_rows(tensor, chosen) for tensor in tensors], 1).float()
             for cut in self._target_cuts:
                 x = _inputs(target_tensors[cut.name], cut, form, chosen).float()
-                folds = self._moments.setdefault((cut.name, form), {})
+                folds = self._seen.setdefault((cut.name, form), {})
                 if fold not in folds:
                     first = next(iter(folds.values()), None)
                     pivots = (x.mean(0), y.mean(0)) if first is None else (first.x_pivot, first.y_pivot)
-                    folds[fold] = _Moments(*pivots)
+                    folds[fold] = (Rows if self._is_wide(cut, form) else Moments)(*pivots)
                 folds[fold].add(x, y)
 
     def error(self, target_cut: CutPoint, source_cut: CutPoint) -> float:
@@ -244,7 +244,7 @@ class AdapterFitter:
 
     def solve(self, target_cut: CutPoint, source_cut: CutPoint) -> CrossFitted:
         """Fit the adapters of a pair."""
-        n_folds = len(self._moments[target_cut.name, grid_size(source_cut)])
+        n_folds = len(self._seen[target_cut.name, grid_size(source_cut)])
         rectify = self._lowest[source_cut.name] >= 0
         adapters = [Adapter(target_cut, source_cut, rectify).to(self._device) for _ in range(n_folds + 1)]
         form = grid_size(source_cut)
@@ -259,11 +259,11 @@ class AdapterFitter:
                 adapter.prefix_bias[p].copy_(bias)
         return CrossFitted(adapters[-1], tuple(adapters[:-1]), regression.best(columns)[1])
 
-    def _regression(self, target_cut: CutPoint, form: Form) -> "_Regression":
+    def _regression(self, target_cut: CutPoint, form: Form) -> Regression:
         key = target_cut.name, form
         if key not in self._regressions:
-            folds = self._moments[key]
-            self._regressions[key] = _Regression([folds[fold] for fold in sorted(folds)])
+            folds = self._seen[key]
+            self._regressions[key] = Regression([folds[fold] for fold in sorted(folds)])
         return self._regressions[key]
 
     def _assign_columns(self) -> dict[Form, dict[tuple[str, int], slice]]:
@@ -277,6 +277,11 @@ class AdapterFitter:
                 columns.setdefault(form, {})[cut.name, p] = slice(start, used[form])
         return columns
 
+    def _is_wide(self, cut: CutPoint, form: Form) -> bool:
+        """Whether a regression from a target's tensor onto one form has more inputs than rows."""
+        n_rows = 1 if _is_vector(cut, form) else min(math.prod(form), self._max_positions)
+        return self._n_images * n_rows < cut.n_channels * kernel_size(cut, form) ** 2
+
     def _draw(self, form: Form) -> Tensor:
         """The positions of a grid that are used for one batch, as flat indices."""
         n_positions = math.prod(form)
@@ -285,11 +290,18 @@ class AdapterFitter:
         return torch.randperm(n_positions, generator=self._generator)[: self._max_positions]
 
 
+def _is_vector(cut: CutPoint, form: Form) -> bool:
+    """Whether a regression onto one form reads one and the same row of the target's tensor for all positions."""
+    return form == PREFIX or grid_size(cut) == (1, 1)
+
+
 def _inputs(tensor: Tensor, cut: CutPoint, form: Form, chosen: Tensor) -> Tensor:
     """What a regression onto one form reads of the target's tensor: (B, C), or (B * positions, C * kernel * kernel)."""
     grid, prefix = to_grid(tensor, cut)
     if form == PREFIX:
         return prefix_summary(grid, prefix)
+    if _is_vector(cut, form):
+        return grid.flatten(1)
     if _grows(grid, form):
         return _sampled(grid, form, chosen)
     grid = resize(grid, form)
@@ -318,95 +330,3 @@ def _rows(tensor: Tensor, chosen: Tensor) -> Tensor:
     if tensor.dim() == 2:
         return tensor
     return tensor.flatten(2)[:, :, chosen.to(tensor.device)].transpose(1, 2).flatten(0, 1)
-
-
-class _Moments:
-    """First and second moments of rows x (n, C) and y (n, D), summed about a pivot to keep differences exact."""
-
-    def __init__(self, x_pivot: Tensor, y_pivot: Tensor) -> None:
-        self.n = 0
-        self.x_pivot, self.y_pivot = x_pivot, y_pivot
-        n_in, n_out = len(x_pivot), len(y_pivot)
-        self.x, self.y = torch.zeros(n_in, dtype=torch.float64), torch.zeros(n_out, dtype=torch.float64)
-        self.xx = torch.zeros(n_in, n_in, dtype=torch.float64)
-        self.xy = torch.zeros(n_in, n_out, dtype=torch.float64)
-        self.yy = torch.zeros(n_out, dtype=torch.float64)
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows."""
-        x, y = x - self.x_pivot, y - self.y_pivot
-        self.n += x.shape[0]
-        self.x += x.sum(0).cpu()
-        self.y += y.sum(0).cpu()
-        self.xx += (x.T @ x).cpu()
-        self.xy += (x.T @ y).cpu()
-        self.yy += y.square().sum(0).cpu()
-
-    def about(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Second moments xx (C, C), xy (C, D), yy (D,) about the given points, which are relative to the pivot."""
-        xx = self.xx - torch.outer(self.x, x) - torch.outer(x, self.x) + self.n * torch.outer(x, x)
-        xy = self.xy - torch.outer(self.x, y) - torch.outer(x, self.y) + self.n * torch.outer(x, y)
-        return xx, xy, self.yy - 2 * y * self.y + self.n * y.square()
-
-
-def _total(parts: Sequence[_Moments]) -> _Moments:
-    total = _Moments(parts[0].x_pivot, parts[0].y_pivot)
-    for part in parts:
-        total.n += part.n
-        for name in ("x", "y", "xx", "xy", "yy"):
-            getattr(total, name).add_(getattr(part, name))
-    return total
-
-
-class _Regression:
-    """Ridge regressions of all columns of y on x: for each penalty and fold the one fitted without that fold.
-
-    Only their errors are kept; `solutions` solves again what is asked for, as weights of all would fill the memory.
-    With a single fold nothing can be held out: all is fitted and measured on the same rows, with the largest penalty.
-    """
-
-    def __init__(self, folds: Sequence[_Moments]) -> None:
-        self._folds, self._all = folds, _total(folds)
-        self._scale = (self._all.about(*_means(self._all))[0].diagonal() / self._all.n).clamp_min(1e-12).sqrt()
-        self._penalties = PENALTIES if len(folds) > 1 else PENALTIES[-1:]
-        self._missed = torch.zeros(len(self._penalties), len(self._all.y), dtype=torch.float64)
-        for fold in folds:
-            rest = self._without(fold)
-            xx, xy, yy = fold.about(*_means(rest))
-            for index, weight in enumerate(self._fit(rest, self._penalties, slice(None))):
-                self._missed[index] += yy - 2 * (weight * xy.T).sum(1) + ((weight @ xx) * weight).sum(1)
-        self._variance = self._all.about(*_means(self._all))[2]
-
-    def best(self, columns: slice) -> tuple[int, float]:
-        """Place of the best penalty for some columns of y, and the share of their variance that it misses."""
-        shares = self._missed[:, columns].sum(1) / self._variance[columns].sum().clamp_min(1e-300)
-        index = int(shares.argmin())
-        return index, max(0.0, float(shares[index]))
-
-    def solutions(self, columns: slice) -> Iterator[tuple[Tensor, Tensor]]:
-        """Weight (D, C) and bias (D,) for some columns of y: without each fold, then on all rows."""
-        penalty = self._penalties[self.best(columns)[0]]
-        for moments in (*map(self._without, self._folds), self._all):
-            (weight,) = self._fit(moments, [penalty], columns)
-            x_mean, y_mean = _means(moments)
-            x_mean, y_mean = x_mean + moments.x_pivot.cpu().double(), y_mean + moments.y_pivot.cpu().double()
-            yield weight, y_mean[columns] - weight @ x_mean
-
-    def _without(self, fold: _Moments) -> _Moments:
-        return _total([other for other in self._folds if other is not fold] or [fold])
-
-    def _fit(self, moments: _Moments, penalties: Sequence[float], columns: slice) -> Iterator[Tensor]:
-        """Weights (D, C) for some columns of y, for each penalty."""
-        xx, xy, _ = moments.about(*_means(moments))
-        correlation = xx / torch.outer(self._scale, self._scale) / moments.n
-        right = xy[:, columns] / self._scale[:, None] / moments.n
-        identity = torch.eye(len(correlation), dtype=torch.float64)
-        for penalty in penalties:
-            # LU and not Cholesky: moments are summed in float32, so the smallest eigenvalues may be below zero.
-            solution = torch.linalg.solve(correlation + penalty * identity, right)
-            yield (solution / self._scale[:, None]).T
-
-
-def _means(moments: _Moments) -> tuple[Tensor, Tensor]:
-    """Means of x and y, relative to the pivot."""
-    return moments.x / moments.n, moments.y / moments.n

@@ -1,7 +1,6 @@
 """Classifiers of three libraries to try things on: random weights that hide no error, small images, four classes."""
 
 import fnmatch
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from pnc.errors import InputError
+from pnc.libraries import load_library
 
 N_CLASSES = 4
 BATCH = 3
@@ -95,9 +95,10 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """Classifiers of transformers by a name of ours: a class or its beginning, and a configuration of small size."""
 
 TORCHVISION = """
-densenet121 efficientnet_b0 efficientnet_b1 googlenet inception_v3@96 mnasnet0_5 mnasnet0_75 mobilenet_v2
-mobilenet_v3_large mobilenet_v3_small regnet_x_400mf regnet_x_800mf regnet_y_400mf regnet_y_800mf resnet18 resnet34
-resnet50 shufflenet_v2_x0_5 shufflenet_v2_x1_0 squeezenet1_0 squeezenet1_1 vit_b_32@224
+alexnet densenet121 efficientnet_b0 efficientnet_b1 googlenet inception_v3@299 mnasnet0_5 mnasnet0_75 mobilenet_v2
+mobilenet_v3_large mobilenet_v3_small@224 regnet_x_400mf regnet_x_800mf regnet_y_400mf regnet_y_800mf resnet18@224
+resnet34 resnet50 shufflenet_v2_x0_5 shufflenet_v2_x1_0@224 squeezenet1_0 squeezenet1_1@224 swin_t@224 vgg11 vgg11_bn
+vit_b_32@224
 """
 """Names of torchvision; @ and the size of the images where it is not `SIZE`."""
 
@@ -105,15 +106,15 @@ TIMM = """
 convnext_atto convnextv2_atto cpubone_b1_dwnorm cpubone_nano cs3darknet_focus_s cs3darknet_s csatv2 cspnext_s
 cspnext_tiny densenet121 densenetblur121d dla46_c dla46x_c dpn48b dpn68 ecaresnet26t edgenext_x_small
 edgenext_xx_small efficientnet_lite0 efficientvim_m1 efficientvim_m2_dist efficientvit_b0 efficientvit_b1
-ese_vovnet19b_dw ese_vovnet19b_slim fasternet_t0 fasternet_t1 fastvit_sa12 fastvit_t8 ghostnet_050 ghostnetv2_100
-hardcorenas_a hardcorenas_b hgnet_tiny hgnetv2_b0 hrnet_w18_small iformer_t inception_next_atto inception_v3@96
-lcnet_035 lcnet_050 lcnetv2_base lcnetv2_small legacy_seresnet18 legacy_seresnext26_32x4d lowformer_b0 lowformer_b1
-mambaout_femto mambaout_kobe mobilenetv2_100 mobilenetv3_small_050 mobilenetv4_conv_small nf_regnet_b0 poolformer_s12
-poolformerv2_s12 pvt_v2_b0 pvt_v2_b1 regnetx_002 regnety_002 repghostnet_050 repghostnet_080 res2net50_26w_4s
-resnest14d resnest26d resnet18 resnet26d resnetv2_18 resnetv2_50 resnext50_32x4d rexnet_100 rexnet_150 shvit_s1
-shvit_s2 skresnet18 skresnet34 starnet_s1 starnet_s2 test_convnext test_convnext2 test_convnext3 test_efficientnet
-test_efficientnet_evos test_efficientnet_gn test_efficientnet_ln test_mambaout test_nfnet test_resnet
-tf_efficientnetv2_b0 tiny_vit_11m_224 tiny_vit_5m_224 tinynet_e
+ese_vovnet19b_dw ese_vovnet19b_slim fasternet_t0 fasternet_t1 fastvit_sa12 fastvit_t8 ghostnet_050@224 ghostnetv2_100
+hardcorenas_a@224 hardcorenas_b hgnet_tiny hgnetv2_b0 hrnet_w18_small iformer_t inception_next_atto inception_v3@96
+lcnet_035 lcnet_050@224 lcnetv2_base lcnetv2_small legacy_seresnet18 legacy_seresnext26_32x4d lowformer_b0
+lowformer_b1 mambaout_femto mambaout_kobe mobilenetv2_100 mobilenetv3_small_050 mobilenetv4_conv_small@224
+nf_regnet_b0 poolformer_s12 poolformerv2_s12 pvt_v2_b0 pvt_v2_b1 regnetx_002 regnety_002 repghostnet_050
+repghostnet_080 res2net50_26w_4s resnest14d resnest26d resnet18 resnet26d resnetv2_18 resnetv2_50 resnext50_32x4d
+rexnet_100 rexnet_150 shvit_s1 shvit_s2 skresnet18 skresnet34 starnet_s1 starnet_s2 test_convnext test_convnext2
+test_convnext3 test_efficientnet test_efficientnet_evos test_efficientnet_gn test_efficientnet_ln test_mambaout
+test_nfnet test_resnet tf_efficientnetv2_b0 tiny_vit_11m_224 tiny_vit_5m_224 tinynet_e
 """
 """Names of timm that take images of any size."""
 
@@ -121,12 +122,12 @@ TIMM_SIZED = """
 botnet26t_256 cait_xxs24_224 coat_lite_tiny coat_tiny coatnet_nano_rw_224 coatnext_nano_rw_224 convit_tiny
 deit_tiny_distilled_patch16_224 deit_tiny_patch16_224 efficientformerv2_s0 efficientformerv2_s1 efficientvit_m0
 efficientvit_m2 eva02_tiny_patch14_224 flexivit_small gcvit_xtiny gcvit_xxtiny gmlp_ti16_224 lambda_resnet26rpt_256
-levit_128s levit_conv_128s maxvit_rmlp_pico_rw_256 maxxvit_rmlp_nano_rw_256 mobileone_s0 mobilevit_xxs mobilevitv2_050
-nest_tiny pit_s_distilled_224 pit_ti_224 regnetz_b16 repvgg_a0 repvit_m1 resmlp_12_224 swiftformer_s swiftformer_xs
-test_byobnet test_coatnet test_maxvit test_vit test_vit2 test_vit3 test_vit4 test_vit_relpos twins_pcpvt_small
-visformer_tiny vit_pe_core_tiny_patch16_384 vit_relpos_small_patch16_224 vit_small_patch32_224
-vit_srelpos_small_patch16_224 vit_tiny_patch16_224 vit_tiny_r_s16_p8_224 vit_wee_patch16_reg1_gap_256
-vitamin_small_224 xcit_nano_12_p16_224 xcit_tiny_12_p8_224
+levit_128s@224 levit_conv_128s maxvit_rmlp_pico_rw_256@256 maxxvit_rmlp_nano_rw_256 mobileone_s0 mobilevit_xxs
+mobilevitv2_050 nest_tiny pit_s_distilled_224 pit_ti_224@224 regnetz_b16 repvgg_a0 repvit_m1 resmlp_12_224
+swiftformer_s swiftformer_xs test_byobnet test_coatnet test_maxvit test_vit test_vit2 test_vit3 test_vit4
+test_vit_relpos twins_pcpvt_small visformer_tiny vit_pe_core_tiny_patch16_384 vit_relpos_small_patch16_224
+vit_small_patch32_224 vit_srelpos_small_patch16_224 vit_tiny_patch16_224@224 vit_tiny_r_s16_p8_224
+vit_wee_patch16_reg1_gap_256@256 vitamin_small_224 xcit_nano_12_p16_224@224 xcit_tiny_12_p8_224
 """
 """Names of timm that are built for a size of images."""
 
@@ -161,6 +162,16 @@ def chosen(patterns: str | None) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def check_libraries() -> None:
+    """Import the libraries, torchvision before the others, which use it.
+
+    Raises:
+        InputError: one of them cannot be imported.
+    """
+    for library in ("torchvision", "timm", "transformers"):
+        load_library(library)
+
+
 def family(model: str) -> str | None:
     """The well-known family of a model, if it is of one."""
     return next((name for name, own in FAMILIES.items() if any(fnmatch.fnmatch(model, p) for p in own)), None)
@@ -172,19 +183,17 @@ def build(model: str) -> tuple[nn.Module, Tensor]:
     Returns:
         The network in eval mode, `prepared`, and images (`BATCH`, 3, size, size).
     Raises:
-        ImportError: its library is not there.
+        InputError: its library cannot be imported.
     """
     library, _, name = model.partition(":")
     size = CLASSIFIERS[model]
     if library == "torchvision":
         options: dict[str, Any] = {"init_weights": False} if name in ("inception_v3", "googlenet") else {}
-        network = importlib.import_module("torchvision.models").get_model(
-            name, weights=None, num_classes=N_CLASSES, **options
-        )
+        network = load_library("torchvision.models").get_model(name, weights=None, num_classes=N_CLASSES, **options)
     elif library == "timm":
         sized = {word.partition("@")[0] for word in TIMM_SIZED.split()}
         options = {"img_size": size} if name in sized else {}
-        network = importlib.import_module("timm").create_model(name, num_classes=N_CLASSES, **options)
+        network = load_library("timm").create_model(name, num_classes=N_CLASSES, **options)
     else:
         network = _transformers_network(name)
     images = torch.randn(BATCH, 3, size, size)
@@ -192,7 +201,7 @@ def build(model: str) -> tuple[nn.Module, Tensor]:
 
 
 def _transformers_network(name: str) -> nn.Module:
-    transformers = importlib.import_module("transformers")
+    transformers = load_library("transformers")
     class_name, options = TRANSFORMERS[name]
     stem = class_name.partition("ForImage")[0]
     config = getattr(transformers, f"{stem}Config")(num_labels=N_CLASSES, **options)

@@ -1,0 +1,120 @@
+"""The module that a clone inserts into a target: adapter, a part of the source, a head, and scalars of calibration."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from pnc.errors import InputError
+from pnc.heads import DiscriminantHead, Head, StackedHead
+from pnc.stitching import Stitched
+from pnc.tracing import info
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """What calibration changes of a clone: its log-odds l against the base become scale * l + offset, class by class.
+
+    Attributes:
+        scale: Above 0; 1 for no change.
+        offsets: In nats, one for each class; None for no change.
+    """
+
+    scale: float = 1.0
+    offsets: tuple[float, ...] | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is changed: then the logits keep their bits."""
+        return self.scale == 1 and not any(self.offsets or ())
+
+
+class Branch(nn.Module):
+    """The inserted part: adapter, the source's part, the head of the new classes, and the scalars of calibration.
+
+    It stays in eval mode: `train` changes nothing.
+
+    Args:
+        stitched: Adapter and the source's part.
+        head: Of the new classes.
+    """
+
+    def __init__(self, stitched: Stitched, head: Head) -> None:
+        super().__init__()
+        self.stitched, self.head = stitched, head
+        nodes = cast(fx.GraphModule, stitched.body).graph.nodes
+        self.n_macs = stitched.adapter.n_macs + sum(info(node).n_macs for node in nodes)
+        self.register_buffer("gain", torch.zeros(1))
+        self.register_buffer("offset", torch.zeros(_n_new(head)))
+        self.gain: Tensor
+        self.offset: Tensor
+        self.requires_grad_(False)
+        for module in self.modules():
+            module.training = False
+
+    def forward(self, tensor: Tensor, target_features: Tensor, base_logits: Tensor) -> Tensor:
+        """Give the logits of the new classes, (B, K_new).
+
+        Args:
+            tensor: The target's tensor at its cut.
+            target_features: Its penultimate features, (B, D_t).
+            base_logits: Its logits, (B, K_base).
+        """
+        logits = self.head_logits(tensor, target_features, base_logits)
+        moved = logits + self.gain * (logits - base_logits.logsumexp(1, keepdim=True)) + self.offset
+        # Where nothing is calibrated, the head's own bits.
+        return torch.where((self.gain == 0) & (self.offset == 0), logits, moved.to(logits.dtype))
+
+    def head_logits(self, tensor: Tensor, target_features: Tensor, base_logits: Tensor) -> Tensor:
+        """Give the logits of the new classes as they are without calibration, (B, K_new); arguments as in `forward`."""
+        logits: Tensor = self.head(target_features, self.stitched(tensor), base_logits)
+        return logits
+
+    def train(self, mode: bool = True) -> Self:
+        """Change nothing: running statistics must not move."""
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Cast and move; head and scalars keep 32 bits where others get 16, as they are differences of large sums."""
+        parts: list[nn.Module] = [self, *self.head.modules()]
+        kept = [(part, name, tensor) for part in parts for name, tensor in part._buffers.items()]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for part, name, before in kept:
+            now = part._buffers[name]
+            if before is not None and now is not None and now.element_size() < 4 <= before.element_size():
+                part._buffers[name] = before.to(now.device, torch.float32)
+        return self
+
+    @property
+    def scalars(self) -> Scalars:
+        """Those of calibration, as numbers."""
+        return Scalars(1 + float(self.gain), tuple(self.offset.tolist()))
+
+    def rescaled(self, scalars: Scalars) -> "Branch":
+        """Give a branch over the same tensors with other scalars.
+
+        Raises:
+            InputError: the scalars are not finite, the scale is not above 0, or the offsets are not one for each class.
+        """
+        offsets = scalars.offsets or (0.0,) * len(self.offset)
+        if len(offsets) != len(self.offset):
+            raise InputError(f"offsets: expected one for each of {len(self.offset)} classes; got {len(offsets)}")
+        if not (math.isfinite(scalars.scale) and scalars.scale > 0 and all(map(math.isfinite, offsets))):
+            raise InputError(f"scalars: expected a finite scale above 0 and finite offsets; got {scalars}")
+        branch = copy.copy(self)
+        branch._buffers = {
+            "gain": self.gain.new_full((1,), scalars.scale - 1),
+            "offset": self.offset.new_tensor(offsets),
+        }
+        return branch
+
+
+def _n_new(head: Head) -> int:
+    """Number of classes that a head gives logits of."""
+    if isinstance(head, StackedHead):
+        return _n_new(head.own)
+    return len(head.bias) - (head.n_base if isinstance(head, DiscriminantHead) else 0)
