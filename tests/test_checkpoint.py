@@ -7,8 +7,10 @@ from safetensors.torch import load_file, save_file
 
 import pnc
 from digits import NEW, held_out_images, network, pair, support
+from pnc.bench.files import material
 from pnc.errors import FileFormatError, InputError, MismatchError
 from pnc.files import METADATA_KEY, read_tensors, write_tensors
+from pnc.integrity import differences, fingerprint, snapshot
 
 MADE = {}
 
@@ -77,8 +79,6 @@ def test_a_full_file_needs_the_architecture_only(tmp_path):
 def test_loading_leaves_the_source_alone(tmp_path):
     pnc.save(made(density=0.5), tmp_path / "f")
     source = copy.deepcopy(pair().source.module)
-    from pnc.integrity import differences, snapshot
-
     before = snapshot(source)
     clone = pnc.load(tmp_path / "f", source=source)
     for tensor in clone.branch.state_dict().values():
@@ -104,9 +104,33 @@ def edited(path, change):
         (lambda t, f: f["position"]["source"].update(name="elsewhere"), MismatchError, "elsewhere"),
         (lambda t, f: f.update(head="other"), FileFormatError, "damaged"),
         (lambda t, f: f.update(source=None), FileFormatError, "damaged"),
-        (lambda t, f: t.pop("head.weight"), FileFormatError, "damaged"),
-        (lambda t, f: t.update({"head.bias": t["head.bias"][:-1]}), FileFormatError, "damaged"),
+        (lambda t, f: t.pop("head.own.weight"), FileFormatError, "damaged"),
+        (lambda t, f: t.update({"head.own.bias": t["head.own.bias"][:-1]}), FileFormatError, "damaged"),
         (lambda t, f: t.update({"adapter.weight": t["adapter.weight"].double()}), FileFormatError, "damaged"),
+        (
+            lambda t, f: t.update({"head.own.weight": t["head.own.weight"][:, 1:]}),
+            FileFormatError,
+            "head does not fit to .* fea",
+        ),
+        (
+            lambda t, f: t.update({"head.own.weight": t["head.own.weight"][1:]}),
+            FileFormatError,
+            "has 4 rows; .* ask for 5",
+        ),
+        (
+            lambda t, f: t["head.own.bias"].mul_(float("nan")),
+            FileFormatError,
+            "'head.own.bias' holds values that are not finite",
+        ),
+        (lambda t, f: t["adapter.weight"].mul_(float("inf")), FileFormatError, "'adapter.weight' holds values that"),
+        (lambda t, f: t.update({"other": torch.zeros(1)}), FileFormatError, "no place for a tensor 'other' in a clone"),
+        (lambda t, f: t.update({"calibration.other": torch.zeros(1)}), FileFormatError, "no place for a tensor"),
+        (lambda t, f: t.update({"body.9.weight": torch.zeros(1)}), MismatchError, "carries a tensor '9.weight'"),
+        (lambda t, f: t.update(masks=torch.zeros(9, dtype=torch.uint8)), MismatchError, "other channel spaces"),
+        (lambda t, f: t.update(masks=torch.zeros(9)), FileFormatError, r"'masks' is \(9,\) float32"),
+        (lambda t, f: f["position"]["target"].update(shape=[4096, 4, 4]), FileFormatError, "metadata asks for"),
+        (lambda t, f: f.update(base_classes=[*"01234", "more"]), FileFormatError, "rows"),
+        (lambda t, f: f.update(extra=1), FileFormatError, "extra is unknown"),
     ],
 )
 def test_damaged_or_foreign_files_are_refused(tmp_path, change, error, words):
@@ -116,12 +140,70 @@ def test_damaged_or_foreign_files_are_refused(tmp_path, change, error, words):
         pnc.load(tmp_path / "f", source=pair().source.module)
 
 
+def test_a_file_that_names_no_digest_is_refused(tmp_path):
+    pnc.save(made(), tmp_path / "f")
+    tensors, facts = read_tensors(tmp_path / "f")
+    save_file(tensors, tmp_path / "f", {METADATA_KEY: json.dumps(facts)})
+    with pytest.raises(FileFormatError, match="names no digest"):
+        pnc.inspect(tmp_path / "f")
+
+
+@pytest.mark.parametrize("kind", ["thin", "full"])
+def test_a_tensor_of_the_part_that_is_missing_is_not_taken_from_the_source_in_silence(tmp_path, kind):
+    there = material()
+    pnc.save(there.clone, tmp_path / "f", kind)
+    name = next(name for name in load_file(tmp_path / "f") if name.endswith("running_mean"))
+    edited(tmp_path / "f", lambda tensors, facts: tensors.pop(name))
+    with pytest.raises(MismatchError, match=f"lacks the tensor '{name.removeprefix('body.')}' of this source"):
+        pnc.load(tmp_path / "f", source=there.source)
+
+
+def test_a_clone_with_values_that_are_not_finite_is_not_saved(tmp_path):
+    broken = copy.deepcopy(made())
+    broken.branch.head.own.bias[0] = float("inf")
+    with pytest.raises(InputError, match=r"head.own.bias holds values that are not finite"):
+        pnc.save(broken, tmp_path / "f")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_source_in_another_dtype_is_named(tmp_path):
+    pnc.save(made(), tmp_path / "f")
+    cast = copy.deepcopy(pair().source.module).bfloat16()
+    words = "another architecture: .* is bfloat16, expected float32; .* allow_mismatch=True"
+    with pytest.raises(MismatchError, match=words):
+        pnc.load(tmp_path / "f", source=cast)
+
+
+def test_allow_mismatch_takes_a_fine_tuned_source_and_names_that_one_from_then_on(tmp_path):
+    pnc.save(made(density=0.5), tmp_path / "thin")
+    pnc.save(made(density=0.5), tmp_path / "full", "full")
+    tuned = copy.deepcopy(pair().source.module)
+    for parameter in tuned.parameters():
+        parameter.data.mul_(1.01)
+    clone = pnc.load(tmp_path / "thin", source=tuned, allow_mismatch=True)
+    assert not torch.equal(logits(clone), logits(made(density=0.5)))
+    assert clone.source == fingerprint(tuned)
+    pnc.save(clone, tmp_path / "again")
+    assert torch.equal(logits(pnc.load(tmp_path / "again", source=tuned)), logits(clone))
+    full = pnc.load(tmp_path / "full", source=tuned, allow_mismatch=True)
+    assert torch.equal(logits(full), logits(made(density=0.5))), "a full file has all of its weights"
+    assert full.source == fingerprint(pair().source.module)
+
+
+def test_allow_mismatch_still_needs_shapes_that_fit(tmp_path):
+    narrow = network(NEW, "zoo:cnn?width=0.5").module
+    for kind in ("full", "thin"):
+        pnc.save(made(density=0.5), tmp_path / kind, kind)
+        with pytest.raises(MismatchError, match="which this source does not have|other channel spaces"):
+            pnc.load(tmp_path / kind, source=narrow, allow_mismatch=True)
+
+
 def test_files_of_others_are_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights", {METADATA_KEY: json.dumps({"format": "pnc-model"})})
     with pytest.raises(FileFormatError, match="no clone file"):
         pnc.inspect(tmp_path / "weights")
     pnc.save(made(), tmp_path / "f")
-    assert set(load_file(tmp_path / "f")) >= {"adapter.weight", "head.weight"}, "any safetensors reader can open it"
+    assert set(load_file(tmp_path / "f")) >= {"adapter.weight", "head.own.weight"}, "any safetensors reader can open it"
 
 
 def test_an_unwritable_path_is_an_error(tmp_path):

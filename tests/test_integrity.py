@@ -34,7 +34,8 @@ def test_evaluating_restores_each_flag_also_after_an_error():
         (lambda m: m[0].weight.requires_grad_(False), "requires_grad of 0.weight"),
         (lambda m: setattr(m[4].weight, "grad", torch.zeros(2, 4)), "gradient of 4.weight"),
         (lambda m: m[2].eval(), "submodule 2"),
-        (lambda m: m.register_forward_hook(lambda *_: None), r"submodule \(root\)"),
+        (lambda m: m.register_forward_hook(lambda *_: None), r"hooks of submodule \(root\)"),
+        (lambda m: m[0].to(memory_format=torch.channels_last), "0.weight is channels last on cpu, was contiguous"),
         (lambda m: m.register_buffer("extra", torch.zeros(1)), "extra was added"),
         (lambda m: m.__delitem__(4), "4.weight was removed"),
         (lambda m: m.__setitem__(2, nn.Identity()), "submodule 2"),
@@ -58,14 +59,84 @@ def test_same_bits_tells_zeros_apart_and_nan_alike():
     assert same_bits(torch.arange(6).view(2, 3).T, torch.arange(6).view(2, 3).T.contiguous())
 
 
-def test_fingerprint_ignores_wrappers_and_names_the_first_difference():
+def test_a_hook_in_place_of_another_is_a_difference():
+    model = network()
+    handle = model[0].register_forward_hook(lambda *_: None)
+    before = snapshot(model)
+    handle.remove()
+    model[0].register_forward_hook(lambda *_: None)
+    assert differences(model, before) == ["hooks of submodule 0 changed"]
+
+
+def test_fingerprint_names_the_first_difference():
     model = network()
     expected = fingerprint(model)
-    assert fingerprint(nn.DataParallel(model)) == expected
     assert fingerprint(copy.deepcopy(model).eval()) == expected
     assert first_difference(model, expected) is None
     model[4].bias.data[0] += 1
-    assert "'4.bias'" in first_difference(model, expected)
-    model[4] = nn.Linear(4, 3)
-    assert "another architecture" in first_difference(model, expected)
-    assert "another architecture" in first_difference(model.half(), expected)
+    assert first_difference(model, expected) == "the values of '4.bias' differ"
+    assert first_difference(model, expected, structure_only=True) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m.bfloat16(), "architecture: '0.bias' is bfloat16, expected float32"),
+        (lambda m: m[4].half(), "architecture: '4.bias' is float16, expected float32"),
+        (lambda m: m.__setitem__(4, nn.Linear(4, 3)), r"architecture: '4.bias' has the shape \(3,\) in float32"),
+        (lambda m: m.__delitem__(4), "architecture: 2 tensors are missing behind '1.weight'"),
+        (
+            lambda m: m.__setitem__(0, nn.Identity()),
+            "architecture: a tensor is missing in front, where it has '1.bias'",
+        ),
+        (lambda m: m.append(nn.Linear(2, 2)), "architecture: '5.bias' is a tensor that it should not have"),
+        (lambda m: m.__setitem__(2, nn.PReLU()), "architecture: '2.weight' is a tensor that it should not have"),
+        (
+            lambda m: m.__setitem__(1, nn.GroupNorm(1, 4)),
+            "a tensor is missing behind '1.bias', where it has '1.weight'",
+        ),
+    ],
+)
+def test_another_architecture_is_described_by_its_first_tensor(change, words):
+    model = network()
+    expected = fingerprint(model)
+    change(model)
+    assert re.search(words, first_difference(model, expected))
+    assert re.search("architecture", first_difference(model, expected, structure_only=True))
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")
+
+
+def test_fingerprints_do_not_depend_on_wrappers_and_memory_format():
+    model = network()
+    expected = fingerprint(model)
+    assert fingerprint(nn.DataParallel(model)) == expected
+    assert fingerprint(compiled(model)) == expected
+    assert fingerprint(compiled(nn.DataParallel(model))) == expected
+    assert fingerprint(copy.deepcopy(model).to(memory_format=torch.channels_last)) == expected
+    inside = copy.deepcopy(model)
+    inside[0] = nn.DataParallel(inside[0])
+    inside[1] = compiled(inside[1])
+    assert fingerprint(inside) == expected
+    named = nn.ModuleDict({"module": nn.Linear(1, 1), "_orig": nn.Linear(1, 1)})
+    assert len(fingerprint(named).tensors) == 4, "a layer of the user's may be called module"
+
+
+def test_the_fingerprint_of_fixed_weights_is_fixed():
+    """These digests are in clone files: they must stay the same in every version of pnc and torch."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    for number, tensor in enumerate(model.state_dict().values()):
+        tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape) + number)
+    found = fingerprint(model)
+    assert found.structure == "105f023f8fadf2271c43971c757ccb56"
+    assert found.weights == "d8a249eb2569d2b0af684dc57f4a4dd3"
+    assert found.tensors[0] == "5b0d19aeb9c80b5a"
+
+
+def test_large_networks_are_digested_by_threads_to_the_same_digests(monkeypatch):
+    model = network()
+    expected = fingerprint(model)
+    monkeypatch.setattr("pnc.integrity._BYTES_FOR_THREADS", 0)
+    assert fingerprint(model) == expected

@@ -4,30 +4,31 @@ A `thin` file leaves the source's weights out: loading it takes them from the so
 `full` file carries the kept weights; loading it needs only a network of the source's architecture.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from pnc.branch import Branch
 from pnc.channels import channel_spaces
-from pnc.cloning import Branch, Clone
+from pnc.cloning import Clone
 from pnc.compaction import compact, own_copy
 from pnc.cuts import CutPoint, cut_points, extract, find_head
-from pnc.errors import FileFormatError, MismatchError
-from pnc.files import read_tensors, write_tensors
+from pnc.errors import FileFormatError, InputError, MismatchError
+from pnc.files import read_sealed, write_tensors
 from pnc.graph import record
-from pnc.heads import DiscriminantHead, Head, SourceHead
-from pnc.integrity import Fingerprint, fingerprint, first_difference
+from pnc.heads import DiscriminantHead, Head, SourceHead, StackedHead
+from pnc.integrity import dtype_name, fingerprint, first_difference
+from pnc.manifest import Kind, Manifest, read_manifest
 from pnc.masks import ChannelMasks
 from pnc.stitching import Adapter, Stitched
 
-FORMAT = "pnc-clone"
-VERSION = 1
-Kind = Literal["thin", "full"]
+__all__ = ["Kind", "inspect", "load", "read_clone_file", "save"]
+
 _STATISTICS = ("running_mean", "running_var")
+_ADAPTER, _HEAD, _BODY, _CALIBRATION, _MASKS = "adapter.", "head.", "body.", "calibration.", "masks"
 
 
 def save(clone: Clone, path: str | Path, kind: Kind = "thin") -> int:
@@ -40,137 +41,228 @@ def save(clone: Clone, path: str | Path, kind: Kind = "thin") -> int:
     Returns:
         The size of the file in bytes.
     Raises:
-        InputError: the path cannot be written to.
+        InputError: the path cannot be written to, a value is not finite, or a name is not printable.
     """
-    stitched = clone.branch.stitched
-    tensors = {f"adapter.{name}": tensor for name, tensor in stitched.adapter.state_dict().items() if tensor.numel()}
-    tensors |= {f"head.{name}": tensor for name, tensor in clone.branch.head.state_dict().items()}
+    tensors = {name: _short(name, tensor) for name, tensor in _fitted(clone.branch).items() if tensor.numel()}
+    scalars = [name for name in tensors if name.startswith(_CALIBRATION)]
+    if not any(bool(tensors[name].any()) for name in scalars):  # zeros are what a file without them stands for
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in scalars}
     if clone.masks is not None:
-        tensors["masks"] = torch.frombuffer(bytearray(clone.masks.to_bytes()), dtype=torch.uint8)
-    tensors |= {f"body.{name}": tensor for name, tensor in _body_tensors(clone, kind).items()}
-    write_tensors(path, tensors, _metadata(clone, kind))
+        tensors[_MASKS] = torch.frombuffer(bytearray(clone.masks.to_bytes()), dtype=torch.uint8)
+    tensors |= {f"{_BODY}{name}": tensor for name, tensor in _body_tensors(clone, kind).items()}
+    broken = _not_finite(tensors)
+    if broken:
+        raise InputError(f"clone: {broken} holds values that are not finite, and no reader would take it; clone again")
+    write_tensors(path, tensors, _manifest(clone, kind).facts())
     return Path(path).stat().st_size
+
+
+def _short(name: str, tensor: Tensor) -> Tensor:
+    """A tensor of the head in half precision, where that holds its values exactly."""
+    short = tensor.half()
+    return short if name.startswith(_HEAD) and torch.equal(short.to(tensor.dtype), tensor) else tensor
 
 
 def _body_tensors(clone: Clone, kind: Kind) -> dict[str, Tensor]:
     state = clone.branch.stitched.body.state_dict()
-    if kind == "full":
-        return dict(state)
-    if clone.masks is None:
-        return {}
-    return {name: tensor for name, tensor in state.items() if name.endswith(_STATISTICS)}  # re-estimated for the masks
+    return {name: state[name] for name in _body_names(state, kind, clone.masks is not None)}
 
 
-def _metadata(clone: Clone, kind: Kind) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "kind": kind,
-        "name": clone.name,
-        "classes": list(clone.classes),
-        "base_classes": list(clone.base_classes),
-        "position": {
-            "target": dataclasses.asdict(clone.target_cut),
-            "source": dataclasses.asdict(clone.source_cut),
-            "target_features": dataclasses.asdict(clone.target_features),
-            "rectify": clone.branch.stitched.adapter.rectify,
-        },
-        "head": clone.branch.head.kind,
-        "source": {**dataclasses.asdict(clone.source), "input_shape": list(clone.source_input_shape)},
-        "target": {**dataclasses.asdict(clone.target), "input_shape": list(clone.input_shape)},
-        "recipe": dict(clone.recipe),
-    }
+def _body_names(state: Mapping[str, Tensor], kind: Kind, masked: bool) -> list[str]:
+    """Which tensors of the source's part a file carries: all, or the statistics that were re-estimated for masks."""
+    return [name for name in state if kind == "full" or (masked and name.endswith(_STATISTICS))]
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    wrong = (n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all()))
+    return next(wrong, None)
+
+
+def _manifest(clone: Clone, kind: Kind) -> Manifest:
+    return Manifest(
+        kind=kind,
+        name=clone.name,
+        classes=clone.classes,
+        base_classes=clone.base_classes,
+        target_cut=clone.target_cut,
+        source_cut=clone.source_cut,
+        target_features=clone.target_features,
+        rectify=clone.branch.stitched.adapter.rectify,
+        head=clone.branch.head.kind,
+        source=clone.source,
+        target=clone.target,
+        input_shape=clone.input_shape,
+        recipe=clone.recipe,
+    )
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """Say what a clone file holds, without any network.
+    """Say what a clone file holds, without any network; checks all that can be checked without one.
 
     Returns:
         The metadata of the file as plain values, with `n_bytes`, and `n_values`: how many numbers its tensors hold.
     Raises:
         FileFormatError: the file is damaged, no clone file, or of a newer version of the format.
     """
-    tensors, facts = _read(path)
+    tensors, manifest = read_clone_file(path)
+    facts = manifest.facts()
     facts["n_bytes"] = Path(path).stat().st_size
     facts["n_values"] = sum(tensor.numel() for tensor in tensors.values())
     return facts
 
 
-def load(path: str | Path, *, source: nn.Module) -> Clone:
+def load(path: str | Path, *, source: nn.Module, allow_mismatch: bool = False) -> Clone:
     """Read a clone from a file.
 
     Args:
         path: A file that `save` wrote.
         source: The network that the clone was made from; for a full file any network of the same architecture. It
             stays as it is, and the clone gets its own copies of the weights that it needs.
+        allow_mismatch: Take another source too, such as a fine-tuned one, if the file's tensors fit to it. Nobody has
+            measured what comes out.
     Raises:
         FileFormatError: the file is damaged, no clone file, or of a newer version of the format.
-        MismatchError: `source` is another network than the one that the file names.
+        MismatchError: `source` is another network than the one that the file names; with `allow_mismatch`, the file's
+            tensors do not fit to it.
         RecordingError: `source` cannot be recorded.
     """
-    tensors, facts = _read(path)
-    try:
-        expected = _fingerprint(facts["source"])
-        shape = tuple(int(size) for size in facts["source"]["input_shape"])
-        target_cut, source_cut = (_cut(facts["position"][side]) for side in ("target", "source"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(f"the metadata of {path} is damaged: {error!r}") from error
-    difference = first_difference(source, expected)
-    if difference is not None and (facts["kind"] == "thin" or fingerprint(source).structure != expected.structure):
+    tensors, manifest = read_clone_file(path)
+    difference = first_difference(source, manifest.source, structure_only=manifest.kind == "full")
+    if difference is not None and not allow_mismatch:
         raise MismatchError(
-            f"{path} was made from another source: {difference}; load it with the source it was made from"
+            f"{path} was made from another source: {difference}; load it with the source it was made from, or with "
+            "allow_mismatch=True if you know better"
         )
-    body, masks, features = _body(path, source, shape, source_cut, facts, tensors)
+    body, masks, features = _body(path, source, manifest, tensors)
+    branch = _skeleton(path, manifest, tensors, Stitched(Adapter(*_adapter_arguments(manifest)), body, features)).cpu()
+    for name, tensor in _fitted(branch).items():
+        if name in tensors:
+            tensor.copy_(tensors[name])
+    _check_head(path, branch, manifest)
+    is_other = difference is not None and manifest.kind == "thin"  # its weights are in the clone then
+    return Clone(
+        name=manifest.name,
+        classes=manifest.classes,
+        base_classes=manifest.base_classes,
+        branch=branch,
+        masks=masks,
+        source=fingerprint(source) if is_other else manifest.source,
+        target=manifest.target,
+        input_shape=manifest.input_shape,
+        source_input_shape=manifest.input_shape,
+        target_features=manifest.target_features,
+        recipe=manifest.recipe,
+    )
+
+
+def read_clone_file(path: str | Path) -> tuple[dict[str, Tensor], Manifest]:
+    """Read a file and check all that needs no network; nothing larger than the file is made for it.
+
+    Raises:
+        FileFormatError: as `load`.
+    """
+    tensors, facts, digest = read_sealed(path)
+    manifest = read_manifest(path, facts)
+    if digest is None:
+        raise FileFormatError(f"the metadata of {path} is damaged: it names no digest of the content")
+    with torch.device("meta"):
+        adapter = Adapter(*_adapter_arguments(manifest))
+        stitched = Stitched(adapter, fx.GraphModule({}, fx.Graph()), manifest.source_cut)
+        expected = _fitted(_skeleton(path, manifest, tensors, stitched))
+    for name in expected:
+        optional = name.startswith(_CALIBRATION) or not expected[name].numel()
+        if name not in tensors and not optional:
+            raise FileFormatError(f"{path} is damaged: the tensor {name!r} is missing")
+    for name, tensor in tensors.items():
+        if name.startswith(_BODY):
+            continue
+        if name == _MASKS:
+            wanted: tuple[Any, Any] = torch.uint8, tensor.shape[:1]
+        elif name in expected:
+            wanted = expected[name].dtype, expected[name].shape
+        else:
+            raise FileFormatError(f"{path} is damaged: there is no place for a tensor {name[:80]!r} in a clone")
+        if name.startswith(_HEAD) and tensor.dtype == torch.float16:
+            wanted = torch.float16, wanted[1]
+        if (tensor.dtype, tensor.shape) != wanted:
+            raise FileFormatError(
+                f"{path} is damaged: {name!r} is {_described(tensor)}, its metadata asks for "
+                f"{tuple(wanted[1])} {dtype_name(wanted[0])}"
+            )
+    broken = _not_finite(tensors)
+    if broken:
+        raise FileFormatError(f"{path} is damaged: {broken[:80]!r} holds values that are not finite")
+    return tensors, manifest
+
+
+def _adapter_arguments(manifest: Manifest) -> tuple[CutPoint, CutPoint, bool]:
+    return manifest.target_cut, manifest.source_cut, manifest.rectify
+
+
+def _skeleton(path: str | Path, manifest: Manifest, tensors: Mapping[str, Tensor], stitched: Stitched) -> Branch:
+    """A branch with the head that the metadata names, as large as the file's tensors say, and no values yet."""
+    return Branch(stitched, _head(path, manifest, tensors))
+
+
+def _head(path: str | Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> Head:
+    n_base, n_new = len(manifest.base_classes), len(manifest.classes)
+
+    def sizes(prefix: str, n_rows: int) -> tuple[int, int]:
+        name = f"{_HEAD}{prefix}weight"
+        weight = tensors.get(name)
+        if weight is None or weight.dim() != 2:
+            raise FileFormatError(f"{path} is damaged: the tensor {name!r} is missing or no matrix")
+        if len(weight) != n_rows:
+            raise FileFormatError(
+                f"{path} is damaged: {name!r} has {len(weight)} rows; its class names ask for {n_rows}"
+            )
+        return n_rows, weight.shape[1]
+
+    def discriminants(prefix: str) -> DiscriminantHead:
+        return DiscriminantHead(n_base, *sizes(prefix, n_base + n_new))
+
+    def own(prefix: str) -> SourceHead:
+        return SourceHead(*sizes(prefix, n_new))
+
+    if manifest.head == StackedHead.kind:
+        return StackedHead(discriminants("discriminants."), own("own."))
+    return discriminants("") if manifest.head == DiscriminantHead.kind else own("")
+
+
+def _fitted(branch: Branch) -> dict[str, Tensor]:
+    """What a file holds of a branch beside the source's part, by name in the file."""
+    return {
+        **{f"{_ADAPTER}{name}": tensor for name, tensor in branch.stitched.adapter.state_dict().items()},
+        **{f"{_HEAD}{name}": tensor for name, tensor in branch.head.state_dict().items()},
+        **{f"{_CALIBRATION}{name}": tensor for name, tensor in branch.named_buffers(recurse=False)},
+    }
+
+
+def _check_head(path: str | Path, branch: Branch, manifest: Manifest) -> None:
+    """Run the head once, on zeros of the sizes that it will meet."""
+    n_base, n_features = len(manifest.base_classes), manifest.target_features.n_channels
+    sizes = n_features, branch.stitched.features.n_channels, n_base
     try:
-        adapter = Adapter(target_cut, source_cut, rectify=bool(facts["position"]["rectify"]))
-        _fill(adapter, "adapter.", tensors)
-        head = _head(facts, tensors)
-        return Clone(
-            name=str(facts["name"]),
-            classes=tuple(map(str, facts["classes"])),
-            base_classes=tuple(map(str, facts["base_classes"])),
-            branch=Branch(Stitched(adapter, body, features), head),
-            masks=masks,
-            source=expected,
-            target=_fingerprint(facts["target"]),
-            input_shape=tuple(int(size) for size in facts["target"]["input_shape"]),
-            source_input_shape=shape,
-            target_features=_cut(facts["position"]["target_features"]),
-            recipe=facts["recipe"],
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FileFormatError(f"the metadata of {path} is damaged: {error!r}") from error
-
-
-def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, facts = read_tensors(path)
-    if facts.get("format") != FORMAT:
-        raise FileFormatError(f"{path} is no clone file: its format is {facts.get('format')!r}, expected {FORMAT!r}")
-    version = facts.get("version")
-    if not isinstance(version, int) or version < 1:
-        raise FileFormatError(f"the metadata of {path} is damaged: version {version!r}")
-    if version > VERSION:
+        branch.head(*(torch.zeros(1, size) for size in sizes))
+    except RuntimeError as error:
         raise FileFormatError(
-            f"{path} has format version {version}; this pnc reads up to {VERSION}: install a newer one"
-        )
-    if facts.get("kind") not in ("thin", "full"):
-        raise FileFormatError(f"the metadata of {path} is damaged: kind {facts.get('kind')!r}")
-    return tensors, facts
+            f"{path} is damaged: its head does not fit to {sizes[0]} and {sizes[1]} features of target and source"
+        ) from error
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {dtype_name(tensor.dtype)}"
 
 
 def _body(
-    path: str | Path,
-    source: nn.Module,
-    shape: tuple[int, ...],
-    cut: CutPoint,
-    facts: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
+    path: str | Path, source: nn.Module, manifest: Manifest, tensors: Mapping[str, Tensor]
 ) -> tuple[nn.Module, ChannelMasks | None, CutPoint]:
     """Rebuild the source's part: recorded anew, cut, compacted, with the file's own tensors for the source's."""
     parameter = next(source.parameters(), torch.empty(0))
-    example = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    example = torch.rand(2, *manifest.input_shape, generator=torch.Generator().manual_seed(0))
     recording = record(source, example.to(parameter.device, parameter.dtype))
-    if cut not in cut_points(recording):
+    cut = manifest.source_cut
+    if not any(cut.is_same_place(other) for other in cut_points(recording)):
         raise MismatchError(
             f"{path} enters the source at {cut.name!r} with shape {cut.shape}, which this source does not have; "
             "load it with the source it was made from"
@@ -178,50 +270,23 @@ def _body(
     features = find_head(recording).features
     segment = extract(recording, cut, [features])
     masks = None
-    if "masks" in tensors:
+    if _MASKS in tensors:
         spaces = channel_spaces(segment)
-        masks = ChannelMasks.from_bytes(tensors["masks"].numpy().tobytes(), spaces)
-        body = compact(segment, spaces, masks)
+        masks = ChannelMasks.from_bytes(tensors[_MASKS].numpy().tobytes(), spaces)
+        body: nn.Module = compact(segment, spaces, masks)
     else:
         body = own_copy(segment)
-    own = {name.removeprefix("body."): tensor for name, tensor in tensors.items() if name.startswith("body.")}
-    expected = body.state_dict()
+    state = body.state_dict()
+    own = {name.removeprefix(_BODY): tensor for name, tensor in tensors.items() if name.startswith(_BODY)}
+    wanted = _body_names(state, manifest.kind, masks is not None)
+    for name in sorted(own.keys() ^ set(wanted)):
+        what = "carries a tensor {!r} that has no place in" if name in own else "lacks the tensor {!r} of"
+        raise MismatchError(f"{path} {what.format(name[:80])} this source; load it with the one it was made from")
     for name, tensor in own.items():
-        if name not in expected or expected[name].shape != tensor.shape or expected[name].dtype != tensor.dtype:
+        if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
             raise MismatchError(
-                f"{path} carries a tensor {name!r} {tuple(tensor.shape)} that does not fit to this source"
+                f"{path} carries {name!r} as {_described(tensor)}, this source has it as {_described(state[name])}; "
+                "load it with the source it was made from"
             )
-        expected[name].copy_(tensor)
+        state[name].copy_(tensor)
     return body, masks, features
-
-
-def _head(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
-    head: Head
-    weight = tensors["head.weight"]
-    if facts["head"] == DiscriminantHead.kind:
-        head = DiscriminantHead(len(facts["base_classes"]), *weight.shape)
-    elif facts["head"] == SourceHead.kind:
-        head = SourceHead(*weight.shape)
-    else:
-        raise ValueError(f"head {facts['head']!r}")
-    _fill(head, "head.", tensors)
-    return head
-
-
-def _fill(module: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy the tensors under `prefix` into `module`; a tensor that does not fit is a ValueError."""
-    for name, buffer in module.state_dict().items():
-        if not buffer.numel():
-            continue
-        tensor = tensors[prefix + name]
-        if tensor.shape != buffer.shape or tensor.dtype != buffer.dtype:
-            raise ValueError(f"{prefix}{name}: {tensor.dtype} {tuple(tensor.shape)}, expected {tuple(buffer.shape)}")
-        buffer.copy_(tensor)
-
-
-def _cut(facts: Mapping[str, Any]) -> CutPoint:
-    return CutPoint(**{**facts, "shape": tuple(facts["shape"])})
-
-
-def _fingerprint(facts: Mapping[str, Any]) -> Fingerprint:
-    return Fingerprint(str(facts["structure"]), tuple(map(str, facts["tensors"])))

@@ -1,19 +1,50 @@
-"""Our own files: safetensors with one metadata key that holds canonical JSON, written whole or not at all."""
+"""Our own files: safetensors with one metadata key that holds canonical JSON, written whole or not at all.
 
+Reading trusts nothing: every size is checked against the file's own before memory is taken, types are those of a list,
+JSON is limited in length and depth, and a digest covers all that a file says. So any bytes give what was written or
+one `FileFormatError`.
+"""
+
+import glob
+import hashlib
 import json
+import math
 import os
+import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from reprlib import repr as shortened
+from typing import Any, BinaryIO, Never
 
-from safetensors import SafetensorError, safe_open
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from pnc.errors import FileFormatError, InputError
+from pnc.integrity import DTYPES, as_bytes, dtype_name, value_digests
+
+try:
+    import fcntl
+except ImportError:  # Windows, where leftovers of a killed process are not told from files at work, and stay
+    fcntl = None  # type: ignore[assignment]
 
 METADATA_KEY = "pnc"  # one key only: several are written in hash order, and equal inputs would give unequal bytes
+DIGEST_KEY = "digest"
+"""Key of the metadata for the digest of tensors and metadata; added by `write_tensors`, taken off by `read_tensors`."""
+
+MAX_HEADER = 1 << 21
+"""Bytes that the header of a file may have: enough for 20,000 tensors."""
+
+MAX_DEPTH = 16
+"""How deep lists and objects of a header may be nested."""
+
+_MAX_DIMS, _MAX_NUMEL = 8, 1 << 40
+_CODES = ("F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL")
+_DTYPE_OF = dict(zip(_CODES, DTYPES, strict=True))
+_CODE_OF = dict(zip(DTYPES, _CODES, strict=True))
 
 
 def canonical_json(value: Any) -> str:
@@ -21,69 +52,256 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+# ------------------------------------------------------------------------------------------------------------- writing
 def write_file(path: str | Path, data: bytes | str) -> None:
     """Write `data` to `path` through a temporary file beside it: a reader sees the old file or the new one, whole.
+
+    A process that is killed while it writes leaves its temporary file, ``.NAME.pnc-*``; the next write to the same path
+    removes it.
 
     Raises:
         InputError: the folder does not exist or cannot be written to; nothing is left behind.
     """
     path = Path(path)
     raw = data.encode() if isinstance(data, str) else data
-    temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as file:
+        _remove_leftovers(path)
+        with _temporary(path) as (file, temporary):
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file private; give it what an ordinary new file gets.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
+            # mkstemp makes the file private; give it what an ordinary new file gets.
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            if fcntl is None:
+                file.close()  # Windows renames closed files only
+            temporary.replace(path)
     except OSError as error:
         raise InputError(
             f"cannot write {path}: {error.strerror or error}; choose a folder that exists and is writable"
         ) from error
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A new file beside `path`, open for writing and locked for as long as its owner lives; gone afterwards."""
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
+        temporary = Path(name)
+        if fcntl is None or not _locked(descriptor) or temporary.exists():
+            break
+        os.close(descriptor)  # another process took it for a leftover before it was locked
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file, temporary
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary files of processes that were killed while they wrote `path`: those that nobody locks."""
+    if fcntl is None:
+        return
+    for leftover in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
+        try:
+            descriptor = os.open(leftover, os.O_RDONLY)
+        except FileNotFoundError:  # its owner was quicker
+            continue
+        try:
+            if _locked(descriptor, wait=False):
+                leftover.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
+
+
+def _locked(descriptor: int, wait: bool = True) -> bool:
+    """Try to lock an open file; False where another process keeps it locked, or the file system knows no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}.pnc-"
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a safetensors file whose metadata key `pnc` holds `metadata`; equal inputs give equal bytes.
+    """Write a safetensors file whose metadata key `pnc` holds `metadata` and a digest; equal inputs give equal bytes.
 
     Raises:
-        InputError: as `write_file`.
+        InputError: as `write_file`; also where a tensor has a type that files do not hold, or the names and metadata
+            are longer than a reader accepts.
     """
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())}
-    write_file(path, save(plain, {METADATA_KEY: canonical_json(metadata)}))
+    for name, tensor in plain.items():
+        if tensor.dtype not in _CODE_OF:
+            known = ", ".join(map(dtype_name, DTYPES))
+            raise InputError(f"tensors: {name} is {dtype_name(tensor.dtype)}; files hold {known}")
+    sealed = {**metadata, DIGEST_KEY: _digest(plain, metadata)}
+    data = save(plain, {METADATA_KEY: canonical_json(sealed)})
+    n_header = int.from_bytes(data[:8], "little")
+    if n_header > MAX_HEADER:
+        raise InputError(f"tensors: names and metadata take {n_header} bytes, a file holds {MAX_HEADER}; shorten them")
+    write_file(path, data)
 
 
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    """SHA-256, 64 hex digits, of everything that a file says: names, types, shapes and values of tensors, metadata."""
+    known = {name: tensors[name] for name in sorted(tensors)}
+    values = value_digests(list(known.values()))
+    listed = [[name, _CODE_OF[t.dtype], list(t.shape), v] for (name, t), v in zip(known.items(), values, strict=True)]
+    said = {key: value for key, value in metadata.items() if key != DIGEST_KEY}
+    return hashlib.sha256(canonical_json([said, listed]).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote: the tensors, on the CPU, and the metadata.
 
     Raises:
         FileFormatError: no such file, not safetensors, damaged, or without our metadata.
     """
+    tensors, metadata, _ = read_sealed(path)
+    return tensors, metadata
+
+
+def read_sealed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
+    """Read as `read_tensors` does, and return the digest too, which is right; None where the file has none."""
+    path = Path(path)
     try:
-        with safe_open(Path(path), framework="pt", device="cpu") as file:
-            metadata = _parse_metadata(path, file.metadata())
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (no mapping)
+        if not stat.S_ISREG(path.stat().st_mode):
+            _refuse(path, "it is no regular file")
+        with path.open("rb") as file:
+            entries, metadata, n_before = _read_header(path, file)
+            tensors = {entry.name: _read_tensor(path, file, entry, n_before) for entry in entries}
     except FileNotFoundError as error:
         raise FileFormatError(f"there is no file {path}") from error
-    except (OSError, SafetensorError) as error:
-        raise FileFormatError(f"{path} is not a whole safetensors file ({error}); copy or make it again") from error
+    except OSError as error:
+        raise FileFormatError(f"{path} cannot be read: {error.strerror or error}") from error
+    digest = metadata.pop(DIGEST_KEY, None)
+    if digest is not None and digest != _digest(tensors, metadata):
+        raise FileFormatError(
+            f"{path} is damaged: its content does not give the digest that it names; copy or make it again"
+        )
+    return dict(sorted(tensors.items())), metadata, digest
 
 
-def _parse_metadata(path: str | Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    text = (metadata or {}).get(METADATA_KEY)
-    if text is None:
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor as the header names it; `start` and `stop` are bytes behind the header."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def _read_header(path: Path, file: BinaryIO) -> tuple[list[_Entry], dict[str, Any], int]:
+    """The tensors in the order of their bytes, the metadata, and where the bytes begin: all sizes fit to the file's."""
+    size = os.fstat(file.fileno()).st_size
+    first = file.read(8)
+    n_header = int.from_bytes(first, "little")
+    if len(first) < 8 or n_header > size - 8:
+        _refuse(path, f"it has {size} bytes, less than it says")
+    if n_header > MAX_HEADER:
+        _refuse(path, f"its header has {n_header} bytes, more than {MAX_HEADER}")
+    header = _parse_json(path, file.read(n_header), "header")
+    metadata = _parse_metadata(path, header.pop("__metadata__", None))
+    entries = sorted((_entry(path, *item) for item in header.items()), key=lambda entry: (entry.start, entry.stop))
+    reached = 0
+    for entry in entries:
+        if entry.start != reached:
+            _refuse(path, f"the bytes of {shortened(entry.name)} do not follow those before them")
+        reached = entry.stop
+    if reached != size - 8 - n_header:
+        _refuse(path, f"its tensors have {reached} bytes, the file has {size - 8 - n_header} for them")
+    return entries, metadata, 8 + n_header
+
+
+def _entry(path: Path, name: str, facts: Any) -> _Entry:
+    if not isinstance(facts, dict) or facts.keys() != {"dtype", "shape", "data_offsets"}:
+        _refuse(path, f"the entry of {shortened(name)} is {shortened(facts)}")
+    dtype = _DTYPE_OF.get(facts["dtype"]) if isinstance(facts["dtype"], str) else None
+    if dtype is None:
+        _refuse(path, f"{shortened(name)} has values of the type {shortened(facts['dtype'])}")
+    shape, offsets = facts["shape"], facts["data_offsets"]
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMS or math.prod(filter(None, shape)) > _MAX_NUMEL:
+        _refuse(path, f"{shortened(name)} has the shape {shortened(shape)}")
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != n_bytes:
+        _refuse(path, f"{shortened(name)} has {n_bytes} bytes, which do not lie at {shortened(offsets)}")
+    return _Entry(name, dtype, tuple(shape), *offsets)
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 60 for value in values)
+
+
+def _read_tensor(path: Path, file: BinaryIO, entry: _Entry, n_before: int) -> Tensor:
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    raw = as_bytes(tensor)
+    file.seek(n_before + entry.start)
+    if len(raw) and file.readinto(raw.numpy()) != len(raw):  # type: ignore[attr-defined] # BinaryIO lacks it
+        _refuse(path, f"the bytes of {shortened(entry.name)} end early")
+    if entry.dtype == torch.bool and bool((raw > 1).any()):
+        _refuse(path, f"{shortened(entry.name)} holds values that are neither true nor false")
+    return tensor
+
+
+def _parse_metadata(path: Path, metadata: Any) -> dict[str, Any]:
+    text = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
         raise FileFormatError(f"{path} has no metadata of pnc: it holds weights only, made by another program")
+    return _parse_json(path, text, "metadata")
+
+
+def _parse_json(path: Path, text: str | bytes, what: str) -> dict[str, Any]:
+    """An object from JSON: each key once, all numbers finite, and of limited depth."""
     try:
-        value = json.loads(text)
+        value = json.loads(
+            text.decode() if isinstance(text, bytes) else text,
+            object_pairs_hook=_with_keys_once,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
     except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"the metadata of {path} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise FileFormatError(f"the metadata of {path} is damaged: expected an object, got {type(value).__name__}")
+        reason = str(error)
+    else:
+        if not isinstance(value, dict):
+            reason = f"expected an object, got {type(value).__name__}"
+        elif _is_deeper(value, MAX_DEPTH):
+            reason = f"it is nested deeper than {MAX_DEPTH}"
+        else:
+            return value
+    if what == "header":
+        _refuse(path, reason)
+    raise FileFormatError(f"the metadata of {path} is damaged: {reason}")
+
+
+def _with_keys_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no finite number")
     return value
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    parts = value.values() if isinstance(value, dict) else value
+    return limit == 0 or any(_is_deeper(part, limit - 1) for part in parts)
+
+
+def _refuse(path: Path, reason: str) -> Never:
+    raise FileFormatError(f"{path} is not a whole safetensors file ({reason}); copy or make it again")

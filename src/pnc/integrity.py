@@ -1,14 +1,23 @@
 """What is not ours stays as it was: guards, snapshots that prove it, and fingerprints that name a network's weights."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+DTYPES = (
+    *(torch.float32, torch.float16, torch.bfloat16, torch.float64),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+"""Types of values that files hold, and that fingerprints can name where they differ."""
+
+_BYTES_FOR_THREADS = 1 << 24
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 
 
@@ -28,41 +37,67 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything of a module that must not change: copies of its tensors, their flags and gradients, submodules."""
+    """Everything of a module that must not change: copies of its tensors, their flags and gradients, submodules, hooks.
+
+    Attributes:
+        tensors: Copies of all parameters and buffers, also those that no state dict holds.
+        layouts: Device and memory format of each.
+        requires_grad: The flag of each.
+        gradients: Copies of their gradients.
+        submodules: Type and training flag of each submodule.
+        hooks: The hooks of each submodule, in order.
+        images: A probe batch; None where answers are not compared.
+        logits: What the module answered to it, in eval mode.
+    """
 
     tensors: Mapping[str, Tensor]
+    layouts: Mapping[str, str]
     requires_grad: Mapping[str, bool]
     gradients: Mapping[str, Tensor | None]
-    submodules: Mapping[str, tuple[type, bool, tuple[int, ...]]]
+    submodules: Mapping[str, tuple[type, bool]]
+    hooks: Mapping[str, tuple[Any, ...]]
+    images: Tensor | None = None
+    logits: Tensor | None = None
 
 
 def snapshot(module: nn.Module) -> Snapshot:
     """Copy the state of `module` that `differences` compares later: costs one copy of its weights."""
     tensors = dict(_named_tensors(module))
+    submodules = dict(module.named_modules(remove_duplicate=False))
     return Snapshot(
         tensors={name: tensor.detach().clone() for name, tensor in tensors.items()},
+        layouts={name: _layout(tensor) for name, tensor in tensors.items()},
         requires_grad={name: tensor.requires_grad for name, tensor in tensors.items()},
         gradients={name: None if t.grad is None else t.grad.detach().clone() for name, t in tensors.items()},
-        submodules=_submodule_states(module),
+        submodules={name: (type(part), part.training) for name, part in submodules.items()},
+        hooks={name: _hooks(part) for name, part in submodules.items()},
     )
 
 
 def differences(module: nn.Module, before: Snapshot) -> list[str]:
     """List in words what of `module` is no longer as in `before`; an empty list means equal to the last bit."""
     found = []
-    tensors, submodules = dict(_named_tensors(module)), _submodule_states(module)
+    tensors = dict(_named_tensors(module))
     for name in sorted(before.tensors.keys() | tensors.keys()):
         if name not in tensors or name not in before.tensors:
             found.append(f"tensor {name} was {'removed' if name not in tensors else 'added'}")
         elif not same_bits(tensors[name], before.tensors[name]):
             found.append(f"values of {name} changed")
+        elif _layout(tensors[name]) != before.layouts[name]:
+            found.append(f"{name} is {_layout(tensors[name])}, was {before.layouts[name]}")
         elif tensors[name].requires_grad != before.requires_grad[name]:
             found.append(f"requires_grad of {name} changed")
         elif not _same_gradient(tensors[name].grad, before.gradients[name]):
             found.append(f"gradient of {name} changed")
+    submodules = dict(module.named_modules(remove_duplicate=False))
     for name in sorted(before.submodules.keys() | submodules.keys()):
-        if submodules.get(name) != before.submodules.get(name):
-            found.append(f"type, training flag or hooks of submodule {name or '(root)'} changed")
+        part = submodules.get(name)
+        if part is None or name not in before.submodules:
+            found.append(f"submodule {name} was {'removed' if part is None else 'added'}")
+        elif (type(part), part.training) != before.submodules[name]:
+            found.append(f"type or training flag of submodule {name or '(root)'} changed")
+        elif _hooks(part) != before.hooks[name]:
+            found.append(f"hooks of submodule {name or '(root)'} changed")
     return found
 
 
@@ -70,58 +105,145 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Tell whether two tensors have the same shape, dtype and bits; unlike `torch.equal`, NaN equals the same NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(_as_bytes(a), _as_bytes(b.to(a.device)))
+    return torch.equal(as_bytes(a), as_bytes(b.to(a.device)))
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Names the weights of one network, independent of device and of wrappers such as `DataParallel`.
+    """Names the structure and the weights of one network: the entries of its state dict, in the order of sorted names.
+
+    It does not depend on device, memory format, version of torch, or wrappers such as `DataParallel` and
+    `torch.compile`. All digests are the first hex digits of SHA-256.
 
     Attributes:
-        structure: Digest of the names, shapes and dtypes of all entries of the state dict.
-        tensors: One short digest of the values for each entry, in the order of the sorted names.
+        structure: Of names, dtypes and shapes, 32 digits.
+        weights: Of the structure and all values, 32 digits.
+        tensors: For each entry 4 digits of its name, 4 of its dtype and shape, 8 of its values: these only say where
+            two networks begin to differ.
     """
 
     structure: str
+    weights: str
     tensors: tuple[str, ...]
 
 
 def fingerprint(module: nn.Module) -> Fingerprint:
     """Compute the fingerprint of the state dict of `module`: parameters and persistent buffers."""
     state = _plain_state(module)
-    structure = hashlib.sha256()
-    for name, tensor in state.items():
-        structure.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-    return Fingerprint(structure.hexdigest()[:16], tuple(_tensor_digest(tensor) for tensor in state.values()))
+    texts = [_structure_text(tensor.dtype, tensor.shape) for tensor in state.values()]
+    values = value_digests(list(state.values()))
+    structure = _hex("".join(f"{name}:{text};" for name, text in zip(state, texts, strict=True)), 32)
+    entries = zip(state, texts, values, strict=True)
+    return Fingerprint(
+        structure,
+        _hex(structure + "".join(values), 32),
+        tuple(_hex(name, 4) + _hex(text, 4) + value[:8] for name, text, value in entries),
+    )
 
 
-def first_difference(module: nn.Module, expected: Fingerprint) -> str | None:
-    """Say in words where `module` first departs from `expected`; None where it does not."""
+def first_difference(module: nn.Module, expected: Fingerprint, *, structure_only: bool = False) -> str | None:
+    """Say in words where `module` first departs from `expected`; None where it does not.
+
+    Args:
+        module: A network.
+        expected: Fingerprint of the network that it should be.
+        structure_only: Let the values differ.
+    """
     found = fingerprint(module)
+    if found == expected or (structure_only and found.structure == expected.structure):
+        return None
     if found.structure != expected.structure:
-        return f"another architecture ({len(found.tensors)} tensors, expected {len(expected.tensors)}, or other shapes)"
-    for name, ours, theirs in zip(_plain_state(module), found.tensors, expected.tensors, strict=True):
+        return f"another architecture: {_first_in_structure(_plain_state(module), found, expected)}"
+    for name, ours, theirs in zip(_plain_state(module), found.tensors, expected.tensors, strict=False):
         if ours != theirs:
             return f"the values of {name!r} differ"
-    return None
+    return "the values differ"
+
+
+def _first_in_structure(state: Mapping[str, Tensor], found: Fingerprint, expected: Fingerprint) -> str:
+    """Say which entry is the first that only one of two networks has, or has in another dtype or shape."""
+    theirs = expected.tensors
+    previous = ""
+    for index, (name, ours) in enumerate(zip(state, found.tensors, strict=True)):
+        if index == len(theirs) or (ours[:4] != theirs[index][:4] and _is_later(theirs[index], found.tensors[index:])):
+            return f"{name!r} is a tensor that it should not have"
+        if ours[:4] != theirs[index][:4]:
+            return f"a tensor is missing {f'behind {previous!r}' if previous else 'in front'}, where it has {name!r}"
+        if ours[4:8] != theirs[index][4:8]:
+            return _other_dtype_or_shape(name, state[name], theirs[index][4:8])
+        previous = name
+    if len(theirs) > len(state):
+        return f"{len(theirs) - len(state)} tensors are missing {f'behind {previous!r}' if previous else ''}".rstrip()
+    return "names, dtypes or shapes differ"
+
+
+def _is_later(entry: str, entries: Sequence[str]) -> bool:
+    return any(entry[:4] == other[:4] for other in entries)
+
+
+def _other_dtype_or_shape(name: str, tensor: Tensor, expected: str) -> str:
+    """Say which of the two differs: the dtype can be found by trying, as there are few."""
+    for dtype in DTYPES:
+        if _hex(_structure_text(dtype, tensor.shape), 4) == expected:
+            return f"{name!r} is {dtype_name(tensor.dtype)}, expected {dtype_name(dtype)}"
+    return f"{name!r} has the shape {tuple(tensor.shape)} in {dtype_name(tensor.dtype)}, expected another one"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype as in "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def value_digests(tensors: Sequence[Tensor]) -> list[str]:
+    """SHA-256 of the bytes of each tensor, row by row whatever its memory format, little-endian; 64 hex digits.
+
+    Large ones are digested by several threads, as hashing releases Python's lock.
+    """
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors) < _BYTES_FOR_THREADS:
+        return [_value_digest(tensor) for tensor in tensors]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(_value_digest, tensors))
+
+
+def _value_digest(tensor: Tensor) -> str:
+    return hashlib.sha256(as_bytes(tensor.cpu()).numpy().data).hexdigest()
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor in the order of its indices, (n_bytes,) uint8; shares its memory where that is possible."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _plain_state(module: nn.Module) -> dict[str, Tensor]:
-    state = {}
-    for name, value in module.state_dict().items():
-        if isinstance(value, Tensor):
-            while name.startswith(_WRAPPER_PREFIXES):
-                name = name.split(".", 1)[1]
-            state[name] = value
-    return dict(sorted(state.items()))
+    """The state dict, sorted by name, with the names that it has outside of wrappers."""
+    wrapped = {
+        f"{name}.{child}".lstrip(".")
+        for name, part in module.named_modules(remove_duplicate=False)
+        if (child := _wrapped_child(part))
+    }
+    state = {_plain_name(name, wrapped): value for name, value in module.state_dict().items()}
+    return {name: value for name, value in sorted(state.items()) if isinstance(value, Tensor)}
 
 
-def _tensor_digest(tensor: Tensor) -> str:
-    return hashlib.sha256(_as_bytes(tensor.cpu()).numpy().tobytes()).hexdigest()[:8]
+def _wrapped_child(module: nn.Module) -> str | None:
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "module"
+    return "_orig_mod" if "_orig_mod" in module._modules else None  # what torch.compile returns
 
 
-def _as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+def _plain_name(name: str, wrapped: Set[str]) -> str:
+    if not wrapped:
+        return name
+    parts = name.split(".")
+    return ".".join(part for i, part in enumerate(parts) if ".".join(parts[: i + 1]) not in wrapped)
+
+
+def _structure_text(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    return f"{dtype_name(dtype)}{list(shape)}"
+
+
+def _hex(text: str, digits: int) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 def _same_gradient(now: Tensor | None, before: Tensor | None) -> bool:
@@ -135,8 +257,11 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def _submodule_states(module: nn.Module) -> dict[str, tuple[type, bool, tuple[int, ...]]]:
-    return {
-        name: (type(sub), sub.training, tuple(len(getattr(sub, hooks) or ()) for hooks in _HOOKS))
-        for name, sub in module.named_modules(remove_duplicate=False)
-    }
+def _layout(tensor: Tensor) -> str:
+    channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
+    order = "channels last" if channels_last and tensor.is_contiguous(memory_format=torch.channels_last) else "strided"
+    return f"{'contiguous' if tensor.is_contiguous() else order} on {tensor.device}"
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    return tuple(hook for table in _HOOKS for hook in (getattr(module, table) or {}).values())

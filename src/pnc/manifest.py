@@ -1,0 +1,296 @@
+"""What a clone's file says of itself: the metadata as data, with every field checked.
+
+The rules are those of docs/file-format.md and its JSON schema, in plain code: which keys there are, of which type, how
+long texts may be, within which bounds numbers lie, and which fields must fit to each other.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as shortened
+from typing import Any, Literal, Never, cast, get_args
+
+from pnc.cuts import CutPoint
+from pnc.errors import FileFormatError, InputError
+from pnc.heads import DiscriminantHead, SourceHead, StackedHead
+from pnc.integrity import Fingerprint
+
+FORMAT = "pnc-clone"
+VERSION = 1
+Kind = Literal["thin", "full"]
+
+MAX_TEXT = 1000
+"""Characters that a name or another text may have."""
+
+MAX_IMAGE = 1 << 24
+"""Values that one image may have: 3x2048x2048 and more."""
+
+_MAX_SIZE, _MAX_COUNT = 1 << 20, 1 << 62
+_HEADS = (StackedHead.kind, SourceHead.kind, DiscriminantHead.kind)
+_KEYS = (
+    "base_classes",
+    "classes",
+    "format",
+    "head",
+    "kind",
+    "name",
+    "position",
+    "recipe",
+    "source",
+    "target",
+    "version",
+)
+_RECIPE_DEPTH = 4
+_ENTRY, _HEX_DIGITS = 16, frozenset("0123456789abcdef")
+_DIMS = {"vector": (1,), "tokens": (1, 2), "map": (1, 3)}
+"""Where the channels may be, by kind of cut, batch counted."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that a clone's file holds beside tensors; the fields are those of `pnc.Clone`."""
+
+    kind: Kind
+    name: str
+    classes: tuple[str, ...]
+    base_classes: tuple[str, ...]
+    target_cut: CutPoint
+    source_cut: CutPoint
+    target_features: CutPoint
+    rectify: bool
+    head: str
+    source: Fingerprint
+    target: Fingerprint
+    input_shape: tuple[int, ...]
+    recipe: Mapping[str, Any]
+
+    def facts(self) -> dict[str, Any]:
+        """The metadata as JSON values.
+
+        Raises:
+            InputError: a field that no reader would accept, such as a class name with a line break.
+        """
+        facts = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": self.kind,
+            "name": self.name,
+            "classes": list(self.classes),
+            "base_classes": list(self.base_classes),
+            "position": {
+                "target": _cut_facts(self.target_cut),
+                "source": _cut_facts(self.source_cut),
+                "target_features": _cut_facts(self.target_features),
+                "rectify": self.rectify,
+            },
+            "head": self.head,
+            "source": _network_facts(self.source, self.input_shape),
+            "target": _network_facts(self.target, self.input_shape),
+            "recipe": dict(self.recipe),
+        }
+        _parsed(facts, _cannot_be_saved)
+        return facts
+
+
+def read_manifest(path: str | Path, facts: Mapping[str, Any]) -> Manifest:
+    """Check the metadata of a clone's file.
+
+    Args:
+        path: Of the file, for messages.
+        facts: What it says.
+    Raises:
+        FileFormatError: no clone's file, of a newer version of the format, or with a field that is missing, unknown or
+            out of its bounds.
+    """
+    if facts.get("format") != FORMAT:
+        raise FileFormatError(
+            f"{path} is no clone file: its format is {shortened(facts.get('format'))}, expected {FORMAT!r}"
+        )
+    version = facts.get("version")
+    if type(version) is int and version > VERSION:
+        raise FileFormatError(
+            f"{path} has format version {shortened(version)}; this pnc reads up to {VERSION}: install a newer one"
+        )
+
+    def damaged(reason: str) -> Never:
+        raise FileFormatError(f"the metadata of {path} is damaged: {reason}")
+
+    return _parsed(facts, damaged)
+
+
+def _cannot_be_saved(reason: str) -> Never:
+    raise InputError(f"clone: {reason}, as a file must hold it; make the clone with other names")
+
+
+def _cut_facts(cut: CutPoint) -> dict[str, Any]:
+    return {**dataclasses.asdict(cut), "shape": list(cut.shape)}
+
+
+def _network_facts(found: Fingerprint, input_shape: Sequence[int]) -> dict[str, Any]:
+    return {**dataclasses.asdict(found), "tensors": "".join(found.tensors), "input_shape": list(input_shape)}
+
+
+Fail = Callable[[str], Never]
+
+
+def _parsed(facts: Any, fail: Fail) -> Manifest:
+    whole = _Object(facts, "", _KEYS, fail)
+    whole.number("version", 1, VERSION, whole=True)
+    classes, base_classes = whole.names("classes"), whole.names("base_classes")
+    if len({*classes, *base_classes}) < len(classes) + len(base_classes):
+        fail("classes, base_classes: a name is there twice")
+    position = whole.object("position", ("rectify", "source", "target", "target_features"))
+    source, target = (whole.object(key, ("input_shape", "structure", "tensors", "weights")) for key in _NETWORKS)
+    shape = target.sizes("input_shape", 3)
+    if source.sizes("input_shape", 3) != shape or math.prod(shape) > MAX_IMAGE:
+        fail(f"input_shape: source and target must take the same images, of {MAX_IMAGE} values at most")
+    return Manifest(
+        kind=cast(Kind, whole.choice("kind", get_args(Kind))),
+        name=whole.text("name"),
+        classes=classes,
+        base_classes=base_classes,
+        target_cut=_cut(position, "target", fail),
+        source_cut=_cut(position, "source", fail),
+        target_features=_cut(position, "target_features", fail),
+        rectify=position.flag("rectify"),
+        head=whole.choice("head", _HEADS),
+        source=_fingerprint(source),
+        target=_fingerprint(target),
+        input_shape=shape,
+        recipe=_recipe(whole, fail),
+    )
+
+
+_NETWORKS = ("source", "target")
+
+
+def _cut(position: "_Object", key: str, fail: Fail) -> CutPoint:
+    facts = position.object(key, tuple(field.name for field in dataclasses.fields(CutPoint)))
+    kind = facts.choice("kind", tuple(_DIMS))
+    shape = facts.sizes("shape", {"vector": 1, "tokens": 2, "map": 3}[kind])
+    channel_dim = facts.number("channel_dim", 1, 3, whole=True)
+    if channel_dim not in _DIMS[kind] or math.prod(shape) > _MAX_COUNT:
+        fail(f"position.{key}: channel_dim {channel_dim} or shape {list(shape)} do not fit to the kind {kind!r}")
+    n_tokens = shape[2 - channel_dim] if kind == "tokens" else 1
+    return CutPoint(
+        name=facts.text("name"),
+        index=facts.number("index", 0, _MAX_COUNT, whole=True),
+        scope=facts.text("scope", least=0),
+        kind=cast(Any, kind),
+        shape=shape,
+        channel_dim=channel_dim,
+        n_prefix_tokens=facts.number("n_prefix_tokens", 0, n_tokens - 1, whole=True),
+        n_macs=facts.number("n_macs", 0, _MAX_COUNT, whole=True),
+        n_params=facts.number("n_params", 0, _MAX_COUNT, whole=True),
+    )
+
+
+def _fingerprint(facts: "_Object") -> Fingerprint:
+    structure, weights, entries = (facts.get(key, str, "a text") for key in ("structure", "weights", "tensors"))
+    for key, value, n_digits in (("structure", structure, 32), ("weights", weights, 32), ("tensors", entries, None)):
+        if (len(value) % _ENTRY if n_digits is None else len(value) != n_digits) or not set(value) <= _HEX_DIGITS:
+            facts.refuse(key, f"{n_digits or f'a multiple of {_ENTRY}'} hex digits", value)
+    return Fingerprint(structure, weights, tuple(entries[i : i + _ENTRY] for i in range(0, len(entries), _ENTRY)))
+
+
+def _recipe(whole: "_Object", fail: Fail) -> dict[str, Any]:
+    """The recipe: what `pnc inspect` shows must be there; anything else may be, as plain values."""
+    facts = whole.object("recipe", None)
+    for key, low, high in (("score", 0, 1), ("standard_error", 0, 1), ("macs_share", 0, 1e9), ("density", 0, 1)):
+        facts.number(key, low, high)
+    for key in ("n_new_samples", "n_base_samples"):
+        facts.number(key, 0, _MAX_COUNT, whole=True)
+    for key, value in facts.values.items():
+        if not _is_plain(key, 0) or not _is_plain(value, _RECIPE_DEPTH):
+            fail(f"recipe: {shortened(key)} has the value {shortened(value)}")
+    return dict(facts.values)
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """Whether it is a finite number, a short printable text, or a shallow collection of such."""
+    if isinstance(value, str):
+        return len(value) <= MAX_TEXT and value.isprintable()
+    if isinstance(value, list | tuple):
+        return depth > 0 and all(_is_plain(part, depth - 1) for part in value)
+    if isinstance(value, Mapping):
+        return depth > 0 and all(_is_plain(k, 0) and _is_plain(v, depth - 1) for k, v in value.items())
+    return value is None or (isinstance(value, int | float) and abs(value) <= _MAX_COUNT)
+
+
+class _Object:
+    """An object of the metadata: its values by key, each of the type that is asked for, or the reason why not.
+
+    Args:
+        values: What should be an object.
+        label: Its own key, for messages; empty for the whole.
+        keys: The keys that it has, no more and no less; None for any.
+        fail: Raises the error.
+    """
+
+    def __init__(self, values: Any, label: str, keys: Sequence[str] | None, fail: Fail) -> None:
+        self.values, self._label, self._fail = values, label, fail
+        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+            fail(f"{label or 'all'}: expected an object, got {shortened(values)}")
+        for key in sorted(set(keys) ^ values.keys() if keys is not None else ()):
+            fail(f"{self._full(key)[:MAX_TEXT]} is {'unknown' if key in values else 'missing'}")
+
+    def refuse(self, key: str, expected: str, got: Any) -> Never:
+        """Fail with what was expected at a key."""
+        self._fail(f"{self._full(key)}: expected {expected}, got {shortened(got)}")
+
+    def _full(self, key: str) -> str:
+        return f"{self._label}.{key}" if self._label else key
+
+    def get(self, key: str, wanted: type, words: str) -> Any:
+        """The value at a key, of exactly a type."""
+        if type(self.values.get(key)) is not wanted:
+            self.refuse(key, words, self.values.get(key))
+        return self.values[key]
+
+    def object(self, key: str, keys: Sequence[str] | None) -> "_Object":
+        """An object with exactly these keys; None for any."""
+        return _Object(self.values.get(key), self._full(key), keys, self._fail)
+
+    def flag(self, key: str) -> bool:
+        """True or false."""
+        return bool(self.get(key, bool, "true or false"))
+
+    def text(self, key: str, least: int = 1) -> str:
+        """A printable text, not too long."""
+        value = str(self.get(key, str, "a text"))
+        if not least <= len(value) <= MAX_TEXT or not value.isprintable():
+            self.refuse(key, f"a printable text of {least} to {MAX_TEXT} characters", value)
+        return value
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """At least one printable name, none of them twice."""
+        values = self.get(key, list, "a list of names")
+        wrong = [v for v in values if not isinstance(v, str) or not 1 <= len(v) <= MAX_TEXT or not v.isprintable()]
+        if wrong:
+            self.refuse(key, f"printable names of 1 to {MAX_TEXT} characters", wrong[0])
+        if not values or len(set(values)) < len(values):
+            self.refuse(key, "one name at least, and none twice", values)
+        return tuple(values)
+
+    def choice(self, key: str, options: Sequence[str]) -> str:
+        """One of some texts."""
+        value = self.values.get(key)
+        if not isinstance(value, str) or value not in options:
+            self.refuse(key, f"one of {', '.join(options)}", value)
+        return value
+
+    def number(self, key: str, low: float, high: float, whole: bool = False) -> Any:
+        """A number within bounds, both included."""
+        value = self.values.get(key)
+        if type(value) not in ((int,) if whole else (int, float)) or not low <= cast(float, value) <= high:
+            self.refuse(key, f"a {'whole ' if whole else ''}number from {low:g} to {high:g}", value)
+        return value
+
+    def sizes(self, key: str, length: int) -> tuple[int, ...]:
+        """A list of so many sizes."""
+        values = self.get(key, list, "a list")
+        if len(values) != length or not all(type(size) is int and 1 <= size <= _MAX_SIZE for size in values):
+            self.refuse(key, f"{length} whole numbers from 1 to {_MAX_SIZE}", values)
+        return tuple(values)

@@ -1,0 +1,69 @@
+"""Files of the first format version, as other people have them: every later version must read them."""
+
+import json
+import runpy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonschema import validate
+from safetensors.torch import load_file
+
+import pnc
+from pnc.errors import MismatchError
+
+FOLDER = Path(__file__).parent / "data"
+SCHEMA = Path(__file__).parents[1] / "docs" / "clone-file.schema.json"
+LOGITS: dict[str, Any] = json.loads((FOLDER / "clone_v1.json").read_text())
+KINDS = {name: "full" if name.endswith("full") else "thin" for name in LOGITS}
+
+
+@cache
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(FOLDER / "make_clone_v1.py"))
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_it_is_read_and_gives_the_logits_that_it_gave(name: str) -> None:
+    clone = pnc.load(FOLDER / f"{name}.safetensors", source=script()["source"]())
+    net = pnc.attach(script()["target"](), clone)
+    assert net.classes == ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
+    with torch.no_grad():
+        found = net(script()["images"](3))
+    # Other processors sum in another order; the clone's features are small differences of larger numbers.
+    torch.testing.assert_close(found, torch.tensor(LOGITS[name]), atol=1e-3, rtol=1e-3)
+    assert net.verify().ok
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_it_is_written_again_byte_for_byte(name: str, tmp_path: Path) -> None:
+    clone = pnc.load(FOLDER / f"{name}.safetensors", source=script()["source"]())
+    pnc.save(clone, tmp_path / "f", KINDS[name])  # this test ends with the second version of the format
+    assert (tmp_path / "f").read_bytes() == (FOLDER / f"{name}.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_its_metadata_is_as_the_schema_says(name: str) -> None:
+    data = (FOLDER / f"{name}.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    facts = json.loads(header["__metadata__"]["pnc"])
+    validate(facts, json.loads(SCHEMA.read_text()))
+    assert (facts["version"], facts["kind"]) == (1, KINDS[name])
+    assert header["__metadata__"].keys() == {"pnc"}
+
+
+def test_they_hold_what_a_file_may_hold() -> None:
+    tensors = {name: set(load_file(FOLDER / f"{name}.safetensors")) for name in LOGITS}
+    assert {"masks", "adapter.weight", "head.own.weight", "body.4.running_var"} <= tensors["clone_v1_thin"]
+    assert not any(name.endswith("weight") and name.startswith("body") for name in tensors["clone_v1_thin"])
+    assert {"body.3.weight", "body.7.weight"} & tensors["clone_v1_full"]
+    heads = {name: pnc.inspect(FOLDER / f"{name}.safetensors")["head"] for name in LOGITS}
+    assert heads["clone_v1_source_head"] == "source" and heads["clone_v1_thin"] == "stacked"
+
+
+def test_the_names_of_the_networks_weights_have_not_changed() -> None:
+    for name in LOGITS:
+        with pytest.raises(MismatchError, match="another source"):
+            pnc.load(FOLDER / f"{name}.safetensors", source=script()["target"]())
