@@ -108,7 +108,7 @@ def test_a_clone_is_copied_when_attached():
     net = pnc.attach(target(), clone)
     for tensor in [*net.branches.parameters(), *net.branches.buffers()]:
         tensor.data.zero_()
-    assert clone.branch.head.weight.abs().sum() > 0
+    assert clone.branch.head.own.weight.abs().sum() > 0
 
 
 def test_attaching_to_other_weights_names_the_tensor_that_differs():
@@ -131,7 +131,7 @@ def test_names_that_clash_or_are_unknown_are_errors():
     )
     with pytest.raises(ClassNameError, match="class '6' already"):
         net.attach(again)
-    with pytest.raises(InputError, match=r"no clone '7'; attached: 5\+6"):
+    with pytest.raises(InputError, match=r"no clone '7'; there are 5\+6"):
         net.detach("7")
     with pytest.raises(InputError, match="at least one"):
         pnc.attach(target())

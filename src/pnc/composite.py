@@ -1,41 +1,45 @@
 """A target with clones attached: one ordinary module whose base logits are the target's own, bit for bit."""
 
 import copy
-from collections.abc import Callable, Iterator
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Self, cast
+from dataclasses import dataclass, replace
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, fx, nn
 
-from pnc.cloning import Branch, Clone
-from pnc.cuts import LOGITS, extract
+from pnc.branch import Branch, Scalars
+from pnc.cloning import Clone
+from pnc.cuts import LOGITS, cut_points, extract, find_head
+from pnc.data import unknown_name
 from pnc.errors import ClassNameError, InputError, MismatchError
-from pnc.graph import record
-from pnc.integrity import first_difference
-from pnc.stitching import pool
+from pnc.graph import Recording, record
+from pnc.integrity import Snapshot, first_difference
+from pnc.plans import CloneStatus, Plan, status_of
+from pnc.task import HasClones
+from pnc.verification import BATCH_SIZES, Report, verify_composite
+
+_LOCK = threading.RLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
 
 
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """What one forward pass runs; replaced whole when clones come and go, so that no pass sees a mixture."""
-
-    trunk: fx.GraphModule
-    taps: tuple[int, ...]
-    branches: tuple[Branch, ...]
-
-
-class Composite(nn.Module):
+class Composite(HasClones):
     """A target and its clones. Made by `attach`.
 
     It takes what the target takes, (B, C, H, W), and gives logits (B, K_base + K_new): the target's, then each clone's
     in the order of attachment; `classes` names them. The target is neither copied nor changed: the composite runs the
     target's recorded forward pass over the target's own weights, always in eval mode, and reads the tensors that the
-    clones need. Moving or casting the composite moves or casts the target with it, as with any module inside another.
+    clones need. Moving or casting the composite moves or casts the target with it, as with any module inside another;
+    move the composite, not the target behind its back.
+
+    Threads may call it while another one attaches, detaches or calibrates: a call sees all of the old set or all of
+    the new one. Moving, casting and loading weights are for one thread alone, as with any module.
     """
 
-    _plan: _Plan
+    _plan: Plan
+    _recording: Recording
 
     def __init__(self, target: nn.Module, clone: Clone) -> None:
         super().__init__()
@@ -43,128 +47,303 @@ class Composite(nn.Module):
         self.branches = nn.ModuleList()
         self._base_classes, self._features = clone.base_classes, clone.target_features
         self._input_shape = clone.input_shape
-        self._clones: dict[str, Clone] = {}
-        self._enabled = True
+        self._clones: dict[str, Clone] = {}  # never changed in place, like the list of branches: readers need no lock
+        self._blocks: tuple[_Block, ...] = ()
+        self._base_priority = 0.0
         self.branches.training = self.training = False
+        self.register_load_state_dict_post_hook(_follow_weights)  # type: ignore[no-untyped-call]
         self._record()
 
+    # -------------------------------------------------------------------------------------------------- what is there
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the logits, in order."""
-        return (*self._base_classes, *(name for clone in self._clones.values() for name in clone.classes))
+        """Names of the logits that a call gives now, in order."""
+        return self._plan.classes
 
     @property
     def clones(self) -> tuple[str, ...]:
-        """Names of the attached clones, in the order of their logits."""
+        """Names of the attached clones, in the order of their logits, whether enabled or not."""
         return tuple(self._clones)
 
-    def attach(self, clone: Clone) -> Self:
-        """Attach one more clone; its weights are copied.
+    @property
+    def base_classes(self) -> tuple[str, ...]:
+        """Names of the target's own logits."""
+        return self._base_classes
+
+    @property
+    def base_priority(self) -> float:
+        """Nats that are taken off all new logits: 0 by default; more keeps more images with the base classes.
+
+        It trades leak against accuracy on new classes, after the fact and without any data. It is a setting like
+        `training`: copied and pickled with the composite, but no part of its state dict.
+        """
+        return self._base_priority
+
+    @base_priority.setter
+    def base_priority(self, nats: float) -> None:
+        if isinstance(nats, bool) or not isinstance(nats, int | float) or not math.isfinite(nats):
+            raise InputError(f"base_priority must be a finite number of nats, 0 for none; got {nats!r}")
+        with _LOCK:
+            self._base_priority = float(nats)
+            self._update_plan()
+
+    def status(self) -> tuple[CloneStatus, ...]:
+        """Say what is attached where and what it costs, clone by clone in the order of the logits."""
+        with _LOCK:
+            return tuple(status_of(clone, branch, clone.name in self._plan.names) for clone, branch in self._pairs())
+
+    def clone(self, name: str) -> Clone:
+        """Give an attached clone as it is here, calibration and weights included, as a value of its own: to be saved.
 
         Raises:
+            InputError: no clone of that name is attached.
+        """
+        with _LOCK:
+            self._check_names([name])
+            found, branch = next(pair for pair in self._pairs() if pair[0].name == name)
+        return replace(found, branch=copy.deepcopy(branch).cpu())
+
+    # -------------------------------------------------------------------------------------------------- come and go
+    def attach(
+        self,
+        clone: Clone,
+        *,
+        name: str | None = None,
+        rename: Mapping[str, str] | None = None,
+        allow_mismatch: bool = False,
+    ) -> Self:
+        """Attach one more clone; its weights are copied.
+
+        Args:
+            clone: Made for this target.
+            name: Another name for it, for when its own is taken.
+            rename: Other names for some of its classes, {old: new}, for when they are taken.
+            allow_mismatch: As in `pnc.attach`.
+        Raises:
             MismatchError: the clone was made for another target.
-            ClassNameError: it has a class that is there already.
+            ClassNameError: it has a class that is there already, or none of a name in `rename`.
             InputError: a clone of that name is attached already.
         """
-        self._check(clone)
-        self.branches.append(copy.deepcopy(clone.branch).to(self._recording.probe.device))
-        self._clones[clone.name] = clone
-        self._update_plan()
+        clone = clone.renamed(name, rename)
+        with _LOCK, torch.inference_mode(False):
+            self._check(clone, allow_mismatch)
+            branch = copy.deepcopy(clone.branch).to(self._recording.probe.device)
+            self._replace([*self._pairs(), (clone, branch)])
         return self
 
     def detach(self, name: str) -> Clone:
         """Take a clone out, in any order; the others and the target stay as they are.
 
+        Returns:
+            The clone as it was attached. What `calibrate` has changed is gone with it, unless `clone(name)` was asked
+            for it before.
         Raises:
             InputError: no clone of that name is attached.
         """
-        if name not in self._clones:
-            attached = ", ".join(self._clones) or "none"
-            raise InputError(f"name: there is no clone {name!r}; attached: {attached}")
-        index = list(self._clones).index(name)
-        clone = self._clones.pop(name)
-        del self.branches[index]
-        self._update_plan()
-        return clone
+        with _LOCK:
+            self._check_names([name])
+            found = self._clones[name]
+            self._replace([pair for pair in self._pairs() if pair[0].name != name])
+        return found
+
+    def rescale(self, scalars: Mapping[str, Scalars]) -> Self:
+        """Set the scalars of some clones, all at once: `calibrate` finds good ones; `Scalars()` is none.
+
+        Raises:
+            InputError: no clone of such a name is attached, or it has another number of classes.
+        """
+        with _LOCK, torch.inference_mode(False):
+            self._check_names(list(scalars))
+            self._replace(
+                [
+                    (clone, branch.rescaled(scalars[clone.name]) if clone.name in scalars else branch)
+                    for clone, branch in self._pairs()
+                ]
+            )
+        return self
 
     @contextmanager
     def disabled(self) -> Iterator[Self]:
-        """Within the block the composite is the target alone: it gives the base logits only."""
-        self._enabled = False
-        self._update_plan()
-        try:
+        """Within the block the composite is the target alone: it gives the base logits only, in every thread."""
+        with self._block(_Block(())):
             yield self
-        finally:
-            self._enabled = True
-            self._update_plan()
 
+    @contextmanager
+    def only(self, *names: str) -> Iterator[Self]:
+        """Within the block only these clones give logits, in the order of attachment, in every thread.
+
+        Of blocks within each other the innermost counts alone.
+
+        Raises:
+            InputError: no clone of such a name is attached, or no name is given.
+        """
+        if not names:
+            raise InputError("names: give at least one clone, or use disabled() for the target alone")
+        self._check_names(names)
+        with self._block(_Block(names)):
+            yield self
+
+    # -------------------------------------------------------------------------------------------------- as a module
     def forward(self, images: Tensor) -> Tensor:
         """Give logits (B, K_base + K_new) for images (B, C, H, W)."""
-        plan: _Plan = self._plan
-        *tensors, features, logits = plan.trunk(images)
-        pooled = pool(features, self._features)
-        new = [branch(tensors[tap], pooled, logits) for tap, branch in zip(plan.taps, plan.branches, strict=True)]
-        return torch.cat([logits, *new], 1) if new else logits
+        return self._plan.logits(images)
+
+    def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Give what calibration starts from: the target's logits, and what the enabled clones say against the base.
+
+        Returns:
+            Logits (B, K_base); and by name of the clone its uncalibrated logits minus the logsumexp of those,
+            (B, K_new).
+        """
+        return self._plan.log_odds(images)
 
     def train(self, mode: bool = True) -> Self:
         """Set the flag of the composite alone: neither the target nor a clone ever leaves eval mode through it."""
         self.training = mode
         return self
 
+    def verify(self, before: Snapshot | None = None) -> Report:
+        """Compare base logits with the target's own on probe images, and the target with what the clones were made for.
+
+        Args:
+            before: From `pnc.snapshot(target)`: everything of the target is compared with that too.
+        """
+        parameter = next(self.target.parameters(), torch.empty(0))
+        images = torch.rand(max(BATCH_SIZES), *self._input_shape, generator=torch.Generator().manual_seed(0))
+        expected = {clone.name: clone.target for clone in self._clones.values()}
+        return verify_composite(self, self.target, expected, images.to(parameter.device, parameter.dtype), before)
+
     def extra_repr(self) -> str:
         """Name what is attached."""
         return ", ".join(f"{clone.name}: {', '.join(clone.classes)}" for clone in self._clones.values())
 
-    def _check(self, clone: Clone) -> None:
-        if clone.name in self._clones:
-            raise InputError(
-                f"clone: one named {clone.name!r} is attached already; detach it, or clone with another name="
-            )
-        clash = [name for name in clone.classes if name in self.classes]
-        if clash:
-            raise ClassNameError(f"clone {clone.name!r}: the composite has a class {clash[0]!r} already")
-        check_target(self.target, clone)
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles would copy the recording's weights apart from the target's, and blocks that never end.
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_plan", "_recording", "_trunks")}
+        return {**kept, "_blocks": ()}
 
-    def _record(self) -> None:
-        parameter = next(self.target.parameters(), torch.empty(0))
-        example = torch.rand(2, *self._input_shape, generator=torch.Generator().manual_seed(0))
-        self._recording = record(self.target, example.to(parameter.device, parameter.dtype))
-        self._update_plan()
-
-    def _update_plan(self) -> None:
-        branches = tuple(cast(Branch, branch) for branch in self.branches) if self._enabled else ()
-        wanted = [branch.stitched.adapter.target_cut for branch in branches]
-        cuts = list(dict.fromkeys(wanted))
-        trunk = extract(self._recording, None, [*cuts, self._features, LOGITS])
-        # Past Module.__setattr__: the trunk shares the target's weights, registered it would list each of them twice.
-        self.__dict__["_plan"] = _Plan(trunk, tuple(cuts.index(cut) for cut in wanted), branches)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._record()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._record()  # the target's tensors are others now, and a recording holds devices as constants
         return self
 
+    def _replicate_for_data_parallel(self) -> Self:
+        raise InputError(
+            "a composite cannot be spread over several devices by DataParallel; give DataParallel one device, or use "
+            "DistributedDataParallel with one process for each"
+        )
 
-def attach(target: nn.Module, *clones: Clone) -> Composite:
+    # -------------------------------------------------------------------------------------------------- inside
+    def _pairs(self) -> list[tuple[Clone, Branch]]:
+        return [(clone, cast(Branch, b)) for clone, b in zip(self._clones.values(), self.branches, strict=True)]
+
+    def _replace(self, pairs: list[tuple[Clone, Branch]]) -> None:
+        branches = nn.ModuleList(branch for _, branch in pairs)
+        branches.training = False
+        self.branches, self._clones = branches, {clone.name: clone for clone, _ in pairs}
+        self._update_plan()
+
+    def _check(self, clone: Clone, allow_mismatch: bool) -> None:
+        if clone.name in self._clones:
+            raise InputError(
+                f"clone: one named {clone.name!r} is attached already; detach it, or attach this one with another name="
+            )
+        taken = {*self._base_classes, *(name for other in self._clones.values() for name in other.classes)}
+        clash = [name for name in clone.classes if name in taken]
+        if clash:
+            raise ClassNameError(
+                f"clone {clone.name!r}: the composite has a class {clash[0]!r} already; "
+                f"attach it with rename={{{clash[0]!r}: ...}}, or attach clone.renamed(...)"
+            )
+        if not allow_mismatch:
+            check_target(self.target, clone)
+        check_places(self._recording, clone)
+
+    def _check_names(self, names: list[str] | tuple[str, ...]) -> None:
+        unknown = [name for name in names if name not in self._clones]
+        if unknown:
+            raise InputError(f"name: {unknown_name(unknown[0], self.clones, 'clone')}")
+
+    @contextmanager
+    def _block(self, block: "_Block") -> Iterator[None]:
+        """Enter a block of enabled clones; blocks may end in any order, as threads do."""
+        with _LOCK:
+            self._blocks = (*self._blocks, block)
+            self._update_plan()
+        try:
+            yield
+        finally:
+            with _LOCK:
+                self._blocks = tuple(other for other in self._blocks if other is not block)
+                self._update_plan()
+
+    def _record(self) -> None:
+        with _LOCK:
+            parameter = next(self.target.parameters(), torch.empty(0))
+            example = torch.rand(2, *self._input_shape, generator=torch.Generator().manual_seed(0))
+            self._recording = record(self.target, example.to(parameter.device, parameter.dtype))
+            self._trunks: dict[tuple[str, ...], fx.GraphModule] = {}
+            self._update_plan()
+
+    def _update_plan(self) -> None:
+        pairs = self._pairs()
+        if self._blocks:
+            pairs = [(clone, branch) for clone, branch in pairs if clone.name in self._blocks[-1].names]
+        wanted = [branch.stitched.adapter.target_cut for _, branch in pairs]
+        cuts = list(dict.fromkeys(wanted))
+        plan = Plan(
+            trunk=self._trunk(tuple(cut.name for cut in cuts)),
+            features=self._features,
+            taps=tuple(cuts.index(cut) for cut in wanted),
+            names=tuple(clone.name for clone, _ in pairs),
+            branches=tuple(branch for _, branch in pairs),
+            classes=(*self._base_classes, *(name for clone, _ in pairs for name in clone.classes)),
+            base_priority=self._base_priority,
+        )
+        # Past Module.__setattr__: the trunk shares the target's weights, registered it would list each of them twice.
+        self.__dict__["_plan"] = plan
+
+    def _trunk(self, cuts: tuple[str, ...]) -> fx.GraphModule:
+        """The target up to its logits, with the tensors at `cuts`; kept, so that compiled code of it stays of use."""
+        if cuts not in self._trunks:
+            self._trunks[cuts] = extract(self._recording, None, [*cuts, self._features, LOGITS])
+        return self._trunks[cuts]
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """One `with` block in which only the clones of these names are enabled."""
+
+    names: tuple[str, ...]
+
+
+def attach(target: nn.Module, *clones: Clone, allow_mismatch: bool = False) -> Composite:
     """Put clones into a target: a new module around it, while the target itself stays as it is, bit for bit.
 
     Args:
         target: The network that the clones were made for.
-        clones: One or more.
+        clones: One or more; `Clone.renamed` helps where two have a name or a class in common.
+        allow_mismatch: Attach them to another target too, such as a fine-tuned one, if they fit to it. Nobody has
+            measured what comes out.
     Raises:
         InputError: no clone is given, two have one name, or the target is a composite.
-        MismatchError: a clone was made for another target.
+        MismatchError: a clone was made for another target; with `allow_mismatch`, it does not fit to this one.
         ClassNameError: two classes have one name.
         RecordingError: the target cannot be recorded.
     """
     if not clones:
         raise InputError("clones: give at least one")
     if isinstance(target, Composite):
-        raise InputError("target is a composite already; use its method attach")
-    check_target(target, clones[0])
+        raise InputError("target is a composite already; use its method attach, composite.attach(clone)")
+    if not allow_mismatch:
+        check_target(target, clones[0])
     composite = Composite(target, clones[0])
     for clone in clones:
-        composite.attach(clone)
+        composite.attach(clone, allow_mismatch=allow_mismatch)
     return composite
 
 
@@ -173,5 +352,28 @@ def check_target(target: nn.Module, clone: Clone) -> None:
     difference = first_difference(target, clone.target)
     if difference is not None:
         raise MismatchError(
-            f"clone {clone.name!r} was made for another target: {difference}; attach it to that one, or clone again"
+            f"clone {clone.name!r} was made for another target: {difference}; attach it to that one, clone again, or "
+            "give allow_mismatch=True if you know better"
         )
+
+
+def check_places(recording: Recording, clone: Clone) -> None:
+    """Raise a `MismatchError` unless a recorded target has the tensors that `clone` reads, and as many classes."""
+    cuts = cut_points(recording)
+    for cut in (clone.target_cut, clone.target_features):
+        if not any(map(cut.is_same_place, cuts)) and not cut.is_same_place(find_head(recording).features):
+            raise MismatchError(
+                f"clone {clone.name!r} reads {cut.name!r} with shape {cut.shape}, which this target does not have; "
+                "attach it to the one that it was made for"
+            )
+    if recording.n_classes != len(clone.base_classes):
+        raise MismatchError(
+            f"clone {clone.name!r} was made for {len(clone.base_classes)} base classes, this target has "
+            f"{recording.n_classes}; attach it to the one that it was made for"
+        )
+
+
+def _follow_weights(composite: nn.Module, incompatible_keys: object) -> None:
+    """Record the target anew once weights were loaded, which may have replaced its tensors (`assign=True`)."""
+    assert isinstance(composite, Composite)
+    composite._record()

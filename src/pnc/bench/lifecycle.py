@@ -1,0 +1,238 @@
+"""Clones that were made apart beside one clone made of all their classes at once, before and after calibration."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from pnc.bench.results import Cells, Claim, at_least, at_most, over_seeds, table
+from pnc.calibration import calibrate, collect_log_odds
+from pnc.checkpoint import load, save
+from pnc.cloning import Clone, clone
+from pnc.composite import Composite, attach
+from pnc.data import ImageSet, Support, class_subset, draw_support, images_as_float, relabel
+from pnc.errors import InputError
+from pnc.metrics import evaluate
+from pnc.models import LoadedModel
+from pnc.positions import Progress
+
+ARRANGEMENTS = ("one", "two", "four")
+"""How many clones the new classes are shared out to."""
+
+KEYS = ("seed", "clones")
+COLUMNS = ("base_accuracy", "new_accuracy", "average_accuracy", "leak", "conditional_kl")
+ALLOWED = 0.02
+"""Average accuracy that clones made apart may lose against one made of all classes."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all arrangements share.
+
+    Attributes:
+        sources: Two networks that know the same new classes.
+        target: Shall get them.
+        train: Images that supports are drawn from.
+        test: Images to measure on.
+        n_new: Support images per new class.
+        n_base: Per base class.
+        flip: As in `clone`.
+        folder: Where clones are kept as files, so that they are not made twice; None keeps none.
+    """
+
+    sources: tuple[LoadedModel, LoadedModel]
+    target: LoadedModel
+    train: ImageSet
+    test: ImageSet
+    n_new: int
+    n_base: int
+    flip: bool
+    folder: Path | None
+
+    @property
+    def new_classes(self) -> tuple[str, ...]:
+        """Classes of the first source that the target lacks."""
+        return tuple(name for name in self.sources[0].classes if name not in self.target.classes)
+
+
+Part = tuple[int, tuple[str, ...]]
+"""One clone: which source, which classes."""
+
+
+def parts(new_classes: Sequence[str], arrangement: str) -> list[Part]:
+    """Share the new classes out: the first half to the first source, and one class of each half to a clone of its own.
+
+    Raises:
+        InputError: there are fewer than four classes.
+    """
+    new = tuple(new_classes)
+    if len(new) < 4:
+        raise InputError(f"source: four clones need four new classes at least; got {len(new)}: {', '.join(new)}")
+    half = (len(new) + 1) // 2
+    if arrangement == "one":
+        return [(0, new)]
+    if arrangement == "two":
+        return [(0, new[:half]), (1, new[half:])]
+    return [(0, new[:1]), (0, new[1:half]), (1, new[half : half + 1]), (1, new[half + 1 :])]
+
+
+def run(setting: Setting, seeds: Sequence[int], cells: Cells, progress: Progress | None = None) -> list[dict[str, Any]]:
+    """Make and measure every arrangement for each seed, before and after calibration.
+
+    The clones of an arrangement are made apart: each from the support's images of its own and of the base classes.
+    Calibration then uses the same support, with all its classes, and nothing else.
+
+    Args:
+        setting: Networks and images.
+        seeds: Of the support and of the clones.
+        cells: Rows that are there already are not made again; keys: `KEYS`.
+        progress: Called with what is being done, the rows done, and the rows in all.
+    """
+    wanted = [(seed, arrangement) for seed in seeds for arrangement in ARRANGEMENTS]
+    for done, (seed, arrangement) in enumerate(wanted):
+        if progress is not None:
+            progress(f"seed {seed}: {arrangement}", done, len(wanted))
+        cell = dict(zip(KEYS, (seed, arrangement), strict=True))
+        if cell not in cells:
+            cells.add({**cell, **_row(setting, seed, arrangement)})
+    made = {tuple(row[key] for key in KEYS): row for row in cells.rows}
+    return [made[cell] for cell in wanted]
+
+
+def _row(setting: Setting, seed: int, arrangement: str) -> dict[str, Any]:
+    target, new = setting.target, setting.new_classes
+    generator = torch.Generator().manual_seed(seed)
+    support = draw_support(setting.train, new, target.classes, setting.n_new, setting.n_base, generator)
+    clones = [_clone(setting, support, part, seed) for part in parts(new, arrangement)]
+    net = attach(target.module, *clones)
+    test = relabel(class_subset(setting.test, net.classes), net.classes)
+    base_logits, log_odds = collect_log_odds(net, test.images, 250)
+    start = time.perf_counter()
+    found = calibrate(net, support)
+    seconds = time.perf_counter() - start
+    level = base_logits.logsumexp(1, keepdim=True)
+    raw = torch.cat([base_logits, *(level + one for one in log_odds.values())], 1)
+    moved = [
+        level + found.scalars[name].scale * one + torch.tensor(found.scalars[name].offsets, dtype=one.dtype)
+        for name, one in log_odds.items()
+    ]
+    calibrated = torch.cat([base_logits, *moved], 1)
+    return {
+        "raw": asdict(evaluate(raw, test.labels, base_logits)),
+        "calibrated": asdict(evaluate(calibrated, test.labels, base_logits)),
+        "off": _difference(net, test, calibrated),
+        "calibrate_seconds": seconds,
+        "loss_before": found.loss_before,
+        "loss_after": found.loss_after,
+        "scalars": {name: asdict(one) for name, one in found.scalars.items()},
+        "positions": [f"{one.target_cut} > {one.source_cut}" for one in net.status()],
+        "scores": [one.recipe["score"] for one in clones],
+    }
+
+
+def _clone(setting: Setting, support: Support, part: Part, seed: int) -> Clone:
+    """Make one clone, or read it where it was made before with the same settings."""
+    index, classes = part
+    source, target = setting.sources[index], setting.target
+    name = f"seed{seed}-source{index + 1}-{'+'.join(classes)}.safetensors"
+    path = None if setting.folder is None else setting.folder / name
+    if path is not None and path.exists():
+        return load(path, source=source.module)
+    images = ImageSet(support.images, support.labels, support.names)
+    made = clone(
+        source.module,
+        target.module,
+        class_subset(images, (*target.classes, *classes)),
+        classes=classes,
+        source_classes=source.classes,
+        base_classes=target.classes,
+        flip=setting.flip,
+        seed=seed,
+    )
+    if path is not None:
+        save(made, path)
+    return made
+
+
+def _difference(net: Composite, test: ImageSet, expected: torch.Tensor, n_images: int = 64) -> float:
+    """Largest difference between what the composite gives and what was computed from its log-odds, on some images."""
+    like = next(net.parameters())
+    with torch.no_grad():
+        found = net(images_as_float(test.images[:n_images]).to(like.device, like.dtype))
+    return float((found.double().cpu() - expected[:n_images]).abs().max())
+
+
+def claims(rows: Sequence[Mapping[str, Any]], lives: Mapping[str, Any]) -> list[Claim]:
+    """What was asked for, beside what was measured: means over seeds, with half their range.
+
+    Args:
+        rows: From `run`.
+        lives: From `sequences.run`; `n_sequences` is 0 where none were run.
+    """
+    found = []
+    if lives["n_sequences"]:
+        found += [
+            at_least("random sequences of attach, detach, disable, only, save, calibrate", 1000, lives["n_sequences"]),
+            at_most("broken promises in them", 0, lives["n_problems"]),
+        ]
+    one = _values(rows, "one", "raw", "average_accuracy")
+    for arrangement in ARRANGEMENTS[1:]:
+        ours = _values(rows, arrangement, "calibrated", "average_accuracy")
+        ahead = [a - b for a, b in zip(ours, one, strict=True)]
+        words = f"{arrangement} clones from two sources, calibrated: average accuracy above one clone of all classes"
+        found.append(over_seeds(words, ">=", -ALLOWED, ahead))
+    kl = [row[stage]["conditional_kl"] for row in rows for stage in ("raw", "calibrated")]
+    seconds = [row["calibrate_seconds"] for row in rows]
+    return [
+        *found,
+        over_seeds("conditional KL, before and after", "<=", 0.0, kl),
+        over_seeds("seconds of calibrate", "<=", 60.0, seconds),
+    ]
+
+
+def _values(rows: Sequence[Mapping[str, Any]], arrangement: str, stage: str, key: str) -> list[float]:
+    return [row[stage][key] for row in rows if row["clones"] == arrangement]
+
+
+def markdown(
+    rows: Sequence[Mapping[str, Any]], lives: Mapping[str, Any], setting: Setting, data: str, n_test: int | None
+) -> str:
+    """The means over seeds as a table, then every row; `data` is the name of the images."""
+    flips = ", with mirror images" if setting.flip else ""
+    stages = [(arrangement, stage) for arrangement in ARRANGEMENTS for stage in ("raw", "calibrated")]
+    means = [[a, stage, *(fmean(_values(rows, a, stage, key)) for key in COLUMNS)] for a, stage in stages]
+    shared = {a: "; ".join(f"{', '.join(c)} from source {s + 1}" for s, c in parts(setting.new_classes, a))
+              for a in ARRANGEMENTS}  # fmt: skip
+    every = [
+        [row["seed"], row["clones"], row["raw"]["average_accuracy"], row["calibrated"]["average_accuracy"],
+         row["loss_before"], row["loss_after"], row["calibrate_seconds"], row["off"]]
+        for row in rows
+    ]  # fmt: skip
+    tested = "all test images" if n_test is None else f"{n_test} test images per class"
+    lines = [
+        f"{data}; support of {setting.n_new}/{setting.n_base} images per new/base class{flips}; {tested}; means over "
+        f"{len({row['seed'] for row in rows})} seeds. The clones of a row are made apart, each from the images of its "
+        "own and of the base classes; calibration then sees the whole support.",
+        "",
+        *(f"- {a}: {words}" for a, words in shared.items()),
+        "",
+        table(("clones", "stage", *(key.replace("_", " ") for key in COLUMNS)), means),
+        "",
+        "Every seed. loss: cross-entropy on the support, nats. off: largest difference of the composite's own logits "
+        "from those measured here, which are computed from one pass of log-odds.",
+        "",
+        table(("seed", "clones", "average, raw", "calibrated", "loss, raw", "calibrated", "calibrate s", "off"), every),
+    ]
+    if lives["n_sequences"]:
+        steps = ", ".join(f"{count:,} {action}" for action, count in lives["steps"].items())
+        lines += [
+            "",
+            f"Random lives of a composite of four clones of tiny networks: {lives['n_sequences']:,} sequences "
+            f"({steps}); after each step base logits, each clone's logits and class names are compared bit for bit, at "
+            f"the end the target with its snapshot. Broken promises: {lives['n_problems']}.",
+        ]
+    return "\n".join(lines)

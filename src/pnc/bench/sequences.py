@@ -1,0 +1,249 @@
+"""Random lives of a composite: clones come, go, are disabled, saved, loaded, calibrated, and every promise is checked.
+
+The networks are tiny and untrained: nothing here depends on what they have learned.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from pnc.bench.results import Cells
+from pnc.branch import Scalars
+from pnc.calibration import calibrate
+from pnc.checkpoint import load, save
+from pnc.cloning import Clone, clone
+from pnc.composite import attach
+from pnc.data import Support
+from pnc.integrity import differences, same_bits, snapshot
+from pnc.models import build_model
+from pnc.positions import Progress
+
+Action = Literal["attach", "detach", "disable", "only", "save", "calibrate"]
+ACTIONS: tuple[Action, ...] = get_args(Action)
+Step = tuple[Action, int]
+"""What is done, and a number that says to which of the clones."""
+
+MAX_STEPS = 10
+CHUNK = 50
+SHAPE = (1, 8, 8)
+BASE = ("ant", "bee", "cat")
+GROUPS = (("dog",), ("elk", "fox"), ("gnu",), ("hen", "ibis"))
+SOURCES = ("zoo:cnn?width=0.25", "zoo:resnet20?width=0.25")
+"""The first two groups come from the first source, the others from the second."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A target, four clones from two sources, and images: made once, changed by no sequence.
+
+    Attributes:
+        target: Takes all clones.
+        clones: The clones.
+        sources: For each clone the network that it was made from.
+        images: That the checks look at.
+        support: Of all classes.
+        alone: For each clone the logits that it gives when it is the only one.
+        base: The target's own logits.
+    """
+
+    target: nn.Module
+    clones: tuple[Clone, ...]
+    sources: tuple[nn.Module, ...]
+    images: Tensor
+    support: Support
+    alone: tuple[Tensor, ...]
+    base: Tensor
+
+
+def make_stage(seed: int = 0) -> Stage:
+    """Make the networks and clones; takes seconds."""
+    new = tuple(name for group in GROUPS for name in group)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(len(BASE) + len(new)).repeat(6)
+    support = Support(torch.rand(len(labels), *SHAPE, generator=generator), labels, (*BASE, *new))
+    target = build_model(SOURCES[0], BASE, SHAPE, seed=seed + 1).module.eval()
+    networks = [build_model(spec, new, SHAPE, seed=seed + 2 + i).module for i, spec in enumerate(SOURCES)]
+    sources = tuple(networks[index // 2] for index in range(len(GROUPS)))
+    clones = tuple(
+        clone(
+            source,
+            target,
+            _of_classes(support, (*BASE, *group)),
+            classes=group,
+            source_classes=new,
+            base_classes=BASE,
+            max_macs=None if index % 2 else 0.7,  # so that they leave the target at several places
+            seed=seed,
+        )
+        for index, (source, group) in enumerate(zip(sources, GROUPS, strict=True))
+    )
+    images = torch.rand(5, *SHAPE, generator=generator)
+    with torch.no_grad():
+        alone = tuple(attach(target, one)(images)[:, len(BASE) :] for one in clones)
+        return Stage(target, clones, sources, images, support, alone, target(images))
+
+
+def _of_classes(support: Support, names: Sequence[str]) -> Support:
+    wanted = torch.tensor([name in names for name in support.names])
+    rows = wanted[support.labels]
+    place = torch.tensor([names.index(name) if name in names else -1 for name in support.names])
+    return Support(support.images[rows], place[support.labels[rows]], tuple(names))
+
+
+@dataclass
+class Life:
+    """One composite on a stage, from its first clone to its last.
+
+    Attributes:
+        stage: Where it lives.
+        folder: For files of clones.
+        problems: What was not as promised, in words.
+        done: How often each action did something.
+    """
+
+    stage: Stage
+    folder: Path
+    problems: list[str] = field(default_factory=list)
+    done: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._before = snapshot(self.stage.target)
+        self._net = attach(self.stage.target, self.stage.clones[0])
+        self._attached = [0]
+        self._scalars: dict[int, Scalars] = {0: Scalars()}
+        self._moved: dict[tuple[int, Scalars], Tensor] = {}
+        self._check("the first clone")
+
+    def step(self, action: Action, index: int) -> None:
+        """Do one thing to one of the clones that it can be done to, if there is any, and check everything."""
+        missing = [one for one in range(len(GROUPS)) if one not in self._attached]
+        fit = missing if action == "attach" else self._attached
+        if fit or action == "disable":
+            getattr(self, f"_{action}")(fit[index % len(fit)] if fit else 0)
+            self.done[action] += 1
+        self._check(action)
+
+    def end(self) -> None:
+        """Take out what is left, and check that the target is as it was in every respect."""
+        for index in list(self._attached):
+            self._detach(index)
+        self._check("the end")
+        self.problems += differences(self.stage.target, self._before)
+
+    def _attach(self, index: int) -> None:
+        self._net.attach(self.stage.clones[index])
+        self._attached.append(index)
+        self._scalars[index] = Scalars()
+
+    def _detach(self, index: int) -> None:
+        self._net.detach(self.stage.clones[index].name)
+        self._attached.remove(index)
+        del self._scalars[index]
+
+    def _disable(self, _: int) -> None:
+        with torch.no_grad(), self._net.disabled():
+            self._expect("disabled", self._net(self.stage.images), self.stage.base)
+            self._expect_classes("disabled", ())
+
+    def _only(self, index: int) -> None:
+        with torch.no_grad(), self._net.only(self.stage.clones[index].name):
+            found = self._net(self.stage.images)
+            self._expect_classes("only", (index,))
+        self._expect("only, base", found[:, : len(BASE)], self.stage.base)
+        self._expect("only, new", found[:, len(BASE) :], self._logits(index))
+
+    def _save(self, index: int) -> None:
+        """Save a clone as it is now, load it, and put it in the place of the one that was saved: at the end."""
+        path = self.folder / "clone.safetensors"
+        save(self._net.clone(self.stage.clones[index].name), path, "full" if self.done["save"] % 2 else "thin")
+        loaded = load(path, source=self.stage.sources[index])
+        self._net.detach(loaded.name)
+        self._net.attach(loaded)
+        self._attached.remove(index)
+        self._attached.append(index)
+
+    def _calibrate(self, _: int) -> None:
+        found = calibrate(self._net, _of_classes(self.stage.support, self._net.classes))
+        for one in self._attached:
+            self._scalars[one] = found.scalars[self.stage.clones[one].name]
+
+    def _logits(self, index: int) -> Tensor:
+        """What a clone must give: alone, with the scalars that it has now."""
+        scalars, original = self._scalars[index], self.stage.clones[index]
+        if scalars.is_identity:
+            return self.stage.alone[index]
+        if (index, scalars) not in self._moved:
+            moved = replace(original, branch=original.branch.rescaled(scalars))
+            with torch.no_grad():
+                self._moved[index, scalars] = attach(self.stage.target, moved)(self.stage.images)[:, len(BASE) :]
+        return self._moved[index, scalars]
+
+    def _check(self, after: str) -> None:
+        with torch.no_grad():
+            found = self._net(self.stage.images)
+        parts = found.split([len(BASE), *(len(GROUPS[index]) for index in self._attached)], 1)
+        self._expect(f"after {after}: base", parts[0], self.stage.base)
+        for index, logits in zip(self._attached, parts[1:], strict=True):
+            self._expect(f"after {after}: clone {index}", logits, self._logits(index))
+        self._expect_classes(f"after {after}", self._attached)
+
+    def _expect(self, what: str, found: Tensor, expected: Tensor) -> None:
+        if not same_bits(found, expected):
+            self.problems.append(f"{what}: other logits")
+
+    def _expect_classes(self, what: str, indices: Sequence[int]) -> None:
+        if self._net.classes != (*BASE, *(name for index in indices for name in GROUPS[index])):
+            self.problems.append(f"{what}: classes are {self._net.classes}")
+
+
+def run(n_sequences: int, cells: Cells, progress: Progress | None = None) -> dict[str, Any]:
+    """Live so many random lives on one stage.
+
+    Args:
+        n_sequences: How many.
+        cells: Lives that are there already are not lived again; their keys begin with "seed", and others may be there.
+        progress: Called with what is being done, the sequences done, and the sequences in all.
+    Returns:
+        Counts of sequences, of steps that did something by action, and of problems; and the first few of those.
+    """
+    stage: Stage | None = None
+    wanted = [range(first, min(first + CHUNK, n_sequences)) for first in range(0, n_sequences, CHUNK)]
+    found = []
+    for numbers in wanted:
+        cell = {"seed": numbers.start, "clones": f"lives up to {numbers.stop}"}
+        if cell not in cells:
+            stage = stage or make_stage()
+            cells.add({**cell, **_lives(stage, numbers, n_sequences, progress)})
+        found.append(next(row for row in cells.rows if {**row, **cell} == row))
+    problems = [problem for row in found for problem in row["problems"]]
+    return {
+        "n_sequences": n_sequences,
+        "steps": {action: sum(row["steps"][action] for row in found) for action in ACTIONS},
+        "n_problems": len(problems),
+        "problems": problems[:20],
+    }
+
+
+def _lives(stage: Stage, numbers: range, n_sequences: int, progress: Progress | None) -> dict[str, Any]:
+    """Steps and problems of the sequences of these numbers, each of which is its own seed."""
+    done: Counter[str] = Counter()
+    problems: list[str] = []
+    with TemporaryDirectory() as folder:
+        for number in numbers:
+            if progress is not None:
+                progress("random lives", number, n_sequences)
+            generator = random.Random(number)
+            life = Life(stage, Path(folder))
+            for _ in range(generator.randint(1, MAX_STEPS)):
+                life.step(generator.choice(ACTIONS), generator.randrange(len(GROUPS)))
+            life.end()
+            done += life.done
+            problems += [f"sequence {number}, {problem}" for problem in life.problems]
+    return {"steps": {action: done[action] for action in ACTIONS}, "problems": problems}

@@ -1,0 +1,250 @@
+"""Clones that were made apart, made to live together: scalars of theirs fitted on a few images of all classes.
+
+Each clone's log-odds were fitted against the base alone. It has never seen the classes of the others, and tends to be
+too sure of itself; so it may fire on their images. Calibration moves the log-odds l of a clone to
+
+    scale * l + offset[class],
+
+the scale above 0 and the same for all its classes, and finds scales and offsets together, as the most probable ones
+given the support and a prior that says: as before. The problem is convex and small. The target's logits take no part in
+it, so the distribution among the base classes stays the target's own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pnc.branch import Scalars
+from pnc.composite import Composite
+from pnc.data import Support, as_images, as_support, images_as_float, listed
+from pnc.errors import ClassNameError, InputError
+from pnc.heads import balanced_weights
+
+SCALE_SPREAD = 0.1
+OFFSET_SPREAD = 0.3
+CLASS_SPREAD = 0.5
+"""Standard deviations of the prior: of a scale about 1, of a clone's offset about 0 in nats, and of the offset of each
+of its classes about that one. They are small because the support is usually the one that the clones were made from: on
+it each clone looks better than it is, and the weights of its head, fitted on held-out images, deserve more trust. Where
+some hundred images say otherwise, they are stronger all the same."""
+
+MAX_STEPS = 100
+"""Newton steps at most; ten are usual."""
+
+MIN_SCALE = 0.05
+"""A clone whose log-odds say nothing, or the opposite, on the support is turned down this far and no further."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found.
+
+    Attributes:
+        scalars: By name of the clone, as `Composite.rescale` takes them.
+        loss_before: Mean cross-entropy of the uncalibrated logits on the support, in nats, base and new samples
+            weighing the same, and so the classes of either kind;
+            over the new classes alone where there are no base samples.
+        loss_after: The same after calibration.
+        n_images: In the support and the background.
+        has_base: Whether any of them shows a base class; without, scales stay 1.
+    """
+
+    scalars: Mapping[str, Scalars]
+    loss_before: float
+    loss_after: float
+    n_images: int
+    has_base: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """What is fitted on, in float64; the new classes of all clones stand side by side.
+
+    Attributes:
+        base_logits: (N, K_base); no column where there are no base samples.
+        level: logsumexp of the target's logits, (N, 1), which log-odds are relative to; zero where it does not matter.
+        log_odds: Of all new classes, (N, K_new).
+        labels: (N,), places among the columns of `base_logits` followed by those of `log_odds`.
+        owner: Which clone each new class belongs to, (K_new, n_clones), one-hot.
+    """
+
+    base_logits: Tensor
+    level: Tensor
+    log_odds: Tensor
+    labels: Tensor
+    owner: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """Of the samples, (N,), as in the heads of clones; the sum is 1."""
+        weights = balanced_weights(self.labels, self.base_logits.shape[1])
+        return weights / weights.sum()
+
+    def logits(self, scales: Tensor, offsets: Tensor) -> Tensor:
+        """Of all classes, (N, K_base + K_new), given scales (n_clones,) and offsets (K_new,)."""
+        return torch.cat([self.base_logits, self.level + self.log_odds * (self.owner @ scales) + offsets], 1)
+
+    def loss(self, scales: Tensor, offsets: Tensor) -> Tensor:
+        """Weighted mean of the cross-entropy."""
+        losses = F.cross_entropy(self.logits(scales, offsets), self.labels, reduction="none")
+        return (self.weights * losses).sum()
+
+    @property
+    def prior_precision(self) -> Tensor:
+        """Of scales and offsets in one vector: the inverse of their covariance, over the number of samples."""
+        n_new, n_clones = self.owner.shape
+        covariance = torch.zeros(n_clones + n_new, n_clones + n_new, dtype=torch.float64)
+        covariance[:n_clones, :n_clones] = SCALE_SPREAD**2 * torch.eye(n_clones)
+        own = CLASS_SPREAD**2 * torch.eye(n_new, dtype=torch.float64)
+        covariance[n_clones:, n_clones:] = OFFSET_SPREAD**2 * self.owner @ self.owner.T + own
+        precision: Tensor = torch.linalg.inv(covariance)
+        return precision / len(self.labels)
+
+    def slopes(self, scales: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient and Hessian of the loss in scales and offsets in one vector."""
+        n_base = self.base_logits.shape[1]
+        p = self.logits(scales, offsets).softmax(1)[:, n_base:]
+        wrong = self.weights[:, None] * (p - (self.labels[:, None] - n_base == torch.arange(p.shape[1])).double())
+        p_l, weighted = p * self.log_odds, self.weights[:, None] * p
+        weighted_l = weighted * self.log_odds
+        gradient = torch.cat([self.owner.T @ (wrong * self.log_odds).sum(0), wrong.sum(0)])
+        in_scales = self.owner.T @ ((weighted_l * self.log_odds).sum(0).diag() - weighted_l.T @ p_l) @ self.owner
+        mixed = (weighted_l.sum(0).diag() - weighted.T @ p_l) @ self.owner
+        in_offsets = weighted.sum(0).diag() - weighted.T @ p
+        return gradient, torch.cat([torch.cat([in_scales, mixed.T], 1), torch.cat([mixed, in_offsets], 1)])
+
+
+def calibrate(net: Composite, support: Any, *, background: Any = None, batch_size: int = 128) -> Calibration:
+    """Fit the scalars of all enabled clones together, and set them in the composite; takes seconds.
+
+    It starts from the uncalibrated clones each time, so it may be repeated, and must be when a clone has come or gone.
+    Only the composite's own copies of the clones change: the clones that were given to `attach`, the target, and the
+    target's logits stay as they are. `net.clone(name)` gives a calibrated clone, to be saved.
+
+    Args:
+        net: With at least one clone enabled.
+        support: As `clone` takes it: a few labelled images of every new class, labels as names or as places in
+            `net.classes`. Samples of base classes are optional. Without any, and without background, nothing is known
+            about base against new: the clones are weighed against each other only, by offsets that change nothing on
+            the whole.
+        background: As `clone` takes it: unlabelled images that the target is used on; they become samples of the base
+            classes that the target itself sees in them.
+        batch_size: Images that go through the network at a time.
+    Raises:
+        InputError: no clone is enabled, a new class has no sample, or the background images are none, or of another
+            shape.
+        ClassNameError: the support has samples of a class that the composite does not know.
+    """
+    names, base = net.classes, net.base_classes
+    if len(names) == len(base):
+        raise InputError("net: no clone is enabled; attach one, or leave the block of disabled()")
+    data = as_support(support, names=names)
+    labels = _labels(data, names, len(base))
+    unlabelled = data.images[:0] if background is None else as_images(background, "background", data.images)
+    base_logits, found = collect_log_odds(net, torch.cat([data.images, unlabelled]), batch_size)
+    labels = torch.cat([labels, base_logits[len(labels) :].argmax(1)])
+    has_base = bool((labels < len(base)).any())
+    level, log_odds = base_logits.logsumexp(1, keepdim=True), torch.cat(list(found.values()), 1)
+    owner = torch.arange(len(found)).repeat_interleave(torch.tensor([one.shape[1] for one in found.values()]))
+    if not has_base:
+        base_logits, level, labels = base_logits[:, :0], 0 * level, labels - len(base)
+    problem = _Problem(base_logits, level, log_odds, labels, F.one_hot(owner, len(found)).double())
+    scales, offsets = _most_probable(problem, fit_scales=has_base)
+    if not has_base:
+        offsets = offsets - offsets.mean()  # what is common to all new classes speaks of base against new
+    scalars = {
+        name: Scalars(float(scale), tuple(one.tolist()))
+        for name, scale, one in zip(found, scales, offsets.split(problem.owner.sum(0).long().tolist()), strict=True)
+    }
+    net.rescale(scalars)
+    return Calibration(
+        scalars=scalars,
+        loss_before=float(problem.loss(torch.ones_like(scales), torch.zeros_like(offsets))),
+        loss_after=float(problem.loss(scales, offsets)),
+        n_images=len(labels),
+        has_base=has_base,
+    )
+
+
+def _labels(data: Support, names: Sequence[str], n_base: int) -> Tensor:
+    """Labels as places in `names`; every doubt about the support is settled."""
+    counts = data.labels.bincount(minlength=len(data.names)).tolist()
+    seen = {name for name, count in zip(data.names, counts, strict=True) if count}
+    foreign = sorted(seen - set(names))
+    if foreign:
+        raise ClassNameError(
+            f"support has samples of {listed(foreign)}, which the composite does not know; it knows {listed(names)}"
+        )
+    missing = [name for name in names[n_base:] if name not in seen]
+    if missing:
+        raise InputError(f"support has no sample of {listed(missing)}; every class of the clones needs at least one")
+    place = torch.tensor([names.index(name) if name in seen else -1 for name in data.names])
+    return place[data.labels]
+
+
+def collect_log_odds(net: Composite, images: Tensor, batch_size: int = 128) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run images through `Composite.log_odds`.
+
+    Args:
+        net: On any device.
+        images: (N, C, H, W), uint8 or floating point.
+        batch_size: Images at a time.
+    Returns:
+        The target's logits (N, K_base) and, by name, each enabled clone's uncalibrated log-odds (N, K_new); float64 on
+        the CPU.
+    """
+    like = next(net.parameters(), torch.empty(0))
+    base_logits: list[Tensor] = []
+    log_odds: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for batch in images.split(batch_size):
+            base, found = net.log_odds(images_as_float(batch).to(like.device, like.dtype))
+            base_logits.append(base.double().cpu())
+            for name, one in found.items():
+                log_odds.setdefault(name, []).append(one.double().cpu())
+    return torch.cat(base_logits), {name: torch.cat(parts) for name, parts in log_odds.items()}
+
+
+def _most_probable(problem: _Problem, fit_scales: bool) -> tuple[Tensor, Tensor]:
+    """Scales (n_clones,) and offsets (K_new,) of the largest posterior probability, scales no less than `MIN_SCALE`."""
+    n_new, n_clones = problem.owner.shape
+    values = torch.cat([torch.ones(n_clones), torch.zeros(n_new)]).double()
+    free = torch.ones(len(values), dtype=torch.bool)
+    free[:n_clones] = fit_scales
+    values = _newton(problem, values, free)
+    while bool((values[:n_clones] < MIN_SCALE).any()):
+        free[:n_clones] &= values[:n_clones] >= MIN_SCALE
+        values[:n_clones] = values[:n_clones].clamp_min(MIN_SCALE)
+        values = _newton(problem, values, free)
+    return values[:n_clones], values[n_clones:]
+
+
+def _newton(problem: _Problem, values: Tensor, free: Tensor) -> Tensor:
+    """Minimise loss and prior over the `free` ones of the values, from the given ones on: damped Newton steps."""
+    n_clones = problem.owner.shape[1]
+    mean = torch.zeros_like(values)
+    mean[:n_clones] = 1
+    precision = problem.prior_precision
+
+    def objective(at: Tensor) -> float:
+        return float(problem.loss(at[:n_clones], at[n_clones:]) + (at - mean) @ precision @ (at - mean) / 2)
+
+    now = objective(values)
+    for _ in range(MAX_STEPS):
+        gradient, hessian = problem.slopes(values[:n_clones], values[n_clones:])
+        gradient = (gradient + precision @ (values - mean))[free]
+        step = torch.zeros_like(values)
+        step[free] = torch.linalg.solve((hessian + precision)[free][:, free], gradient)
+        size, gain = 1.0, float(gradient @ step[free])
+        while (reached := objective(values - size * step)) > now - 0.1 * size * gain and size > 1e-8:
+            size /= 2
+        if reached >= now:
+            break
+        values, now = values - size * step, reached
+        if gain < 1e-14:
+            break
+    return values

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from digits import BASE, NEW
+from pnc.bench import lifecycle, sequences
+from pnc.bench.lifecycle import parts
+from pnc.bench.results import Cells
+from pnc.bench_cli import bench
+from pnc.errors import InputError
+from pnc.models import build_model, save_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Untrained networks: what they know does not matter here."""
+    folder = tmp_path_factory.mktemp("bench")
+    for seed, (name, classes) in enumerate((("t", BASE), ("s", NEW), ("r", NEW), ("x", NEW[:4]))):
+        save_model(build_model("zoo:cnn?width=0.25", classes, (1, 8, 8), seed), folder / f"{name}.safetensors", {})
+    (folder / "keep").mkdir()
+    return folder
+
+
+def run(folder, second="r", n_sequences=3):
+    files = [folder / f"{name}.safetensors" for name in ("s", second, "t")]
+    words = f"lifecycle --source {files[0]} --source {files[1]} --target {files[2]} --data digits --support 6/3"
+    words = f"{words} --no-flip --seeds 1 --n-test 10 --sequences {n_sequences} --keep {folder / 'keep'}"
+    words = f"{words} --json {folder / 'l.json'}"
+    return CliRunner().invoke(bench, words.split(), catch_exceptions=False)
+
+
+def test_clones_made_apart_stand_beside_one_made_at_once_and_nothing_is_made_twice(folder, monkeypatch):
+    assert run(folder).exit_code == 0
+    facts = json.loads((folder / "l.json").read_text())
+    rows = {row["clones"]: row for row in facts["rows"]}
+    assert list(rows) == ["one", "two", "four"]
+    for row in rows.values():
+        assert row["raw"]["conditional_kl"] == row["calibrated"]["conditional_kl"] == 0
+        assert row["off"] < 1e-3, "what is measured is what the composite gives"
+        assert row["loss_after"] <= row["loss_before"]
+    assert list(rows["four"]["scalars"]) == ["5", "6+7", "8", "9"]
+    assert facts["lives"]["n_problems"] == 0 and facts["lives"]["n_sequences"] == 3
+    assert sum(facts["lives"]["steps"].values()) > 3
+    claims = {claim["claim"]: claim for claim in facts["claims"]}
+    ahead = rows["four"]["calibrated"]["average_accuracy"] - rows["one"]["raw"]["average_accuracy"]
+    (four,) = (claim for words, claim in claims.items() if words.startswith("four"))
+    assert four["value"] == pytest.approx(ahead) and four["holds"] == (ahead >= -0.02)
+    assert not claims["random sequences of attach, detach, disable, only, save, calibrate"]["holds"], "3 are not 1,000"
+    text = (folder / "l.md").read_text()
+    assert "- two: 5, 6, 7 from source 1; 8, 9 from source 2" in text and "Broken promises: 0." in text
+    assert len(list((folder / "keep").iterdir())) == 7
+    before = facts["rows"]
+    monkeypatch.setattr(lifecycle, "clone", None)
+    monkeypatch.setattr(sequences, "make_stage", None)
+    assert run(folder).exit_code == 0
+    assert json.loads((folder / "l.json").read_text())["rows"] == before
+    (folder / "l.jsonl").unlink()
+    assert run(folder, n_sequences=0).exit_code == 0, "kept clones are read"
+    again = json.loads((folder / "l.json").read_text())["rows"]
+    assert [row["calibrated"] for row in again] == [row["calibrated"] for row in before]
+
+
+def test_sources_must_know_the_same_classes(folder):
+    with pytest.raises(InputError, match="both must know the same classes"):
+        run(folder, second="x")
+    with pytest.raises(InputError, match="four new classes at least; got 3"):
+        parts(("a", "b", "c"), "four")
+    assert parts("abcd", "four") == [(0, ("a",)), (0, ("b",)), (1, ("c",)), (1, ("d",))]
+
+
+def test_broken_promises_are_counted(stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(sequences, "make_stage", lambda: stage)
+    monkeypatch.setattr(sequences.Life, "_expect", lambda life, what, found, expected: life.problems.append(what))
+    facts = sequences.run(2, Cells(tmp_path / "c", {}, ["seed", "clones"]))
+    assert facts["n_problems"] > 2 and facts["problems"][0] == "sequence 0, after the first clone: base"
