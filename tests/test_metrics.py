@@ -1,9 +1,11 @@
+import numpy as np
 import pytest
 import torch
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import balanced_accuracy_score
 
 from pnc.errors import InputError
-from pnc.metrics import conditional_kl, evaluate, leak, locality_kl
+from pnc.metrics import calibration_error, conditional_kl, evaluate, leak, locality_kl, shifted
 
 GENERATOR = torch.Generator().manual_seed(0)
 TARGET = torch.randn(200, 3, generator=GENERATOR)
@@ -59,3 +61,29 @@ def test_base_drop_counts_what_the_new_classes_took():
 def test_wrong_shapes_and_one_sided_labels_are_refused(logits, labels, words):
     with pytest.raises(InputError, match=words):
         evaluate(logits, labels, torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("n_bins", [1, 10, 15])
+def test_the_calibration_error_agrees_with_scikit_learn(n_bins):
+    logits = 2 * torch.cat([TARGET, NEW], 1).double()
+    confidence, predicted = logits.softmax(1).max(1)
+    right = (predicted == LABELS).numpy()
+    accuracies, means = calibration_curve(right, confidence.numpy(), n_bins=n_bins)
+    counts, _ = np.histogram(confidence.numpy(), n_bins, (0, 1))
+    expected = (np.abs(accuracies - means) * counts[counts > 0]).sum() / len(right)
+    assert calibration_error(logits, LABELS, n_bins) == pytest.approx(expected, rel=1e-9)
+
+
+def test_sure_and_right_is_no_error_sure_and_wrong_is_all_of_it():
+    logits = 1000.0 * torch.eye(4)
+    assert calibration_error(logits, torch.arange(4)) == 0
+    assert calibration_error(logits, torch.tensor([1, 2, 3, 0])) == 1
+
+
+def test_a_shift_moves_new_logits_against_base_ones_only():
+    logits = torch.cat([TARGET, NEW], 1)
+    moved = shifted(logits, 3, -2.0)
+    assert torch.equal(moved[:, :3], TARGET)
+    torch.testing.assert_close(moved[:, 3:].softmax(1), NEW.softmax(1))
+    assert leak(moved, 3) < leak(logits, 3)
+    assert torch.equal(shifted(logits, 3, 0.0), logits)

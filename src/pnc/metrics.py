@@ -93,6 +93,34 @@ def leak(logits: Tensor, n_base: int) -> float:
     return _mean(logits.double().softmax(1)[:, n_base:].sum(1))
 
 
+def calibration_error(logits: Tensor, labels: Tensor, n_bins: int = 15) -> float:
+    """Expected calibration error: mean gap between the highest probability and how often it is right.
+
+    Samples are put into bins of equal width by their highest probability; a bin's gap is the difference between its
+    accuracy and its mean probability, and weighs as much as it has samples.
+
+    Args:
+        logits: (N, K).
+        labels: (N,).
+        n_bins: Number of bins, at least 1.
+    Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017 (arXiv:1706.04599).
+    """
+    confidence, predicted = logits.double().softmax(1).max(1)
+    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64)[1:-1]
+    places = torch.bucketize(confidence, edges)  # a bin holds its upper edge
+    gaps = torch.zeros(n_bins, dtype=torch.float64)
+    gaps.index_add_(0, places, (predicted == labels).double() - confidence)
+    return float(gaps.abs().sum()) / len(labels)
+
+
+def shifted(logits: Tensor, n_base: int, shift: float) -> Tensor:
+    """Logits (N, K_base + K_new) with `shift` added to the new ones: below 0, base classes win more often.
+
+    The distribution among the base classes and that among the new ones stay as they are.
+    """
+    return torch.cat([logits[:, :n_base], logits[:, n_base:] + shift], 1)
+
+
 def _kl(target_logits: Tensor, log_probabilities: Tensor) -> float:
     reference = target_logits.double().log_softmax(1)
     per_sample = (reference.exp() * (reference - log_probabilities)).sum(1)

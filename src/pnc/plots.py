@@ -1,6 +1,7 @@
 """Pictures of what was measured; they need the extra `plots`."""
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,54 @@ def draw_scan(found: Scan, chosen: Position, path: Path) -> None:
         )
     axes.plot(chosen.macs_share, chosen.score, "o", markersize=14, fillstyle="none", color="C3", label="chosen")
     axes.legend(loc="lower right")
+    _write(figure, path)
+
+
+def draw_comparison(title: str, points: Mapping[str, tuple[str, float, float]], path: Path) -> None:
+    """Draw average accuracy against locality of methods, as a PNG file.
+
+    Args:
+        title: Above the picture.
+        points: For each method its kind, which gives the colour, its locality KL and its average accuracy.
+        path: The file; an existing one is replaced.
+    Raises:
+        InputError: as `check_plot`, or the file cannot be written.
+    """
+    check_plot(path)
+    figure = _figure()
+    axes = figure.add_subplot(xlabel="locality KL on old classes, nats", ylabel="average accuracy", title=title)
+    kinds = list(dict.fromkeys(kind for kind, _, _ in points.values()))
+    for place, kind in enumerate(kinds):
+        chosen = {name: where for name, (own, *where) in points.items() if own == kind}
+        axes.plot(*zip(*chosen.values(), strict=True), "o", color=f"C{place}", label=kind)
+        for name, where in chosen.items():
+            axes.annotate(name, where, xytext=(4, 3), textcoords="offset points", fontsize=6)
+    axes.legend()
+    _write(figure, path)
+
+
+def draw_curves(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
+    """Draw leak against new accuracy while the new logits are shifted, as a PNG file.
+
+    Args:
+        title: Above the picture.
+        curves: For each method (accuracy on new classes, leak), shift by shift.
+        path: The file; an existing one is replaced.
+    Raises:
+        InputError: as `check_plot`, or the file cannot be written.
+    """
+    check_plot(path)
+    figure = _figure()
+    axes = figure.add_subplot(xlabel="accuracy on new classes", ylabel="leak of old classes", title=title)
+    for name, curve in curves.items():
+        axes.plot(*zip(*curve, strict=True), ".-", label=name)
+        middle = curve[len(curve) // 2]
+        axes.plot(*middle, "o", color=axes.lines[-1].get_color(), markersize=9)
+    axes.legend(title="dot: no shift")
+    _write(figure, path)
+
+
+def _write(figure: Any, path: Path) -> None:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=150, metadata={"Software": "pnc"})
     write_file(path, data.getvalue())

@@ -3,21 +3,44 @@
 import torch
 from torch import Tensor, nn
 
+from pnc.baselines.protocol import Budget, Fitted, Rival
 from pnc.task import CloneTask
 
 
 class DirectEnsemble(nn.Module):
-    """The target's logits, then the source's of the chosen classes."""
+    """The target's logits, then the source's of the chosen classes.
 
-    def __init__(self, target: nn.Module, source: nn.Module, source_ids: list[int]) -> None:
+    Args:
+        target: Base logits.
+        source: Logits, the new classes' among them.
+        source_ids: Their places.
+        scales: Of the target's and the source's logits; None leaves both as they are.
+        offset: Added to the new logits.
+    """
+
+    def __init__(
+        self,
+        target: nn.Module,
+        source: nn.Module,
+        source_ids: list[int],
+        scales: tuple[float, float] | None = None,
+        offset: float = 0.0,
+    ) -> None:
         super().__init__()
         self.target, self.source, self.source_ids = target, source, source_ids
+        self.scales, self.offset = scales, offset
 
     def forward(self, images: Tensor) -> Tensor:
         """Give logits (B, K_base + K_new) for images (B, C, H, W)."""
-        return torch.cat([self.target(images), self.source(images)[:, self.source_ids]], 1)
+        base, new = self.target(images), self.source(images)[:, self.source_ids]
+        if self.scales is not None:
+            base, new = base * self.scales[0], new * self.scales[1] + self.offset
+        return torch.cat([base, new], 1)
 
 
-def fit(task: CloneTask) -> nn.Module:
+def fit(task: CloneTask, budget: Budget) -> Fitted:
     """Nothing is fitted, so the support does not matter; every sample costs both networks."""
-    return DirectEnsemble(task.target.recording.module, task.source.recording.module, task.source_ids)
+    return Fitted(DirectEnsemble(task.target.recording.module, task.source.recording.module, task.source_ids))
+
+
+RIVAL = Rival("direct ensemble", "ensemble", fit)

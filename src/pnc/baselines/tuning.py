@@ -1,0 +1,308 @@
+"""The one training loop of all rivals that train parameters of the target, and the one search of their settings.
+
+A rival says what it trains, on which samples and with which loss beside cross-entropy; the rest is the same for all. A
+quarter of the support is held out. Every setting of the rival's space is trained for a few steps on the rest, the best
+few of them longer and anew, the best of these longer still; what was best on the held-out quarter, the number of steps
+included, is then trained on the whole support. Batches hold every class equally often, the learning rate rises and
+falls over the steps, gradients are clipped: without that, networks whose BatchNorm keeps its statistics diverge at
+every learning rate that is worth trying.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pnc.baselines.protocol import Budget, Fitted
+from pnc.compaction import own_copy
+from pnc.cuts import LOGITS, CutPoint, candidate_cuts, extract
+from pnc.errors import InputError
+from pnc.task import CloneTask
+
+WEIGHT_DECAY = 5e-4
+ROWS = 1200
+"""Samples, mirror images counted, up to which the budget holds as it is; more of them get more steps ..."""
+MOST = 4
+"""... in proportion, up to so many times as many."""
+_GRADIENT_NORM = 1.0
+_VALIDATION_SHARE = 4  # one image in so many
+_LAST_STAGE = 1 / 3  # of the multiply-accumulates, at least
+
+Scope = Literal["all", "last stage", "head"]
+"""What of the target is trained: everything, what lies behind the last cut that leaves a third of the multiply-
+accumulates behind it, or the classifier alone. What lies before is run once, and its tensors are kept."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of a space: learning rate of SGD, whether BatchNorm uses batch statistics, the method's own number."""
+
+    learning_rate: float
+    train_norm: bool = True
+    strength: float = 0.0
+    n_steps: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """What is trained on, sample by sample.
+
+    Attributes:
+        inputs: Of the part that is trained, (N, ...): images, or the target's tensors where that begins.
+        labels: (N,), base classes first.
+        base_logits: The target's own logits, (N, K_base).
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    base_logits: Tensor
+
+    @property
+    def is_base(self) -> Tensor:
+        """Which samples are of base classes, (N,) bool."""
+        return self.labels < self.base_logits.shape[1]
+
+    def select(self, rows: Tensor) -> "Data":
+        """Keep the given rows."""
+        return Data(*(tensor[rows] for tensor in vars(self).values()))
+
+
+Term = Callable[[nn.Module, Tensor, Data, float], Tensor]
+"""(what is trained, its logits, the batch, the setting's strength) -> what is added to cross-entropy."""
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A way of tuning.
+
+    Attributes:
+        settings: The space, every point of it; the first one where the support is too small to choose.
+        strength: What the method calls its own number; None where it has none.
+        scope: What is trained.
+        replay: Whether base samples of the support are trained on; they serve to choose the setting in any case.
+        term: Added to cross-entropy.
+        begin: Prepares the widened network: says which parameters are trained, puts in others. Gets the strength.
+        finish: Makes the classifier of what was trained, from the samples that it was trained on.
+    """
+
+    settings: Sequence[Setting]
+    strength: str | None = None
+    scope: Scope = "all"
+    replay: bool = True
+    term: Term | None = None
+    begin: Callable[[nn.Module, float, torch.Generator], None] | None = None
+    finish: Callable[[nn.Module, Data], nn.Module] | None = None
+
+    def words(self, setting: Setting) -> dict[str, Any]:
+        """A setting in the method's own words, as plain values."""
+        own = {} if self.strength is None else {self.strength: setting.strength}
+        return {
+            "learning_rate": setting.learning_rate,
+            "train_norm": setting.train_norm,
+            **own,
+            "steps": setting.n_steps,
+        }
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What held-out samples say of a setting: the higher the score, the better."""
+
+    score: float
+    accuracy: float
+    loss: float
+
+    def facts(self) -> dict[str, Any]:
+        """As plain values; what is infinite is None."""
+        return {f"held_out_{name}": value if math.isfinite(value) else None for name, value in vars(self).items()}
+
+
+def grid(
+    learning_rates: Sequence[float], train_norm: Sequence[bool] = (True,), strengths: Sequence[float] = (0.0,)
+) -> tuple[Setting, ...]:
+    """All combinations."""
+    return tuple(Setting(*values) for values in itertools.product(learning_rates, train_norm, strengths))
+
+
+def tune(task: CloneTask, method: Method, budget: Budget) -> Fitted:
+    """Choose the setting on held-out support, then tune a copy of the target on all of it."""
+    trainer = _Trainer(task, method, budget)
+    held_out = validation_rows(task)
+    is_new = task.samples.labels >= task.n_base
+    every = torch.ones_like(held_out)
+    if not (held_out & is_new).any():
+        chosen = replace(method.settings[0], n_steps=trainer.steps(budget.last_steps))
+        return Fitted(trainer.whole(trainer.train(chosen, every)), method.words(chosen))
+    trials: list[tuple[Quality, Setting]] = []
+    settings = [replace(one, n_steps=trainer.steps(budget.first_steps)) for one in method.settings]
+    for n_steps, n_left in ((budget.second_steps, budget.n_second), (budget.last_steps, 1), (0, 0)):
+        made = [(trainer.quality(trainer.train(one, ~held_out), held_out), one) for one in settings]
+        trials += made
+        best = sorted(made, key=lambda trial: trial[0].score, reverse=True)[:n_left]
+        settings = [replace(one, n_steps=trainer.steps(n_steps)) for _, one in best]
+    long_enough = [trial for trial in trials if trial[1].n_steps >= trainer.steps(budget.second_steps)]
+    chosen = max(long_enough, key=lambda trial: trial[0].score)[1]
+    rows = [{**method.words(one), **quality.facts()} for quality, one in trials]
+    return Fitted(trainer.whole(trainer.train(chosen, every)), method.words(chosen), rows)
+
+
+def train_once(task: CloneTask, method: Method, budget: Budget) -> Fitted:
+    """Tune a copy of the target on the whole support with the method's first setting; nothing is searched."""
+    trainer, setting = _Trainer(task, method, budget), method.settings[0]
+    trained = trainer.train(setting, torch.ones_like(task.samples.labels, dtype=torch.bool))
+    return Fitted(trainer.whole(trained), method.words(setting))
+
+
+def validation_rows(task: CloneTask) -> Tensor:
+    """Rows of every fourth image of each class that has two or more; flipped copies go with their original."""
+    chosen = torch.zeros_like(task.samples.labels, dtype=torch.bool)
+    for label in task.samples.labels.unique():
+        images = task.samples.groups[task.samples.labels == label].unique()
+        if len(images) > 1:
+            chosen |= torch.isin(task.samples.groups, images[::_VALIDATION_SHARE])
+    return chosen
+
+
+class _Trainer:
+    """Trains with one setting after the other; holds what they share."""
+
+    def __init__(self, task: CloneTask, method: Method, budget: Budget) -> None:
+        self._task, self._method, self._budget = task, method, budget
+        self._device = task.target.device
+        self._cut = first_trained(task, method.scope)
+        self._data = _data(task, self._cut)
+
+    def steps(self, n_steps: int) -> int:
+        """Steps for a support of this size."""
+        return round(n_steps * min(MOST, max(1.0, len(self._data.labels) / ROWS)))
+
+    def train(self, setting: Setting, rows: Tensor) -> nn.Module:
+        """Train a copy of the target, or of its last part, on some rows of the support, (N,) bool."""
+        method, generator = self._method, torch.Generator().manual_seed(self._task.seed)
+        model = extend_classifier(self._task, self._cut, generator)
+        if method.begin is not None:
+            method.begin(model, setting.strength, generator)
+        data = self._data.select((rows & (~self._data.is_base.cpu() | method.replay)).to(self._device))
+        self._descend(model, setting, data, generator)
+        model.eval().requires_grad_(False)
+        return model if method.finish is None else method.finish(model, data)
+
+    def _descend(self, model: nn.Module, setting: Setting, data: Data, generator: torch.Generator) -> None:
+        budget, term = self._budget, self._method.term
+        weights = (1 / data.labels.bincount().clamp_min(1).double())[data.labels].cpu()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(
+            trained, lr=setting.learning_rate, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY
+        )
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, setting.learning_rate, total_steps=max(setting.n_steps, 2)
+        )
+        model.train(setting.train_norm)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.default_generator.manual_seed(self._task.seed)  # for dropout; torch.manual_seed seeds every device
+            for _ in range(setting.n_steps):
+                rows = torch.multinomial(weights, budget.batch_size, replacement=True, generator=generator)
+                batch = data.select(rows.to(self._device))
+                with torch.autocast(self._device.type, torch.bfloat16, enabled=budget.precision == "bfloat16"):
+                    logits = model(batch.inputs)
+                logits = logits.float()
+                loss = F.cross_entropy(logits, batch.labels)
+                if term is not None:
+                    loss = loss + term(model, logits, batch, setting.strength)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(trained, _GRADIENT_NORM)
+                optimizer.step()
+                schedule.step()
+
+    @torch.no_grad()
+    def quality(self, model: nn.Module, rows: Tensor) -> Quality:
+        """How well samples are classified that the model was not trained on, base and new ones weighing the same.
+
+        The score is minus the loss: accuracy on so few is mostly noise. Without base samples that would favour whoever
+        forgets most; there it is the accuracy, and how often the best base class of a new sample is still the target's
+        stands in for the accuracy on base samples.
+        """
+        data = self._data.select(rows.to(self._device))
+        logits = torch.cat([model(inputs).float() for inputs in data.inputs.split(self._task.batch_size)])
+        n_base, is_base = self._task.n_base, data.is_base
+        correct, loss = (
+            (logits.argmax(1) == data.labels).double(),
+            F.cross_entropy(logits, data.labels, reduction="none"),
+        )
+        if not loss.isfinite().all():
+            return Quality(-math.inf, 0.0, math.inf)
+        if not is_base.any():
+            kept = (logits[:, :n_base].argmax(1) == data.base_logits.argmax(1)).double()
+            accuracy = float(correct.mean() + kept.mean()) / 2
+            return Quality(accuracy, accuracy, float(loss.mean()))
+        accuracy, losses = (float(values[is_base].mean() + values[~is_base].mean()) / 2 for values in (correct, loss))
+        return Quality(-losses, accuracy, losses)
+
+    def whole(self, trained: nn.Module) -> nn.Module:
+        """The network from image to logits; what was not trained is the target's own."""
+        if self._cut is None:
+            return trained
+        return nn.Sequential(extract(self._task.target.recording, None, [self._cut]), trained).eval()
+
+
+def first_trained(task: CloneTask, scope: Scope) -> CutPoint | None:
+    """Where the part begins that is trained; None for the whole network."""
+    if scope == "all":
+        return None
+    features = task.target.head.features
+    if scope == "head":
+        return features
+    cuts = candidate_cuts(task.target.recording)
+    return [cut for cut in cuts if cut.n_macs <= (1 - _LAST_STAGE) * task.target.n_macs][-1]
+
+
+@torch.no_grad()
+def _data(task: CloneTask, cut: CutPoint | None) -> Data:
+    device = task.target.device
+    network = extract(task.target.recording, None, [cut, LOGITS] if cut is not None else [LOGITS])
+    inputs, logits = [], []
+    for images in task.samples.images.split(task.batch_size):
+        found = network(images.to(device))
+        inputs.append(images.to(device) if cut is None else found[0])
+        logits.append((found if cut is None else found[1]).float())
+    tensors = torch.cat(inputs)
+    if tensors.dim() == 4:
+        tensors = tensors.contiguous(memory_format=torch.channels_last)  # a quarter faster
+    return Data(tensors, task.samples.labels.to(device), torch.cat(logits))
+
+
+def extend_classifier(task: CloneTask, cut: CutPoint | None, generator: torch.Generator) -> nn.Module:
+    """Copy the target, or its part behind `cut`, and widen its classifier by the new classes, with small random rows.
+
+    Raises:
+        InputError: the target's classifier is no linear layer.
+    """
+    head, recording = task.target.head, task.target.recording
+    model = copy.deepcopy(task.target.model) if cut is None else own_copy(extract(recording, cut, [LOGITS]))
+    old = None if head.module is None else model.get_submodule(head.module)
+    if not isinstance(old, nn.Linear):
+        raise InputError(
+            f"tuning needs a linear classifier to widen; the target's is {type(old).__name__ if old else 'no layer'}"
+        )
+    wide = nn.Linear(old.in_features, old.out_features + len(task.new_classes), device="meta", dtype=old.weight.dtype)
+    wide = wide.to_empty(device="cpu")
+    with torch.no_grad():
+        wide.weight.normal_(0, 0.01, generator=generator)
+        wide.bias.zero_()
+        wide.weight[: old.out_features] = old.weight
+        if old.bias is not None:
+            wide.bias[: old.out_features] = old.bias
+    wide = wide.to(old.weight.device)
+    if head.module:
+        model.set_submodule(head.module, wide)
+    else:
+        model = wide
+    model.requires_grad_(True)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return] # not in its stubs

@@ -1,0 +1,313 @@
+"""Tables, claims and curves of the comparison, from the rows of `pnc.bench.compare`."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pnc.bench.compare import KEYS
+from pnc.bench.main_job import CLONE
+from pnc.bench.protocols import METHODS
+from pnc.bench.results import Cells, Claim, at_least, at_most, over_seeds, table
+from pnc.data import listed
+from pnc.errors import InputError
+
+Row = Mapping[str, Any]
+
+FIGURES = (
+    "base_accuracy",
+    "new_accuracy",
+    "average_accuracy",
+    "conditional_kl",
+    "leak",
+    "locality_kl",
+    "base_drop",
+    "calibration_error",
+    "added_macs_share",
+    "bytes",
+    "seconds",
+    "cpu_seconds",
+)
+COLUMNS = ("method", "kind", *FIGURES[:3], "spread", "at best shift", *FIGURES[3:])
+ENSEMBLE = "direct ensemble"
+HARD = ("cifar", "tiny")
+"""How the names of images begin on which the issue asks for ten points more than the best tuning rival."""
+WELL_SERVED = 0.93
+"""Average accuracy of a rival above which nothing more is asked for on easy images."""
+
+_REGIME = tuple(key for key in KEYS if key not in ("classes", "method", "seed"))
+
+
+@dataclass(frozen=True, eq=False)
+class Regime:
+    """All rows of one table: one pair of networks, one data, one support, one way to choose classes."""
+
+    key: tuple[Any, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its rows have in common."""
+        return dict(zip(_REGIME, self.key, strict=True))
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        facts = self.facts
+        networks = " from ".join(str(facts[role]).split()[0] for role in ("target", "source"))
+        return f"{facts['data']}, {facts['support']}, {facts['group']}, {networks}"
+
+    @property
+    def slug(self) -> str:
+        """For names of files; the digests of the networks keep pairs of equal architecture apart."""
+        digests = "-".join(str(self.facts[role]).split()[-1] for role in ("target", "source"))
+        return re.sub("[^a-z0-9]+", "-", f"{self.title} {digests}".lower()).strip("-")
+
+    @cached_property
+    def _used(self) -> dict[str, list[Row]]:
+        made: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if "not_applicable" not in row:
+                made.setdefault(row["method"], []).append(row)
+        return {name: made[name] for name in METHODS if name in made}
+
+    @property
+    def methods(self) -> list[str]:
+        """Those that have figures."""
+        return list(self._used)
+
+    @property
+    def refusals(self) -> dict[str, str]:
+        """Why the other methods have none."""
+        return {row["method"]: row["not_applicable"] for row in self.rows if "not_applicable" in row}
+
+    def by_seed(self, method: str, figure: str) -> dict[int, float]:
+        """A figure of a method for each seed; the mean over the groups of classes, where there are several."""
+        values: dict[int, list[float]] = {}
+        for row in self._used[method]:
+            values.setdefault(row["seed"], []).append(float(row[figure]))
+        return {seed: fmean(values[seed]) for seed in sorted(values)}
+
+    def mean(self, method: str, figure: str) -> float:
+        """The mean over seeds."""
+        return fmean(self.by_seed(method, figure).values())
+
+    def curve(self, method: str) -> list[list[float]]:
+        """The mean curve: shift, accuracy on base and on new samples, leak."""
+        curves = [row["curve"] for row in self._used[method]]
+        return [[fmean(values) for values in zip(*points, strict=True)] for points in zip(*curves, strict=True)]
+
+    def best_shifted(self, method: str) -> float:
+        """Average accuracy at the shift of the new logits that suits the test images best."""
+        return max((base + new) / 2 for _, base, new, _ in self.curve(method))
+
+    def best_tuning(self) -> str | None:
+        """The method of highest average accuracy among those that tune parameters of the target."""
+        tuning = [name for name in self.methods if METHODS[name].kind == "tuning"]
+        return max(tuning, key=lambda name: self.mean(name, "average_accuracy")) if tuning else None
+
+    def figures(self, method: str) -> dict[str, Any]:
+        """Means of all figures."""
+        averages = list(self.by_seed(method, "average_accuracy").values())
+        return {
+            "method": method,
+            "kind": METHODS[method].kind,
+            **{figure: self.mean(method, figure) for figure in FIGURES},
+            "bytes": round(self.mean(method, "bytes")),
+            "spread": (max(averages) - min(averages)) / 2,
+            "at best shift": self.best_shifted(method),
+            "seeds": len(averages),
+        }
+
+    def points(self) -> dict[str, tuple[str, float, float]]:
+        """For each method its kind, locality KL and average accuracy."""
+        return {
+            name: (METHODS[name].kind, self.mean(name, "locality_kl"), self.mean(name, "average_accuracy"))
+            for name in self.methods
+        }
+
+    def curves(self) -> dict[str, list[tuple[float, float]]]:
+        """New accuracy and leak over the shifts, of the clone, the ensemble and the best tuning rival."""
+        shown = [name for name in (CLONE, ENSEMBLE, self.best_tuning()) if name in self._used]
+        return {str(name): [(new, leak) for _, _, new, leak in self.curve(str(name))] for name in shown}
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Read the rows of all files of JSON lines in a folder.
+
+    Raises:
+        InputError: there is none.
+        FileFormatError: a file holds something else.
+    """
+    rows = [row for path in sorted(folder.glob("*.jsonl")) for row in Cells(path, {}, KEYS).rows]
+    if not rows:
+        raise InputError(f"folder: {folder} has no rows of `pnc bench compare`; run it with --out {folder} first")
+    return rows
+
+
+def regimes(rows: Sequence[Row]) -> list[Regime]:
+    """The rows by table, in the order in which they came."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in _REGIME), []).append(row)
+    return [Regime(key, tuple(some)) for key, some in found.items()]
+
+
+def means(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One row for each method of each regime: means over classes and seeds."""
+    return [{**regime.facts, **regime.figures(name)} for regime in regimes(rows) for name in regime.methods]
+
+
+def made_by(rows: Sequence[Row]) -> list[str]:
+    """Commits, environments and budgets that rows were made with, each once."""
+    return sorted({json.dumps({key: row[key] for key in ("commit", "environment", "budget")}) for row in rows})
+
+
+# --------------------------------------------------------------------------------------------------------------- claims
+
+
+def claims(rows: Sequence[Row]) -> list[Claim]:
+    """What the comparison must show, computed; of regimes that have a clone only."""
+    found, all_regimes = [], regimes(rows)
+    for regime in all_regimes:
+        if CLONE in regime.methods:
+            found += _claims(regime, all_regimes)
+    checks = {name: [row["verified"][name] for row in rows if name in row["verified"]] for name in _PROMISES}
+    return found + [
+        Claim(f"{words} in each of {len(checks[name])} cells", "true", all(checks[name]), all(checks[name]))
+        for name, words in _PROMISES.items()
+        if checks[name]
+    ]
+
+
+_PROMISES = {
+    "target_unchanged": "target unchanged",
+    "base_logits_equal": "base logits equal",
+    "removed_equal": "removal exact",
+}
+
+
+def _claims(regime: Regime, others: Sequence[Regime]) -> list[Claim]:
+    facts, title = regime.facts, regime.title
+    found = [at_most(f"{title}: conditional KL", 1e-6, max(regime.by_seed(CLONE, "conditional_kl").values()))]
+    rival = regime.best_tuning()
+    if rival is not None and _above(regime, rival):
+        words = f"{title}: average accuracy above {rival}, the best tuning rival"
+        bound = _margin(regime, regime.mean(rival, "average_accuracy"))
+        found.append(over_seeds(words, ">=", bound, _above(regime, rival)))
+        ratio = regime.mean(CLONE, "locality_kl") / max(regime.mean(rival, "locality_kl"), 1e-12)
+        found.append(at_most(f"{title}: locality KL as a share of the best tuning rival's", 0.5, ratio))
+    if ENSEMBLE in regime.methods and _above(regime, ENSEMBLE):
+        bound = {"100/20": 0.04, "100/0": 0.03}.get(facts["support"], 0.0) if facts["group"] == "all" else 0.0
+        found.append(
+            over_seeds(f"{title}: average accuracy above the {ENSEMBLE}", ">=", bound, _above(regime, ENSEMBLE))
+        )
+        share = regime.mean(CLONE, "added_macs_share") / regime.mean(ENSEMBLE, "added_macs_share")
+        found.append(at_most(f"{title}: added MACs as a share of the ensemble's", 1, share))
+    if facts["group"] == "single":
+        found.append(at_most(f"{title}: base accuracy lost", 0.02, regime.mean(CLONE, "base_drop")))
+        found.append(at_least(f"{title}: accuracy on the new class", 0.8, regime.mean(CLONE, "new_accuracy")))
+    if facts["support"] == "100/0":
+        with_base = [o for o in others if {**o.facts, "support": "100/0"} == facts and o.facts["support"] == "100/20"]
+        for other in with_base:
+            if CLONE in other.methods:
+                lost = other.mean(CLONE, "average_accuracy") - regime.mean(CLONE, "average_accuracy")
+                found.append(at_most(f"{title}: average accuracy below that at 100/20", 0.05, lost))
+    return found
+
+
+def _above(regime: Regime, other: str) -> list[float]:
+    """Difference of the average accuracies for each seed that both have."""
+    ours, theirs = (regime.by_seed(name, "average_accuracy") for name in (CLONE, other))
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def _margin(regime: Regime, of_rival: float) -> float:
+    """How far above the best tuning rival the clone must be."""
+    facts = regime.facts
+    if facts["support"] in ("500/100", "all/all") or facts["group"] == "single":
+        return 0.0
+    if str(facts["data"]).lower().startswith(HARD):
+        return 0.1 if facts["support"] in ("20/5", "100/20", "100/0") else 0.0
+    return 0.05 if of_rival < WELL_SERVED else 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------- Markdown
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """One table for each regime."""
+    return "\n\n".join(_table(regime) for regime in regimes(rows))
+
+
+def markdown(rows: Sequence[Row], pictures: Sequence[str] = ()) -> str:
+    """Tables of all regimes, what was chosen, and what the columns mean."""
+    parts = []
+    for regime in regimes(rows):
+        shown = [
+            f"![{regime.title}]({path})" for path in pictures if Path(path).stem.removesuffix("-curves") == regime.slug
+        ]
+        parts += [f"## {regime.title}", _networks(regime), _table(regime), *shown, _choices(regime)]
+    return "\n\n".join([*parts, _LEGEND])
+
+
+def _networks(regime: Regime) -> str:
+    facts = regime.facts
+    seeds = sorted({row["seed"] for row in regime.rows})
+    test = f"{facts['n_test']} test images per class" if facts["n_test"] else "all test images"
+    mirror = ", with mirror images" if facts["flip"] else ""
+    return (
+        f"Target `{facts['target']}`, source `{facts['source']}`; support of {facts['support']} images per new/base "
+        f"class{mirror}; {test}; seeds {listed([str(seed) for seed in seeds])}."
+    )
+
+
+def _table(regime: Regime) -> str:
+    names = sorted(regime.methods, key=lambda name: -regime.mean(name, "average_accuracy"))
+    figures = [regime.figures(name) for name in names]
+    lines = [table(COLUMNS, [[facts[column] for column in COLUMNS] for facts in figures])]
+    lines += ["", *(f"{name}: {why}." for name, why in regime.refusals.items())] if regime.refusals else []
+    return "\n".join(lines)
+
+
+def _choices(regime: Regime) -> str:
+    rows = [
+        (name, row["classes"], row["seed"], ", ".join(f"{key} {_short(value)}" for key, value in row["chosen"].items()))
+        for name in regime.methods
+        for row in regime.rows
+        if row["method"] == name and row.get("chosen")
+    ]
+    spaces = {row["method"]: row["space"] for row in regime.rows if row["space"]}
+    shown = [
+        f"- {name}: " + "; ".join(f"{key} in {', '.join(map(_short, values))}" for key, values in space.items())
+        for name, space in spaces.items()
+    ]
+    return "\n".join(
+        [
+            "<details><summary>What was chosen, and from what</summary>",
+            "",
+            table(("method", "classes", "seed", "chosen"), rows),
+            "",
+            *shown,
+            "",
+            "</details>",
+        ]
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+_LEGEND = """`spread`: half the range of the average accuracy over seeds. `at best shift`: the average accuracy when
+the one number that is added to all new logits suits the test images best; what a method gains by it, it lost by a wrong
+balance of old and new. `added_macs_share`: multiply-accumulates beyond the target's, as a share of the source's.
+`bytes`: what must be sent to somebody who has both networks. `seconds`: from two loaded networks and the support to the
+method's network, its search included; `cpu_seconds`: of the processor, which other programs do not lengthen.
+`calibration_error`: expected, 15 bins, over all test images. `kind`: `tuning`
+trains parameters of the target, `features` a classifier on its frozen features, `clone` inserts a part of the source,
+`ensemble` runs both networks, `bound` sees all training images."""

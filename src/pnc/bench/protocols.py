@@ -1,0 +1,138 @@
+"""What is compared with what: the methods, the classes that are cloned, and the networks."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from pnc.baselines import (
+    derpp,
+    ensemble,
+    ewc,
+    finetuning,
+    icarl,
+    joint,
+    lda,
+    linear_probe,
+    lora,
+    lwf,
+    nearest_mean,
+    tempered,
+    without_search,
+)
+from pnc.baselines.protocol import Budget, Fitted, Rival
+from pnc.bench.main_job import CLONE
+from pnc.cloning import fit
+from pnc.composite import attach
+from pnc.data import ImageSet, class_subset, listed, parse_classes, unknown_name
+from pnc.errors import InputError
+from pnc.files import canonical_json
+from pnc.models import LoadedModel
+from pnc.positions import scan
+from pnc.pretraining import EpochReport, Recipe, pretrain
+from pnc.task import CloneTask
+
+
+def _clone(task: CloneTask, budget: Budget) -> Fitted:
+    """The clone as `pnc.clone` makes it by default."""
+    found = scan(task)
+    clone = fit(task, found.adapter(found.choose()))
+    place = {"target_cut": clone.target_cut.name, "source_cut": clone.source_cut.name}
+    return Fitted(attach(task.target.model, clone), {**place, "held_out_score": clone.recipe["score"]})
+
+
+METHODS: Mapping[str, Rival] = {
+    rival.name: rival
+    for rival in (
+        Rival(CLONE, "clone", _clone),
+        *without_search.RIVALS,
+        ensemble.RIVAL,
+        tempered.RIVAL,
+        lda.RIVAL,
+        linear_probe.RIVAL,
+        nearest_mean.RIVAL,
+        *finetuning.RIVALS,
+        lwf.RIVAL,
+        ewc.RIVAL,
+        derpp.RIVAL,
+        icarl.RIVAL,
+        lora.RIVAL,
+        joint.RIVAL,
+    )
+}
+SLOW = (joint.RIVAL.name,)
+"""Methods that are compared only where they are asked for by name."""
+
+GROUPS = ("all", "single", "fifth")
+
+
+def choose_methods(text: str | None) -> list[str]:
+    """Read names of methods, separated by commas; None gives all but the slow ones.
+
+    "rivals" stands for all but the slow ones and the clone.
+
+    Raises:
+        InputError: a name is unknown.
+    """
+    usual = [name for name in METHODS if name not in SLOW]
+    if text is None:
+        return usual
+    chosen: list[str] = []
+    for name in (part.strip() for part in text.split(",") if part.strip()):
+        if name != "rivals" and name not in METHODS:
+            raise InputError(f"methods: {unknown_name(name, list(METHODS), 'method')}")
+        chosen += [one for one in usual if one != CLONE] if name == "rivals" else [name]
+    if not chosen:
+        raise InputError(f"methods: give one at least of {listed(list(METHODS), len(METHODS))}")
+    return list(dict.fromkeys(chosen))
+
+
+def class_groups(text: str, new: Sequence[str], seed: int) -> list[tuple[str, ...]]:
+    """The classes of the cells that belong together.
+
+    Args:
+        text: "all"; "single", one cell for each class; "fifth", a fifth of the classes, at least one, others with each
+            seed; or names, as `parse_classes` reads them.
+        new: The source's classes that the target lacks.
+        seed: Of the cell.
+    """
+    if text == "all":
+        return [tuple(new)]
+    if text == "single":
+        return [(name,) for name in new]
+    if text == "fifth":
+        number = max(1, len(new) // 5)
+        chosen = {(seed * number + place) % len(new) for place in range(number)}
+        return [tuple(name for place, name in enumerate(new) if place in chosen)]
+    return [parse_classes(text, new)]
+
+
+def trained_network(
+    spec: str,
+    classes: Sequence[str],
+    images: tuple[ImageSet, ImageSet],
+    recipe: Recipe,
+    folder: Path,
+    progress: Callable[[EpochReport], None] | None = None,
+) -> LoadedModel:
+    """Train a network of a spec on some classes, unless that was done before.
+
+    Args:
+        spec: As `pretrain` takes it.
+        classes: Its outputs.
+        images: For training, and to measure on.
+        recipe: How it is trained.
+        folder: Where networks are kept, named after what they were made of; made where it is not there.
+        progress: Called after every epoch.
+    """
+    train, test = (class_subset(data, classes) for data in images)
+    facts = {"spec": spec, "classes": list(classes), "recipe": recipe.facts(), "images": _digest(train)}
+    name = hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return pretrain(spec, train, test, recipe, folder / f"{name}.safetensors", progress)
+
+
+def _digest(data: ImageSet) -> str:
+    digest = hashlib.sha256(data.labels.numpy().tobytes())
+    for chunk in data.images.split(1000):
+        digest.update(chunk.contiguous().numpy().tobytes())
+    return digest.hexdigest()
