@@ -12,3 +12,11 @@ torch.set_num_threads(1)  # networks this small only lose by more, above all whe
 def torchvision():
     """The torchvision package; ask for it also before timm or transformers are imported, which import it."""
     return torchvision_shim.import_torchvision()
+
+
+@pytest.fixture(scope="session")
+def stage():
+    """A tiny target, four clones for it from two sources, and images: shared, so no test may change it."""
+    from pnc.bench.sequences import make_stage
+
+    return make_stage()

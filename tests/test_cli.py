@@ -112,6 +112,14 @@ def test_clone_takes_classes_density_kind_and_support_without_base_samples(comma
     assert "20 new, 0 base images" in found.out
 
 
+def test_background_images_stand_for_base_samples(command: Command, tmp_path: Path) -> None:
+    write_images(tmp_path / "photos", "train", BASE, 12)
+    words = f"clone {NETWORKS} --data digits --out {{out}} --support 10/0 --background folder:{{photos}}"
+    assert command(words, out=tmp_path / "c", photos=tmp_path / "photos").code == 0
+    recipe = pnc.inspect(tmp_path / "c")["recipe"]
+    assert (recipe["n_background_samples"], recipe["n_base_samples"], recipe["n_new_samples"]) == (60, 0, 50)
+
+
 def test_a_network_may_come_from_a_python_file_and_a_checkpoint(command: Command, tmp_path: Path) -> None:
     source = pair().source
     torch.save({"state_dict": source.module.state_dict()}, tmp_path / "s.pt")
@@ -192,6 +200,9 @@ def test_inspect_and_cuts_show_what_they_write(command: Command, tmp_path: Path)
     assert depths[names.index(gap["after"])] + gap["share"] == pytest.approx(depths[names.index(gap["before"])])
     shown = command("cuts {t}").out
     assert all(name in shown for name in names)
+    assert facts["large_gaps"][0] == gap
+    assert shown.count(" gap: ") == len(facts["large_gaps"])
+    assert f"largest gap: {gap['share']:.1%} of MACs" in shown and f"between {gap['after']} and" in shown
     assert command("cuts zoo:resnet20 --input-shape 3x32x32 --classes a,b").code == 0
 
 
@@ -251,7 +262,7 @@ def test_nothing_on_the_screen_is_wider_than_eighty_columns(command: Command, wo
 
 
 def test_every_command_takes_json(command: Command) -> None:
-    for name in ("demo", "pretrain", "clone", "scan", "eval", "predict", "inspect", "cuts"):
+    for name in ("demo", "pretrain", "clone", "scan", "eval", "predict", "inspect", "verify", "cuts"):
         assert "--json" in command(f"{name} --help").out
 
 
@@ -369,6 +380,11 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         (f"predict {{t}} --clone {{f}}/all.safetensors {NETWORKS}", "no readable image"),
         (f"predict {{f}}/images/test/0/0.png {NETWORKS}", "clone"),
         ("inspect {d}/no", "there is no file"),
+        ("verify {d}/no --target {t}", "file: there is no file"),
+        ("verify {f}/all.safetensors --target zoo:cnn", "zoo:cnn has random weights"),
+        ("verify {f}/all.safetensors --target {d}/no.safetensors", "target: .*no file"),
+        ("verify {f}/all.safetensors --target {t} --json {t}", "given for something else"),
+        ("verify {f}/all.safetensors", "target"),
         ("inspect {f}", "not a whole safetensors file"),
         ("cuts zoo:cnn", "model: .*classes"),
         ("cuts zoo:cnn --classes a,b", "model: .*input_shape"),
@@ -495,6 +511,62 @@ def test_a_clone_of_a_wider_source_is_refused_for_another_one(command: Command, 
     save_model(network(NEW, "zoo:cnn?width=0.5"), tmp_path / "narrow.safetensors", {})
     words = "eval {f}/all.safetensors --source {d}/narrow.safetensors --target {t} --data digits"
     assert "another architecture" in command(words, d=tmp_path).complaint
+
+
+# --------------------------------------------------------------------------------------------------- proof
+def test_verify_proves_a_clone_on_its_networks(command: Command, tmp_path: Path) -> None:
+    facts = command.facts(f"verify {{f}}/all.safetensors {NETWORKS}", tmp_path / "v.json")
+    assert facts["ok"] is True
+    assert [check["what"] for check in facts["checks"]] == ["file", "target", "source", "attached", "detached"]
+    assert all(check["ok"] for check in facts["checks"])
+    found = command(f"verify {{f}}/all.safetensors {NETWORKS}")
+    assert (found.code, found.err) == (0, "")
+    assert "all equal, bit for bit: 40 base logits, 1 fingerprints, " in " ".join(found.out.split())
+    assert found.out.splitlines()[-1] == f"verified: {command.folder / 'all.safetensors'}"
+
+
+def test_verify_without_source_checks_file_and_target(command: Command, tmp_path: Path) -> None:
+    facts = command.facts("verify {f}/two.safetensors --target {t}", tmp_path / "v.json")
+    assert [check["what"] for check in facts["checks"]] == ["file", "target", "source"]
+    assert facts["ok"] and "not given" in facts["checks"][-1]["found"]
+
+
+def test_verify_says_in_one_line_what_is_wrong(command: Command, files: Path, tmp_path: Path) -> None:
+    def failed(words: str, **places: Any) -> str:
+        found = command(f"{words} --json {tmp_path / 'v.json'}", d=tmp_path, **places)
+        assert (found.code, found.err) == (1, "")
+        facts = json.loads((tmp_path / "v.json").read_text())
+        assert facts["ok"] is False and [check["ok"] for check in facts["checks"]].count(False) == 1
+        last = found.out.splitlines()[-1]
+        assert last == f"FAILED: {facts['checks'][-1]['what']}: {facts['checks'][-1]['found']}"
+        return last
+
+    tensors, facts = read_tensors(files / "t.safetensors")
+    tensors["classifier.bias"][0] += 1
+    write_tensors(tmp_path / "t.safetensors", tensors, facts)
+    all_of = "verify {f}/all.safetensors --source {s}"
+    assert failed(f"{all_of} --target {{d}}/t.safetensors") == (
+        "FAILED: target: another one: the values of 'classifier.bias' differ"
+    )
+    assert "FAILED: source: another one: " in failed("verify {f}/all.safetensors --target {t} --source {t}")
+    save_model(network(BASE, "zoo:cnn?width=0.5"), tmp_path / "narrow.safetensors", {})
+    assert "another architecture: '" in failed(f"{all_of} --target {{d}}/narrow.safetensors")
+    whole = (files / "all.safetensors").read_bytes()
+    (tmp_path / "c").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert "FAILED: file: " in failed("verify {d}/c --target {t}")
+
+
+def test_verify_finds_a_composite_that_changes_its_target(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    detach = pnc.Composite.detach
+
+    def spoil(net: pnc.Composite, name: str) -> Any:
+        net.target.get_parameter("classifier.bias").requires_grad_(False)
+        return detach(net, name)
+
+    monkeypatch.setattr(pnc.Composite, "detach", spoil)
+    found = command(f"verify {{f}}/all.safetensors {NETWORKS}")
+    assert found.code == 1
+    assert found.out.splitlines()[-1] == "FAILED: detached: requires_grad of classifier.bias changed"
 
 
 def test_weights_that_are_not_numbers_are_refused(command: Command, files: Path, tmp_path: Path) -> None:

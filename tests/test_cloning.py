@@ -5,9 +5,11 @@ import torch
 
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support
+from pnc.data import class_subset, select
 from pnc.errors import InputError
 from pnc.integrity import differences, snapshot
 from pnc.metrics import evaluate
+from pnc.readers import load_data
 
 
 def accuracy(clone, classes=NEW):
@@ -111,3 +113,26 @@ def test_densities_out_of_range_are_refused(density):
 def test_names_must_be_printable(name):
     with pytest.raises(InputError, match="name must be printable"):
         clone(name=name)
+
+
+def test_background_images_do_the_work_of_base_samples():
+    given = support(n_base=0)
+    labels = [given.names[label] for label in given.labels]
+    unlabelled = class_subset(load_data("digits"), BASE)
+    first = select(unlabelled, torch.arange(100))
+    nets, test = pair(), held_out_images()
+    clones = {
+        name: pnc.clone(
+            nets.source.module, nets.target.module, (given.images, labels), **nets.names(), background=images
+        )
+        for name, images in (("without", None), ("with", unlabelled.images[:100]), ("set", first))
+    }
+    scores = {}
+    for name, clone in clones.items():
+        with torch.no_grad():
+            logits = pnc.attach(nets.target.module, clone)(test.images)
+        scores[name] = evaluate(logits, test.labels, logits[:, :5]).average_accuracy
+    assert scores["with"] == scores["set"]
+    assert scores["with"] > scores["without"]
+    assert clones["with"].recipe["n_background_samples"] == 100
+    assert clones["with"].recipe["n_base_samples"] == 0

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pnc import cli, demo
-from pnc.baselines import finetuning
+from pnc.baselines.protocol import Budget
+from pnc.bench import main_job
 from pnc.demo import RECIPE, run_demo
 
 METHODS = ["target alone", "direct ensemble", "LDA on target features", "fine-tuning with replay", "clone"]
@@ -33,7 +34,7 @@ def check_layout(facts: Any) -> None:
 
 
 def test_a_short_run_has_the_whole_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetuning, "MIN_STEPS", 5)
+    monkeypatch.setattr(main_job, "BUDGET", Budget(1, 1, 2, 1))
     steps: list[str] = []
     epochs: list[tuple[str, int]] = []
     threads, state = torch.get_num_threads(), torch.get_rng_state()
@@ -56,7 +57,7 @@ def test_a_short_run_has_the_whole_layout(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_clone_beats_what_costs_nothing_to_make(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetuning, "MIN_STEPS", 5)  # its row is checked in the slow test
+    monkeypatch.setattr(main_job, "BUDGET", Budget(1, 1, 2, 1))  # its row is checked in the slow test
     facts = run_demo()
     check_layout(facts)
     _, ensemble, lda, _, clone = (row["average_accuracy"] for row in facts["rows"])

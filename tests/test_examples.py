@@ -15,7 +15,8 @@ import torch
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support, write_images
 from pnc import cli
-from pnc.baselines import finetuning
+from pnc.baselines.protocol import Budget
+from pnc.bench import main_job
 from pnc.models import save_model
 from pnc.pretraining import Recipe
 
@@ -33,9 +34,7 @@ def module_of(example: str) -> ModuleType:
 
 def fast_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few steps of fine-tuning."""
-    monkeypatch.setattr(finetuning, "MIN_STEPS", 10)
-    monkeypatch.setattr(finetuning, "EPOCHS", 1)
-    monkeypatch.setattr(finetuning, "LEARNING_RATES", (0.01,))
+    monkeypatch.setattr(main_job, "BUDGET", Budget(1, 1, 2, 1))
 
 
 @pytest.fixture
@@ -128,7 +127,8 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
         shutil.copy(images / digit / "0.png", tmp_path / photo)  # Pillow goes by content, not by name
     lines = readme_block("On the command line", "sh").splitlines()
     assert [line.split()[:2] for line in lines] == [
-        ["pnc", name] for name in ("pretrain", "pretrain", "clone", "inspect", "eval", "predict", "cuts", "scan")
+        ["pnc", name]
+        for name in ("pretrain", "pretrain", "clone", "inspect", "verify", "eval", "predict", "cuts", "scan")
     ]
     for line in lines:
         small = line.replace("parquet:photos", "digits").replace("zoo:resnet20", "zoo:cnn?width=0.25 --epochs 2")

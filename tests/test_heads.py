@@ -2,13 +2,17 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from pnc.heads import (
     SHRINKAGES,
     HeadSamples,
+    balanced_weights,
     choose_shrinkage,
+    choose_stacking,
     fit_discriminant,
+    fit_stacked,
     source_head,
 )
 
@@ -27,6 +31,7 @@ def draw(n_per_class: int = 40, n_target: int = 6, n_clone: int = 5, seed: int =
         target_features=features[:, :n_target],
         clone_features=features[:, n_target:],
         base_logits=torch.randn(len(labels), N_BASE, generator=generator),
+        own_logits=torch.randn(len(labels), N_NEW, generator=generator),
         labels=labels,
         folds=torch.arange(len(labels)) % 5,
         n_classes=n_classes,
@@ -75,14 +80,7 @@ def test_the_composite_keeps_the_targets_conditional_distribution_and_gives_lda_
 
 def test_held_out_logits_come_from_heads_that_did_not_see_the_image():
     samples = draw(n_per_class=20)
-    twice = HeadSamples(
-        samples.target_features.repeat(2, 1),
-        samples.clone_features.repeat(2, 1),
-        samples.base_logits.repeat(2, 1),
-        samples.labels.repeat(2),
-        samples.folds.repeat(2),
-        samples.n_classes,
-    )
+    twice = samples.select(torch.arange(len(samples.labels)).repeat(2))
     shrinkage, logits = choose_shrinkage(twice)
     assert shrinkage in SHRINKAGES
     # Both copies of an image are held out together, so both get the very same answer, and it is not the training fit's.
@@ -109,6 +107,22 @@ def test_a_single_fold_takes_the_strongest_shrinkage():
     assert logits.isfinite().all()
 
 
+def test_base_classes_without_samples_take_no_part():
+    samples = draw()
+    kept = samples.select(samples.labels != 1)
+    head = fit_discriminant(kept, 0.1)
+    assert head.weight[1].abs().sum() == 0
+    two = replace(
+        kept, labels=kept.labels - (kept.labels > 1).long(), base_logits=kept.base_logits[:, [0, 2]], n_classes=4
+    )
+    smaller = fit_discriminant(two, 0.1)
+    assert torch.equal(head.weight[[0, 2, 3, 4]], smaller.weight)
+    new = head(kept.target_features, kept.clone_features, kept.base_logits)
+    expected = smaller(kept.target_features, kept.clone_features, kept.base_logits)
+    assert torch.equal(new, expected)
+    assert choose_stacking(kept).logits.isfinite().all()
+
+
 def test_without_base_samples_the_head_is_the_sources_own():
     samples = draw(base=False)
     weight, bias = torch.randn(N_NEW, 5), torch.randn(N_NEW)
@@ -116,3 +130,87 @@ def test_without_base_samples_the_head_is_the_sources_own():
     new = head(samples.target_features, samples.clone_features, samples.base_logits)
     assert torch.equal(new, torch.nn.functional.linear(samples.clone_features, weight, bias))
     assert head(samples.target_features, samples.clone_features, samples.base_logits.half()).dtype == torch.half
+
+
+def informed(samples: HeadSamples, own: float, fitted: float) -> HeadSamples:
+    """The same samples, their own logits and their features telling the classes apart this well (0: not at all)."""
+    generator = torch.Generator().manual_seed(7)
+    scores = own * F.one_hot(samples.labels, N_BASE + N_NEW) + torch.randn(len(samples.labels), 5, generator=generator)
+    noise = torch.randn(samples.target_features.shape, generator=generator)
+    return replace(
+        samples,
+        target_features=fitted * samples.target_features + (1 - fitted) * noise,
+        clone_features=fitted * samples.clone_features,
+        base_logits=scores[:, :N_BASE],
+        own_logits=scores[:, N_BASE:],
+    )
+
+
+def log_loss(logits: torch.Tensor, samples: HeadSamples) -> float:
+    return float(F.cross_entropy(logits, samples.labels))
+
+
+def test_stacking_keeps_to_the_networks_own_logits_where_the_discriminants_know_nothing():
+    samples = informed(draw(), own=4.0, fitted=0.0)
+    stacking = choose_stacking(samples)
+    ensemble = torch.cat([samples.base_logits, samples.own_logits], 1).double()
+    assert log_loss(stacking.logits, samples) < log_loss(ensemble, samples) + 0.03
+    assert log_loss(stacking.logits, samples) < log_loss(choose_shrinkage(samples)[1], samples) - 0.2
+
+
+def test_stacking_keeps_to_the_discriminants_where_the_source_knows_nothing():
+    samples = replace(draw(), own_logits=torch.zeros(200, N_NEW))
+    stacking = choose_stacking(samples)
+    _, fitted = choose_shrinkage(samples)
+    is_new = samples.labels >= N_BASE
+    found, expected = (((logits.argmax(1) >= N_BASE) == is_new).double().mean() for logits in (stacking.logits, fitted))
+    assert found >= expected - 0.01
+    # nothing but rounding is left of a term that never moves
+    assert abs(float(stacking.odds_weight[1])) < 1e-3
+    assert abs(float(stacking.class_weight[1])) < 1e-3
+
+
+def test_a_stacked_head_gives_what_was_chosen_and_keeps_the_targets_conditional_distribution():
+    samples = informed(draw(), own=2.0, fitted=1.0)
+    stacking = choose_stacking(samples)
+    own = source_head(torch.randn(N_NEW, 5), torch.randn(N_NEW))
+    head = fit_stacked(samples, stacking, own)
+    inputs = samples.target_features, samples.clone_features, samples.base_logits
+    new = head(*inputs)
+    fitted, sources = head.discriminants(*inputs), own(*inputs)
+    exact = fit_discriminant(samples, stacking.shrinkage).weight
+    torch.testing.assert_close(head.discriminants.weight, exact, atol=1e-6, rtol=1e-3)  # eleven bits
+    assert torch.equal(head.discriminants.weight.half().float(), head.discriminants.weight)
+    base = samples.base_logits.logsumexp(1)
+    terms = torch.stack([fitted.logsumexp(1) - base, sources.logsumexp(1), base, torch.ones_like(base)], 1)
+    log_odds = terms @ stacking.odds_weight.float()
+    torch.testing.assert_close(new.logsumexp(1) - base, log_odds, atol=1e-4, rtol=1e-4)  # float32 in another order
+    within = fitted * stacking.class_weight[0].float() + sources * stacking.class_weight[1].float()
+    torch.testing.assert_close(new.log_softmax(1), within.log_softmax(1), atol=1e-4, rtol=1e-4)  # likewise
+    assert head(*inputs[:2], samples.base_logits.half()).dtype == torch.half
+
+
+def test_mixing_weights_do_not_depend_on_how_many_samples_a_class_has():
+    samples = informed(draw(), own=2.0, fitted=1.0)
+    once = choose_stacking(samples)
+    more = samples.select(torch.cat([torch.arange(200), (samples.labels == 4).nonzero().flatten().repeat(3)]))
+    # The discriminants see the same means; their covariance weighs samples, so the weights move a little.
+    assert float((choose_stacking(more).odds_weight - once.odds_weight).abs().max()) < 0.3
+
+
+def test_base_and_new_samples_weigh_the_same_and_so_do_the_classes_of_either_kind():
+    labels = torch.tensor([0, 0, 0, 2, 3, 3, 4])  # no sample of class 1; new classes are 3 and 4
+    weights = balanced_weights(labels, 3)
+    sums = torch.zeros(5, dtype=torch.float64).index_add(0, labels, weights)
+    torch.testing.assert_close(sums, torch.tensor([0.5, 0.0, 0.5, 0.5, 0.5], dtype=torch.float64))
+    assert balanced_weights(labels[4:], 3).sum() == 1
+
+
+def test_with_one_fold_the_discriminants_cannot_be_judged_and_are_left_out():
+    samples = replace(informed(draw(n_per_class=1), own=4.0, fitted=1.0), folds=torch.zeros(5, dtype=torch.long))
+    stacking = choose_stacking(samples)
+    assert stacking.odds_weight[0] == 0
+    assert stacking.class_weight[0] == 0
+    assert stacking.class_weight[1] > 0
+    alone = choose_stacking(replace(samples, own_logits=torch.zeros(5, N_NEW)))
+    assert alone.class_weight[0] > 0

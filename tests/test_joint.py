@@ -82,7 +82,7 @@ def test_clones_of_automatic_density_keep_the_bound(monkeypatch):
     )
     assert made.recipe["macs_share"] <= 0.2
     assert made.recipe["score"] > 0.8
-    assert torch.is_tensor(made.branch.head.weight)
+    assert torch.is_tensor(made.branch.head.own.weight)
 
 
 @pytest.mark.parametrize("density", ["half", 0.0, 2])

@@ -1,4 +1,6 @@
+import multiprocessing
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -6,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from pnc.bench.results import Cells
 from pnc.data import ImageSet, class_subset, relabel, select
 from pnc.errors import ClassNameError, InputError
 from pnc.files import read_tensors
@@ -91,6 +94,48 @@ def test_a_stopped_run_ends_with_the_same_bytes(
     assert [report.epoch for report in reports] == list(range(epoch + 1, 4))
     assert stopped.read_bytes() == straight.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def train_and_report(path: Path, connection: Any) -> None:
+    """Train on digits, keep a row of each epoch, and send its number: the work of a process that is killed."""
+    sets = [class_subset(load_data("digits", split), ["0", "1", "2"]) for split in ("train", "test")]
+    cells = Cells(path.with_suffix(".jsonl"), {}, ["epoch"])
+
+    def progress(report: EpochReport) -> None:
+        cells.add({"epoch": report.epoch, "loss": report.train_loss})
+        connection.send(report.epoch)
+        if report.epoch == LONG.epochs - 1:
+            time.sleep(600)  # it never ends before it is killed
+
+    pretrain(SPEC, *sets, LONG, path, progress)
+
+
+LONG = replace(RECIPE, epochs=8)
+
+
+def test_a_run_that_is_killed_goes_on_and_loses_nothing(sets: tuple[ImageSet, ImageSet], tmp_path: Path) -> None:
+    straight = pretrain(SPEC, *sets, LONG, tmp_path / "a.safetensors")
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    path = tmp_path / "b.safetensors"
+    worker = context.Process(target=train_and_report, args=(path, sender))
+    worker.start()
+    sender.close()
+    try:
+        while receiver.recv() < 2:
+            pass
+    finally:
+        worker.kill()  # SIGKILL
+        worker.join()
+    assert not path.exists()
+    rows = Cells(path.with_suffix(".jsonl"), {}, ["epoch"]).rows
+    assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1)) and len(rows) >= 2
+    assert [row["loss"] for row in rows] == [row["train_loss"] for row in straight.facts["history"][: len(rows)]]
+    reports: list[EpochReport] = []
+    pretrain(SPEC, *sets, LONG, path, reports.append)
+    assert reports[0].epoch - len(rows) in (1, 2), "no epoch that was reported is trained again"
+    assert path.read_bytes() == (tmp_path / "a.safetensors").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.jsonl", "b.safetensors"]
 
 
 DROPOUT = """

@@ -109,10 +109,23 @@ def test_cells_of_other_settings_and_other_files_are_left_alone(tmp_path: Path) 
     with pytest.raises(InputError, match=r"rows of other settings \(\{'size': 1\}\)"):
         Cells(path, {"size": 2}, ["seed"])
     assert path.read_text() == before
-    path.write_text("something\nelse\n")
-    with pytest.raises(FileFormatError, match="no rows of a bench"):
-        Cells(path, {}, ["seed"])
-    assert path.read_text() == "something\nelse\n"
+    for content in (b"something\nelse\n", b"\xff\xfe\n", b"[1]\n"):
+        path.write_bytes(content)
+        with pytest.raises(FileFormatError, match="no rows of a bench"):
+            Cells(path, {}, ["seed"])
+        assert path.read_bytes() == content
+
+
+def test_a_file_cut_at_any_byte_keeps_every_row_before_the_cut(tmp_path: Path) -> None:
+    path = tmp_path / "cells.jsonl"
+    cells = Cells(path, {"size": 1}, ["seed"])
+    for seed in range(3):
+        cells.add({"seed": seed, "value": "é"})
+    whole = path.read_bytes()
+    for n_bytes in range(0, len(whole) + 1, 5):
+        path.write_bytes(whole[:n_bytes])
+        rows = Cells(path, {"size": 1}, ["seed"]).rows
+        assert len(rows) == max(0, whole[:n_bytes].count(b"\n") - 1)
 
 
 def test_over_seeds_the_mean_reaches_a_lower_bound_and_every_value_keeps_an_upper_one() -> None:

@@ -5,7 +5,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from digits import BASE, NEW, pair, support
+from pnc.data import class_subset
 from pnc.errors import ClassNameError, InputError, RecordingError
+from pnc.readers import load_data
 from pnc.task import prepare_task
 
 
@@ -62,7 +64,8 @@ def test_folds_are_stratified_ascending_and_keep_copies_together():
     assert [fold for fold, _ in seen] == sorted(fold for fold, _ in seen)
     assert sum(size for _, size in seen) == len(samples.images)
     assert prepare(support=support(n_new=3, n_base=3)).samples.n_folds == 3
-    assert prepare(support=support(n_new=20, n_base=1)).samples.n_folds == 1
+    assert prepare(support=support(n_new=1, n_base=3)).samples.n_folds == 1
+    assert prepare(support=support(n_new=20, n_base=1)).samples.n_folds == 5  # one base image in each
 
 
 def test_ids_number_the_base_classes_then_the_new_ones():
@@ -104,11 +107,40 @@ def test_every_doubt_is_settled_at_the_door(changes, error, words):
         prepare(**made)
 
 
-def test_a_missing_base_class_among_others_is_an_error_with_a_way_out():
+def test_some_base_classes_are_enough():
     given = support()
-    kept = given.labels != given.names.index("3")
-    with pytest.raises(InputError, match=r"none of 3; give at least one of each, or none of any"):
-        prepare(support=(given.images[kept], [given.names[label] for label in given.labels[kept]]))
+    kept = (given.labels >= 5) | (given.labels == given.names.index("3"))
+    task = prepare(support=(given.images[kept], [given.names[label] for label in given.labels[kept]]))
+    assert task.has_base
+    for fold in range(task.samples.n_folds):
+        rest = task.samples.labels[task.samples.folds != fold]
+        assert set(rest.tolist()) == {3, 5, 6, 7, 8, 9}
+
+
+def test_background_images_become_what_the_target_sees_in_them():
+    given = support(n_base=0)
+    unlabelled = class_subset(load_data("digits"), BASE).images[:100]
+    task = prepare(support=(given.images, [given.names[label] for label in given.labels]), background=unlabelled)
+    assert task.n_background == len(unlabelled)
+    assert len(task.samples.labels) == len(given.labels) + len(unlabelled)
+    base = task.samples.labels < 5
+    with torch.no_grad():
+        seen = pair().target.module(task.samples.images[base]).argmax(1)
+    assert torch.equal(task.samples.labels[base], seen)
+
+
+@pytest.mark.parametrize(
+    ("background", "words"),
+    [
+        (torch.rand(3, 3, 8, 8), r"background: expected images \(1, 8, 8\)"),
+        (torch.rand(0, 1, 8, 8), "background: expected a non-empty tensor"),
+        ("photos", r"background: expected a non-empty tensor \(N, C, H, W\), got str"),
+        (torch.full((2, 1, 8, 8), float("nan")), "background: 2 of 2 hold NaN"),
+    ],
+)
+def test_background_that_is_no_such_images_is_refused(background, words):
+    with pytest.raises(InputError, match=words):
+        prepare(background=background)
 
 
 def test_images_that_a_network_cannot_take_are_refused_with_its_name():

@@ -6,6 +6,8 @@ pnc.save(clone, "clone.safetensors")    # kilobytes
 net.detach(clone.name)                  # and the target is alone again, bit for bit
 """
 
+from pnc.branch import Scalars
+from pnc.calibration import Calibration, calibrate
 from pnc.checkpoint import inspect, load, save
 from pnc.cloning import Clone, clone, fit
 from pnc.composite import Composite, attach
@@ -20,14 +22,18 @@ from pnc.errors import (
 )
 from pnc.exported import from_exported
 from pnc.models import LoadedModel, load_model
+from pnc.plans import CloneStatus
 from pnc.positions import Position, Scan, scan
 from pnc.preprocessing import Preprocessed
 from pnc.readers import load_data
 from pnc.task import CloneTask, prepare_task
+from pnc.verification import Report, snapshot, verify
 
 __all__ = [
+    "Calibration",
     "ClassNameError",
     "Clone",
+    "CloneStatus",
     "CloneTask",
     "Composite",
     "FileFormatError",
@@ -39,9 +45,12 @@ __all__ = [
     "Position",
     "Preprocessed",
     "RecordingError",
+    "Report",
+    "Scalars",
     "Scan",
     "Support",
     "attach",
+    "calibrate",
     "clone",
     "draw_support",
     "fit",
@@ -53,4 +62,6 @@ __all__ = [
     "prepare_task",
     "save",
     "scan",
+    "snapshot",
+    "verify",
 ]

@@ -34,12 +34,13 @@ from pnc.arguments import (
 )
 from pnc.bench import main_job
 from pnc.bench_cli import bench
-from pnc.cuts import cut_points, largest_gap
+from pnc.cuts import cut_points, gaps
 from pnc.data import class_subset, listed, parse_classes, relabel
-from pnc.errors import InputError, PNCError
+from pnc.errors import FileFormatError, InputError, PNCError
 from pnc.files import write_file
 from pnc.metrics import evaluate
 from pnc.plots import check_plot, draw_scan
+from pnc.proof import Check, prove
 from pnc.readers import load_data, load_images
 from pnc.screen import complain, progress, say, show_clone, show_facts, show_job, show_scan, show_table, shown
 from pnc.selection import Method
@@ -183,6 +184,9 @@ def clone(
     out: Annotated[Path, typer.Option(help="Clone file to write.")],
     classes: Annotated[str | None, typer.Option(help="Classes to clone; by default all that the target lacks.")] = None,
     support: Annotated[str, typer.Option(help="Images per new / per base class, of the training split.")] = "20/5",
+    background: Annotated[
+        str | None, typer.Option(help="Unlabelled images that the target is used on: data like --data.")
+    ] = None,
     source_weights: Weights = None,
     target_weights: Weights = None,
     source_classes: Names = None,
@@ -215,13 +219,15 @@ def clone(
         ModelOptions("source", source, source_weights, source_classes, device),
         ModelOptions("target", target, target_weights, target_classes, device),
     )
-    check_outputs({"out": out, "json": json_path}, [*(one.file for one in asked), data_file(data)])
+    data_files = [data_file(spec) for spec in (data, background) if spec is not None]
+    check_outputs({"out": out, "json": json_path}, [*(one.file for one in asked), *data_files])
     check_different(*asked)
     check_trained(*asked)
     parse_support(support)
     wanted_density = parse_density(density)
     read_device(device)
     images = load_data(data, "train")
+    unlabelled = None if background is None else load_data(background, "train")
     models = [load_network(one, input_shape=images.input_shape) for one in asked]
     check_images(images, *models)
     new, base = choose_classes(classes, *models), models[1].classes
@@ -234,6 +240,7 @@ def clone(
             classes=new,
             source_classes=models[0].classes,
             base_classes=base,
+            background=unlabelled,
             name=name,
             density=wanted_density,
             method=method,
@@ -414,6 +421,51 @@ def inspect(file: Annotated[Path, typer.Argument(help="Clone file.")], json_path
 
 
 @app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="Clone file.")],
+    target: Target,
+    source: Annotated[
+        str | None, typer.Option(help="Network that the clone was made from; without it nothing is attached.")
+    ] = None,
+    source_weights: Weights = None,
+    target_weights: Weights = None,
+    source_classes: Names = None,
+    target_classes: Names = None,
+    device: Device = "cpu",
+    json_path: Json = None,
+) -> None:
+    """Prove that a clone file is whole, belongs to these networks, and changes nothing of the target.
+
+    Attaches the clone, compares the target's own logits bit for bit, detaches it, and compares everything. Exits with 0
+    if all is well and with 1 if something is not.
+    """
+    asked = [ModelOptions("target", target, target_weights, target_classes, device)]
+    if source is not None:
+        asked.append(ModelOptions("source", source, source_weights, source_classes, device))
+    check_outputs({"json": json_path}, [file, *(one.file for one in asked)])
+    if not file.is_file():
+        raise InputError(f"file: there is no file {file}")
+    check_trained(*asked)
+    read_device(device)
+    try:
+        known = read_clone_facts(file)
+    except FileFormatError as error:
+        checks: tuple[Check, ...] = (Check("file", False, str(error)),)
+    else:
+        names = (known.base_classes, None)
+        models = [load_network(one, own, known.input_shape).module for one, own in zip(asked, names, strict=False)]
+        checks = prove(file, *models)
+    ok = all(check.ok for check in checks)
+    _write_json(json_path, {"file": str(file), "ok": ok, "checks": [dataclasses.asdict(check) for check in checks]})
+    if checks[0].ok:
+        show_facts({check.what: check.found for check in checks if check.ok})
+    if not ok:
+        say(f"FAILED: {checks[-1].what}: {checks[-1].found}")
+        raise typer.Exit(1)
+    say(f"verified: {file}")
+
+
+@app.command()
 def cuts(
     model: Annotated[
         str, typer.Argument(help="A file of `pnc pretrain`, zoo:..., timm:..., torchvision:..., hf:..., py:...")
@@ -442,10 +494,12 @@ def cuts(
         }
         for cut in cut_points(network.recording)
     ]
-    largest = largest_gap(network.recording)
+    largest, *others = gaps(network.recording)
+    large = [largest, *(gap for gap in others if gap.is_large)]
     facts = {
         "cuts": rows,
         "largest_gap": dataclasses.asdict(largest),
+        "large_gaps": [dataclasses.asdict(gap) for gap in large],
         "features": network.head.features.name,
         "classifier": network.head.module,
     }
@@ -459,7 +513,10 @@ def cuts(
         ],
     )  # fmt: skip
     say("MACs, params: share of the network's that lies in front of the cut")
-    say(f"largest gap: {largest.share:.1%} of the MACs, between {largest.after} and {largest.before}")
+    for gap in large:
+        what = "largest gap" if gap is largest else "further gap"
+        of = f"{gap.share:.1%} of MACs, {gap.params_share:.1%} of params"
+        say(f"{what}: {of}, between {gap.after} and {gap.before}")
     say(f"classifier: {network.head.module or '(no module)'}; its features: {network.head.features.name}")
 
 

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
+from pnc.branch import Branch
 from pnc.cuts import CutPoint
+from pnc.data import check_class_names, class_ids
 from pnc.errors import InputError
 from pnc.heads import Head
 from pnc.integrity import Fingerprint, fingerprint
@@ -19,7 +21,7 @@ from pnc.positions import (
     Progress,
     Scan,
     fit_head,
-    held_out_correct,
+    judge,
     outcome_of,
     run_parts,
     scan,
@@ -36,26 +38,6 @@ Strategy = Literal["scan", "sequential"]
 
 MAX_NAME = 60
 """Characters up to which a clone is named after all of its classes."""
-
-
-class Branch(nn.Module):
-    """The inserted part: adapter, the source's part, and the head of the new classes."""
-
-    def __init__(self, stitched: Stitched, head: Head) -> None:
-        super().__init__()
-        self.stitched, self.head = stitched, head
-        self.eval().requires_grad_(False)
-
-    def forward(self, tensor: Tensor, target_features: Tensor, base_logits: Tensor) -> Tensor:
-        """Give the logits of the new classes, (B, K_new).
-
-        Args:
-            tensor: The target's tensor at its cut.
-            target_features: Its penultimate features, (B, D_t).
-            base_logits: Its logits, (B, K_base).
-        """
-        logits: Tensor = self.head(target_features, self.stitched(tensor), base_logits)
-        return logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +86,25 @@ class Clone:
         tensors = [*self.branch.parameters(), *self.branch.buffers()]
         return sum(tensor.numel() for tensor in tensors)
 
+    def renamed(self, name: str | None = None, classes: Mapping[str, str] | None = None) -> "Clone":
+        """Give the same clone under another name, or with other names for its classes; it shares all weights.
+
+        Args:
+            name: Its new name; None keeps the old one.
+            classes: {old: new} for the classes to rename; None renames none.
+        Raises:
+            ClassNameError: a class is unknown, or two would have one name.
+            InputError: the name is empty or not printable.
+        """
+        check_name(name)
+        renames = dict(classes or {})
+        if name is None and not renames:
+            return self
+        if renames:
+            class_ids(list(renames), self.classes, "rename")
+        names = check_class_names([renames.get(old, old) for old in self.classes], "rename")
+        return replace(self, name=self.name if name is None else name, classes=names)
+
 
 def clone(
     source: nn.Module,
@@ -113,6 +114,7 @@ def clone(
     classes: Sequence[str] | None = None,
     source_classes: Sequence[str],
     base_classes: Sequence[str],
+    background: Any = None,
     name: str | None = None,
     density: float | Literal["auto"] = 1.0,
     method: Method = "gates",
@@ -135,10 +137,14 @@ def clone(
         target: Classifier that shall get them.
         support: A few labelled images, as both networks take them: a pair (images, labels), a Dataset, a DataLoader or
             an ImageSet. Labels are class names, or ids of base classes followed by new ones. Samples of base classes
-            are optional (all of them or none); with them the new classes are told from the old ones much better.
+            are optional; with some the new classes are told from the old ones better, also where only some of the base
+            classes have any.
         classes: Names of the classes to clone; None takes all of the source's that the target lacks.
         source_classes: Names of the source's outputs, in order.
         base_classes: Names of the target's outputs, in order.
+        background: Unlabelled images that the target is used on, with none or few of the new classes among them: a
+            tensor (N, C, H, W) or an ImageSet. They serve as samples of the base classes that the target itself sees in
+            them.
         name: Of the clone; None makes one of the names of its classes.
         density: Share of the prunable multiply-accumulates of the source's part to keep, in (0, 1]. "auto" chooses it
             together with the position: the most promising few on the joint front are made, and the cheapest of them
@@ -170,8 +176,7 @@ def clone(
         raise InputError(
             "strategy: the sequential search takes no max_macs, max_bytes, refine or density='auto'; leave them out"
         )
-    if name is not None and (not name or not name.isprintable()):
-        raise InputError(f"name must be printable text; got {name!r}")
+    check_name(name)
     task = prepare_task(
         source,
         target,
@@ -179,6 +184,7 @@ def clone(
         classes=classes,
         source_classes=source_classes,
         base_classes=base_classes,
+        background=background,
         flip=flip,
         seed=seed,
         batch_size=batch_size,
@@ -220,9 +226,9 @@ def fit(
         found = refined(task, fitted, part.module, progress)
         fitted, facts = found.fitted, {"refine": {"gain": found.gain, "steps": found.n_steps}}
     (samples,) = run_parts(task, [(fitted, part.module)], progress)
-    head, shrinkage = fit_head(task, samples)
-    outcome = outcome_of(held_out_correct(task, samples), task)
-    facts |= {"adapter_error": error, "shrinkage": shrinkage}
+    judged = judge(samples)
+    head, outcome = fit_head(task, samples, judged), outcome_of(judged.correct, task)
+    facts |= {"adapter_error": error, "shrinkage": judged.stacking and judged.stacking.shrinkage}
     return _made(task, copy.deepcopy(fitted.adapter), part, head, outcome, name, method, facts)
 
 
@@ -293,7 +299,8 @@ def _made(
         "flip": bool(len(task.samples.groups) > int(task.samples.groups.max()) + 1),
         "macs_share": n_macs / task.source.n_macs,
         "method": None if part.masks is None else method,
-        "n_base_samples": _n_images(task, base=True),
+        "n_background_samples": task.n_background,
+        "n_base_samples": _n_images(task, base=True) - task.n_background,
         "n_new_samples": _n_images(task, base=False),
         "score": score,
         "seed": task.seed,
@@ -313,6 +320,12 @@ def _made(
         target_features=task.target.head.features,
         recipe=recipe,
     )
+
+
+def check_name(name: str | None) -> None:
+    """Refuse a name of a clone that is no printable text; None, for a default, is fine."""
+    if name is not None and (not isinstance(name, str) or not name or not name.isprintable()):
+        raise InputError(f"name must be printable text; got {name!r}")
 
 
 def _default_name(classes: Sequence[str]) -> str:

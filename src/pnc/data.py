@@ -319,6 +319,24 @@ def as_support(data: Any, names: Sequence[str] | None = None) -> Support:
     return Support(images_as_float(images), labels, check_class_names(names, "names"))
 
 
+def as_images(data: Any, argument: str, like: Tensor) -> Tensor:
+    """Unlabelled images, (N, C, H, W), as floating point.
+
+    Args:
+        data: A tensor of images, uint8 (divided by 255) or floating point, or an `ImageSet`.
+        argument: What the message of an error calls it.
+        like: Images whose shape they must have.
+    Raises:
+        InputError: they are no images, none, or of another shape.
+    """
+    images = data.images if isinstance(data, ImageSet) else data
+    _check_images(images, argument)
+    if images.shape[1:] != like.shape[1:]:
+        came, expected = tuple(images.shape[1:]), tuple(like.shape[1:])
+        raise InputError(f"{argument}: expected images {expected} like the support's, got {came}; resize them")
+    return images_as_float(images)
+
+
 def draw_support(
     data: ImageSet,
     new_classes: Sequence[str],

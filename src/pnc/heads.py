@@ -7,8 +7,13 @@ classes only. From any posterior over base and new classes it makes
 
 so that softmax([z_base, z_new]) gives the new classes exactly that posterior and keeps, among the base classes, exactly
 the target's own distribution.
+
+Two posteriors are at hand: linear discriminants fitted on the support, and both networks' own classifiers. The first
+knows base and new samples side by side but has seen few of them, the second saw many but never both kinds. A handful of
+weights that mix them is fitted on held-out samples (stacking: Wolpert, Neural Networks 5, 1992).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SHRINKAGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 0.9)
+RIDGE = 1.0
+"""Penalty on the squared mixing weights, of terms of unit variance, against the sum of all samples' log-losses."""
+ABSENT = -1e6
+"""Bias of the discriminant of a base class without any sample: it takes no part."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,8 @@ class HeadSamples:
         target_features: The target's penultimate features, (N, D_t).
         clone_features: The clone's penultimate features, (N, D_s).
         base_logits: The target's logits, (N, K_base).
+        own_logits: The source's own logits of the new classes, from the clone's features, (N, K_new); all zeros where
+            its classifier is no linear map of them.
         labels: Class ids, (N,): base classes first, then the new ones.
         folds: (N,), the fold in which each is held out; all zero for no cross-validation.
         n_classes: K_base + K_new.
@@ -34,6 +45,7 @@ class HeadSamples:
     target_features: Tensor
     clone_features: Tensor
     base_logits: Tensor
+    own_logits: Tensor
     labels: Tensor
     folds: Tensor
     n_classes: int
@@ -54,6 +66,7 @@ class HeadSamples:
             self.target_features[rows],
             self.clone_features[rows],
             self.base_logits[rows],
+            self.own_logits[rows],
             self.labels[rows],
             self.folds[rows],
             self.n_classes,
@@ -61,7 +74,7 @@ class HeadSamples:
 
 
 class DiscriminantHead(nn.Module):
-    """Linear discriminants over the features of both networks, for when base samples are at hand.
+    """Linear discriminants over the features of both networks.
 
     Args:
         n_base: K_base.
@@ -112,14 +125,172 @@ class SourceHead(nn.Module):
         return logits.to(base_logits.dtype)
 
 
-Head = DiscriminantHead | SourceHead
+class StackedHead(nn.Module):
+    """Linear discriminants and both networks' own logits, mixed: for when base samples are at hand.
+
+    The log-odds of new against base are a weighted sum of the discriminants' log-odds, the logsumexp of the source's
+    logits and that of the target's, plus a constant; among the new classes, the discriminants' logits and the source's
+    are summed with two other weights.
+
+    Args:
+        discriminants: Fitted on the support.
+        own: The source's classifier of the new classes; zeros where it has none that is linear.
+    """
+
+    kind = "stacked"
+
+    def __init__(self, discriminants: DiscriminantHead, own: SourceHead) -> None:
+        super().__init__()
+        self.discriminants, self.own = discriminants, own
+        self.register_buffer("odds_weight", torch.zeros(4))
+        self.register_buffer("class_weight", torch.zeros(2))
+        self.odds_weight: Tensor
+        self.class_weight: Tensor
+
+    def forward(self, target_features: Tensor, clone_features: Tensor, base_logits: Tensor) -> Tensor:
+        """Give the logits of the new classes, (B, K_new), in the dtype of `base_logits` (B, K_base)."""
+        base = base_logits.to(self.odds_weight.dtype)
+        fitted = self.discriminants(target_features, clone_features, base)
+        own = self.own(target_features, clone_features, base)
+        return mixed_logits(fitted, own, base, self.odds_weight, self.class_weight).to(base_logits.dtype)
+
+
+def mixed_logits(fitted: Tensor, own: Tensor, base: Tensor, odds_weight: Tensor, class_weight: Tensor) -> Tensor:
+    """Logits of the new classes, (B, K_new), as `StackedHead` makes them.
+
+    Args:
+        fitted: The discriminants' logits of the new classes, (B, K_new).
+        own: The source's, (B, K_new).
+        base: The target's logits, (B, K_base).
+        odds_weight: (4,), of the terms of `_odds_terms`.
+        class_weight: (2,), of `fitted` and `own`.
+    """
+    log_odds = (_odds_terms(fitted, own, base) * odds_weight).sum(1, keepdim=True)
+    within = (fitted * class_weight[0] + own * class_weight[1]).log_softmax(1)
+    return within + log_odds + base.logsumexp(1, keepdim=True)
+
+
+def _odds_terms(fitted: Tensor, own: Tensor, base: Tensor) -> Tensor:
+    """What log-odds of new against base are made of, (B, 4)."""
+    total = base.logsumexp(1)
+    return torch.stack([fitted.logsumexp(1) - total, own.logsumexp(1), total, torch.ones_like(total)], 1)
+
+
+Head = DiscriminantHead | SourceHead | StackedHead
+
+
+@dataclass(frozen=True, eq=False)
+class Stacking:
+    """How a `StackedHead` is to be made, chosen on held-out samples.
+
+    Attributes:
+        shrinkage: Of the discriminants' covariance.
+        odds_weight: (4,), as in `StackedHead`.
+        class_weight: (2,), likewise.
+        logits: The composite's logits, (N, K_base + K_new), of each sample by discriminants fitted without its fold.
+    """
+
+    shrinkage: float
+    odds_weight: Tensor
+    class_weight: Tensor
+    logits: Tensor
+
+
+def choose_stacking(samples: HeadSamples) -> Stacking:
+    """Choose shrinkage and mixing weights by cross-validation over the samples' folds.
+
+    In the weights' log-loss base and new samples weigh the same, as in the average accuracy, and so do the classes of
+    either kind. Where there is one fold only, the discriminants cannot be
+    judged: then both networks' own classifiers are mixed without them, unless the source has none that is linear.
+
+    Args:
+        samples: As for `choose_shrinkage`.
+    """
+    shrinkage, logits = choose_shrinkage(samples)
+    n_base, is_new = samples.n_base, samples.labels >= samples.n_base
+    base, fitted = samples.base_logits.double(), logits[:, samples.n_base :]
+    own = samples.own_logits.double()
+    odds, classes = _odds_terms(fitted, own, base)[:, :3], torch.stack([fitted, own], 2)
+    if int(samples.folds.max()) == 0 and bool(own.any()):
+        odds[:, 0], classes[:, :, 0] = 0, 0
+    weights = balanced_weights(samples.labels, samples.n_base)
+    odds_weight = _fit_odds(odds, is_new, weights)
+    class_weight = _fit_classes(classes[is_new], samples.labels[is_new] - n_base, weights[is_new])
+    mixed = mixed_logits(fitted, own, base, odds_weight, class_weight)
+    return Stacking(shrinkage, odds_weight, class_weight, torch.cat([base, mixed], 1))
+
+
+def balanced_weights(labels: Tensor, n_base: int) -> Tensor:
+    """Weights of samples, (N,), float64: base and new samples weigh the same, and so do the classes of either kind.
+
+    Args:
+        labels: Class ids, (N,), base classes first.
+        n_base: Number of base classes.
+    """
+    counts = labels.bincount().double()
+    is_new = torch.arange(len(counts)) >= n_base
+    n_present = torch.stack([(counts[kind] > 0).sum() for kind in (~is_new, is_new)]).clamp_min(1)
+    return (1 / (counts.clamp_min(1) * n_present[is_new.long()]))[labels]
+
+
+def _fit_odds(terms: Tensor, is_new: Tensor, weights: Tensor) -> Tensor:
+    """Ridge logistic regression of new against base on terms (N, 3); weights (4,), the last one a constant."""
+    mean, scale = terms.mean(0), terms.std(0, correction=0).clamp_min(1e-6)
+    rows, labels = (terms - mean) / scale, is_new.double()
+
+    def loss(weight: Tensor) -> Tensor:
+        losses = F.binary_cross_entropy_with_logits(rows @ weight[:3] + weight[3], labels, reduction="none")
+        return (losses * weights).sum() / weights.sum() + RIDGE / len(rows) * weight[:3].square().sum()
+
+    found = _minimize(loss, torch.zeros(4, dtype=torch.float64))
+    slopes = found[:3] / scale
+    return torch.cat([slopes, found[3:] - (slopes * mean).sum()])
+
+
+def _fit_classes(terms: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Ridge regression of the new classes (N,) on a weighted sum of logits (N, K_new, 2); the two weights."""
+    terms = terms - terms.mean(1, keepdim=True)
+    scale = terms.square().mean((0, 1)).sqrt().clamp_min(1e-6)
+
+    def loss(weight: Tensor) -> Tensor:
+        losses = F.cross_entropy(terms / scale @ weight, labels, reduction="none")
+        return (losses * weights).sum() / weights.sum() + RIDGE / len(terms) * weight.square().sum()
+
+    return _minimize(loss, torch.zeros(2, dtype=torch.float64)) / scale
+
+
+def _minimize(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """The minimum of a smooth convex function of a few variables."""
+    point = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([point], max_iter=200, line_search_fn="strong_wolfe")
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(point)
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(step)
+    return point.detach()
+
+
+def fit_stacked(samples: HeadSamples, stacking: Stacking, own: SourceHead) -> StackedHead:
+    """Fit the discriminants on all samples, and mix them with the source's own classifier as was chosen."""
+    head = StackedHead(fit_discriminant(samples, stacking.shrinkage), own)
+    short = head.discriminants.weight.half()  # eleven bits say all that few samples know, in half of a file's bytes
+    if bool(short.isfinite().all()):
+        head.discriminants.weight.copy_(short)
+    head.odds_weight.copy_(stacking.odds_weight)
+    head.class_weight.copy_(stacking.class_weight)
+    return head
 
 
 def fit_discriminant(samples: HeadSamples, shrinkage: float) -> DiscriminantHead:
     """Fit linear discriminant analysis with one pooled, shrunk covariance and equal class priors.
 
     Args:
-        samples: With at least one sample of every class.
+        samples: With at least one sample of every new class and of some base class; the others take no part.
         shrinkage: Weight of the identity against the within-class correlation matrix, in (0, 1].
     Source: Friedman, Regularized Discriminant Analysis, JASA 84 (1989); features are scaled to unit within-class
         variance before shrinking.
@@ -144,8 +315,8 @@ def choose_shrinkage(samples: HeadSamples) -> tuple[float, Tensor]:
     """Choose the shrinkage of `fit_discriminant` by cross-validation over the samples' folds.
 
     Args:
-        samples: Of every class, in every fold; where there is one fold only, the strongest shrinkage is taken and
-            nothing is held out.
+        samples: As for `fit_discriminant`, without any of the folds; where there is one fold only, the strongest
+            shrinkage is taken and nothing is held out.
     Returns:
         The shrinkage of lowest held-out log-loss, base and new samples weighing the same, and the composite's logits
         (N, K_base + K_new) of each sample when it was held out.
@@ -170,40 +341,45 @@ def choose_shrinkage(samples: HeadSamples) -> tuple[float, Tensor]:
     return tried[best], logits[best]
 
 
-def _class_means(features: Tensor, labels: Tensor, n_classes: int) -> Tensor:
-    sums = features.new_zeros(n_classes, features.shape[1]).index_add(0, labels, features)
-    counts = labels.bincount(minlength=n_classes).clamp_min(1)
-    return sums / counts[:, None]
-
-
 @dataclass(frozen=True)
 class _Spectrum:
-    """Class means and within-class correlation of one training set, ready for any shrinkage."""
+    """Class means and within-class correlation of one training set, ready for any shrinkage.
+
+    Attributes:
+        means: (K, D); zeros for a class without samples.
+        present: Which classes have samples, (K,) bool.
+        scale: Standard deviations within classes, (D,).
+        eigenvalues: Of the correlation matrix, (R,).
+        eigenvectors: (D, R).
+    """
 
     means: Tensor
+    present: Tensor
     scale: Tensor
     eigenvalues: Tensor
     eigenvectors: Tensor
 
     def discriminants(self, shrinkage: float) -> tuple[Tensor, Tensor]:
         """Weight (K, D) and bias (K,) of the linear discriminants."""
-        centre = self.means.mean(0)
-        means = (self.means - centre) / self.scale
+        centre = self.means[self.present].mean(0)
+        means = torch.where(self.present[:, None], (self.means - centre) / self.scale, 0.0)
         gain = 1 / (shrinkage + (1 - shrinkage) * self.eigenvalues) - 1 / shrinkage
         weight = means / shrinkage + (means @ self.eigenvectors * gain) @ self.eigenvectors.T
         bias = -0.5 * (means * weight).sum(1)
         weight = weight / self.scale
-        return weight, bias - weight @ centre
+        return weight, torch.where(self.present, bias - weight @ centre, ABSENT)
 
 
 def _within_class_spectrum(samples: HeadSamples) -> _Spectrum:
     features = torch.cat([samples.target_features, samples.clone_features], 1).double()
-    means = _class_means(features, samples.labels, samples.n_classes)
+    counts = samples.labels.bincount(minlength=samples.n_classes)
+    means = features.new_zeros(samples.n_classes, features.shape[1]).index_add(0, samples.labels, features)
+    means = means / counts.clamp_min(1)[:, None]
     centred = features - means[samples.labels]
     scale = centred.square().mean(0).sqrt()
     scale = scale.clamp_min(1e-6 * float(scale.max()) + 1e-12)  # features that never move carry no information
     eigenvalues, eigenvectors = _eigen(centred / scale)
-    return _Spectrum(means, scale, eigenvalues, eigenvectors)
+    return _Spectrum(means, counts > 0, scale, eigenvalues, eigenvectors)
 
 
 def _eigen(rows: Tensor) -> tuple[Tensor, Tensor]:

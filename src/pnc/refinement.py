@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pnc.cuts import LOGITS, CutPoint, extract
-from pnc.heads import Head, HeadSamples, SourceHead, choose_shrinkage
-from pnc.positions import Progress, fit_head, outcome_of, run_parts, source_logits
+from pnc.heads import Head, HeadSamples, SourceHead
+from pnc.positions import Progress, fit_head, judge, outcome_of, run_parts
 from pnc.stitching import Adapter, CrossFitted, Stitched, pool
 from pnc.task import CloneTask
 
@@ -172,7 +172,7 @@ def refined(task: CloneTask, fitted: CrossFitted, part: nn.Module, progress: Pro
     """
     data, generator = views(task, fitted.adapter.target_cut), torch.Generator().manual_seed(task.seed)
     (samples,) = run_parts(task, [(fitted, part)])
-    head = fit_head(task, samples)[0].to(task.target.device)
+    head = fit_head(task, samples, judge(samples)).to(task.target.device)
     paths = []
     for fold, adapter in enumerate([*fitted.held_out, fitted.adapter]):
         rows = task.samples.folds != fold if task.samples.n_folds > 1 else task.samples.folds == 0
@@ -191,12 +191,8 @@ def refined(task: CloneTask, fitted: CrossFitted, part: nn.Module, progress: Pro
 
 def held_out_quality(task: CloneTask, samples: HeadSamples) -> tuple[float, float]:
     """Average accuracy and average log-loss of samples by a head that was fitted without them."""
-    labels, is_base = samples.labels, samples.labels < samples.n_base
-    if samples.has_base:
-        _, logits = choose_shrinkage(samples)
-    else:
-        logits, labels = source_logits(task, samples.clone_features), labels - samples.n_base
-    losses = F.cross_entropy(logits, labels, reduction="none")
+    judged, is_base = judge(samples), samples.labels < samples.n_base
+    losses = F.cross_entropy(judged.logits, judged.labels, reduction="none")
     kinds = [losses[rows] for rows in (is_base, ~is_base) if rows.any()]
     loss = sum(float(kind.mean()) for kind in kinds) / len(kinds)
-    return outcome_of(logits.argmax(1) == labels, task).average[0], loss
+    return outcome_of(judged.correct, task).average[0], loss

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from pnc.budgets import Costs, masks_within
@@ -36,7 +37,8 @@ BATCH_SIZE = 32
 SURROGATE_IMAGES = 4
 """Images in a batch of `local-surrogate`, each with its neighbours."""
 
-MARGIN = 5.0
+MARGIN = 3.0
+"""Nats by which the logits of classes that are not cloned shall stay below those of the cloned ones."""
 SHRINKAGE = 0.2
 
 _TINY = 1e-30  # for the logarithm of effects
@@ -146,30 +148,31 @@ class _Aim:
 
     Three terms of equal weight: the squared distance from the source's own features in units of their variance; the
     same along the discriminants of the classes at hand; and, where the source knows classes that are not cloned, what
-    its classifier lacks to prefer the cloned ones by `MARGIN` logits. The last one makes the part forget the others.
+    their logits lack to stay by `MARGIN` below what the source itself says of the cloned ones. The last one makes the
+    part forget the others. It asks nothing of the cloned classes' logits, by which base images are told too.
     """
 
     def __init__(self, task: CloneTask) -> None:
-        self._features, self._ids = task.source.head.features, task.source_ids
-        teacher = extract(task.source.recording, None, [self._features])
+        self._features = task.source.head.features
+        teacher = extract(task.source.recording, None, [self._features, LOGITS])
         with torch.no_grad():
             batches = [images.to(task.source.device) for _, images in task.samples.batches(task.batch_size)]
-            self._wanted = torch.cat([pool(teacher(images), self._features) for images in batches])
+            features, logits = zip(*(teacher(images) for images in batches), strict=True)
+            self._wanted = torch.cat([pool(one, self._features) for one in features])
+            self._level = torch.cat(logits)[:, task.source_ids].logsumexp(1)
         self._scale = _above_zero(self._wanted.var(0, correction=0)).sqrt()
         discriminants = _discriminants(self._wanted, task.samples.labels)
         self._discriminants = discriminants / _above_zero((self._wanted @ discriminants).var(correction=0)).sqrt()
-        self._forgets = len(self._ids) < len(task.source.classes)
+        self._others = [place for place in range(len(task.source.classes)) if place not in task.source_ids]
         self._classifier = extract(task.source.recording, self._features, [LOGITS])
-        self._margin = torch.full((len(task.source.classes),), MARGIN, device=self._wanted.device)
-        self._margin[self._ids] = 0
 
     def loss(self, outputs: Tensor, rows: Tensor) -> Tensor:
         """The mean over a batch of outputs, for these rows of the support."""
         missed = pool(outputs, self._features) - self._wanted[rows]
         loss = (missed / self._scale).square().mean() + (missed @ self._discriminants).square().mean()
-        if self._forgets:
-            logits = self._classifier(outputs)
-            loss = loss + ((logits + self._margin).logsumexp(1) - logits[:, self._ids].logsumexp(1)).mean()
+        if self._others:
+            others = self._classifier(outputs)[:, self._others].logsumexp(1)
+            loss = loss + F.softplus(others + MARGIN - self._level[rows]).mean()
         return loss
 
 
@@ -177,7 +180,7 @@ def _discriminants(features: Tensor, labels: Tensor) -> Tensor:
     """Directions of features (N, D) that tell classes apart, one for each class that there is, (D, K)."""
     classes, places = labels.unique(return_inverse=True)
     nothing = torch.zeros(len(labels), 0)
-    samples = HeadSamples(nothing, features.cpu(), nothing, places, torch.zeros_like(labels), len(classes))
+    samples = HeadSamples(nothing, features.cpu(), nothing, nothing, places, torch.zeros_like(labels), len(classes))
     weight = fit_discriminant(samples, SHRINKAGE).weight
     return (weight - weight.mean(0)).T.to(features)
 

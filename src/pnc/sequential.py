@@ -8,7 +8,9 @@ helps. At the best position, all is trained once more, on the whole support.
 
 Deviations: the head gives the new logits only, in the conditional form of `pnc.heads`, so that the target's own stay as
 they are; the learning rate is chosen on held-out images, at the deepest position; the search goes on over a few
-positions that do not help, since with the first of them as its end it stopped almost at once.
+positions that do not help, since with the first of them as its end it stopped almost at once; and the source's own
+penultimate features are aimed at beside the right classes, since with the classes alone a few hundred images were
+learnt by heart, and no position above the second one helped.
 """
 
 import itertools
@@ -21,15 +23,15 @@ from torch import Tensor, fx
 
 from pnc.compaction import own_copy
 from pnc.cuts import CutPoint, candidate_cuts
-from pnc.heads import DiscriminantHead, Head, source_head
+from pnc.heads import DiscriminantHead, Head
 from pnc.masks import ChannelMasks
-from pnc.positions import MAX_CUTS, Outcome, Progress, is_rectified, outcome_of, source_body, source_classifier
-from pnc.refinement import Schedule, Views, class_loss, train, views
+from pnc.positions import MAX_CUTS, Outcome, Progress, is_rectified, outcome_of, own_head, source_body
+from pnc.refinement import Schedule, Views, refining_loss, train, views
 from pnc.stitching import Adapter, Stitched
 from pnc.task import CloneTask, Network
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03)
-N_STEPS = 300
+N_STEPS = 600
 PATIENCE = 3
 """Positions in a row that may fail to help before the search ends: few held-out images say it with much noise."""
 HELD_OUT_SHARE = 0.4
@@ -126,11 +128,11 @@ class _Place:
         data, generator = self._views.select(rows), torch.Generator().manual_seed(task.seed)
         body, features = own_copy(source_body(task, self._source_cut)), task.source.head.features
         adapter, head = self._start(generator)
-        ((adapter, head),) = train(Stitched(adapter, body, features), head, data, class_loss, schedule, generator)
+        ((adapter, head),) = train(Stitched(adapter, body, features), head, data, refining_loss, schedule, generator)
         part = self._part_of(adapter)
         if part.masks is not None:
             behind = Stitched(adapter, part.module, features)
-            ((adapter, head),) = train(behind, head, data, class_loss, schedule, generator)
+            ((adapter, head),) = train(behind, head, data, refining_loss, schedule, generator)
         unseen = self._views.select(held_out)
         correct = _logits(Stitched(adapter, part.module, features), head, unseen, task.batch_size).argmax(1)
         hits = correct.cpu() == task.samples.labels[held_out]
@@ -146,7 +148,7 @@ class _Place:
             n_features = self._views.target_features.shape[1] + self._views.source_features.shape[1]
             head = DiscriminantHead(task.n_base, task.n_base + len(task.new_classes), n_features)
         else:
-            head = source_head(*source_classifier(task))
+            head = own_head(task)
         return adapter.to(task.target.device), head.to(task.target.device)
 
 

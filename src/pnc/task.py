@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from pnc.cuts import Head, find_head
-from pnc.data import Support, as_support, check_class_names, class_ids
+from pnc.data import Support, as_images, as_support, check_class_names, class_ids
 from pnc.errors import ClassNameError, InputError, RecordingError
 from pnc.graph import Recording, info, record
 
 _EXAMPLES = 4
 MAX_FOLDS = 5
+
+
+class HasClones(nn.Module):
+    """Base of modules that have clones attached: as these come and go, such a module can be no target of others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +53,8 @@ class Samples:
         images: (N, C, H, W), float32.
         labels: (N,), places among the target's classes followed by the new ones.
         groups: (N,), which image each row shows: a flipped copy shares its original's.
-        folds: (N,), ascending: the fold of cross-validation in which the image is held out. Each fold has every class
-            in the same share; all zero, which means no cross-validation, where a class has a single image.
+        folds: (N,), ascending: the fold of cross-validation in which the image is held out; all zero, which means no
+            cross-validation, where a new class has a single image.
     """
 
     images: Tensor
@@ -81,6 +85,7 @@ class CloneTask:
         samples: The support, base classes first.
         seed: Of every random choice.
         batch_size: Images that go through a network at a time.
+        n_background: How many images of base classes the target labelled itself.
     """
 
     source: Network
@@ -89,6 +94,7 @@ class CloneTask:
     samples: Samples
     seed: int
     batch_size: int
+    n_background: int = 0
 
     @property
     def source_ids(self) -> list[int]:
@@ -147,6 +153,7 @@ def prepare_task(
     classes: Sequence[str] | None,
     source_classes: Sequence[str],
     base_classes: Sequence[str],
+    background: Any = None,
     flip: bool = False,
     seed: int = 0,
     batch_size: int = 128,
@@ -162,34 +169,53 @@ def prepare_task(
         classes: Names of the classes to clone; None takes all of the source's that the target lacks.
         source_classes: Names of the source's outputs, in order.
         base_classes: Names of the target's outputs, in order.
+        background: Unlabelled images that the target is used on, (N, C, H, W), or an `ImageSet`, whose labels are not
+            looked at; they become samples of the base classes that the target itself sees in them.
         flip: Use the mirror image of each sample too.
         seed: Of every random choice.
         batch_size: Images that go through a network at a time.
     Raises:
-        InputError: source and target are one object, or the support lacks samples of a class.
+        InputError: source and target are one object, the support lacks samples of a new class, or the background
+            images are none, or of another shape.
         ClassNameError: a class is unknown, given twice, or known to the target already.
         RecordingError: a network cannot be recorded.
     """
     if source is target:
         raise InputError("source and target are the same object; load the network twice if this is meant")
+    if isinstance(target, nn.Module) and any(isinstance(module, HasClones) for module in target.modules()):
+        raise InputError(
+            "target is a composite, whose classes come and go; clone into the network in it (composite.target), "
+            "attach that clone to the composite too, and calibrate them together"
+        )
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}")
     base = check_class_names(base_classes, "base_classes")
     known = check_class_names(source_classes, "source_classes")
     new = _new_classes(classes, known, base)
-    samples = _samples(as_support(support, names=(*base, *new)), base, new, flip, seed)
-    examples = samples.images[:_EXAMPLES]
+    given = as_support(support, names=(*base, *new))
+    labels = _places(given, base, new)
+    unlabelled = given.images[:0] if background is None else as_images(background, "background", given.images)
+    examples = given.images[:_EXAMPLES]
     read = read_network(source, examples, known, "source"), read_network(target, examples, base, "target")
     if read[0].device != read[1].device:
         raise InputError(f"source is on {read[0].device}, target on {read[1].device}; move both to one device")
+    seen = [_answers(read[1], images) for images in unlabelled.split(batch_size) if len(images)]
     return CloneTask(
         source=read[0],
         target=read[1],
         new_classes=new,
-        samples=samples,
+        samples=_samples(torch.cat([given.images, unlabelled]), torch.cat([labels, *seen]), len(base), flip, seed),
         seed=seed,
         batch_size=batch_size,
+        n_background=len(unlabelled),
     )
+
+
+def _answers(network: Network, images: Tensor) -> Tensor:
+    """The classes that a network sees in images, (N,)."""
+    with torch.no_grad():
+        logits: Tensor = network.recording.module(images.to(network.device, network.recording.probe.dtype))
+    return logits.argmax(1).cpu()
 
 
 def _new_classes(classes: Sequence[str] | None, known: tuple[str, ...], base: tuple[str, ...]) -> tuple[str, ...]:
@@ -208,7 +234,8 @@ def _new_classes(classes: Sequence[str] | None, known: tuple[str, ...], base: tu
     return new
 
 
-def _samples(support: Support, base: tuple[str, ...], new: tuple[str, ...], flip: bool, seed: int) -> Samples:
+def _places(support: Support, base: tuple[str, ...], new: tuple[str, ...]) -> Tensor:
+    """Labels of a support as places among base and new classes, (N,)."""
     names = (*base, *new)
     counts = support.labels.bincount(minlength=len(support.names)).tolist()
     seen = {name: count for name, count in zip(support.names, counts, strict=True) if count}
@@ -220,16 +247,13 @@ def _samples(support: Support, base: tuple[str, ...], new: tuple[str, ...], flip
     missing = [name for name in new if name not in seen]
     if missing:
         raise InputError(f"support has no sample of {', '.join(missing)}; every class to clone needs at least one")
-    missing = [name for name in base if name not in seen]
-    if missing and len(missing) < len(base):
-        raise InputError(
-            f"support has samples of some base classes but none of {', '.join(missing)}; "
-            "give at least one of each, or none of any"
-        )
     place = torch.tensor([names.index(name) if name in names else -1 for name in support.names])
-    images, labels = support.images, place[support.labels]
+    return place[support.labels]
+
+
+def _samples(images: Tensor, labels: Tensor, n_base: int, flip: bool, seed: int) -> Samples:
     groups = torch.arange(len(labels))
-    folds = _folds(labels, seed)
+    folds = _folds(labels, n_base, seed)
     if flip:
         images, labels = torch.cat([images, images.flip(3)]), labels.repeat(2)
         groups, folds = groups.repeat(2), folds.repeat(2)
@@ -237,13 +261,21 @@ def _samples(support: Support, base: tuple[str, ...], new: tuple[str, ...], flip
     return Samples(images[order], labels[order], groups[order], folds[order])
 
 
-def _folds(labels: Tensor, seed: int) -> Tensor:
-    """Stratified folds of cross-validation, (N,); as many as the smallest class has images, at most `MAX_FOLDS`."""
+def _folds(labels: Tensor, n_base: int, seed: int) -> Tensor:
+    """Folds of cross-validation, (N,), in which every class has the same share, as far as its number allows.
+
+    Without any fold there are still images of every new class, and of some base class: so there are as many folds as
+    the smallest new class has images, or all base classes together, and at most `MAX_FOLDS`.
+    """
     generator = torch.Generator().manual_seed(seed)
     counts = labels.bincount()
-    n_folds = min(MAX_FOLDS, int(counts[counts > 0].min()))
-    folds = torch.zeros_like(labels)
+    of_kinds = [*counts[n_base:].tolist(), int(counts[:n_base].sum())]
+    n_folds = min(MAX_FOLDS, *(count for count in of_kinds if count))
+    folds, start = torch.zeros_like(labels), 0
     for label in counts.nonzero().flatten():
         members = (labels == label).nonzero().flatten()
-        folds[members[torch.randperm(len(members), generator=generator)]] = torch.arange(len(members)) % n_folds
+        folds[members[torch.randperm(len(members), generator=generator)]] = (
+            start + torch.arange(len(members))
+        ) % n_folds
+        start += len(members)
     return folds

@@ -22,7 +22,7 @@ from pnc.selection import Method
 from pnc.stitching import CrossFitted
 from pnc.task import CloneTask, prepare_task
 
-DENSITIES = (0.7, 0.5, 0.3, 0.2)
+DENSITIES = (0.5, 0.3)
 FULL = "full"
 METHODS: tuple[str, ...] = get_args(Method)
 KEYS = ("classes", "seed", "method", "density")

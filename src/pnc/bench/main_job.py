@@ -1,17 +1,18 @@
 """The main job beside its rivals: one pair of networks, one support, one test set, every promise checked."""
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pnc.baselines import ensemble, finetuning, lda
+from pnc.baselines.protocol import Budget, Rival
 from pnc.checkpoint import load, save
 from pnc.cloning import Clone, fit
 from pnc.composite import attach
@@ -23,11 +24,8 @@ from pnc.models import LoadedModel
 from pnc.positions import Progress, scan
 from pnc.task import CloneTask, prepare_task
 
-RIVALS: Mapping[str, ModuleType] = {
-    "direct ensemble": ensemble,
-    "LDA on target features": lda,
-    "fine-tuning with replay": finetuning,
-}
+RIVALS: Mapping[str, Rival] = {rival.name: rival for rival in (ensemble.RIVAL, lda.RIVAL, finetuning.WITH_REPLAY)}
+BUDGET = Budget()
 CLONE = "clone"
 
 
@@ -87,12 +85,12 @@ def run(job: Job, rivals: Sequence[str], folder: Path, progress: Progress | None
         start = time.perf_counter()
         task = _task(job)
         try:
-            rival = RIVALS[method].fit(task)
+            rival = RIVALS[method].fit(task, BUDGET).module
         except InputError as error:
             rows.append({"method": method, "not_applicable": str(error)})
             continue
         seconds = time.perf_counter() - start
-        rows.append(row(method, predict(rival, images), seconds, _n_bytes(rival, target.module, source.module)))
+        rows.append(row(method, predict(rival, images), seconds, new_bytes(rival, target.module, source.module)))
     path = folder / "clone.safetensors"
     n_bytes = save(clone, path)
     net = attach(target.module, clone)
@@ -171,8 +169,13 @@ def _target_row(target_logits: Tensor, labels: Tensor) -> dict[str, Any]:
     }
 
 
-def _n_bytes(rival: nn.Module, *known: nn.Module) -> int:
-    """Bytes of the tensors of `rival`, each once, that no network in `known` holds."""
-    there = {tensor.data_ptr() for network in known for tensor in [*network.parameters(), *network.buffers()]}
-    tensors = {tensor.data_ptr(): tensor for tensor in [*rival.parameters(), *rival.buffers()]}
-    return sum(tensor.numel() * tensor.element_size() for at, tensor in tensors.items() if at not in there)
+def new_bytes(rival: nn.Module, *known: nn.Module) -> int:
+    """Bytes of the tensors of `rival`, equal ones once, that are not in a network of `known` bit for bit."""
+    there = {_identity(tensor) for network in known for tensor in [*network.parameters(), *network.buffers()]}
+    tensors = {_identity(tensor): tensor for tensor in [*rival.parameters(), *rival.buffers()]}
+    return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if name not in there)
+
+
+def _identity(tensor: Tensor) -> tuple[torch.Size, bytes]:
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.shape, hashlib.sha256(raw).digest()

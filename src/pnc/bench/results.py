@@ -93,9 +93,9 @@ class Cells:
     def __init__(self, path: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> None:
         self._path, self._keys = path, tuple(keys)
         self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-        whole = path.read_text().rpartition("\n")[0] if path.is_file() else ""
-        lines = whole.splitlines() or [canonical_json({"settings": settings})]
         try:
+            whole = path.read_bytes().decode().rpartition("\n")[0] if path.is_file() else ""
+            lines = whole.splitlines() or [canonical_json({"settings": settings})]
             first, *rows = [json.loads(line) for line in lines]
             there = first["settings"]
             self._rows = {self._key(row): row for row in rows}
