@@ -198,6 +198,9 @@ def clone(
     method: Annotated[Method, typer.Option(help="How channels are chosen below density 1.")] = "gates",
     max_macs: MaxMacs = None,
     max_bytes: MaxBytes = None,
+    max_base_drop: Annotated[
+        float | None, typer.Option(help="Bound on the accuracy that base images may lose, such as 0.02.")
+    ] = None,
     strategy: Annotated[
         cloning.Strategy, typer.Option(help="scan: closed form; sequential: the paper's search, to compare with.")
     ] = "scan",
@@ -246,6 +249,7 @@ def clone(
             method=method,
             max_macs=max_macs,
             max_bytes=max_bytes,
+            max_base_drop=max_base_drop,
             strategy=strategy,
             refine=refine,
             flip=flip,

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -15,11 +16,11 @@ from pnc.heads import Head
 from pnc.integrity import Fingerprint, fingerprint
 from pnc.joint import joint_front, worth_trying
 from pnc.masks import ChannelMasks
+from pnc.operating_point import check_base_drop, check_promise, least_priority
 from pnc.positions import (
     TOLERANCE,
     Outcome,
     Progress,
-    Scan,
     fit_head,
     judge,
     outcome_of,
@@ -120,6 +121,7 @@ def clone(
     method: Method = "gates",
     max_macs: float | None = None,
     max_bytes: int | None = None,
+    max_base_drop: float | None = None,
     strategy: Strategy = "scan",
     refine: bool = False,
     flip: bool = False,
@@ -154,6 +156,9 @@ def clone(
             one-shot scores "taylor", "magnitude" or "random", or by "local-surrogate", the paper's rule as we read it.
         max_macs: Bound on the added MACs as a share of the source's.
         max_bytes: Bound on the size of the thin file at full density.
+        max_base_drop: Bound on the accuracy that base images may lose, in (0, 1), such as 0.02: the new logits are
+            lowered until held-out base images keep it. It needs 1 / max_base_drop of these. None takes base and new
+            images for equally likely.
         strategy: How the position is found. "sequential" is the reference to compare with: the paper's search, trained
             by gradient; it knows no bounds and takes minutes.
         refine: Tune the adapter by gradient, and keep what held-out images gain by; takes minutes.
@@ -171,10 +176,12 @@ def clone(
         )
     if strategy not in get_args(Strategy):
         raise InputError(f"strategy: expected one of {', '.join(get_args(Strategy))}, got {strategy!r}")
-    bounded = max_macs is not None or max_bytes is not None or density == "auto"
+    check_base_drop(max_base_drop)
+    bounded = any(bound is not None for bound in (max_macs, max_bytes, max_base_drop)) or density == "auto"
     if strategy == "sequential" and (bounded or refine):
         raise InputError(
-            "strategy: the sequential search takes no max_macs, max_bytes, refine or density='auto'; leave them out"
+            "strategy: the sequential search takes no max_macs, max_bytes, max_base_drop, refine or density='auto'; "
+            "leave them out"
         )
     check_name(name)
     task = prepare_task(
@@ -189,13 +196,20 @@ def clone(
         seed=seed,
         batch_size=batch_size,
     )
+    if max_base_drop is not None:
+        check_promise(max_base_drop, _n_images(task, base=True))
     if strategy == "sequential":
         return fit_sequential(task, density=float(density), method=method, name=name, progress=progress)
     found = scan(task, progress=progress)
+    fit_one = partial(
+        fit, task, method=method, max_base_drop=max_base_drop, refine=refine, name=name, progress=progress
+    )
     if density == "auto":
-        return _fit_auto(task, found, max_macs, max_bytes, method, refine, name, progress)
-    fitted = found.adapter(found.choose(max_macs, max_bytes))
-    return fit(task, fitted, density=density, method=method, refine=refine, name=name, progress=progress)
+        tried = worth_trying(joint_front(task, found, max_macs, max_bytes))
+        made = [fit_one(found.adapter(one.position), density=one.density) for one in tried]
+        best = max(one.recipe["score"] for one in made)
+        return min((c for c in made if c.recipe["score"] >= best - TOLERANCE), key=lambda c: c.recipe["macs_share"])
+    return fit_one(found.adapter(found.choose(max_macs, max_bytes)), density=density)
 
 
 def fit(
@@ -204,6 +218,7 @@ def fit(
     *,
     density: float = 1.0,
     method: Method = "gates",
+    max_base_drop: float | None = None,
     refine: bool = False,
     name: str | None = None,
     progress: Progress | None = None,
@@ -215,6 +230,7 @@ def fit(
         fitted: The adapters of a position, from `scan`: `found.adapter(found.choose())`.
         density: As in `clone`.
         method: As in `clone`.
+        max_base_drop: As in `clone`.
         refine: As in `clone`.
         name: As in `clone`.
         progress: As in `clone`.
@@ -227,36 +243,13 @@ def fit(
         fitted, facts = found.fitted, {"refine": {"gain": found.gain, "steps": found.n_steps}}
     (samples,) = run_parts(task, [(fitted, part.module)], progress)
     judged = judge(samples)
+    if max_base_drop is not None:
+        nats = least_priority(judged.logits, samples.labels, task.samples.groups, task.n_base, max_base_drop)
+        judged = judged.lowered(nats)
+        facts |= {"base_priority": nats, "max_base_drop": max_base_drop}
     head, outcome = fit_head(task, samples, judged), outcome_of(judged.correct, task)
     facts |= {"adapter_error": error, "shrinkage": judged.stacking and judged.stacking.shrinkage}
     return _made(task, copy.deepcopy(fitted.adapter), part, head, outcome, name, method, facts)
-
-
-def _fit_auto(
-    task: CloneTask,
-    found: Scan,
-    max_macs: float | None,
-    max_bytes: int | None,
-    method: Method,
-    refine: bool,
-    name: str | None,
-    progress: Progress | None,
-) -> Clone:
-    """Make the clones that are worth trying, and take the cheapest one that is good enough; arguments as in `clone`."""
-    made = [
-        fit(
-            task,
-            found.adapter(one.position),
-            density=one.density,
-            method=method,
-            refine=refine,
-            name=name,
-            progress=progress,
-        )
-        for one in worth_trying(joint_front(task, found, max_macs, max_bytes))
-    ]
-    best = max(one.recipe["score"] for one in made)
-    return min((c for c in made if c.recipe["score"] >= best - TOLERANCE), key=lambda c: c.recipe["macs_share"])
 
 
 def fit_sequential(

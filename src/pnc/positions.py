@@ -291,6 +291,12 @@ class Judged:
         """Which samples are classified right when they are held out, (N,) bool."""
         return self.logits.argmax(1) == self.labels
 
+    def lowered(self, nats: float) -> "Judged":
+        """The same with all new logits lowered by so many nats; only with base samples."""
+        assert self.stacking is not None
+        stacking = self.stacking.lowered(nats)
+        return Judged(stacking, stacking.logits, self.labels)
+
 
 def judge(samples: HeadSamples) -> Judged:
     """Choose the head that the support allows, and measure it on held-out samples; `run_parts` makes the samples."""
