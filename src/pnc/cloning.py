@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -12,9 +13,11 @@ from pnc.cuts import CutPoint
 from pnc.data import check_class_names, class_ids
 from pnc.errors import InputError
 from pnc.heads import Head
+from pnc.images import MEMORY
 from pnc.integrity import Fingerprint, fingerprint
 from pnc.joint import joint_front, worth_trying
 from pnc.masks import ChannelMasks
+from pnc.parallel import ALONE, Team
 from pnc.positions import (
     TOLERANCE,
     Outcome,
@@ -125,6 +128,8 @@ def clone(
     flip: bool = False,
     seed: int = 0,
     batch_size: int = 128,
+    memory: int = MEMORY,
+    team: Team = ALONE,
     progress: Progress | None = None,
 ) -> Clone:
     """Clone what the source knows about some classes, for the target; both networks stay as they are.
@@ -160,6 +165,9 @@ def clone(
         flip: Use the mirror image of each sample too: right for photographs, wrong for digits.
         seed: Of every random choice; the same inputs and seed give the same clone.
         batch_size: Images that go through a network at a time.
+        memory: Bytes that may be kept of the support at a time, beside what a batch takes. Images that a Dataset or a
+            DataLoader gives beyond half of it go to a temporary file; see docs/scale.md.
+        team: The processes that make the clone together, each called with the same arguments; from `pnc.joined`.
         progress: Called with what is being done, the steps done, and the steps in all.
     Raises:
         InputError, ClassNameError, RecordingError: as `prepare_task`; InputError also where no position is within
@@ -188,14 +196,17 @@ def clone(
         flip=flip,
         seed=seed,
         batch_size=batch_size,
+        memory=memory,
+        team=team,
     )
-    if strategy == "sequential":
-        return fit_sequential(task, density=float(density), method=method, name=name, progress=progress)
-    found = scan(task, progress=progress)
-    if density == "auto":
-        return _fit_auto(task, found, max_macs, max_bytes, method, refine, name, progress)
-    fitted = found.adapter(found.choose(max_macs, max_bytes))
-    return fit(task, fitted, density=density, method=method, refine=refine, name=name, progress=progress)
+    with closing(task):
+        if strategy == "sequential":
+            return fit_sequential(task, density=float(density), method=method, name=name, progress=progress)
+        found = scan(task, progress=progress)
+        if density == "auto":
+            return _fit_auto(task, found, max_macs, max_bytes, method, refine, name, progress)
+        fitted = found.adapter(found.choose(max_macs, max_bytes))
+        return fit(task, fitted, density=density, method=method, refine=refine, name=name, progress=progress)
 
 
 def fit(
@@ -225,9 +236,10 @@ def fit(
     if refine:
         found = refined(task, fitted, part.module, progress)
         fitted, facts = found.fitted, {"refine": {"gain": found.gain, "steps": found.n_steps}}
-    (samples,) = run_parts(task, [(fitted, part.module)], progress)
+    seen = task.within(16 * (task.source.head.features.n_channels + task.target.head.features.n_channels), share=0.5)
+    (samples,) = run_parts(seen, [(fitted, part.module)], progress)
     judged = judge(samples)
-    head, outcome = fit_head(task, samples, judged), outcome_of(judged.correct, task)
+    head, outcome = fit_head(task, samples, judged), outcome_of(judged.correct, seen)
     facts |= {"adapter_error": error, "shrinkage": judged.stacking and judged.stacking.shrinkage}
     return _made(task, copy.deepcopy(fitted.adapter), part, head, outcome, name, method, facts)
 

@@ -438,7 +438,9 @@ def _batches(data: Any) -> Iterator[tuple[Tensor, list[Any]]]:
         yield _image_tensor(data[0]), list(data[1])
     else:
         kind = type(data).__name__
-        raise InputError(f"support: expected a pair (images, labels), an ImageSet, a Dataset or a DataLoader, got {kind}")
+        raise InputError(
+            f"support: expected a pair (images, labels), an ImageSet, a Dataset or a DataLoader, got {kind}"
+        )
 
 
 def _items(dataset: Dataset[Any]) -> Iterable[Any]:

@@ -136,7 +136,7 @@ class ImageStore:
     def _write(self, images: Tensor) -> int:
         """Write images to the end of the file; where they begin."""
         if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="pnc-", buffering=0)
+            self._file = tempfile.TemporaryFile(prefix="pnc-", buffering=0)  # noqa: SIM115 - closed with the store
             weakref.finalize(self, self._file.close)
         self._file.seek(self._n_written)
         data, done = memoryview(_as_bytes(images)).cast("B"), 0

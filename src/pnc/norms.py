@@ -73,10 +73,10 @@ def tune_norms(
     """
     layers = [layer for layer in batch_norms(segment) if layer.affine]
     before = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in layers]
+    if start is not None:
+        for layer, other in zip(batch_norms(segment), batch_norms(start), strict=True):
+            layer.load_state_dict(other.state_dict())
     with training_norms(segment, team) as parameters:
-        if start is not None:
-            for layer, other in zip(batch_norms(segment), batch_norms(start), strict=True):
-                layer.load_state_dict(other.state_dict())
         if parameters:
             optimizer, decay = optimizer_for([{"params": parameters, "lr": LEARNING_RATE}], n_steps)
             for (x, loss), _ in zip(batches, range(n_steps), strict=False):
@@ -130,7 +130,7 @@ def training_norms(segment: nn.Module, team: Team = ALONE) -> Iterator[list[nn.P
 
 @contextlib.contextmanager
 def _shared_statistics(layers: list[_BatchNorm], team: Team) -> Iterator[None]:
-    """Let layers in evaluation mode do what they would in training on the whole batch, of which each process has a part.
+    """Let layers in evaluation mode do what training would on the whole batch, of which each process has a part.
 
     What comes in is normalised in front of the layer, whose own statistics say that nothing is left to do.
     """

@@ -6,7 +6,8 @@ turn; sums and features are then exchanged, and what follows from them is comput
 
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,7 @@ class Team:
         return total
 
     def whole(self, part: Tensor, n: int) -> Tensor:
-        """All n rows of which every process has its `part`; where each makes the same loss of them, gradients are right.
+        """All n rows, of which every process has its `part`; each is to make the same loss of them.
 
         The gradient for this process's own rows comes back to it, once.
         """
@@ -143,10 +144,15 @@ def join(device: torch.device | str = "cpu") -> tuple[Team, torch.device]:
     return Team(dist.get_rank(), dist.get_world_size()), device
 
 
-def leave() -> None:
-    """Part from the other processes, where `join` met any."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+@contextmanager
+def joined(device: torch.device | str = "cpu") -> Iterator[tuple[Team, torch.device]]:
+    """As `join`, for the length of a block; what was not set up before is parted from at its end."""
+    there = dist.is_available() and dist.is_initialized()
+    try:
+        yield join(device)
+    finally:
+        if not there and dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _to_backend(tensor: Tensor) -> Tensor:
@@ -161,7 +167,7 @@ class _Sum(torch.autograd.Function):
         return team.sum(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return ctx.team.sum(gradient), None
 
 
@@ -172,5 +178,5 @@ class _Whole(torch.autograd.Function):
         return team.gather(part, torch.arange(n)[ctx.place], n)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient[ctx.place], None, None

@@ -83,8 +83,9 @@ def views(task: CloneTask, cut: CutPoint) -> Views:
         own = pool(teacher(images), task.source.head.features)
         return tensors, pool(features, task.target.head.features), logits, own
 
-    found = task.run(seen, task.target.device)[0]
-    return Views(*found, task.samples.labels.to(task.target.device))
+    (tensors, target_features, base_logits, source_features), _ = task.run(seen, task.target.device)
+    labels = task.samples.labels.to(task.target.device)
+    return Views(tensors, target_features, base_logits, source_features, labels)
 
 
 def train(

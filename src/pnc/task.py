@@ -17,6 +17,8 @@ from pnc.parallel import ALONE, Team
 _EXAMPLES = 4
 MAX_FOLDS = 5
 LEAST_MEMORY = 2**20
+IMAGES_SHARE = 0.5
+"""Of the memory, what images may take before they go to a file."""
 
 
 class HasClones(nn.Module):
@@ -104,7 +106,7 @@ class Samples:
         places = torch.empty(len(images), dtype=torch.float64)
         for cell in (labels * self.n_folds + folds).unique().tolist():
             members = (labels * self.n_folds + folds == cell).nonzero().flatten()
-            places[members] = (torch.arange(len(members)) + 0.5) / len(members)
+            places[members] = (torch.arange(len(members)).double() + 0.5) / len(members)
             if cell >= n_base * self.n_folds:
                 places[members[0]] = -1.0
         n_kept = max(n_images, int((places < 0).sum()))
@@ -287,7 +289,7 @@ def prepare_task(
     base = check_class_names(base_classes, "base_classes")
     known = check_class_names(source_classes, "source_classes")
     new = _new_classes(classes, known, base)
-    given = stored_support(support, (*base, *new), memory // 2)
+    given = stored_support(support, (*base, *new), int(IMAGES_SHARE * memory))
     labels, store = _places(given, base, new), given.images
     n_given = len(store)
     examples = store.read(torch.arange(min(n_given, _EXAMPLES)))
