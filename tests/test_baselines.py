@@ -164,8 +164,8 @@ def test_temperatures_undo_a_scale_and_an_offset() -> None:
 
 def test_temperatures_lower_the_loss_on_the_support() -> None:
     given = task()
-    logits = predict(ensemble.fit(given, SHORT).module, given.samples.images)
-    better = predict(tempered.fit(given, SHORT).module, given.samples.images)
+    logits = predict(ensemble.fit(given, SHORT).module, given.samples.images[:])
+    better = predict(tempered.fit(given, SHORT).module, given.samples.images[:])
     weight = 1 / given.samples.labels.bincount().float()
     raw, fit = (F.cross_entropy(one, given.samples.labels, weight=weight) for one in (logits, better))
     assert fit < raw
@@ -181,7 +181,7 @@ def test_discriminants_are_those_of_scikit_learn_on_the_targets_features() -> No
         lambda module, inputs: caught.append(inputs[0])
     )
     try:
-        predict(given.target.model, given.samples.images, batch_size=1000)
+        predict(given.target.model, given.samples.images[:], batch_size=1000)
         predict(given.target.model, images, batch_size=1000)
     finally:
         handle.remove()

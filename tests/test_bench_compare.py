@@ -140,7 +140,8 @@ def row(method: str, average: float, locality: float, **facts: Any) -> dict[str,
 
 def claims_of(*rows: dict[str, Any]) -> dict[str, Any]:
     return {
-        claim.claim.removeprefix("CIFAR-10, 100/20, all, net from net: "): claim for claim in compare_report.claims(rows)
+        claim.claim.removeprefix("CIFAR-10, 100/20, all, net from net: "): claim
+        for claim in compare_report.claims(rows)
     }
 
 

@@ -22,6 +22,7 @@ from pnc.errors import (
 )
 from pnc.exported import from_exported
 from pnc.models import LoadedModel, load_model
+from pnc.parallel import Team, joined
 from pnc.plans import CloneStatus
 from pnc.positions import Position, Scan, scan
 from pnc.preprocessing import Preprocessed
@@ -49,6 +50,7 @@ __all__ = [
     "Scalars",
     "Scan",
     "Support",
+    "Team",
     "attach",
     "calibrate",
     "clone",
@@ -56,6 +58,7 @@ __all__ = [
     "fit",
     "from_exported",
     "inspect",
+    "joined",
     "load",
     "load_data",
     "load_model",

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -13,10 +14,12 @@ from pnc.cuts import CutPoint
 from pnc.data import check_class_names, class_ids
 from pnc.errors import InputError
 from pnc.heads import Head
+from pnc.images import MEMORY
 from pnc.integrity import Fingerprint, fingerprint
 from pnc.joint import joint_front, worth_trying
 from pnc.masks import ChannelMasks
 from pnc.operating_point import check_base_drop, check_promise, least_priority
+from pnc.parallel import ALONE, Team
 from pnc.positions import (
     TOLERANCE,
     Outcome,
@@ -127,6 +130,8 @@ def clone(
     flip: bool = False,
     seed: int = 0,
     batch_size: int = 128,
+    memory: int = MEMORY,
+    team: Team = ALONE,
     progress: Progress | None = None,
 ) -> Clone:
     """Clone what the source knows about some classes, for the target; both networks stay as they are.
@@ -165,6 +170,9 @@ def clone(
         flip: Use the mirror image of each sample too: right for photographs, wrong for digits.
         seed: Of every random choice; the same inputs and seed give the same clone.
         batch_size: Images that go through a network at a time.
+        memory: Bytes that may be kept of the support at a time, beside what a batch takes. Images that a Dataset or a
+            DataLoader gives beyond half of it go to a temporary file; see docs/scale.md.
+        team: The processes that make the clone together, each called with the same arguments; from `pnc.joined`.
         progress: Called with what is being done, the steps done, and the steps in all.
     Raises:
         InputError, ClassNameError, RecordingError: as `prepare_task`; InputError also where no position is within
@@ -195,21 +203,25 @@ def clone(
         flip=flip,
         seed=seed,
         batch_size=batch_size,
+        memory=memory,
+        team=team,
     )
-    if max_base_drop is not None:
-        check_promise(max_base_drop, _n_images(task, base=True))
-    if strategy == "sequential":
-        return fit_sequential(task, density=float(density), method=method, name=name, progress=progress)
-    found = scan(task, progress=progress)
-    fit_one = partial(
-        fit, task, method=method, max_base_drop=max_base_drop, refine=refine, name=name, progress=progress
-    )
-    if density == "auto":
-        tried = worth_trying(joint_front(task, found, max_macs, max_bytes))
-        made = [fit_one(found.adapter(one.position), density=one.density) for one in tried]
-        best = max(one.recipe["score"] for one in made)
-        return min((c for c in made if c.recipe["score"] >= best - TOLERANCE), key=lambda c: c.recipe["macs_share"])
-    return fit_one(found.adapter(found.choose(max_macs, max_bytes)), density=density)
+    with closing(task):
+        if max_base_drop is not None:
+            check_promise(max_base_drop, _n_images(task, base=True))
+        if strategy == "sequential":
+            return fit_sequential(task, density=float(density), method=method, name=name, progress=progress)
+        found = scan(task, progress=progress)
+        fit_one = partial(
+            fit, task, method=method, max_base_drop=max_base_drop, refine=refine, name=name, progress=progress
+        )
+        if density == "auto":
+            tried = worth_trying(joint_front(task, found, max_macs, max_bytes))
+            made = [fit_one(found.adapter(one.position), density=one.density) for one in tried]
+            best = max(one.recipe["score"] for one in made)
+            good = [one for one in made if one.recipe["score"] >= best - TOLERANCE]
+            return min(good, key=lambda one: one.recipe["macs_share"])
+        return fit_one(found.adapter(found.choose(max_macs, max_bytes)), density=density)
 
 
 def fit(
@@ -241,13 +253,14 @@ def fit(
     if refine:
         found = refined(task, fitted, part.module, progress)
         fitted, facts = found.fitted, {"refine": {"gain": found.gain, "steps": found.n_steps}}
-    (samples,) = run_parts(task, [(fitted, part.module)], progress)
+    seen = task.within(16 * (task.source.head.features.n_channels + task.target.head.features.n_channels), share=0.5)
+    (samples,) = run_parts(seen, [(fitted, part.module)], progress)
     judged = judge(samples)
     if max_base_drop is not None:
-        nats = least_priority(judged.logits, samples.labels, task.samples.groups, task.n_base, max_base_drop)
+        nats = least_priority(judged.logits, samples.labels, seen.samples.groups, task.n_base, max_base_drop)
         judged = judged.lowered(nats)
         facts |= {"base_priority": nats, "max_base_drop": max_base_drop}
-    head, outcome = fit_head(task, samples, judged), outcome_of(judged.correct, task)
+    head, outcome = fit_head(task, samples, judged), outcome_of(judged.correct, seen)
     facts |= {"adapter_error": error, "shrinkage": judged.stacking and judged.stacking.shrinkage}
     return _made(task, copy.deepcopy(fitted.adapter), part, head, outcome, name, method, facts)
 

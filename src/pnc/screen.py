@@ -157,7 +157,7 @@ class Bar:
 
 
 @contextmanager
-def progress() -> Iterator[Bar]:
+def progress(shown_here: bool = True) -> Iterator[Bar]:
     """Show progress within the block; nothing remains of it, and nothing is shown where nobody looks."""
     columns = (
         TextColumn("{task.description}"),
@@ -165,7 +165,8 @@ def progress() -> Iterator[Bar]:
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as shown:
+    hidden = not (shown_here and sys.stderr.isatty())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as shown:
         yield Bar(shown)
 
 
