@@ -18,7 +18,7 @@ from pnc.data import unknown_name
 from pnc.errors import ClassNameError, InputError, MismatchError
 from pnc.graph import Recording, record
 from pnc.integrity import Snapshot, first_difference
-from pnc.plans import CloneStatus, Plan, status_of
+from pnc.plans import CloneStatus, Plan, Rows, status_of
 from pnc.task import HasClones
 from pnc.verification import BATCH_SIZES, Report, verify_composite
 
@@ -184,9 +184,18 @@ class Composite(HasClones):
             yield self
 
     # -------------------------------------------------------------------------------------------------- as a module
-    def forward(self, images: Tensor) -> Tensor:
-        """Give logits (B, K_base + K_new) for images (B, C, H, W)."""
-        return self._plan.logits(images)
+    def forward(self, images: Tensor, only: Rows | None = None) -> Tensor:
+        """Give logits (B, K_base + K_new) for images (B, C, H, W).
+
+        Args:
+            images: All of them go through the target, once.
+            only: For each image the clones that are wanted: a name, several or none of them, or None for all that are
+                enabled. A clone runs on those images alone that want it; for the others its logits are -inf, which is
+                a probability of 0.
+        Raises:
+            InputError: `only` has not one entry for each image, or names a clone that is not enabled.
+        """
+        return self._plan.logits(images, only)
 
     def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Give what calibration starts from: the target's logits, and what the enabled clones say against the base.
@@ -301,6 +310,7 @@ class Composite(HasClones):
             taps=tuple(cuts.index(cut) for cut in wanted),
             names=tuple(clone.name for clone, _ in pairs),
             branches=tuple(branch for _, branch in pairs),
+            calibrated=tuple(not branch.scalars.is_identity for _, branch in pairs),
             classes=(*self._base_classes, *(name for clone, _ in pairs for name in clone.classes)),
             base_priority=self._base_priority,
         )
