@@ -21,6 +21,7 @@ from pnc.errors import (
     RecordingError,
 )
 from pnc.exported import from_exported
+from pnc.fusion import FusedComposite
 from pnc.models import LoadedModel, load_model
 from pnc.plans import CloneStatus
 from pnc.positions import Position, Scan, scan
@@ -37,6 +38,7 @@ __all__ = [
     "CloneTask",
     "Composite",
     "FileFormatError",
+    "FusedComposite",
     "ImageSet",
     "InputError",
     "LoadedModel",

@@ -4,13 +4,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from pnc.branch import Branch
 from pnc.cloning import Clone
-from pnc.cuts import CutPoint
+from pnc.cuts import CutPoint, cut_points, find_head
 from pnc.data import unknown_name
-from pnc.errors import InputError
+from pnc.errors import InputError, MismatchError
+from pnc.graph import Recording
+from pnc.integrity import first_difference
 from pnc.stitching import pool
 
 Rows = Sequence[str | Collection[str] | None]
@@ -146,3 +148,29 @@ class Plan:
         """The tensors that the branches read, the target's features and its logits."""
         tensors: tuple[Tensor, ...] = self.trunk(images)
         return tensors
+
+
+def check_target(target: nn.Module, clone: Clone) -> None:
+    """Raise a `MismatchError` unless `clone` was made for `target` with the weights that it has now."""
+    difference = first_difference(target, clone.target)
+    if difference is not None:
+        raise MismatchError(
+            f"clone {clone.name!r} was made for another target: {difference}; attach it to that one, clone again, or "
+            "give allow_mismatch=True if you know better"
+        )
+
+
+def check_places(recording: Recording, clone: Clone) -> None:
+    """Raise a `MismatchError` unless a recorded target has the tensors that `clone` reads, and as many classes."""
+    cuts = cut_points(recording)
+    for cut in (clone.target_cut, clone.target_features):
+        if not any(map(cut.is_same_place, cuts)) and not cut.is_same_place(find_head(recording).features):
+            raise MismatchError(
+                f"clone {clone.name!r} reads {cut.name!r} with shape {cut.shape}, which this target does not have; "
+                "attach it to the one that it was made for"
+            )
+    if recording.n_classes != len(clone.base_classes):
+        raise MismatchError(
+            f"clone {clone.name!r} was made for {len(clone.base_classes)} base classes, this target has "
+            f"{recording.n_classes}; attach it to the one that it was made for"
+        )

@@ -125,7 +125,7 @@ class Adapter(nn.Module):
     def forward(self, tensor: Tensor) -> Tensor:
         """Map the target's tensor, (B, *target_cut.shape), to (B, *source_cut.shape)."""
         grid, prefix = to_grid(tensor, self.target_cut)
-        made = self._prefix_tokens(grid, prefix)
+        made = self.prefix_tokens(grid, prefix)
         size = grid_size(self.source_cut)
         if math.prod(size) <= math.prod(grid_size(self.target_cut)):
             grid = self._convolve(resize(grid, size))
@@ -135,7 +135,7 @@ class Adapter(nn.Module):
             grid = F.relu(grid)
         return from_grid(grid, made, self.source_cut)
 
-    def _prefix_tokens(self, grid: Tensor, prefix: Tensor) -> Tensor | None:
+    def prefix_tokens(self, grid: Tensor, prefix: Tensor) -> Tensor | None:
         """The source's prefix tokens (B, P, C); None where it has none."""
         if not self.source_cut.n_prefix_tokens:
             return None
