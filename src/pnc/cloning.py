@@ -24,6 +24,7 @@ from pnc.positions import (
     TOLERANCE,
     Outcome,
     Progress,
+    features_seen,
     fit_head,
     judge,
     outcome_of,
@@ -58,7 +59,8 @@ class Clone:
         target: Fingerprint of the target.
         input_shape: Of the target's images, (C, H, W).
         source_input_shape: Of the source's.
-        target_features: The cut of the target's penultimate features, which the head reads.
+        target_features: The cut of the target's features that the head reads: the penultimate ones, or, without base
+            samples, the input of its last BatchNorm layer.
         recipe: How it was made and what it promises: plain values.
     """
 
@@ -323,7 +325,7 @@ def _made(
         target=fingerprint(task.target.model),
         input_shape=task.target.recording.input_shape,
         source_input_shape=task.source.recording.input_shape,
-        target_features=task.target.head.features,
+        target_features=features_seen(task),
         recipe=recipe,
     )
 

@@ -47,7 +47,7 @@ class Composite(HasClones):
         super().__init__()
         self.target = target
         self.branches = nn.ModuleList()
-        self._base_classes, self._features = clone.base_classes, clone.target_features
+        self._base_classes = clone.base_classes
         self._input_shape = clone.input_shape
         self._clones: dict[str, Clone] = {}  # never changed in place, like the list of branches: readers need no lock
         self._blocks: tuple[_Block, ...] = ()
@@ -316,12 +316,13 @@ class Composite(HasClones):
         pairs = self._pairs()
         if self._blocks:
             pairs = [(clone, branch) for clone, branch in pairs if clone.name in self._blocks[-1].names]
-        wanted = [branch.stitched.adapter.target_cut for _, branch in pairs]
-        cuts = list(dict.fromkeys(wanted))
+        taps, views = [clone.target_cut for clone, _ in pairs], [clone.target_features for clone, _ in pairs]
+        cuts, features = tuple(dict.fromkeys(taps)), tuple(dict.fromkeys(views))
         plan = Plan(
-            trunk=self._trunk(tuple(cut.name for cut in cuts)),
-            features=self._features,
-            taps=tuple(cuts.index(cut) for cut in wanted),
+            trunk=self._trunk(tuple(cut.name for cut in (*cuts, *features))),
+            features=features,
+            taps=tuple(map(cuts.index, taps)),
+            views=tuple(map(features.index, views)),
             names=tuple(clone.name for clone, _ in pairs),
             branches=tuple(branch for _, branch in pairs),
             calibrated=tuple(not branch.scalars.is_identity for _, branch in pairs),
@@ -334,7 +335,7 @@ class Composite(HasClones):
     def _trunk(self, cuts: tuple[str, ...]) -> fx.GraphModule:
         """The target up to its logits, with the tensors at `cuts`; kept, so that compiled code of it stays of use."""
         if cuts not in self._trunks:
-            self._trunks[cuts] = flattened(extract(self._recording, None, [*cuts, self._features, LOGITS]))
+            self._trunks[cuts] = flattened(extract(self._recording, None, [*cuts, LOGITS]))
         return self._trunks[cuts]
 
 

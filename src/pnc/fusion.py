@@ -69,17 +69,19 @@ class FusedComposite(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Give logits (B, K_base + K_new) for images (B, C, H, W)."""
-        *tensors, features, logits = self._trunk(images)
+        made = self._trunk(images)
         if not self._n_clones:
-            return cast(Tensor, logits)
+            return cast(Tensor, made)
+        *tensors, logits = made
         found: dict[int, Tensor] = {}
         for stem in cast(Iterable[_Stem], self.stems):
             for place, tensor in zip(stem.places, stem(tensors[stem.tap]), strict=True):
                 found[place] = pool(self.bodies[place](tensor), self._pooled[place])
-        pooled = pool(features, self._features)
+        features = tensors[len(tensors) - len(self._features) :]
+        pooled = [pool(tensor, cut) for tensor, cut in zip(features, self._features, strict=True)]
         new: dict[int, Tensor] = {}
         for head in cast(Iterable[_Heads], self.heads):
-            made = head(pooled, [found[place] for place in head.places], logits)
+            made = head(pooled[head.view], [found[place] for place in head.places], logits)
             new.update(zip(head.places, made, strict=True))
         return torch.cat([logits, *(new[place] for place in range(self._n_clones))], 1)
 
@@ -305,15 +307,16 @@ class _Heads(nn.Module):
 
     Attributes:
         places: Which clones they are of.
+        view: Which of the features of the target they read.
     """
 
     target_weight: Tensor
     bias: Tensor
     weights: Tensor
 
-    def __init__(self, places: Sequence[int], rows: Sequence["_Rows"]) -> None:
+    def __init__(self, places: Sequence[int], view: int, rows: Sequence["_Rows"]) -> None:
         super().__init__()
-        self.places, self._n_new = tuple(places), len(rows[0].shift)
+        self.places, self.view, self._n_new = tuple(places), view, len(rows[0].shift)
         self.register_buffer("target_weight", torch.cat([row.target_weight for row in rows]))
         self.register_buffer("bias", torch.stack([row.bias for row in rows]))
         self.register_buffer("weights", torch.stack([row.weights for row in rows]))
@@ -391,10 +394,11 @@ def _stacked(branch: Branch, n_target: int, n_base: int) -> StackedHead:
 
 
 def _heads(plan: Plan) -> list[_Heads]:
-    """One batch for each number of new classes."""
+    """One batch for each number of new classes and each of the features that heads read."""
     n_base = len(plan.classes) - sum(len(branch.offset) for branch in plan.branches)
-    groups: dict[int, list[int]] = {}
-    for place, branch in enumerate(plan.branches):
-        groups.setdefault(len(branch.offset), []).append(place)
-    rows = [_rows(branch, plan.features.n_channels, n_base, plan.base_priority) for branch in plan.branches]
-    return [_Heads(places, [rows[place] for place in places]) for places in groups.values()]
+    groups: dict[tuple[int, int], list[int]] = {}
+    rows = []
+    for place, (branch, view) in enumerate(zip(plan.branches, plan.views, strict=True)):
+        groups.setdefault((len(branch.offset), view), []).append(place)
+        rows.append(_rows(branch, plan.features[view].n_channels, n_base, plan.base_priority))
+    return [_Heads(places, view, [rows[place] for place in places]) for (_, view), places in groups.items()]

@@ -13,6 +13,7 @@ from pnc.data import unknown_name
 from pnc.errors import InputError, MismatchError
 from pnc.graph import Recording
 from pnc.integrity import first_difference
+from pnc.remembered import last_norm
 from pnc.stitching import pool
 
 Rows = Sequence[str | Collection[str] | None]
@@ -72,9 +73,10 @@ class Plan:
     """One forward pass. A call reads one plan, so that it sees all of one set of clones and nothing of another.
 
     Attributes:
-        trunk: From images to the target's tensors that the branches read, its features and its logits.
-        features: The cut of those features.
-        taps: For each branch which of the trunk's tensors it reads.
+        trunk: From images to the target's tensors that the branches read, those that their heads read, and its logits.
+        features: The cuts of those that heads read.
+        taps: For each branch which of the tensors it reads.
+        views: For each branch which of the features its head reads.
         names: Of the clones that run.
         branches: Theirs.
         calibrated: For each of them whether its scalars do anything; where not, they are not looked at.
@@ -83,8 +85,9 @@ class Plan:
     """
 
     trunk: fx.GraphModule
-    features: CutPoint
+    features: tuple[CutPoint, ...]
     taps: tuple[int, ...]
+    views: tuple[int, ...]
     names: tuple[str, ...]
     branches: tuple[Branch, ...]
     calibrated: tuple[bool, ...]
@@ -94,11 +97,10 @@ class Plan:
     def logits(self, images: Tensor, only: Rows | None = None) -> Tensor:
         """Give logits (B, K_base + K_new) for images (B, C, H, W): `Composite.forward`."""
         rows = [None] * len(self.names) if only is None else self._rows(only, images.shape[0])
-        *tensors, features, logits = self._run(images)
+        inputs, logits = self._run(images)
         if not self.branches:
             return logits
-        pooled = pool(features, self.features)
-        new = [self._new(place, rows[place], tensors[tap], pooled, logits) for place, tap in enumerate(self.taps)]
+        new = [self._new(place, rows[place], *seen, logits) for place, seen in enumerate(inputs)]
         if self.base_priority:
             new = [one - self.base_priority for one in new]
         return torch.cat([logits, *new], 1)
@@ -137,17 +139,22 @@ class Plan:
 
     def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Give the target's logits and each clone's uncalibrated log-odds against the base: `Composite.log_odds`."""
-        *tensors, features, logits = self._run(images)
-        pooled, level = pool(features, self.features), logits.logsumexp(1, keepdim=True)
+        inputs, logits = self._run(images)
+        level = logits.logsumexp(1, keepdim=True)
         return logits, {
-            name: branch.head_logits(tensors[tap], pooled, logits) - level
-            for name, tap, branch in zip(self.names, self.taps, self.branches, strict=True)
+            name: branch.head_logits(*seen, logits) - level
+            for name, seen, branch in zip(self.names, inputs, self.branches, strict=True)
         }
 
-    def _run(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The tensors that the branches read, the target's features and its logits."""
-        tensors: tuple[Tensor, ...] = self.trunk(images)
-        return tensors
+    def _run(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """For each branch the tensor and the pooled features that it reads; and the target's logits."""
+        found = self.trunk(images)
+        if not self.branches:
+            return [], found
+        *tensors, logits = found
+        n_taps = len(tensors) - len(self.features)
+        pooled = [pool(tensor, cut) for tensor, cut in zip(tensors[n_taps:], self.features, strict=True)]
+        return [(tensors[tap], pooled[view]) for tap, view in zip(self.taps, self.views, strict=True)], logits
 
 
 def check_target(target: nn.Module, clone: Clone) -> None:
@@ -162,9 +169,10 @@ def check_target(target: nn.Module, clone: Clone) -> None:
 
 def check_places(recording: Recording, clone: Clone) -> None:
     """Raise a `MismatchError` unless a recorded target has the tensors that `clone` reads, and as many classes."""
-    cuts = cut_points(recording)
-    for cut in (clone.target_cut, clone.target_features):
-        if not any(map(cut.is_same_place, cuts)) and not cut.is_same_place(find_head(recording).features):
+    places = [*cut_points(recording), find_head(recording).features]
+    norm = last_norm(recording)
+    for cut, allowed in ((clone.target_cut, places), (clone.target_features, [*places, *([norm.cut] if norm else [])])):
+        if not any(map(cut.is_same_place, allowed)):
             raise MismatchError(
                 f"clone {clone.name!r} reads {cut.name!r} with shape {cut.shape}, which this target does not have; "
                 "attach it to the one that it was made for"
