@@ -14,6 +14,7 @@ from handmade import Bottleneck, Network, make_branch, make_clone
 from pnc import fusion
 from pnc.branch import Scalars
 from pnc.errors import InputError, PNCError
+from pnc.folding import folded_part
 from pnc.fusion import FusedComposite
 from pnc.models import build_model
 from pnc.plans import Plan
@@ -131,6 +132,17 @@ def test_adapters_of_one_geometry_are_one_convolution():
     branches = [make_branch(target, source, places, rectify, seed=n) for n, (places, rectify) in enumerate(settings)]
     fused = assert_fused(plan_of(target, branches), zoo.images(3))
     assert [stem.places for stem in fused.stems] == [(0, 1, 2), (3,)]
+
+
+def test_convolutions_work_channels_last_where_they_can():
+    target = small("Residual")
+    parts = [folded_part(0, make_branch(target, small("Plain"), (0, into)).stitched) for into in (0, 3)]
+    bottleneck = Network(zoo.build(Bottleneck))
+    into = next(cut.index for cut in bottleneck.cuts if cut.name == "first")
+    parts.append(folded_part(0, make_branch(target, bottleneck, (1, into)).stitched))
+    assert [part.channels_last for part in parts] == [True, True, False], "the last one has no convolution left"
+    overwritten = [folded_part(0, make_branch(target, small("WrittenThroughView"), (0, 0)).stitched)]
+    assert not overwritten[0].channels_last, "views of a map need the usual layout"
 
 
 def test_heads_of_every_kind_calibrated_or_not_and_the_base_priority():

@@ -30,12 +30,14 @@ class Part:
         adapter: Its own copy; `weight` and `bias` may have taken in what comes behind them.
         stride: Of the adapter's convolution.
         body: The source's part.
+        channels_last: Its convolutions' weights lie channels last, and so do the maps that it is given and makes.
     """
 
     tap: int
     adapter: Adapter
     stride: tuple[int, ...]
     body: fx.GraphModule
+    channels_last: bool = False
 
 
 def folded(module: fx.GraphModule) -> fx.GraphModule:
@@ -74,7 +76,28 @@ def folded_part(tap: int, stitched: Stitched) -> Part:
         pass
     body.delete_all_unused_submodules()
     body.recompile()
+    _lay_out(part)
     return part
+
+
+def _lay_out(part: Part) -> None:
+    """Let convolutions work channels last, which takes a quarter less time on a CPU, where the part can."""
+    convolutions = [layer for layer in part.body.modules() if isinstance(layer, nn.Conv2d)]
+    given = next(node for node in part.body.graph.nodes if node.op == "placeholder")
+    shape = given.meta["tensor_meta"].shape
+    if not convolutions or len(shape) != 4:
+        return
+    tensor = torch.zeros(shape, dtype=part.adapter.weight.dtype, device=part.adapter.weight.device)
+    formats = torch.contiguous_format, torch.channels_last
+    for layer in convolutions:
+        layer.weight.data = layer.weight.data.contiguous(memory_format=formats[1])
+    try:
+        with torch.no_grad():
+            part.body(tensor.contiguous(memory_format=formats[1]))
+        part.channels_last = True
+    except RuntimeError:  # a view of a map that is written to, which only the usual layout allows
+        for layer in convolutions:
+            layer.weight.data = layer.weight.data.contiguous(memory_format=formats[0])
 
 
 class _Layers:
@@ -152,6 +175,7 @@ def _fold_into_adapter(part: Part, layers: _Layers) -> bool:
     else:
         return False
     adapter.weight, adapter.bias = weight.to(adapter.weight.dtype), bias.to(adapter.bias.dtype)
+    given.meta["tensor_meta"] = node.meta["tensor_meta"]
     _bypass(node, given)
     return True
 

@@ -7,6 +7,7 @@ mix channels are folded into their neighbours, and what several clones do alike 
 - an adapter goes into the 1x1 convolution or linear layer behind it, where nothing stands between them and the product
   multiplies less;
 - adapters that read one tensor of the target with one geometry are one convolution;
+- convolutions work channels last;
 - heads with equally many classes are one batch of matrices, and their mixing weights are folded into these.
 """
 
@@ -119,7 +120,9 @@ class _Stem(nn.Module):
         self._padding, self._grows = first.adapter.kernel_size // 2, grows(first.adapter)
         self._sizes = [len(part.adapter.bias) for part in parts]
         self._rectified = [part.adapter.rectify for part in parts]
-        self.register_buffer("weight", torch.cat([part.adapter.weight for part in parts]))
+        layout = torch.channels_last if first.channels_last else torch.contiguous_format
+        weight = torch.cat([part.adapter.weight for part in parts])
+        self.register_buffer("weight", weight.contiguous(memory_format=layout))
         self.register_buffer("bias", torch.cat([part.adapter.bias for part in parts]))
         self.adapters = nn.ModuleList(part.adapter for part in parts)  # for their prefix tokens
         for part in parts:
@@ -147,7 +150,7 @@ def _stems(parts: Sequence[Part]) -> list[_Stem]:
     groups: dict[Any, list[int]] = {}
     for place, part in enumerate(parts):
         adapter = part.adapter
-        key = part.tap, grid_size(adapter.source_cut), adapter.kernel_size, part.stride
+        key = part.tap, grid_size(adapter.source_cut), adapter.kernel_size, part.stride, part.channels_last
         groups.setdefault(key, []).append(place)
     return [_Stem(places, [parts[place] for place in places]) for places in groups.values()]
 

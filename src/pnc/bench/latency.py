@@ -53,6 +53,8 @@ SECONDS = 12.0
 """Time for the rounds of one case, about."""
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 
+_RECIPE = ("score", "standard_error", "macs_share", "n_new_samples", "n_base_samples")
+
 Forms = Mapping[str, nn.Module]
 
 
@@ -181,7 +183,7 @@ def untrained_clone(source: LoadedModel, target: LoadedModel, example: Tensor) -
         input_shape=target.input_shape,
         source_input_shape=source.input_shape,
         target_features=features[1],
-        recipe={},
+        recipe={**dict.fromkeys(_RECIPE, 0), "density": 1.0},
     )
 
 
@@ -211,8 +213,8 @@ def run_case(bench: Bench, case: str, batch: int, what: str) -> Iterator[dict[st
             yield {"part": "latency", "case": case, "form": TARGET, "batch": batch, "skipped": str(error)[:300]}
             return
         seconds = time.perf_counter() - start
-        whole = {name: _reference(name) for name in times}
         for name, values in times.items():
+            whole = times.get(_reference(name))
             costs = {} if what == "compiled" else _costs(forms[name], images)
             yield {
                 "part": "latency",
@@ -221,8 +223,8 @@ def run_case(bench: Bench, case: str, batch: int, what: str) -> Iterator[dict[st
                 "batch": batch,
                 **_spread(values),
                 "images_per_second": batch / median(values),
-                "of_target": median(a / b for a, b in zip(values, times[TARGET], strict=True)),
-                "of_whole": median(a / b for a, b in zip(values, times[whole[name]], strict=True)),
+                "of_target": _ratio(values, times[TARGET]),
+                **({"of_whole": _ratio(values, whole)} if whole else {}),
                 **costs,
                 "case_seconds": seconds,
             }
@@ -230,7 +232,12 @@ def run_case(bench: Bench, case: str, batch: int, what: str) -> Iterator[dict[st
 
 def _reference(form: str) -> str:
     """What a form stands in for: the target with as many whole sources."""
-    return next((several(number) for number in N_CLONES if f"{number} " in form), WHOLE if "clones" not in form else "")
+    return next((several(number) for number in N_CLONES if f"{number} " in form), WHOLE)
+
+
+def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the ratios within a round."""
+    return median(a / b for a, b in zip(seconds, others, strict=True))
 
 
 def measure(calls: Mapping[str, Callable[[], Any]], seconds: float, most: int = MAX_ROUNDS) -> dict[str, list[float]]:
