@@ -45,6 +45,7 @@ from pnc.proof import Check, prove
 from pnc.readers import load_data, load_images
 from pnc.screen import complain, progress, say, show_clone, show_facts, show_job, show_scan, show_table, shown
 from pnc.selection import Method
+from pnc.speed_cli import measure_speed
 from pnc.task import prepare_task, read_network
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -57,6 +58,7 @@ app = typer.Typer(
     help="Partial network cloning: give a trained classifier classes of another one, without changing a bit of it.",
 )
 
+bench.command("speed")(measure_speed)
 app.add_typer(bench, name="bench")
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the same facts here as JSON.")]

@@ -7,12 +7,10 @@ mix channels are folded into their neighbours, and what several clones do alike 
 - an adapter goes into the 1x1 convolution or linear layer behind it, where nothing stands between them and the product
   multiplies less;
 - adapters that read one tensor of the target with one geometry are one convolution;
+- convolutions work channels last;
 - heads with equally many classes are one batch of matrices, and their mixing weights are folded into these.
 """
 
-import copy
-import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
@@ -20,24 +18,17 @@ from typing import Any, Self, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from pnc.branch import Branch
-from pnc.channel_rules import has_hooks
-from pnc.compaction import own_copy
 from pnc.errors import InputError, PNCError
+from pnc.folding import Part, folded_part, grows
 from pnc.heads import DiscriminantHead, SourceHead, StackedHead
-from pnc.merging import flattened
 from pnc.plans import Plan
 from pnc.stitching import Adapter, from_grid, grid_size, pool, resize, to_grid
 
 TOLERANCE = 1e-4
 """Largest accepted difference of new logits, relative to the largest, on the probe that every fused form is tried on:
 ten times what other orders of summation make of float32, far below what a wrong rule would."""
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class FusedComposite(nn.Module):
@@ -56,7 +47,7 @@ class FusedComposite(nn.Module):
         super().__init__()
         self.classes, self._features = plan.classes, plan.features
         self.__dict__["_trunk"] = plan.trunk  # the target's tensors, not listed among its own, whose flags may be set
-        parts = [_part(tap, branch) for tap, branch in zip(plan.taps, plan.branches, strict=True)]
+        parts = [folded_part(tap, branch.stitched) for tap, branch in zip(plan.taps, plan.branches, strict=True)]
         self.stems = nn.ModuleList(_stems(parts))
         self.bodies = nn.ModuleList(part.body for part in parts)
         self.heads = nn.ModuleList(_heads(plan))
@@ -109,133 +100,6 @@ class FusedComposite(nn.Module):
             )
 
 
-# ------------------------------------------------------------------------------------------------------------- bodies
-
-
-@dataclass
-class _Part:
-    """One clone on its way to the fused form.
-
-    Attributes:
-        tap: Which of the trunk's tensors it reads.
-        adapter: Its own copy; `weight` and `bias` may have taken in what comes behind them.
-        stride: Of the adapter's convolution.
-        body: The source's part.
-    """
-
-    tap: int
-    adapter: Adapter
-    stride: tuple[int, ...]
-    body: fx.GraphModule
-
-
-def _part(tap: int, branch: Branch) -> _Part:
-    adapter = copy.deepcopy(branch.stitched.adapter)
-    body = flattened(own_copy(cast(fx.GraphModule, branch.stitched.body)))
-    cut = adapter.source_cut
-    given = torch.zeros(2, *cut.shape, dtype=adapter.weight.dtype, device=adapter.weight.device)
-    with torch.no_grad():
-        ShapeProp(body).propagate(given)
-    layers = _Layers(body)
-    _fold_norms(body, layers)
-    part = _Part(tap, adapter, (1, 1), body)
-    while _fold_into_adapter(part, layers):
-        pass
-    body.delete_all_unused_submodules()
-    body.recompile()
-    return part
-
-
-class _Layers:
-    """The layers of a graph that may be changed: called by one node, with nothing but their forward."""
-
-    def __init__(self, body: fx.GraphModule) -> None:
-        self._body = body
-        self._calls = Counter(node.target for node in body.graph.nodes if node.op == "call_module")
-
-    def of(self, node: fx.Node) -> nn.Module | None:
-        if node.op != "call_module" or len(node.args) != 1 or node.kwargs or self._calls[node.target] > 1:
-            return None
-        layer = self._body.get_submodule(str(node.target))
-        return None if has_hooks(layer) else layer
-
-
-def _is_norm(layer: nn.Module | None) -> bool:
-    return type(layer) in _NORMS and cast(nn.BatchNorm2d, layer).running_mean is not None
-
-
-def _fold_norms(body: fx.GraphModule, layers: _Layers) -> None:
-    """Fold every BatchNorm into the layer whose result it alone reads."""
-    for node in list(body.graph.nodes):
-        norm = layers.of(node)
-        source = node.all_input_nodes[0] if _is_norm(norm) else None
-        if source is None or len(source.users) > 1:
-            continue
-        layer = layers.of(source)
-        if type(layer) in _CONVOLUTIONS:
-            fused: nn.Module = fuse_conv_bn_eval(_double(layer), _double(norm))
-        elif type(layer) is nn.Linear and len(source.meta["tensor_meta"].shape) == 2:
-            fused = fuse_linear_bn_eval(_double(layer), _double(norm))
-        else:
-            continue
-        weight = cast(nn.Conv2d, layer).weight
-        body.set_submodule(str(source.target), fused.to(weight.device, weight.dtype))
-        _bypass(node, source)
-
-
-def _double(layer: Any) -> Any:
-    """A copy in float64, so that folding rounds once."""
-    return copy.deepcopy(layer).double()
-
-
-def _bypass(node: fx.Node, source: fx.Node) -> None:
-    node.replace_all_uses_with(source)
-    node.graph.erase_node(node)
-
-
-def _fold_into_adapter(part: _Part, layers: _Layers) -> bool:
-    """Fold the layer behind the adapter into it, where that is linear, alone there, and saves; whether it did."""
-    given = next(iter(part.body.graph.nodes))
-    adapter, cut = part.adapter, part.adapter.source_cut
-    is_plain = (cut.kind == "map" and cut.channel_dim == 1) or cut.kind == "vector"
-    if adapter.rectify or not is_plain or _grows(adapter) or len(given.users) != 1:
-        return False
-    node = next(iter(given.users))
-    layer = layers.of(node)
-    weight, bias = adapter.weight.double(), adapter.bias.double()
-    if _is_norm(layer):
-        conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
-        conv.weight, conv.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
-        fused = fuse_conv_bn_eval(conv.eval(), _double(layer))
-        weight, bias = fused.weight.detach(), cast(Tensor, fused.bias).detach()
-    elif (type(layer) is nn.Linear and cut.kind == "vector") or _is_pointwise(layer):
-        linear = cast(nn.Conv2d, layer)
-        stride = linear.stride if isinstance(layer, nn.Conv2d) else (1, 1)
-        own = linear.weight.double().flatten(1)
-        n_inside = weight[0].numel()
-        if len(own) * n_inside > len(weight) * (n_inside * math.prod(stride) + len(own)):
-            return False
-        bias = own @ bias + (0 if linear.bias is None else linear.bias.double())
-        weight = torch.einsum("oc,cikl->oikl", own, weight)
-        part.stride = part.stride[0] * stride[0], part.stride[1] * stride[1]
-    else:
-        return False
-    adapter.weight, adapter.bias = weight.to(adapter.weight.dtype), bias.to(adapter.bias.dtype)
-    _bypass(node, given)
-    return True
-
-
-def _is_pointwise(layer: nn.Module | None) -> bool:
-    if type(layer) is not nn.Conv2d:
-        return False
-    return layer.kernel_size == (1, 1) and layer.padding in ((0, 0), "valid") and layer.groups == 1
-
-
-def _grows(adapter: Adapter) -> bool:
-    """Whether the adapter resizes what it has convolved, and not the other way round."""
-    return math.prod(grid_size(adapter.source_cut)) > math.prod(grid_size(adapter.target_cut))
-
-
 # -------------------------------------------------------------------------------------------------------------- stems
 
 
@@ -250,15 +114,17 @@ class _Stem(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, places: Sequence[int], parts: Sequence[_Part]) -> None:
+    def __init__(self, places: Sequence[int], parts: Sequence[Part]) -> None:
         super().__init__()
         first = parts[0]
         self.tap, self.places, self._stride = first.tap, tuple(places), first.stride
         self._cut, self._size = first.adapter.target_cut, grid_size(first.adapter.source_cut)
-        self._padding, self._grows = first.adapter.kernel_size // 2, _grows(first.adapter)
+        self._padding, self._grows = first.adapter.kernel_size // 2, grows(first.adapter)
         self._sizes = [len(part.adapter.bias) for part in parts]
         self._rectified = [part.adapter.rectify for part in parts]
-        self.register_buffer("weight", torch.cat([part.adapter.weight for part in parts]))
+        layout = torch.channels_last if first.channels_last else torch.contiguous_format
+        weight = torch.cat([part.adapter.weight for part in parts])
+        self.register_buffer("weight", weight.contiguous(memory_format=layout))
         self.register_buffer("bias", torch.cat([part.adapter.bias for part in parts]))
         self.adapters = nn.ModuleList(part.adapter for part in parts)  # for their prefix tokens
         for part in parts:
@@ -281,12 +147,12 @@ class _Stem(nn.Module):
         ]
 
 
-def _stems(parts: Sequence[_Part]) -> list[_Stem]:
+def _stems(parts: Sequence[Part]) -> list[_Stem]:
     """The fewest stems that serve all clones."""
     groups: dict[Any, list[int]] = {}
     for place, part in enumerate(parts):
         adapter = part.adapter
-        key = part.tap, grid_size(adapter.source_cut), adapter.kernel_size, part.stride
+        key = part.tap, grid_size(adapter.source_cut), adapter.kernel_size, part.stride, part.channels_last
         groups.setdefault(key, []).append(place)
     return [_Stem(places, [parts[place] for place in places]) for places in groups.values()]
 
