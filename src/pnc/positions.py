@@ -34,7 +34,9 @@ FACTS_BYTES = 3000
 RUNNER_UP = 1.1
 RANKED_IMAGES, RANKED_ROWS, RANKED_OUTPUTS = 100, 8_000, 64
 """By how many images, rows and channels pairs of cuts are ranked where the moments of all would not fit the memory."""
-SCORED_IMAGES = 4_000
+FITTED_IMAGES = 10_000
+"""Images of the support that adapters are fitted on, at most: they already give all rows that a regression needs."""
+SCORED_IMAGES = 2_000
 """Images of the support that positions are scored on, at most: more would tell them apart no better."""
 ROUND_MACS = 4 * 10**12
 """Multiply-accumulates from which on positions are scored in two rounds: all on some images, the best again on more."""
@@ -207,6 +209,7 @@ def scan(
     target_cuts = candidate_cuts(task.target.recording, max_cuts)
     source_cuts = candidate_cuts(task.source.recording, max_cuts)
     cuts = target_cuts, source_cuts
+    whole, task = task, task.reduced(FITTED_IMAGES)
     chosen = None
     fitter = _fitter(task, *cuts)
     if fitter.n_bytes(task.samples.n_folds) > task.memory and not exhaustive:
@@ -221,7 +224,7 @@ def scan(
         chosen = chosen if exhaustive else shortlist(*cuts, errors)
     adapters = {(t.name, s.name): fitter.solve(t, s) for t, s in chosen}
     del fitter  # its moments are the largest thing here
-    positions, outcomes = _scored(task, adapters, source_cuts, progress)
+    positions, outcomes = _scored(whole, adapters, source_cuts, progress)
     return Scan(positions, adapters, outcomes, errors)
 
 
