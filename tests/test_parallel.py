@@ -24,10 +24,14 @@ from segments import network, segment_of
 N_PROCESSES = 2
 
 
+def prepared(nets, data, team):
+    return pnc.prepare_task(nets.source.module, nets.target.module, data, classes=NEW, **nets.names(), team=team)
+
+
 def clones(team, nets, data):
     """Facts of a clone in closed form, one with gates, and some steps of refinement."""
     selection.GATES_STEPS = selection.NORMS_STEPS = 3  # more would only let rounding grow
-    task = pnc.prepare_task(nets.source.module, nets.target.module, data, classes=NEW, **nets.names(), team=team)
+    task = prepared(nets, data, team)
     found = pnc.scan(task, max_cuts=3)
     position = max((p for p in found.positions if p.macs_share < 1), key=lambda p: p.n_macs)
     fitted = found.adapter(position)
@@ -76,7 +80,7 @@ def member(rank, port, folder, nets, data):
         found = {"learned": learned(team), **clones(team, nets, data)}
         with pytest.raises(InputError, match="support: the processes were given different images"):
             other = replace(data, images=data.images + rank)
-            pnc.prepare_task(nets.source.module, nets.target.module, other, **nets.names(), team=team)
+            prepared(nets, other, team)
     assert not torch.distributed.is_initialized()
     torch.save(found, f"{folder}/{rank}.pt")
 
@@ -132,8 +136,8 @@ def test_one_process_is_a_team_of_its_own(monkeypatch):
     assert not parallel.launched()
     assert parallel.join("cpu") == (ALONE, torch.device("cpu"))
     x = torch.rand(3, 2)
-    assert all(torch.equal(one, x) for one in (ALONE.sum(x), ALONE.broadcast(x), ALONE.least(x), ALONE.whole(x, 3)))
-    assert x[ALONE.part(3)].equal(x) and ALONE.is_main and ALONE.is_mine(7)
+    assert all(torch.equal(one, x) for one in (ALONE.sum(x), ALONE.least(x), ALONE.whole(x, 3)))
+    assert ALONE.agree(x) and x[ALONE.part(3)].equal(x) and ALONE.is_main and ALONE.is_mine(7)
 
 
 def test_parts_cover_a_batch_once():
@@ -152,4 +156,6 @@ def test_several_processes_without_accelerate_are_refused_with_the_way_out(monke
 def test_a_support_smaller_than_the_team_is_refused():
     nets = pair()
     with pytest.raises(InputError, match="10 images are too few for 11 processes"):
-        pnc.prepare_task(nets.source.module, nets.target.module, support(1, 1), **nets.names(), team=Team(0, 11))
+        pnc.prepare_task(
+            nets.source.module, nets.target.module, support(1, 1), classes=NEW, **nets.names(), team=Team(0, 11)
+        )

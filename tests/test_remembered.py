@@ -129,6 +129,14 @@ def test_without_base_samples_a_clone_does_better_than_the_ensemble():
     assert found.conditional_kl <= 1e-6
 
 
+def test_without_base_samples_nothing_is_adapted_unless_a_bound_asks_for_it():
+    nets, given = pair(), support(20, 0)
+    task = pnc.prepare_task(nets.source.module, nets.target.module, given, classes=NEW, **nets.names())
+    found = pnc.scan(task)
+    assert found.choose().names == ("input", "input")
+    assert found.choose(max_macs=0.9).macs_share <= 0.9
+
+
 def test_clones_that_read_different_features_live_together(clones, tmp_path):
     target, images = pair().target.module, images_as_float(held_out_images(NEW).images)[:50]
     without, with_base = clones[0], clones[5]

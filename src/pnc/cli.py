@@ -43,6 +43,7 @@ from pnc.metrics import evaluate
 from pnc.plots import check_plot, draw_scan
 from pnc.proof import Check, prove
 from pnc.readers import load_data, load_images
+from pnc.scale_cli import measure_scale
 from pnc.screen import complain, progress, say, show_clone, show_facts, show_job, show_scan, show_table, shown
 from pnc.selection import Method
 from pnc.speed_cli import measure_speed
@@ -59,6 +60,7 @@ app = typer.Typer(
 )
 
 bench.command("speed")(measure_speed)
+bench.command("scale")(measure_scale)
 app.add_typer(bench, name="bench")
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the same facts here as JSON.")]

@@ -39,13 +39,9 @@ class Team:
         """Whether this process takes piece `number` of the work."""
         return number % self.size == self.rank
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """The main process's tensor of this shape and dtype."""
-        if self.size == 1:
-            return tensor
-        sent = _to_backend(tensor).clone()
-        dist.broadcast(sent, 0)
-        return sent.to(tensor.device)
+    def agree(self, tensor: Tensor) -> bool:
+        """Whether all processes have the same numbers."""
+        return torch.equal(self.least(tensor), -self.least(-tensor))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of all processes' tensors, the same to the bit for each."""

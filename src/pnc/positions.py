@@ -35,7 +35,9 @@ FACTS_BYTES = 3000
 RUNNER_UP = 1.1
 RANKED_IMAGES, RANKED_ROWS, RANKED_OUTPUTS = 100, 8_000, 64
 """By how many images, rows and channels pairs of cuts are ranked where the moments of all would not fit the memory."""
-SCORED_IMAGES = 4_000
+FITTED_IMAGES = 10_000
+"""Images of the support that adapters are fitted on, at most: they already give all rows that a regression needs."""
+SCORED_IMAGES = 2_000
 """Images of the support that positions are scored on, at most: more would tell them apart no better."""
 ROUND_MACS = 4 * 10**12
 """Multiply-accumulates from which on positions are scored in two rounds: all on some images, the best again on more."""
@@ -46,6 +48,8 @@ N_ERRORS_FINAL = 2.0
 N_ERRORS = 0.5
 """Standard errors of the difference to the best that are given up for lower cost; see docs/method.md."""
 ROUNDING = 1e-12
+NO_ERROR = 1e-6
+"""Share of the variance that an adapter may miss which only passes on what it gets."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +170,9 @@ class Scan:
         much as the whole source is taken only where there is no other: there an ensemble of both networks does as well.
         Of those within the bounds, the ones that were scored on most images count.
 
+        Without base samples nothing tells what an adapter does to images of base classes, which it was not fitted on: a
+        position whose adapter changes nothing, the whole source from its input on, then goes before all others.
+
         Args:
             max_macs: Bound on the added MACs as a share of the source's, in (0, 1]; None for no bound.
             max_bytes: Bound on the size of the thin file; None for no bound.
@@ -173,7 +180,8 @@ class Scan:
         Raises:
             InputError: no scored position is that cheap; the message names the cheapest.
         """
-        allowed = [p for p in self.positions if p.macs_share < 1] or list(self.positions)
+        has_base = any(bool(outcome.is_base.any()) for outcome in self.outcomes.values())
+        allowed = [p for p in self.positions if p.macs_share < 1 or not has_base] or list(self.positions)
         if max_macs is not None:
             cheapest = min(p.macs_share for p in allowed)
             allowed = [p for p in allowed if p.macs_share <= max_macs]
@@ -184,6 +192,9 @@ class Scan:
             allowed = [p for p in allowed if p.n_bytes <= max_bytes]
             if not allowed:
                 raise InputError(f"max_bytes={max_bytes}: the smallest file of such a clone has {smallest} bytes")
+        unchanged = [p for p in allowed if p.adapter_error <= NO_ERROR and not has_base]
+        if unchanged:
+            return min(unchanged, key=lambda p: p.n_macs)
         allowed = [p for p in allowed if p.n_images == max(q.n_images for q in allowed)]
         best = max(allowed, key=lambda p: p.score)
         as_good = []
@@ -208,6 +219,7 @@ def scan(
     target_cuts = candidate_cuts(task.target.recording, max_cuts)
     source_cuts = candidate_cuts(task.source.recording, max_cuts)
     cuts = target_cuts, source_cuts
+    whole, task = task, task.reduced(FITTED_IMAGES)
     chosen = None
     fitter = _fitter(task, *cuts)
     if fitter.n_bytes(task.samples.n_folds) > task.memory and not exhaustive:
@@ -222,7 +234,7 @@ def scan(
         chosen = chosen if exhaustive else shortlist(*cuts, errors)
     adapters = {(t.name, s.name): fitter.solve(t, s) for t, s in chosen}
     del fitter  # its moments are the largest thing here
-    positions, outcomes = _scored(task, adapters, source_cuts, progress)
+    positions, outcomes = _scored(whole, adapters, source_cuts, progress)
     return Scan(positions, adapters, outcomes, errors)
 
 

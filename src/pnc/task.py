@@ -333,7 +333,7 @@ def _check_team(task: CloneTask) -> None:
         raise InputError(f"support: {len(samples.labels)} images are too few for {task.team.size} processes")
     image = samples.images[:1].double()
     own = torch.stack([samples.labels.double().sum(), samples.labels.double() @ samples.groups.double(), image.sum()])
-    if not torch.equal(task.team.broadcast(own), own):
+    if not task.team.agree(own):
         raise InputError("support: the processes were given different images; give every process the same support")
 
 
