@@ -286,12 +286,17 @@ def _minimize(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 
 def fit_stacked(samples: HeadSamples, stacking: Stacking, own: SourceHead) -> StackedHead:
     """Fit the discriminants on all samples, and mix them with the source's own classifier as was chosen."""
-    head = StackedHead(fit_discriminant(samples, stacking.shrinkage), own)
-    short = head.discriminants.weight.half()  # eleven bits say all that few samples know, in half of a file's bytes
-    if bool(short.isfinite().all()):
-        head.discriminants.weight.copy_(short)
+    head = StackedHead(shortened(fit_discriminant(samples, stacking.shrinkage)), own)
     head.odds_weight.copy_(stacking.odds_weight)
     head.class_weight.copy_(stacking.class_weight)
+    return head
+
+
+def shortened(head: DiscriminantHead) -> DiscriminantHead:
+    """Round the weights to half precision, in place: eleven bits say all that few samples know."""
+    short = head.weight.half()
+    if bool(short.isfinite().all()):
+        head.weight.copy_(short)
     return head
 
 

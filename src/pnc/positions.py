@@ -543,7 +543,7 @@ def _file_bytes(task: CloneTask, adapter: Adapter, samples: HeadSamples) -> int:
     """Size of a thin file, from above: values of adapter and head, fingerprints of both networks, the rest."""
     n_features, n_new = samples.clone_features.shape[1], len(task.new_classes)
     n_head = 4 * n_new * (n_features + 1)
-    if samples.has_base:  # discriminants in half precision
+    if samples.has_base or last_norm(task.target.recording) is not None:  # discriminants in half precision
         n_head += samples.n_classes * (2 * (samples.target_features.shape[1] + n_features) + 4)
     n_tensors = sum(len(network.model.state_dict()) for network in (task.source, task.target))
     n_names = 2 * sum(8 + 6 * len(name) for name in (*task.target.classes, *task.new_classes))  # a clone's name too

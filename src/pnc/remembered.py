@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pnc.cuts import CutPoint
 from pnc.graph import Recording
-from pnc.heads import ABSENT, DiscriminantHead, HeadSamples, SourceHead, StackedHead
+from pnc.heads import ABSENT, DiscriminantHead, HeadSamples, SourceHead, StackedHead, shortened
 from pnc.tracing import info
 
 SHRINKAGE, TRUST = 0.7, 0.5
@@ -79,7 +79,7 @@ def remembering_head(samples: HeadSamples, mean: Tensor, own: SourceHead) -> Sta
     fitted.weight[samples.n_base :, : rows.shape[1]] = weight
     fitted.bias[1 : samples.n_base] = ABSENT  # all base classes together are the first one, whose score is zero
     fitted.bias[samples.n_base :] = bias - math.log(n_new)
-    head = StackedHead(fitted, own)
+    head = StackedHead(shortened(fitted), own)
     head.odds_weight.copy_(torch.tensor([share, 1.0, -1.0, 0.0]))
     head.class_weight.copy_(torch.tensor([0.0, 1.0]))
     return head
