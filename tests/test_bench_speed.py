@@ -24,7 +24,8 @@ def folder(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(latency, "SECONDS", 0.0)
     monkeypatch.setattr(latency, "MIN_ROUNDS", 2)
-    monkeypatch.setattr(latency, "BATCHES", (1, 2, 4))
+    monkeypatch.setattr(latency, "BATCHES", (1, 64))
+    monkeypatch.setattr(job_times, "N_REPEATS", {job_times.CLOSED: 2})
     monkeypatch.setattr(latency, "LARGE", "zoo:cnn?width=0.25")
     monkeypatch.setattr(speed, "LARGE", "zoo:cnn?width=0.25")
     for name, classes in (("t", "01234"), ("s", "56789")):
@@ -43,7 +44,7 @@ def test_everything_stands_side_by_side_and_is_measured_once(folder, monkeypatch
     facts = json.loads((folder / "speed.json").read_text())
     rows = {(row["case"], row["form"]): row for row in facts["rows"]}
     assert len(rows) == len(facts["rows"])
-    one, many = "one clone, batch 4", "many clones, batch 1"
+    one, many = "one clone, batch 64", "many clones, batch 1"
     target, whole, plumbing = (rows[one, form] for form in (latency.TARGET, latency.WHOLE, latency.PLUMBING))
     assert target["of_target"] == 1 and whole["of_whole"] == 1 and rows[many, "target + 16 sources"]["of_whole"] == 1
     assert 0 < plumbing["n_macs"] - target["n_macs"] < 0.1 * target["n_macs"]
@@ -51,12 +52,12 @@ def test_everything_stands_side_by_side_and_is_measured_once(folder, monkeypatch
     macs = [rows[one, f"density {density:g}"]["n_macs"] for density in latency.DENSITIES]
     assert whole["n_macs"] > macs[0] > macs[1] > macs[2] > target["n_macs"]
     assert all(row["lower_ms"] <= row["median_ms"] <= row["upper_ms"] for row in rows.values() if "rounds" in row)
-    assert rows["channels_last, batch 4", "density 0.5, fused"]["rounds"] == 2
+    assert rows["channels_last, batch 64", "density 0.5, fused"]["rounds"] == 2
     assert not any("compiled" in case for case, _ in rows)
     assert set(job_times.FORMS) == {form for case, form in rows if case == "seed 0"}
     once, search = rows["seed 0", job_times.TUNED], rows["seed 0", job_times.SEARCH]
     assert once["chosen"] == search["chosen"] and once["seconds"] < search["seconds"]
-    assert len(rows["seed 0", job_times.CLOSED]["all_seconds"]) == 3
+    assert len(rows["seed 0", job_times.CLOSED]["all_seconds"]) == 2
     claims = {claim["claim"]: claim for claim in facts["claims"]}
     share = rows[one, "density 0.5"]["n_macs"] / whole["n_macs"]
     assert share == pytest.approx(rows["one clone, batch 1", "density 0.5"]["n_macs"] / whole["n_macs"])
