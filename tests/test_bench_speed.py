@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import pnc
@@ -24,7 +25,11 @@ def folder(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(latency, "SECONDS", 0.0)
     monkeypatch.setattr(latency, "MIN_ROUNDS", 2)
-    monkeypatch.setattr(latency, "BATCHES", (1, 2, 4))
+    monkeypatch.setattr(latency, "N_DISTINCT", 1)
+    for bench in (latency, job_times):
+        monkeypatch.setattr(bench, "peak_memory", lambda work: (work(), 7))
+    monkeypatch.setattr(latency, "BATCHES", (1, 64))
+    monkeypatch.setattr(job_times, "N_REPEATS", {job_times.CLOSED: 2})
     monkeypatch.setattr(latency, "LARGE", "zoo:cnn?width=0.25")
     monkeypatch.setattr(speed, "LARGE", "zoo:cnn?width=0.25")
     for name, classes in (("t", "01234"), ("s", "56789")):
@@ -43,20 +48,20 @@ def test_everything_stands_side_by_side_and_is_measured_once(folder, monkeypatch
     facts = json.loads((folder / "speed.json").read_text())
     rows = {(row["case"], row["form"]): row for row in facts["rows"]}
     assert len(rows) == len(facts["rows"])
-    one, many = "one clone, batch 4", "many clones, batch 1"
+    one, many = "one clone, batch 64", "many clones, batch 1"
     target, whole, plumbing = (rows[one, form] for form in (latency.TARGET, latency.WHOLE, latency.PLUMBING))
     assert target["of_target"] == 1 and whole["of_whole"] == 1 and rows[many, "target + 16 sources"]["of_whole"] == 1
     assert 0 < plumbing["n_macs"] - target["n_macs"] < 0.1 * target["n_macs"]
     assert whole["n_macs"] == rows[one, latency.FOLDED]["n_macs"]
     macs = [rows[one, f"density {density:g}"]["n_macs"] for density in latency.DENSITIES]
-    assert whole["n_macs"] > macs[0] > macs[1] > macs[2] > target["n_macs"]
+    assert macs[0] > macs[1] > macs[2] > target["n_macs"]
     assert all(row["lower_ms"] <= row["median_ms"] <= row["upper_ms"] for row in rows.values() if "rounds" in row)
-    assert rows["channels_last, batch 4", "density 0.5, fused"]["rounds"] == 2
+    assert rows["channels_last, batch 64", "density 0.5, fused"]["rounds"] == 2
     assert not any("compiled" in case for case, _ in rows)
     assert set(job_times.FORMS) == {form for case, form in rows if case == "seed 0"}
     once, search = rows["seed 0", job_times.TUNED], rows["seed 0", job_times.SEARCH]
     assert once["chosen"] == search["chosen"] and once["seconds"] < search["seconds"]
-    assert len(rows["seed 0", job_times.CLOSED]["all_seconds"]) == 3
+    assert len(rows["seed 0", job_times.CLOSED]["all_seconds"]) == 2
     claims = {claim["claim"]: claim for claim in facts["claims"]}
     share = rows[one, "density 0.5"]["n_macs"] / whole["n_macs"]
     assert share == pytest.approx(rows["one clone, batch 1", "density 0.5"]["n_macs"] / whole["n_macs"])
@@ -100,10 +105,10 @@ def test_where_no_compiler_works_the_reason_is_written_down(monkeypatch):
     monkeypatch.setattr(latency, "measure", broken)
 
     class Bench:
-        images = pnc.load_data("digits", "test").images
+        images = torch.rand(1, 1, 8, 8)
 
         def laid_out(self, layout):
-            return {latency.TARGET: None}
+            return {latency.TARGET: torch.nn.Identity()}
 
     (row,) = latency.run_case(Bench(), "compiled, batch 1", 1, "compiled")
     assert row["skipped"] == "no C++ compiler"

@@ -1,4 +1,5 @@
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -20,7 +21,7 @@ from channel_zoo import (
 )
 from pnc import channel_rules, rewriting, tensor_rules
 from pnc.channels import channel_spaces
-from pnc.compaction import compact, mask_segment, output_channels, own_copy
+from pnc.compaction import compact, filled, mask_segment, output_channels, own_copy
 from pnc.cuts import candidate_cuts, extract, find_head
 from pnc.errors import MismatchError, PNCError
 from pnc.graph import record
@@ -228,6 +229,13 @@ def test_compacted_segments_can_be_copied_saved_and_exported(name):
     assert torch.equal(again(images(2)), expected)
     exported = torch.export.export(smaller, (images(2),)).module()
     torch.testing.assert_close(exported(images(2)), expected, rtol=1e-9, atol=1e-9)  # kernels may be chosen anew
+
+
+def test_a_segment_with_channels_filled_in_can_be_pickled():
+    smaller, *_ = halved(segment_of(network(CASES["AddedToFixed"][0])))
+    assert any(node.target is filled for node in smaller.graph.nodes)
+    again = pickle.loads(pickle.dumps(smaller))  # noqa: S301 - our own bytes
+    assert torch.equal(again(images(2)), smaller(images(2)))
 
 
 def test_a_wrong_rule_cannot_give_a_wrong_network(monkeypatch):

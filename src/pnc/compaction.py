@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -206,6 +206,8 @@ def _refill(segment: fx.GraphModule, reader: fx.Node, source: fx.Node, channels:
 
 def filled(x: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     """A tensor of `size` along `dim`, with the entries of `x` at `index` and zeros elsewhere."""
+    if isinstance(x, fx.Proxy):  # the graph is traced anew where it is unpickled
+        return cast(Tensor, x.tracer.create_proxy("call_function", filled, (x, dim, index, size), {}))
     shape = [size if d == dim else n for d, n in enumerate(x.shape)]
     return x.new_zeros(shape).index_copy(dim, index, x)
 

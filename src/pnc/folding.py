@@ -167,6 +167,7 @@ def _fold_into_adapter(part: Part, layers: _Layers) -> bool:
         stride = linear.stride if isinstance(layer, nn.Conv2d) else (1, 1)
         own = linear.weight.double().flatten(1)
         n_inside = weight[0].numel()
+        # Multiplications at each position of the result: of the product, against those of both layers.
         if len(own) * n_inside > len(weight) * (n_inside * math.prod(stride) + len(own)):
             return False
         bias = own @ bias + (0 if linear.bias is None else linear.bias.double())

@@ -35,7 +35,7 @@ def measure_speed(
 ) -> None:
     """Time to make a clone, to run it and to attach it, beside whole networks, the paper's search and fine-tuning.
 
-    Takes a quarter of an hour, most of it the paper's search; what was measured already is not measured again. The
+    Takes a quarter of an hour, half of it the paper's search; what was measured already is not measured again. The
     machine should have nothing else to do.
     """
     outputs = {suffix: json_path.with_suffix(suffix) for suffix in (".json", ".md", ".jsonl")}

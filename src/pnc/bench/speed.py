@@ -123,7 +123,7 @@ def markdown(rows: Rows, setting: Setting, data: str) -> str:
         if "skipped" in mine[0]:
             lines.append(f"Not measured: {mine[0]['skipped']}")
         else:
-            lines.append(_table((*_SPREAD, "images_per_second", "of_target", "of_whole", "n_macs"), mine))
+            lines.append(_table((*_SPREAD, "images_per_second", "of_target", "of_whole", "n_macs", "peak_bytes"), mine))
     life = [row for row in rows if row["part"] == "life"]
     if life:
         lines += ["", "## Coming and going", "", _LIFE, "", _table(("case", *_SPREAD, "skipped"), life)]
@@ -147,7 +147,8 @@ _RUNNING = (
     "Milliseconds for one batch: median and quartiles over rounds in which all forms of a case run in turn. "
     "`of_target`, `of_whole`: medians of the ratios within a round, to the target alone, and to "
     f"`{WHOLE}` or to the target with as many whole sources. `n_macs`: multiply-accumulates executed for one image, as "
-    "torch's counter knows them. Channels were chosen by one-shot scores, at the position "
+    "torch's counter knows them. `peak_bytes`: by how much the process grew meanwhile, at most. "
+    "Channels were chosen by one-shot scores, at the position "
     "that the scan takes by default; each of several clones is of one class, at density .3. "
     f"`{PLUMBING}`: from the last cut of the target on, through a network of an eighth of the width."
 )
