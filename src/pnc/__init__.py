@@ -21,6 +21,7 @@ from pnc.errors import (
     RecordingError,
 )
 from pnc.exported import from_exported
+from pnc.fusion import FusedComposite
 from pnc.models import LoadedModel, load_model
 from pnc.parallel import Team, joined
 from pnc.plans import CloneStatus
@@ -38,6 +39,7 @@ __all__ = [
     "CloneTask",
     "Composite",
     "FileFormatError",
+    "FusedComposite",
     "ImageSet",
     "InputError",
     "LoadedModel",

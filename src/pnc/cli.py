@@ -46,6 +46,7 @@ from pnc.readers import load_data, load_images
 from pnc.scale_cli import measure_scale
 from pnc.screen import complain, progress, say, show_clone, show_facts, show_job, show_scan, show_table, shown
 from pnc.selection import Method
+from pnc.speed_cli import measure_speed
 from pnc.task import prepare_task, read_network
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -59,6 +60,7 @@ app = typer.Typer(
 )
 
 bench.command("scale")(measure_scale)
+bench.command("speed")(measure_speed)
 app.add_typer(bench, name="bench")
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the same facts here as JSON.")]
@@ -204,6 +206,9 @@ def clone(
     method: Annotated[Method, typer.Option(help="How channels are chosen below density 1.")] = "gates",
     max_macs: MaxMacs = None,
     max_bytes: MaxBytes = None,
+    max_base_drop: Annotated[
+        float | None, typer.Option(help="Bound on the accuracy that base images may lose, such as 0.02.")
+    ] = None,
     strategy: Annotated[
         cloning.Strategy, typer.Option(help="scan: closed form; sequential: the paper's search, to compare with.")
     ] = "scan",
@@ -254,6 +259,7 @@ def clone(
                 method=method,
                 max_macs=max_macs,
                 max_bytes=max_bytes,
+                max_base_drop=max_base_drop,
                 strategy=strategy,
                 refine=refine,
                 flip=flip,

@@ -188,12 +188,21 @@ class Stacking:
         odds_weight: (4,), as in `StackedHead`.
         class_weight: (2,), likewise.
         logits: The composite's logits, (N, K_base + K_new), of each sample by discriminants fitted without its fold.
+        n_base: K_base.
     """
 
     shrinkage: float
     odds_weight: Tensor
     class_weight: Tensor
     logits: Tensor
+    n_base: int
+
+    def lowered(self, nats: float) -> "Stacking":
+        """The same with log-odds of new against base that are lower by so many nats."""
+        n_base, logits, odds = self.n_base, self.logits.clone(), self.odds_weight.clone()
+        logits[:, n_base:] -= nats
+        odds[3] -= nats
+        return Stacking(self.shrinkage, odds, self.class_weight, logits, n_base)
 
 
 def choose_stacking(samples: HeadSamples) -> Stacking:
@@ -217,7 +226,7 @@ def choose_stacking(samples: HeadSamples) -> Stacking:
     odds_weight = _fit_odds(odds, is_new, weights)
     class_weight = _fit_classes(classes[is_new], samples.labels[is_new] - n_base, weights[is_new])
     mixed = mixed_logits(fitted, own, base, odds_weight, class_weight)
-    return Stacking(shrinkage, odds_weight, class_weight, torch.cat([base, mixed], 1))
+    return Stacking(shrinkage, odds_weight, class_weight, torch.cat([base, mixed], 1), n_base)
 
 
 def balanced_weights(labels: Tensor, n_base: int) -> Tensor:

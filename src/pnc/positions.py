@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from pnc.cuts import LOGITS, CutPoint, candidate_cuts, extract
 from pnc.errors import InputError
 from pnc.heads import Head, HeadSamples, SourceHead, Stacking, choose_stacking, fit_stacked, source_head
+from pnc.remembered import last_norm, remembering_head
 from pnc.stitching import N_ROWS, Adapter, AdapterFitter, CrossFitted, Stitched, pool
 from pnc.task import CloneTask
 
@@ -310,14 +311,15 @@ def run_parts(
     """
     own = own_head(task)
     cuts = list(dict.fromkeys(fitted.adapter.target_cut for fitted, _ in parts))
-    trunk = extract(task.target.recording, None, [*cuts, task.target.head.features, LOGITS])
+    seen = features_seen(task)
+    trunk = extract(task.target.recording, None, [*cuts, seen, LOGITS])
     target_features, base_logits, places = [], [], []
     clone_features: list[list[Tensor]] = [[] for _ in parts]
     for _, fold, place, images in _batches(task, cuts, "scoring positions", progress):
         with torch.no_grad():
             *tensors, features, logits = trunk(images.to(task.target.device))
             at_cut = dict(zip(cuts, tensors, strict=True))
-            target_features.append(pool(features, task.target.head.features).float().cpu())
+            target_features.append(pool(features, seen).float().cpu())
             base_logits.append(logits.float().cpu())
             places.append(torch.arange(place.start, place.stop))
             for (fitted, body), collected in zip(parts, clone_features, strict=True):
@@ -360,6 +362,12 @@ class Judged:
         """Which samples are classified right when they are held out, (N,) bool."""
         return self.logits.argmax(1) == self.labels
 
+    def lowered(self, nats: float) -> "Judged":
+        """The same with all new logits lowered by so many nats; only with base samples."""
+        assert self.stacking is not None
+        stacking = self.stacking.lowered(nats)
+        return Judged(stacking, stacking.logits, self.labels)
+
 
 def judge(samples: HeadSamples) -> Judged:
     """Choose the head that the support allows, and measure it on held-out samples; `run_parts` makes the samples."""
@@ -371,8 +379,16 @@ def judge(samples: HeadSamples) -> Judged:
 
 def fit_head(task: CloneTask, samples: HeadSamples, judged: Judged) -> Head:
     """Make the head that was chosen, on all samples."""
-    own = own_head(task)
-    return own if judged.stacking is None else fit_stacked(samples, judged.stacking, own)
+    own, norm = own_head(task), last_norm(task.target.recording)
+    if judged.stacking is not None:
+        return fit_stacked(samples, judged.stacking, own)
+    return own if norm is None else remembering_head(samples, norm.mean, own)
+
+
+def features_seen(task: CloneTask) -> CutPoint:
+    """What a head reads of the target: its penultimate features, or without base samples those it remembers."""
+    norm = None if task.has_base else last_norm(task.target.recording)
+    return task.target.head.features if norm is None else norm.cut
 
 
 def outcome_of(correct: Tensor, task: CloneTask, rows: Tensor | None = None) -> Outcome:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pnc.cuts import LOGITS, CutPoint, extract
 from pnc.heads import Head, HeadSamples, SourceHead
 from pnc.parallel import ALONE, Team
-from pnc.positions import Progress, fit_head, judge, outcome_of, run_parts
+from pnc.positions import Progress, features_seen, fit_head, judge, outcome_of, run_parts
 from pnc.stitching import Adapter, CrossFitted, Stitched, pool
 from pnc.task import CloneTask
 
@@ -75,13 +75,14 @@ def bounded(task: CloneTask, cut: CutPoint) -> CloneTask:
 @torch.no_grad()
 def views(task: CloneTask, cut: CutPoint) -> Views:
     """Run the support through the target, up to its logits, and through the source."""
-    trunk = extract(task.target.recording, None, [cut, task.target.head.features, LOGITS])
+    read = features_seen(task)
+    trunk = extract(task.target.recording, None, [cut, read, LOGITS])
     teacher = extract(task.source.recording, None, [task.source.head.features])
 
     def seen(images: Tensor) -> tuple[Tensor, ...]:
         tensors, features, logits = trunk(images)
         own = pool(teacher(images), task.source.head.features)
-        return tensors, pool(features, task.target.head.features), logits, own
+        return tensors, pool(features, read), logits, own
 
     (tensors, target_features, base_logits, source_features), _ = task.run(seen, task.target.device)
     labels = task.samples.labels.to(task.target.device)

@@ -48,17 +48,20 @@ def grid_size(cut: CutPoint) -> tuple[int, int]:
 
 def to_grid(tensor: Tensor, cut: CutPoint) -> tuple[Tensor, Tensor]:
     """Read the tensor at `cut` as a grid (B, C, H, W) and its prefix tokens (B, P, C)."""
+    if cut.kind == "map":
+        grid = tensor if cut.channel_dim == 1 else tensor.movedim(cut.channel_dim, 1)
+        return grid, tensor.new_empty(tensor.shape[0], 0, cut.n_channels)
     rows = tensor.movedim(cut.channel_dim, 1).flatten(2) if tensor.dim() > 2 else tensor.unsqueeze(2)  # (B, C, P + H*W)
     prefix, positions = rows[:, :, : cut.n_prefix_tokens], rows[:, :, cut.n_prefix_tokens :]
     return positions.unflatten(2, grid_size(cut)), prefix.transpose(1, 2)
 
 
-def from_grid(grid: Tensor, prefix: Tensor, cut: CutPoint) -> Tensor:
-    """Inverse of `to_grid`: the tensor at `cut` from its grid (B, C, H, W) and prefix tokens (B, P, C)."""
+def from_grid(grid: Tensor, prefix: Tensor | None, cut: CutPoint) -> Tensor:
+    """Inverse of `to_grid`: the tensor at `cut` from its grid (B, C, H, W) and its prefix tokens (B, P, C), if any."""
     if len(cut.shape) == 1:
         return grid.flatten(1)
     if len(cut.shape) == 2:
-        tokens = torch.cat([prefix.transpose(1, 2), grid.flatten(2)], 2) if cut.n_prefix_tokens else grid.flatten(2)
+        tokens = grid.flatten(2) if prefix is None else torch.cat([prefix.transpose(1, 2), grid.flatten(2)], 2)
         return tokens.movedim(1, cut.channel_dim)
     return grid.movedim(1, cut.channel_dim)
 
@@ -126,7 +129,7 @@ class Adapter(nn.Module):
     def forward(self, tensor: Tensor) -> Tensor:
         """Map the target's tensor, (B, *target_cut.shape), to (B, *source_cut.shape)."""
         grid, prefix = to_grid(tensor, self.target_cut)
-        summary = prefix_summary(grid, prefix)
+        made = self.prefix_tokens(grid, prefix)
         size = grid_size(self.source_cut)
         if math.prod(size) <= math.prod(grid_size(self.target_cut)):
             grid = self._convolve(resize(grid, size))
@@ -134,8 +137,13 @@ class Adapter(nn.Module):
             grid = resize(self._convolve(grid), size)
         if self.rectify:
             grid = F.relu(grid)
-        made = torch.einsum("bi,poi->bpo", summary, self.prefix_weight) + self.prefix_bias
         return from_grid(grid, made, self.source_cut)
+
+    def prefix_tokens(self, grid: Tensor, prefix: Tensor) -> Tensor | None:
+        """The source's prefix tokens (B, P, C); None where it has none."""
+        if not self.source_cut.n_prefix_tokens:
+            return None
+        return torch.einsum("bi,poi->bpo", prefix_summary(grid, prefix), self.prefix_weight) + self.prefix_bias
 
     def _convolve(self, grid: Tensor) -> Tensor:
         return F.conv2d(grid, self.weight, self.bias, padding=self.kernel_size // 2)
