@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ from pnc import gates, norms, parallel, selection
 from pnc.budgets import Costs
 from pnc.channels import channel_spaces
 from pnc.errors import InputError
+from pnc.models import save_model
 from pnc.parallel import ALONE, Team
 from pnc.positions import own_head, source_body
 from pnc.refinement import Schedule, feature_loss, train, views
@@ -148,7 +151,7 @@ def test_parts_cover_a_batch_once():
 
 def test_several_processes_without_accelerate_are_refused_with_the_way_out(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setitem(__import__("sys").modules, "accelerate", None)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(InputError, match=r"pip install 'pnc\[distributed\]'"):
         parallel.join()
 
@@ -159,3 +162,22 @@ def test_a_support_smaller_than_the_team_is_refused():
         pnc.prepare_task(
             nets.source.module, nets.target.module, support(1, 1), classes=NEW, **nets.names(), team=Team(0, 11)
         )
+
+
+@pytest.mark.slow
+def test_a_launched_command_writes_one_file_the_one_that_a_single_process_writes(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    nets, words = pair(), ["-m", "pnc", "clone", "--data", "digits", "--threads", "1"]
+    for role, model in (("source", nets.source), ("target", nets.target)):
+        save_model(model, tmp_path / f"{role}.safetensors", {})
+        words += [f"--{role}", str(tmp_path / f"{role}.safetensors")]
+    ran = {}
+    for name, start in (("one", [sys.executable]), ("two", launch)):
+        command = [*start, *words, "--out", str(tmp_path / name)]
+        ran[name] = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran["two"].stdout.count("written after") == 1  # by the main process alone
+    one, two = (pnc.load(tmp_path / name, source=nets.source.module) for name in ("one", "two"))
+    assert (one.target_cut.name, one.source_cut.name) == (two.target_cut.name, two.source_cut.name)
+    for name, value in one.branch.state_dict().items():
+        # discriminants are kept in half precision: one step of it
+        torch.testing.assert_close(two.branch.state_dict()[name], value, rtol=2e-3, atol=1e-4)

@@ -59,8 +59,8 @@ app = typer.Typer(
     help="Partial network cloning: give a trained classifier classes of another one, without changing a bit of it.",
 )
 
-bench.command("speed")(measure_speed)
 bench.command("scale")(measure_scale)
+bench.command("speed")(measure_speed)
 app.add_typer(bench, name="bench")
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the same facts here as JSON.")]
@@ -226,7 +226,7 @@ def clone(
     """Clone classes of a source for a target; write a file.
 
     Positions are scanned in closed form on a few images of the training split; neither network changes. With
-    `accelerate launch -m pnc clone ...` several processes, each with a device of its own, share the work.
+    `accelerate launch -m pnc clone ...` or `torchrun -m pnc clone ...` several processes share the work.
     """
     with parallel.joined(read_device(device)) as (team, own_device), use_threads(threads):
         asked = (

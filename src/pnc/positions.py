@@ -47,6 +47,8 @@ N_ERRORS_FINAL = 2.0
 """Standard errors of the difference to the best by which a position may lie behind after the first round."""
 N_ERRORS = 0.5
 """Standard errors of the difference to the best that are given up for lower cost; see docs/method.md."""
+N_ERRORS_WHOLE = 2.0
+"""Standard errors of the difference by which the whole source must be better than any part of it, to be taken."""
 ROUNDING = 1e-12
 NO_ERROR = 1e-6
 """Share of the variance that an adapter may miss which only passes on what it gets."""
@@ -167,7 +169,7 @@ class Scan:
         """Choose the cheapest position whose score lies within half a standard error of the best one's.
 
         It is the error of the difference between both, on the same images (`loss_against`). A position that costs as
-        much as the whole source is taken only where there is no other: there an ensemble of both networks does as well.
+        much as the whole source counts only where all others are worse beyond doubt: by `N_ERRORS_WHOLE` such errors.
         Of those within the bounds, the ones that were scored on most images count.
 
         Without base samples nothing tells what an adapter does to images of base classes, which it was not fitted on: a
@@ -181,7 +183,7 @@ class Scan:
             InputError: no scored position is that cheap; the message names the cheapest.
         """
         has_base = any(bool(outcome.is_base.any()) for outcome in self.outcomes.values())
-        allowed = [p for p in self.positions if p.macs_share < 1 or not has_base] or list(self.positions)
+        allowed = self._worth_considering() if has_base else list(self.positions)
         if max_macs is not None:
             cheapest = min(p.macs_share for p in allowed)
             allowed = [p for p in allowed if p.macs_share <= max_macs]
@@ -203,6 +205,18 @@ class Scan:
             if loss <= n_errors * error + ROUNDING:
                 as_good.append(position)
         return min(as_good, key=lambda p: (p.n_macs, -p.score))
+
+    def _worth_considering(self) -> list[Position]:
+        """The positions that cost less than the whole source; all, where those are worse beyond doubt or missing."""
+        cheaper = [p for p in self.positions if p.macs_share < 1]
+        if not cheaper:
+            return list(self.positions)
+        n_images = max(p.n_images for p in cheaper)
+        best = max((p for p in self.positions if p.n_images >= n_images), key=lambda p: p.score)
+        loss, error = self.loss_against(
+            max((p for p in cheaper if p.n_images == n_images), key=lambda p: p.score), best
+        )
+        return list(self.positions) if loss > N_ERRORS_WHOLE * error else cheaper
 
 
 def scan(
@@ -272,8 +286,7 @@ def _finalists(
     positions: Mapping[tuple[str, str], Position], outcomes: Mapping[tuple[str, str], Outcome]
 ) -> list[tuple[str, str]]:
     """The positions that the choice may fall on, judged by the first round: the best ones, and none far behind."""
-    allowed = [pair for pair, position in positions.items() if position.macs_share < 1] or list(positions)
-    ranked = sorted(allowed, key=lambda pair: (-positions[pair].score, positions[pair].n_macs))
+    ranked = sorted(positions, key=lambda pair: (-positions[pair].score, positions[pair].n_macs))
     losses = [(pair, *outcomes[ranked[0]].minus(outcomes[pair])) for pair in ranked]
     return [pair for pair, loss, error in losses if loss <= N_ERRORS_FINAL * error + ROUNDING][:N_FINALISTS]
 

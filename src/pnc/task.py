@@ -103,12 +103,12 @@ class Samples:
         images, index = self.groups.unique(return_inverse=True)
         labels, folds = torch.empty_like(images), torch.empty_like(images)
         labels[index], folds[index] = self.labels, self.folds
-        places = torch.empty(len(images), dtype=torch.float64)
-        for cell in (labels * self.n_folds + folds).unique().tolist():
-            members = (labels * self.n_folds + folds == cell).nonzero().flatten()
-            places[members] = (torch.arange(len(members)).double() + 0.5) / len(members)
-            if cell >= n_base * self.n_folds:
-                places[members[0]] = -1.0
+        cells = labels * self.n_folds + folds
+        order, counts = cells.argsort(stable=True), cells.bincount()
+        number = torch.empty_like(cells)  # of each image within its cell
+        number[order] = torch.arange(len(cells)) - (counts.cumsum(0) - counts)[cells[order]]
+        places = (number.double() + 0.5) / counts[cells]
+        places[(number == 0) & (labels >= n_base)] = -1.0
         n_kept = max(n_images, int((places < 0).sum()))
         chosen = torch.zeros(len(images), dtype=torch.bool)
         chosen[places.argsort(stable=True)[:n_kept]] = True

@@ -98,9 +98,9 @@ def cells(n_stream: int, n_large: int, n_scan: int) -> list[dict[str, Any]]:
     return [
         *({"cell": "scan, samples", "n": n} for n in SAMPLES),
         *({"cell": "scan, cuts", "n": n} for n in CUTS),
+        *({"cell": "clone, processes", "n": n} for n in (1, 2)),
         {"cell": "scan, 32x32", "n": n_scan},
         {"cell": "clone, streaming", "n": n_stream},
-        *({"cell": "clone, processes", "n": n} for n in (1, 2)),
         {"cell": "clone, ResNet-50", "n": n_large},
     ]
 
