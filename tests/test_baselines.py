@@ -19,7 +19,7 @@ from pnc.baselines.linear_probe import regression
 from pnc.baselines.protocol import Budget, Fitted, Rival
 from pnc.baselines.tuning import Data, Method, Setting, extend_classifier, grid, tune
 from pnc.bench.main_job import predict
-from pnc.bench.protocols import METHODS
+from pnc.bench.protocols import BOUNDED, METHODS
 from pnc.composite import Composite
 from pnc.cuts import INPUT
 from pnc.errors import InputError
@@ -46,7 +46,7 @@ NEED_BASE = {
     "joint training on everything": "joint training",
 }
 
-_APART = ("sequential search of the paper", "joint training on everything")  # have tests of their own
+_APART = ("sequential search of the paper", "joint training on everything", BOUNDED)  # have tests of their own
 every_rival = pytest.mark.parametrize("name", [name for name in METHODS if name not in _APART])
 
 
