@@ -90,14 +90,15 @@ class Plan:
             new = [one - self.base_priority for one in new]
         return torch.cat([logits, *new], 1)
 
-    def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Give the target's logits and each clone's uncalibrated log-odds against the base: `Composite.log_odds`."""
+    def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """Give the target's logits, each clone's uncalibrated log-odds and its features: `Composite.log_odds`."""
         *tensors, features, logits = self._run(images)
         pooled, level = pool(features, self.features), logits.logsumexp(1, keepdim=True)
-        return logits, {
-            name: branch.head_logits(tensors[tap], pooled, logits) - level
-            for name, tap, branch in zip(self.names, self.taps, self.branches, strict=True)
-        }
+        found = {}
+        for name, tap, branch in zip(self.names, self.taps, self.branches, strict=True):
+            new, own_features = branch.head_logits(tensors[tap], pooled, logits)
+            found[name] = (new - level, own_features)
+        return logits, found
 
     def _run(self, images: Tensor) -> tuple[Tensor, ...]:
         """The tensors that the branches read, the target's features and its logits."""

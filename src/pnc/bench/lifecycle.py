@@ -8,8 +8,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from pnc.bench.results import Cells, Claim, at_least, at_most, over_seeds, table
+from pnc.branch import Scalars, against_rivals
 from pnc.calibration import calibrate, collect_log_odds
 from pnc.checkpoint import load, save
 from pnc.cloning import Clone, clone
@@ -110,16 +113,13 @@ def _row(setting: Setting, seed: int, arrangement: str) -> dict[str, Any]:
     clones = [_clone(setting, support, part, seed) for part in parts(new, arrangement)]
     net = attach(target.module, *clones)
     test = relabel(class_subset(setting.test, net.classes), net.classes)
-    base_logits, log_odds = collect_log_odds(net, test.images, 250)
+    base_logits, log_odds, features = collect_log_odds(net, test.images, 250)
     start = time.perf_counter()
     found = calibrate(net, support)
     seconds = time.perf_counter() - start
     level = base_logits.logsumexp(1, keepdim=True)
     raw = torch.cat([base_logits, *(level + one for one in log_odds.values())], 1)
-    moved = [
-        level + found.scalars[name].scale * one + torch.tensor(found.scalars[name].offsets, dtype=one.dtype)
-        for name, one in log_odds.items()
-    ]
+    moved = [level + _moved(one, features[name], found.scalars[name]) for name, one in log_odds.items()]
     calibrated = torch.cat([base_logits, *moved], 1)
     return {
         "raw": asdict(evaluate(raw, test.labels, base_logits)),
@@ -128,10 +128,22 @@ def _row(setting: Setting, seed: int, arrangement: str) -> dict[str, Any]:
         "calibrate_seconds": seconds,
         "loss_before": found.loss_before,
         "loss_after": found.loss_after,
-        "scalars": {name: asdict(one) for name, one in found.scalars.items()},
+        "scalars": {
+            name: {"scale": one.scale, "offsets": one.offsets, "caution": one.caution}
+            for name, one in found.scalars.items()
+        },
         "positions": [f"{one.target_cut} > {one.source_cut}" for one in net.status()],
         "scores": [one.recipe["score"] for one in clones],
     }
+
+
+def _moved(log_odds: Tensor, features: Tensor, scalars: Scalars) -> Tensor:
+    """The log-odds of a calibrated clone, as the docs have them; (N, K_new), of uncalibrated ones and (N, D_s)."""
+    moved = scalars.scale * log_odds + torch.tensor(scalars.offsets, dtype=log_odds.dtype)
+    if scalars.rivals:
+        against = against_rivals(features, features.new_tensor(scalars.rivals), log_odds.shape[1])
+        moved = moved + scalars.caution * F.logsigmoid(against)
+    return moved
 
 
 def _clone(setting: Setting, support: Support, part: Part, seed: int) -> Clone:
