@@ -117,8 +117,8 @@ class Branch(nn.Module):
         """Give a branch over the same tensors with other scalars.
 
         Raises:
-            InputError: the scalars are not finite, the scale is not above 0, the caution is below 0, the offsets are not
-                one for each class, or the rivals are no rows for this clone's features and classes.
+            InputError: the scalars are not finite, the scale is not above 0, the caution is below 0, the offsets are
+                not one for each class, or the rivals are no rows for this clone's features and classes.
         """
         offsets = scalars.offsets or (0.0,) * len(self.offset)
         if len(offsets) != len(self.offset):

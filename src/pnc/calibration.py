@@ -291,8 +291,8 @@ def collect_log_odds(
             for name, (one, own) in found.items():
                 log_odds.setdefault(name, []).append(one.double().cpu())
                 features.setdefault(name, []).append(own.double().cpu())
-    joined = ({name: torch.cat(parts) for name, parts in kind.items()} for kind in (log_odds, features))
-    return torch.cat(base_logits), *joined
+    joined, own_features = ({name: torch.cat(parts) for name, parts in kind.items()} for kind in (log_odds, features))
+    return torch.cat(base_logits), joined, own_features
 
 
 def _most_probable(problem: _Problem, fit_scales: bool) -> Tensor:

@@ -207,15 +207,16 @@ def _skeleton(path: str | Path, manifest: Manifest, tensors: Mapping[str, Tensor
     """A branch with the head that the metadata names, as large as the file's tensors say, and no values yet."""
     branch = Branch(stitched, _head(path, manifest, tensors))
     caution, rivals = (tensors.get(name) for name in _CAUTION)
-    if rivals is not None:
-        if caution is None or rivals.dim() != 2 or len(rivals) <= len(manifest.classes):
+    if (caution is None) != (rivals is None):
+        raise FileFormatError(f"{path} is damaged: of {_CAUTION[0]!r} and {_CAUTION[1]!r} one is missing")
+    if caution is not None and rivals is not None:
+        n_new = len(manifest.classes)
+        if bool((caution <= 0).any()) or rivals.dim() != 2 or len(rivals) <= n_new:
             raise FileFormatError(
-                f"{path} is damaged: {_CAUTION[1]!r} must be a matrix of more than {len(manifest.classes)} rows, beside "
-                f"{_CAUTION[0]!r}; it is {_described(rivals)}"
+                f"{path} is damaged: {_CAUTION[0]!r} must be above 0, and {_CAUTION[1]!r} a matrix of more than "
+                f"{n_new} rows; it is {_described(rivals)}"
             )
         branch.rivals = torch.zeros(rivals.shape)
-    elif caution is not None:
-        raise FileFormatError(f"{path} is damaged: there is {_CAUTION[0]!r} without {_CAUTION[1]!r}")
     return branch
 
 
