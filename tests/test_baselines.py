@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from digits import BASE, NEW, held_out_images, pair, support
 from pnc.baselines import derpp, ensemble, ewc, finetuning, icarl, joint, lora, lwf, nearest_mean, tempered, tuning
-from pnc.baselines.features import target_features
+from pnc.baselines.features import features_of
 from pnc.baselines.linear_probe import regression
 from pnc.baselines.protocol import Budget, Fitted, Rival
 from pnc.baselines.tuning import Data, Method, Setting, extend_classifier, grid, tune
@@ -34,7 +34,9 @@ WITHOUT_REPLAY = ["fine-tuning", "fine-tuning (last stage)", "fine-tuning (head)
 NEED_BASE = {
     "ensemble with temperatures": "an ensemble with temperatures",
     "LDA on target features": "LDA on the target's features",
+    "LDA on source features": "LDA on the source's features",
     "linear probe": "a linear probe of the target's features",
+    "linear probe of source features": "a linear probe of the source's features",
     "nearest mean": "the nearest mean of the target's features",
     "fine-tuning with replay": "fine-tuning with replay",
     "fine-tuning with replay (last stage)": "fine-tuning with replay",
@@ -162,8 +164,8 @@ def test_temperatures_undo_a_scale_and_an_offset() -> None:
 
 def test_temperatures_lower_the_loss_on_the_support() -> None:
     given = task()
-    logits = predict(ensemble.fit(given, SHORT).module, given.samples.images)
-    better = predict(tempered.fit(given, SHORT).module, given.samples.images)
+    logits = predict(ensemble.fit(given, SHORT).module, given.samples.images[:])
+    better = predict(tempered.fit(given, SHORT).module, given.samples.images[:])
     weight = 1 / given.samples.labels.bincount().float()
     raw, fit = (F.cross_entropy(one, given.samples.labels, weight=weight) for one in (logits, better))
     assert fit < raw
@@ -179,7 +181,7 @@ def test_discriminants_are_those_of_scikit_learn_on_the_targets_features() -> No
         lambda module, inputs: caught.append(inputs[0])
     )
     try:
-        predict(given.target.model, given.samples.images, batch_size=1000)
+        predict(given.target.model, given.samples.images[:], batch_size=1000)
         predict(given.target.model, images, batch_size=1000)
     finally:
         handle.remove()
@@ -199,7 +201,7 @@ def test_discriminants_need_two_images_of_every_class() -> None:
 
 def test_the_probe_is_where_the_loss_has_no_slope() -> None:
     given = task()
-    rows, labels = target_features(given).double(), given.samples.labels
+    rows, labels = features_of(given).double(), given.samples.labels
     rows = (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-6)
     weight, bias = (tensor.requires_grad_() for tensor in regression(rows, labels, 0.01))
     loss = F.cross_entropy(rows @ weight.T + bias, labels, weight=1 / labels.bincount().double())

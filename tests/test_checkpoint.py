@@ -154,7 +154,7 @@ def with_rivals():
     """A clone that is calibrated beside others, with made-up values."""
     branch = copy.deepcopy(made().branch)
     rows = torch.arange(7.0 * branch.rivals.shape[1]).sin().reshape(7, -1).tolist()
-    scalars = Scalars(0.75, (0.5,) * len(NEW), 1.5, tuple(map(tuple, rows)))
+    scalars = Scalars(0.75, (0.5,) * len(NEW), tuple(map(tuple, rows)))
     return dataclasses.replace(made(), branch=branch.rescaled(scalars))
 
 
@@ -163,23 +163,19 @@ def test_rivals_come_back_with_the_same_bits(tmp_path, kind):
     clone = with_rivals()
     assert not torch.equal(logits(clone), logits(made()))
     pnc.save(clone, tmp_path / "a", kind)
-    assert {"calibration.caution", "calibration.rivals"} <= set(load_file(tmp_path / "a"))
+    assert "calibration.rivals" in load_file(tmp_path / "a")
     loaded = pnc.load(tmp_path / "a", source=pair().source.module)
     assert torch.equal(logits(loaded), logits(clone))
     pnc.save(loaded, tmp_path / "b", kind)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-CAUTION, RIVALS = "calibration.caution", "calibration.rivals"
+RIVALS = "calibration.rivals"
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.pop(CAUTION), "one is missing"),
-        (lambda t: t.pop(RIVALS), "one is missing"),
-        (lambda t: t[CAUTION].neg_(), "must be above 0"),
-        (lambda t: t.update({CAUTION: torch.ones(2)}), "'calibration.caution' is .2,. float32"),
         (lambda t: t.update({RIVALS: t[RIVALS][:5]}), "a matrix of more than 5 rows; it is .5, "),
         (lambda t: t.update({RIVALS: t[RIVALS][0]}), "a matrix of more than 5 rows"),
         (lambda t: t.update({RIVALS: t[RIVALS].double()}), "'calibration.rivals' is .* float64"),

@@ -110,6 +110,15 @@ def test_clone_takes_classes_density_kind_and_support_without_base_samples(comma
     made = pnc.clone(nets.source.module, nets.target.module, data, classes=["7", "5"], density=0.5, **nets.names())
     assert known["recipe"] == made.recipe
     assert "20 new, 0 base images" in found.out
+    assert "not measured, as there was no base image" in " ".join(found.out.split())
+
+
+def test_what_base_images_may_lose_is_bounded_or_refused(command: Command, tmp_path: Path) -> None:
+    words = f"clone {NETWORKS} --data digits --out {{out}} --max-base-drop 0.02 --support"
+    assert "base images may lose" in command(f"{words} 10/10", out=tmp_path / "c").out
+    assert pnc.inspect(tmp_path / "c")["recipe"]["max_base_drop"] == 0.02
+    assert "0 base images cannot show that; give at least 49" in command(f"{words} 10/0", out=tmp_path / "d").complaint
+    assert not (tmp_path / "d").exists()
 
 
 def test_background_images_stand_for_base_samples(command: Command, tmp_path: Path) -> None:

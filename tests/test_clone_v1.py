@@ -62,7 +62,7 @@ def test_they_hold_what_a_file_may_hold() -> None:
     heads = {name: pnc.inspect(FOLDER / f"{name}.safetensors")["head"] for name in LOGITS}
     assert heads["clone_v1_source_head"] == "source" and heads["clone_v1_thin"] == "stacked"
     assert heads["clone_v1_discriminant"] == "discriminant"
-    assert {"calibration.caution", "calibration.rivals"} <= tensors["clone_v1_rivals"]
+    assert "calibration.rivals" in tensors["clone_v1_rivals"]
 
 
 def test_the_names_of_the_networks_weights_have_not_changed() -> None:

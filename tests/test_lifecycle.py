@@ -360,7 +360,7 @@ def test_compiled_code_follows_attach_detach_and_calibration(stage, backend):
     net.rescale({"dog": Scalars(0.5, (1.0,))})
     assert agrees()
     rivals = torch.ones(3, net.branches[1].rivals.shape[1]).cumsum(0).tolist()
-    net.rescale({"dog": Scalars(0.5, (1.0,), 1.0, tuple(map(tuple, rivals)))})
+    net.rescale({"dog": Scalars(0.5, (1.0,), tuple(map(tuple, rivals)))})
     assert agrees()
     net.base_priority = 2.0
     assert agrees()

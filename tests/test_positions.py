@@ -127,7 +127,7 @@ def test_each_image_goes_through_the_adapter_that_has_not_seen_it():
     (samples,) = run_parts(task(), [(fitted, body)])
     taps = pnc.cuts.extract(task().target.recording, None, [position.target_cut, "logits"])
     with torch.no_grad():
-        tensor = taps(task().samples.images)[0]
+        tensor = taps(task().samples.images[:])[0]
         for fold in range(task().samples.n_folds):
             rows = task().samples.folds == fold
             expected = body(fitted.held_out[fold](tensor[rows])).float()

@@ -95,7 +95,7 @@ def test_training_lowers_the_loss_and_leaves_what_it_started_from():
 def test_views_are_what_both_networks_see():
     cut = place()[0].adapter.target_cut
     data = views(task(), cut)
-    nets, images = pair(), task().samples.images
+    nets, images = pair(), task().samples.images[:]
     with torch.no_grad():
         # other batches, hence another order of summation
         torch.testing.assert_close(data.base_logits, nets.target.module(images), atol=1e-4, rtol=1e-4)

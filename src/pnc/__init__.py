@@ -21,7 +21,9 @@ from pnc.errors import (
     RecordingError,
 )
 from pnc.exported import from_exported
+from pnc.fusion import FusedComposite
 from pnc.models import LoadedModel, load_model
+from pnc.parallel import Team, joined
 from pnc.plans import CloneStatus
 from pnc.positions import Position, Scan, scan
 from pnc.preprocessing import Preprocessed
@@ -37,6 +39,7 @@ __all__ = [
     "CloneTask",
     "Composite",
     "FileFormatError",
+    "FusedComposite",
     "ImageSet",
     "InputError",
     "LoadedModel",
@@ -49,6 +52,7 @@ __all__ = [
     "Scalars",
     "Scan",
     "Support",
+    "Team",
     "attach",
     "calibrate",
     "clone",
@@ -56,6 +60,7 @@ __all__ = [
     "fit",
     "from_exported",
     "inspect",
+    "joined",
     "load",
     "load_data",
     "load_model",

@@ -11,7 +11,7 @@ import torch
 
 from pnc import checkpoint
 from pnc.composite import Composite, attach
-from pnc.data import ImageSet, Support, draw_support, listed, parse_classes
+from pnc.data import ImageSet, draw_images, listed, parse_classes
 from pnc.errors import ClassNameError, InputError, PNCError
 from pnc.models import LoadedModel, has_own_weights, load_model
 from pnc.preprocessing import shape_text
@@ -207,7 +207,7 @@ def parse_support(text: str) -> tuple[int | None, int | None]:
     raise InputError(f"support: expected NEW/BASE images per class, such as 100/20, 20/0 or all/all; got {text!r}")
 
 
-def draw(images: ImageSet, new: Sequence[str], base: Sequence[str], sizes: str, seed: int) -> Support:
+def draw(images: ImageSet, new: Sequence[str], base: Sequence[str], sizes: str, seed: int) -> ImageSet:
     """Draw the support that `sizes` asks for.
 
     Raises:
@@ -223,7 +223,7 @@ def draw(images: ImageSet, new: Sequence[str], base: Sequence[str], sizes: str, 
                     f"support: {sizes} asks for {wanted or 'all'} images of class {name!r}, but the data has {there}; "
                     f"it has images of {listed([known for known, count in counts.items() if count])}"
                 )
-    return draw_support(images, new, base, n_new, n_base, torch.Generator().manual_seed(seed))
+    return draw_images(images, new, base, n_new, n_base, torch.Generator().manual_seed(seed))
 
 
 # --------------------------------------------------------------------------------------------------- clones

@@ -100,7 +100,7 @@ def measure_positions(
     Takes some minutes for each seed; rows that are in positions.jsonl already are not made again.
     """
     rows_path = out / "positions.jsonl"
-    setting = _setting(source, target, data, support, flip, rows_path)
+    setting = setting_of(source, target, data, support, flip, rows_path)
     facts = {"source": source, "target": target, "data": data_name or data, "support": support, "flip": flip}
     cells = Cells(rows_path, facts, ("strategy", "seed"))
     with use_threads(threads), progress() as bar:
@@ -112,7 +112,7 @@ def measure_positions(
     found = positions_bench.claims(rows)
     text = positions_bench.markdown(rows, setting, data_name or data)
     write_results(out, "positions", command, {**facts, "rows": rows}, found, text)
-    _show_claims(found, out / "positions.md")
+    show_claims(found, out / "positions.md")
 
 
 @bench.command("localize")
@@ -134,7 +134,7 @@ def measure_localization(
     Takes ten minutes or so for each seed; rows that are in localize.jsonl already are not made again.
     """
     rows_path = out / "localize.jsonl"
-    setting = _setting(source, target, data, support, flip, rows_path, n_test)
+    setting = setting_of(source, target, data, support, flip, rows_path, n_test)
     everything = [name for name in setting.source.classes if name not in setting.target.classes]
     groups = [everything, list(parse_classes(some, setting.source.classes))]
     facts = {"source": source, "target": target, "data": data_name or data, "support": support, "flip": flip}
@@ -149,7 +149,7 @@ def measure_localization(
     found = localize_bench.claims(rows)
     text = localize_bench.markdown(rows, setting, data_name or data)
     write_results(out, "localize", command, {**facts, "n_test": n_test, "rows": rows}, found, text)
-    _show_claims(found, out / "localize.md")
+    show_claims(found, out / "localize.md")
 
 
 @bench.command("files")
@@ -177,7 +177,7 @@ def attack_files(
         "bad": [number for row in rows for number in row.get("bad", [])],
     }
     write_results(out, "files", command, facts, found, files_bench.markdown(rows))
-    _show_claims(found, out / "files.md")
+    show_claims(found, out / "files.md")
 
 
 @bench.command("lifecycle")
@@ -208,7 +208,7 @@ def measure_lifecycle(
         raise InputError(f"source: give two networks that know the same new classes; got {len(source)}")
     check_outputs(dict(outputs))
     first, second = (
-        _setting(one, target, data, support, flip, outputs[".jsonl"], n_test if one == source[0] else 1)
+        setting_of(one, target, data, support, flip, outputs[".jsonl"], n_test if one == source[0] else 1)
         for one in source
     )
     if first.source.classes != second.source.classes:
@@ -234,7 +234,7 @@ def measure_lifecycle(
     text = lifecycle_bench.markdown(rows, lives, setting, data_name or data, n_test)
     measured = {**facts, "n_test": n_test, "lives": lives, "rows": rows}
     write_results(json_path.parent, json_path.stem, command, measured, found, text)
-    _show_claims(found, outputs[".md"])
+    show_claims(found, outputs[".md"])
 
 
 @bench.command("compare")
@@ -373,7 +373,7 @@ def _logged(step: Progress) -> Progress:
     return both
 
 
-def _setting(
+def setting_of(
     source: str, target: str, data: str, support: str, flip: bool, out: Path, n_test: int | None = None
 ) -> positions_bench.Setting:
     """Check and load what the options of a comparison name; `out` is the file that its rows go to."""
@@ -391,7 +391,8 @@ def _setting(
     return positions_bench.Setting(models[0], models[1], train, test, n_new, n_base, flip)
 
 
-def _show_claims(claims: Sequence[Claim], written: Path) -> None:
+def show_claims(claims: Sequence[Claim], written: Path) -> None:
+    """Say of each claim whether it holds, and where the results lie."""
     for one in claims:
         spread = "" if one.spread is None else f" +- {one.spread:.3f}"
         value = f"{one.value:.3f}" if isinstance(one.value, float) else f"{one.value:,}"

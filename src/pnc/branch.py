@@ -20,25 +20,23 @@ from pnc.tracing import info
 class Scalars:
     """What calibration changes of a clone: its log-odds l against the base become, class by class,
 
-        scale * l + offset + caution * log p(an own class | an own class or a rival, the clone's features).
+        scale * l + offset + log p(an own class | an own class or a rival; the clone's features).
 
     Attributes:
         scale: Above 0; 1 for no change.
         offsets: In nats, one for each class; None for no change.
-        caution: 0 or more; 0 for no change.
         rivals: Linear discriminants on the clone's features, first of the classes of other clones, then of its own: a
-            row of D_s weights and a constant for each; empty where `caution` is 0.
+            row of D_s weights and a constant for each; empty for no change.
     """
 
     scale: float = 1.0
     offsets: tuple[float, ...] | None = None
-    caution: float = 0.0
     rivals: tuple[tuple[float, ...], ...] = ()
 
     @property
     def is_identity(self) -> bool:
         """Whether nothing is changed: then the logits keep their bits."""
-        return self.scale == 1 and not any(self.offsets or ()) and self.caution == 0
+        return self.scale == 1 and not any(self.offsets or ()) and not self.rivals
 
 
 class Branch(nn.Module):
@@ -58,11 +56,9 @@ class Branch(nn.Module):
         self.n_macs = stitched.adapter.n_macs + sum(info(node).n_macs for node in nodes)
         self.register_buffer("gain", torch.zeros(1))
         self.register_buffer("offset", torch.zeros(_n_new(head)))
-        self.register_buffer("caution", torch.zeros(1))
         self.register_buffer("rivals", torch.zeros(0, stitched.features.n_channels + 1))
         self.gain: Tensor
         self.offset: Tensor
-        self.caution: Tensor
         self.rivals: Tensor
         self.requires_grad_(False)
         for module in self.modules():
@@ -76,21 +72,18 @@ class Branch(nn.Module):
             target_features: Its penultimate features, (B, D_t).
             base_logits: Its logits, (B, K_base).
         """
-        logits, features = self.head_logits(tensor, target_features, base_logits)
+        features = self.stitched(tensor)
+        logits: Tensor = self.head(target_features, features, base_logits)
         moved = logits + self.gain * (logits - base_logits.logsumexp(1, keepdim=True)) + self.offset
         if len(self.rivals):
-            moved = moved + self.caution * F.logsigmoid(against_rivals(features, self.rivals, len(self.offset)))
+            return (moved + F.logsigmoid(against_rivals(features, self.rivals, len(self.offset)))).to(logits.dtype)
         # Where nothing is calibrated, the head's own bits.
-        untouched = (self.gain == 0) & (self.offset == 0) & (self.caution == 0)
-        return torch.where(untouched, logits, moved.to(logits.dtype))
+        return torch.where((self.gain == 0) & (self.offset == 0), logits, moved.to(logits.dtype))
 
-    def head_logits(self, tensor: Tensor, target_features: Tensor, base_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the logits of the new classes as they are without calibration, (B, K_new), and the clone's features.
-
-        Arguments are those of `forward`; the features are (B, D_s).
-        """
-        features = self.stitched(tensor)
-        return self.head(target_features, features, base_logits), features
+    def head_logits(self, tensor: Tensor, target_features: Tensor, base_logits: Tensor) -> Tensor:
+        """Give the logits of the new classes as they are without calibration, (B, K_new); arguments as in `forward`."""
+        logits: Tensor = self.head(target_features, self.stitched(tensor), base_logits)
+        return logits
 
     def train(self, mode: bool = True) -> Self:
         """Change nothing: running statistics must not move."""
@@ -111,23 +104,21 @@ class Branch(nn.Module):
     def scalars(self) -> Scalars:
         """Those of calibration, as numbers."""
         rivals = tuple(map(tuple, self.rivals.tolist()))
-        return Scalars(1 + float(self.gain), tuple(self.offset.tolist()), float(self.caution), rivals)
+        return Scalars(1 + float(self.gain), tuple(self.offset.tolist()), rivals)
 
     def rescaled(self, scalars: Scalars) -> "Branch":
         """Give a branch over the same tensors with other scalars.
 
         Raises:
-            InputError: the scalars are not finite, the scale is not above 0, the caution is below 0, the offsets are
-                not one for each class, or the rivals are no rows for this clone's features and classes.
+            InputError: the scalars are not finite, the scale is not above 0, the offsets are not one for each class, or
+                the rivals are no rows for this clone's features and classes.
         """
         offsets = scalars.offsets or (0.0,) * len(self.offset)
         if len(offsets) != len(self.offset):
             raise InputError(f"offsets: expected one for each of {len(self.offset)} classes; got {len(offsets)}")
         if not (math.isfinite(scalars.scale) and scalars.scale > 0 and all(map(math.isfinite, offsets))):
             raise InputError(f"scalars: expected a finite scale above 0 and finite offsets; got {scalars}")
-        if not (math.isfinite(scalars.caution) and scalars.caution >= 0):
-            raise InputError(f"scalars: expected a finite caution of 0 or more; got {scalars.caution}")
-        width, least = self.rivals.shape[1], len(self.offset) + 1 if scalars.caution or scalars.rivals else 0
+        width, least = self.rivals.shape[1], len(self.offset) + 1 if scalars.rivals else 0
         if len(scalars.rivals) < least or any(len(row) != width for row in scalars.rivals):
             raise InputError(
                 f"rivals: expected {least} rows or more of {width} values, those of the clone's {len(self.offset)} "
@@ -140,7 +131,6 @@ class Branch(nn.Module):
         branch._buffers = {
             "gain": self.gain.new_full((1,), scalars.scale - 1),
             "offset": self.offset.new_tensor(offsets),
-            "caution": self.caution.new_full((1,), scalars.caution),
             "rivals": rivals,
         }
         return branch

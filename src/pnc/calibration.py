@@ -1,22 +1,23 @@
-"""Clones that were made apart, made to live together: scalars of theirs fitted on a few images of all classes.
+"""Clones that were made apart, made to live together: a few values of theirs fitted on a few images of all classes.
 
 Each clone's log-odds were fitted against the base alone. It has never seen the classes of the others, and tends to be
 too sure of itself; so it may fire on their images. Calibration moves the log-odds l of a clone to
 
-    scale * l + offset[class] + caution * log p(own | own or rival),
+    scale * l + offset[class] + log p(own | own or rival),
 
-the scale above 0, the caution 0 or more, and both the same for all its classes. The last term is what the clone's own
-features say against the classes of the other clones, its rivals: their images are far from all that its log-odds were
-fitted on, and there it may be as sure as on its own. Linear discriminants that are fitted on the support tell them
-apart, as far as the source's features do; how much they count is decided on images that they were not fitted on.
+the scale above 0 and the same for all its classes. The last term is what the clone's own features say against the
+classes of the other clones, its rivals: their images are far from all that its log-odds were fitted on, and there it
+may be as sure as on its own. Linear discriminants that are fitted on the support tell them apart, as far as the
+source's features do; how sure they may be is decided on images that they were not fitted on.
 
-Scales, cautions and offsets are found together, as the most probable ones given the support and a prior that says: as
-before. The problem is convex and small. The target's logits take no part in it, so the distribution among the base
-classes stays the target's own.
+Scales and offsets are found together, as the most probable ones given the support and a prior that says: as before. The
+problem is convex and small. The target's logits take no part in it, so the distribution among the base classes stays
+the target's own.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,11 +38,11 @@ of its classes about that one. They are small because the support is usually the
 it each clone looks better than it is, and the weights of its head, fitted on held-out images, deserve more trust. Where
 some hundred images say otherwise, they are stronger all the same."""
 
-CAUTION_SPREAD = 1.0
-"""Standard deviation of a caution about 0; 1 is the caution of somebody who believes the discriminants."""
-
 N_FOLDS = 5
 """Into so many parts, at most, the support is parted to judge discriminants on images that they were not fitted on."""
+
+SURENESS = tuple(step / 20 for step in range(21))
+"""What discriminants of own classes against rivals may be multiplied by: 0 leaves them out, 1 believes them."""
 
 MAX_STEPS = 100
 """Newton steps at most; ten are usual."""
@@ -77,9 +78,9 @@ class _Problem:
 
     Attributes:
         base_logits: (N, K_base); no column where there are no base samples.
-        level: logsumexp of the target's logits, (N, 1), which log-odds are relative to; zero where it does not matter.
+        level: What the log-odds are added to, (N, K_new): logsumexp of the target's logits, or zero where that does not
+            matter; and what each clone's features say against its rivals.
         log_odds: Of all new classes, (N, K_new).
-        rivalry: Of each clone, log p(own | own or rival), (N, n_clones); zero where nothing is known.
         labels: (N,), places among the columns of `base_logits` followed by those of `log_odds`.
         owner: Which clone each new class belongs to, (K_new, n_clones), one-hot.
     """
@@ -87,15 +88,8 @@ class _Problem:
     base_logits: Tensor
     level: Tensor
     log_odds: Tensor
-    rivalry: Tensor
     labels: Tensor
     owner: Tensor
-
-    @property
-    def start(self) -> Tensor:
-        """Scales, cautions (n_clones,) and offsets (K_new,) of uncalibrated clones, in one vector; the prior's mean."""
-        n_new, n_clones = self.owner.shape
-        return torch.cat([torch.ones(n_clones), torch.zeros(n_clones + n_new)]).double()
 
     @property
     def weights(self) -> Tensor:
@@ -103,49 +97,38 @@ class _Problem:
         weights = balanced_weights(self.labels, self.base_logits.shape[1])
         return weights / weights.sum()
 
-    def split(self, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scales, cautions and offsets of the vector that holds them."""
-        n_new, n_clones = self.owner.shape
-        scales, cautions, offsets = values.split([n_clones, n_clones, n_new])
-        return scales, cautions, offsets
+    def logits(self, scales: Tensor, offsets: Tensor) -> Tensor:
+        """Of all classes, (N, K_base + K_new), given scales (n_clones,) and offsets (K_new,)."""
+        return torch.cat([self.base_logits, self.level + self.log_odds * (self.owner @ scales) + offsets], 1)
 
-    def logits(self, values: Tensor) -> Tensor:
-        """Of all classes, (N, K_base + K_new), given scales, cautions and offsets."""
-        scales, cautions, offsets = self.split(values)
-        new = self.log_odds * (self.owner @ scales) + (self.rivalry * cautions) @ self.owner.T + offsets
-        return torch.cat([self.base_logits, self.level + new], 1)
-
-    def loss(self, values: Tensor) -> Tensor:
+    def loss(self, scales: Tensor, offsets: Tensor) -> Tensor:
         """Weighted mean of the cross-entropy."""
-        losses = F.cross_entropy(self.logits(values), self.labels, reduction="none")
+        losses = F.cross_entropy(self.logits(scales, offsets), self.labels, reduction="none")
         return (self.weights * losses).sum()
 
     @property
     def prior_precision(self) -> Tensor:
-        """Of scales, cautions and offsets: the inverse of their covariance, over the number of samples."""
+        """Of scales and offsets in one vector: the inverse of their covariance, over the number of samples."""
         n_new, n_clones = self.owner.shape
-        spreads = torch.tensor([SCALE_SPREAD, CAUTION_SPREAD, CLASS_SPREAD]).double()
-        variances = spreads.square().repeat_interleave(torch.tensor([n_clones, n_clones, n_new]))
-        covariance = variances.diag()
-        covariance[2 * n_clones :, 2 * n_clones :] += OFFSET_SPREAD**2 * self.owner @ self.owner.T
+        covariance = torch.zeros(n_clones + n_new, n_clones + n_new, dtype=torch.float64)
+        covariance[:n_clones, :n_clones] = SCALE_SPREAD**2 * torch.eye(n_clones)
+        own = CLASS_SPREAD**2 * torch.eye(n_new, dtype=torch.float64)
+        covariance[n_clones:, n_clones:] = OFFSET_SPREAD**2 * self.owner @ self.owner.T + own
         precision: Tensor = torch.linalg.inv(covariance)
         return precision / len(self.labels)
 
-    def slopes(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient and Hessian of the loss in scales, cautions and offsets."""
+    def slopes(self, scales: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient and Hessian of the loss in scales and offsets in one vector."""
         n_base = self.base_logits.shape[1]
-        p = self.logits(values).softmax(1)[:, n_base:]
+        p = self.logits(scales, offsets).softmax(1)[:, n_base:]
         wrong = self.weights[:, None] * (p - (self.labels[:, None] - n_base == torch.arange(p.shape[1])).double())
-        weighted, each = self.weights[:, None] * p, torch.eye(p.shape[1], dtype=torch.float64)
-        # What each kind of value moves the new logits by, and which of them.
-        moves = ((self.log_odds, self.owner), (self.rivalry @ self.owner.T, self.owner), (torch.ones_like(p), each))
-        gradient = torch.cat([of.T @ (wrong * by).sum(0) for by, of in moves])
-        rows = [
-            torch.cat([a_of.T @ ((weighted * a * b).sum(0).diag() - (weighted * a).T @ (p * b)) @ b_of
-                       for b, b_of in moves], 1)
-            for a, a_of in moves
-        ]  # fmt: skip
-        return gradient, torch.cat(rows)
+        p_l, weighted = p * self.log_odds, self.weights[:, None] * p
+        weighted_l = weighted * self.log_odds
+        gradient = torch.cat([self.owner.T @ (wrong * self.log_odds).sum(0), wrong.sum(0)])
+        in_scales = self.owner.T @ ((weighted_l * self.log_odds).sum(0).diag() - weighted_l.T @ p_l) @ self.owner
+        mixed = (weighted_l.sum(0).diag() - weighted.T @ p_l) @ self.owner
+        in_offsets = weighted.sum(0).diag() - weighted.T @ p
+        return gradient, torch.cat([torch.cat([in_scales, mixed.T], 1), torch.cat([mixed, in_offsets], 1)])
 
 
 def calibrate(net: Composite, support: Any, *, background: Any = None, batch_size: int = 128) -> Calibration:
@@ -179,34 +162,31 @@ def calibrate(net: Composite, support: Any, *, background: Any = None, batch_siz
     labels = torch.cat([labels, base_logits[len(labels) :].argmax(1)])
     has_base = bool((labels < len(base)).any())
     level, log_odds = base_logits.logsumexp(1, keepdim=True), torch.cat(list(found.values()), 1)
-    sizes = [one.shape[1] for one in found.values()]
-    owner = torch.arange(len(found)).repeat_interleave(torch.tensor(sizes))
-    judged = [_rivals(one, labels - len(base), owner == index) for index, one in enumerate(features.values())]
+    owner = torch.arange(len(found)).repeat_interleave(torch.tensor([one.shape[1] for one in found.values()]))
+    told = [_against_rivals(one, labels - len(base), owner == place) for place, one in enumerate(features.values())]
     if not has_base:
         base_logits, level, labels = base_logits[:, :0], 0 * level, labels - len(base)
-    rivalry = torch.cat([one for one, _ in judged], 1)
-    problem = _Problem(base_logits, level, log_odds, rivalry, labels, F.one_hot(owner, len(found)).double())
-    values = _most_probable(problem, fit_scales=has_base)
-    scales, cautions, offsets = problem.split(values)
+    raw = _Problem(base_logits, level, log_odds, labels, F.one_hot(owner, len(found)).double())
+    problem = replace(raw, level=level + torch.cat([one for one, _ in told], 1)[:, owner])
+    scales, offsets = _most_probable(problem, fit_scales=has_base)
     if not has_base:
         offsets = offsets - offsets.mean()  # what is common to all new classes speaks of base against new
+    sizes = problem.owner.sum(0).long().tolist()
     scalars = {
-        name: Scalars(float(scale), tuple(one.tolist()), float(caution), rivals if caution > 0 else ())
-        for name, scale, caution, one, (_, rivals) in zip(
-            found, scales, cautions, offsets.split(sizes), judged, strict=True
-        )
+        name: Scalars(float(scale), tuple(one.tolist()), rivals)
+        for name, scale, one, (_, rivals) in zip(found, scales, offsets.split(sizes), told, strict=True)
     }
     net.rescale(scalars)
     return Calibration(
         scalars=scalars,
-        loss_before=float(problem.loss(problem.start)),
-        loss_after=float(problem.loss(torch.cat([scales, cautions, offsets]))),
+        loss_before=float(raw.loss(torch.ones_like(scales), torch.zeros_like(offsets))),
+        loss_after=float(problem.loss(scales, offsets)),
         n_images=len(labels),
         has_base=has_base,
     )
 
 
-def _rivals(features: Tensor, labels: Tensor, is_own: Tensor) -> tuple[Tensor, tuple[tuple[float, ...], ...]]:
+def _against_rivals(features: Tensor, labels: Tensor, is_own: Tensor) -> tuple[Tensor, tuple[tuple[float, ...], ...]]:
     """Tell a clone's classes from those of the others, on its own features.
 
     Args:
@@ -218,28 +198,43 @@ def _rivals(features: Tensor, labels: Tensor, is_own: Tensor) -> tuple[Tensor, t
         as in `Scalars`. Zeros and none where there are no others, or some class has one image only.
     """
     is_new = labels >= 0
+    own, others = is_own.nonzero().flatten(), (~is_own).nonzero().flatten()
     n_folds = min(N_FOLDS, int(labels[is_new].bincount().min()))
-    if bool(is_own.all()) or n_folds < 2:
-        return torch.zeros(len(labels), 1, dtype=torch.float64), ()
-    n_own, n_others = int(is_own.sum()), int((~is_own).sum())
-    place = torch.empty_like(is_own, dtype=torch.long)
-    place[~is_own], place[is_own] = torch.arange(n_others), n_others + torch.arange(n_own)
+    nothing = torch.zeros(len(labels), 1, dtype=torch.float64), ()
+    if not len(others) or n_folds < 2:
+        return nothing
+    place = torch.cat([others, own]).argsort()[labels[is_new]]
     samples = HeadSamples(
         target_features=features[is_new, :0],
         clone_features=features[is_new],
-        base_logits=features.new_zeros(int(is_new.sum()), n_others),
-        own_logits=features.new_zeros(int(is_new.sum()), n_own),
-        labels=place[labels[is_new]],
-        folds=_number_within_class(labels[is_new]) % n_folds,
-        n_classes=n_others + n_own,
+        base_logits=features.new_zeros(len(place), len(others)),
+        own_logits=features.new_zeros(len(place), len(own)),
+        labels=place,
+        folds=_number_within_class(place) % n_folds,
+        n_classes=len(is_own),
     )
     shrinkage, held_out = choose_shrinkage(samples)
+    # Those are the logits of own classes beside others whose logits are all zero.
+    log_odds = held_out[:, len(others) :].logsumexp(1, keepdim=True) - math.log(len(others))
+    sureness = _sureness(log_odds, place >= len(others))
+    if sureness == 0:
+        return nothing
     head = fit_discriminant(samples, shrinkage)
-    rivals = torch.cat([head.weight, head.bias[:, None]], 1)
-    log_odds = against_rivals(features, rivals.double(), n_own)
-    # `held_out` are the logits of own classes beside others whose logits are all zero.
-    log_odds[is_new] = held_out[:, n_others:].logsumexp(1, keepdim=True) - held_out.new_tensor(n_others).log()
-    return F.logsigmoid(log_odds), tuple(map(tuple, rivals.tolist()))
+    rivals = sureness * torch.cat([head.weight, head.bias[:, None]], 1)
+    against = against_rivals(features, rivals.double(), len(own))
+    against[is_new] = sureness * log_odds
+    return F.logsigmoid(against), tuple(map(tuple, rivals.tolist()))
+
+
+def _sureness(log_odds: Tensor, is_own: Tensor) -> float:
+    """The factor that makes log-odds (N, 1) of own against rival most probable, both kinds weighing the same."""
+    signed = torch.where(is_own[:, None], log_odds, -log_odds)
+
+    def loss(factor: float) -> float:
+        losses = -F.logsigmoid(factor * signed)
+        return float(losses[is_own].mean() + losses[~is_own].mean())
+
+    return min(SURENESS, key=loss)
 
 
 def _number_within_class(labels: Tensor) -> Tensor:
@@ -295,31 +290,33 @@ def collect_log_odds(
     return torch.cat(base_logits), joined, own_features
 
 
-def _most_probable(problem: _Problem, fit_scales: bool) -> Tensor:
-    """Scales, cautions and offsets of the largest posterior probability; scales no less than `MIN_SCALE`."""
+def _most_probable(problem: _Problem, fit_scales: bool) -> tuple[Tensor, Tensor]:
+    """Scales (n_clones,) and offsets (K_new,) of the largest posterior probability, scales no less than `MIN_SCALE`."""
     n_new, n_clones = problem.owner.shape
-    values = problem.start
-    bounds = torch.tensor([MIN_SCALE, 0.0, -torch.inf], dtype=torch.float64)
-    lowest = bounds.repeat_interleave(torch.tensor([n_clones, n_clones, n_new]))
+    values = torch.cat([torch.ones(n_clones), torch.zeros(n_new)]).double()
     free = torch.ones(len(values), dtype=torch.bool)
     free[:n_clones] = fit_scales
     values = _newton(problem, values, free)
-    while bool((values < lowest).any()):
-        free &= values >= lowest
-        values = _newton(problem, values.maximum(lowest), free)
-    return values
+    while bool((values[:n_clones] < MIN_SCALE).any()):
+        free[:n_clones] &= values[:n_clones] >= MIN_SCALE
+        values[:n_clones] = values[:n_clones].clamp_min(MIN_SCALE)
+        values = _newton(problem, values, free)
+    return values[:n_clones], values[n_clones:]
 
 
 def _newton(problem: _Problem, values: Tensor, free: Tensor) -> Tensor:
     """Minimise loss and prior over the `free` ones of the values, from the given ones on: damped Newton steps."""
-    mean, precision = problem.start, problem.prior_precision
+    n_clones = problem.owner.shape[1]
+    mean = torch.zeros_like(values)
+    mean[:n_clones] = 1
+    precision = problem.prior_precision
 
     def objective(at: Tensor) -> float:
-        return float(problem.loss(at) + (at - mean) @ precision @ (at - mean) / 2)
+        return float(problem.loss(at[:n_clones], at[n_clones:]) + (at - mean) @ precision @ (at - mean) / 2)
 
     now = objective(values)
     for _ in range(MAX_STEPS):
-        gradient, hessian = problem.slopes(values)
+        gradient, hessian = problem.slopes(values[:n_clones], values[n_clones:])
         gradient = (gradient + precision @ (values - mean))[free]
         step = torch.zeros_like(values)
         step[free] = torch.linalg.solve((hessian + precision)[free][:, free], gradient)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from pnc import checkpoint, cloning, positions, pretraining
+from pnc import checkpoint, cloning, parallel, positions, pretraining
 from pnc import demo as demonstration
 from pnc.arguments import (
     ModelOptions,
@@ -38,12 +38,15 @@ from pnc.cuts import cut_points, gaps
 from pnc.data import class_subset, listed, parse_classes, relabel
 from pnc.errors import FileFormatError, InputError, PNCError
 from pnc.files import write_file
+from pnc.images import GIB, MEMORY
 from pnc.metrics import evaluate
 from pnc.plots import check_plot, draw_scan
 from pnc.proof import Check, prove
 from pnc.readers import load_data, load_images
+from pnc.scale_cli import measure_scale
 from pnc.screen import complain, progress, say, show_clone, show_facts, show_job, show_scan, show_table, shown
 from pnc.selection import Method
+from pnc.speed_cli import measure_speed
 from pnc.task import prepare_task, read_network
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -56,6 +59,8 @@ app = typer.Typer(
     help="Partial network cloning: give a trained classifier classes of another one, without changing a bit of it.",
 )
 
+bench.command("speed")(measure_speed)
+bench.command("scale")(measure_scale)
 app.add_typer(bench, name="bench")
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the same facts here as JSON.")]
@@ -73,6 +78,9 @@ Data = Annotated[str, typer.Option(help="Images: digits, parquet:PATH, folder:PA
 MaxMacs = Annotated[float | None, typer.Option(help="Bound on added MACs, as a share of the source's.", min=0)]
 MaxBytes = Annotated[int | None, typer.Option(help="Bound on the bytes of a thin clone file.", min=0)]
 Flip = Annotated[bool, typer.Option(help="Use mirror images too: right for photographs, wrong for digits.")]
+Memory = Annotated[
+    float, typer.Option(help="GiB that may be kept of the images; what is beyond goes to a temporary file.", min=0.001)
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -198,6 +206,9 @@ def clone(
     method: Annotated[Method, typer.Option(help="How channels are chosen below density 1.")] = "gates",
     max_macs: MaxMacs = None,
     max_bytes: MaxBytes = None,
+    max_base_drop: Annotated[
+        float | None, typer.Option(help="Bound on the accuracy that base images may lose, such as 0.02.")
+    ] = None,
     strategy: Annotated[
         cloning.Strategy, typer.Option(help="scan: closed form; sequential: the paper's search, to compare with.")
     ] = "scan",
@@ -206,6 +217,7 @@ def clone(
     kind: Annotated[
         checkpoint.Kind, typer.Option(help="thin: without the source's weights; full: with them.")
     ] = "thin",
+    memory: Memory = MEMORY / GIB,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -213,46 +225,52 @@ def clone(
 ) -> None:
     """Clone classes of a source for a target; write a file.
 
-    Positions are scanned in closed form on a few images of the training split; neither network changes.
+    Positions are scanned in closed form on a few images of the training split; neither network changes. With
+    `accelerate launch -m pnc clone ...` several processes, each with a device of its own, share the work.
     """
-    asked = (
-        ModelOptions("source", source, source_weights, source_classes, device),
-        ModelOptions("target", target, target_weights, target_classes, device),
-    )
-    data_files = [data_file(spec) for spec in (data, background) if spec is not None]
-    check_outputs({"out": out, "json": json_path}, [*(one.file for one in asked), *data_files])
-    check_different(*asked)
-    check_trained(*asked)
-    parse_support(support)
-    wanted_density = parse_density(density)
-    read_device(device)
-    images = load_data(data, "train")
-    unlabelled = None if background is None else load_data(background, "train")
-    models = [load_network(one, input_shape=images.input_shape) for one in asked]
-    check_images(images, *models)
-    new, base = choose_classes(classes, *models), models[1].classes
-    started = time.perf_counter()
-    with use_threads(threads), progress() as bar:
-        made = cloning.clone(
-            models[0].module,
-            models[1].module,
-            draw(images, new, base, support, seed),
-            classes=new,
-            source_classes=models[0].classes,
-            base_classes=base,
-            background=unlabelled,
-            name=name,
-            density=wanted_density,
-            method=method,
-            max_macs=max_macs,
-            max_bytes=max_bytes,
-            strategy=strategy,
-            refine=refine,
-            flip=flip,
-            seed=seed,
-            progress=bar.step,
+    with parallel.joined(read_device(device)) as (team, own_device), use_threads(threads):
+        asked = (
+            ModelOptions("source", source, source_weights, source_classes, str(own_device)),
+            ModelOptions("target", target, target_weights, target_classes, str(own_device)),
         )
-    seconds = time.perf_counter() - started
+        data_files = [data_file(spec) for spec in (data, background) if spec is not None]
+        check_outputs({"out": out, "json": json_path}, [*(one.file for one in asked), *data_files])
+        check_different(*asked)
+        check_trained(*asked)
+        parse_support(support)
+        wanted_density = parse_density(density)
+        images = load_data(data, "train")
+        unlabelled = None if background is None else load_data(background, "train")
+        models = [load_network(one, input_shape=images.input_shape) for one in asked]
+        check_images(images, *models)
+        new, base = choose_classes(classes, *models), models[1].classes
+        started = time.perf_counter()
+        with progress(team.is_main) as bar:
+            made = cloning.clone(
+                models[0].module,
+                models[1].module,
+                draw(images, new, base, support, seed),
+                classes=new,
+                source_classes=models[0].classes,
+                base_classes=base,
+                background=unlabelled,
+                name=name,
+                density=wanted_density,
+                method=method,
+                max_macs=max_macs,
+                max_bytes=max_bytes,
+                max_base_drop=max_base_drop,
+                strategy=strategy,
+                refine=refine,
+                flip=flip,
+                seed=seed,
+                memory=round(memory * GIB),
+                team=team,
+                progress=bar.step,
+            )
+        seconds = time.perf_counter() - started
+        if not team.is_main:
+            return
     checkpoint.save(made, out, kind)
     facts = read_clone_facts(out)
     _write_json(json_path, {"out": str(out), "seconds": seconds, **facts.all})
@@ -277,6 +295,7 @@ def scan(
     max_macs: MaxMacs = None,
     max_bytes: MaxBytes = None,
     plot: Annotated[Path | None, typer.Option(help="Draw score against cost here, as PNG.")] = None,
+    memory: Memory = MEMORY / GIB,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -308,6 +327,7 @@ def scan(
             base_classes=base,
             flip=flip,
             seed=seed,
+            memory=round(memory * GIB),
         )
         found = positions.scan(task, max_cuts=max_cuts, exhaustive=exhaustive, progress=bar.step)
     chosen = found.choose(max_macs, max_bytes)

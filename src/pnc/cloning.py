@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -12,14 +14,17 @@ from pnc.cuts import CutPoint
 from pnc.data import check_class_names, class_ids
 from pnc.errors import InputError
 from pnc.heads import Head
+from pnc.images import MEMORY
 from pnc.integrity import Fingerprint, fingerprint
 from pnc.joint import joint_front, worth_trying
 from pnc.masks import ChannelMasks
+from pnc.operating_point import check_base_drop, check_promise, least_priority
+from pnc.parallel import ALONE, Team
 from pnc.positions import (
     TOLERANCE,
     Outcome,
     Progress,
-    Scan,
+    features_seen,
     fit_head,
     judge,
     outcome_of,
@@ -54,7 +59,8 @@ class Clone:
         target: Fingerprint of the target.
         input_shape: Of the target's images, (C, H, W).
         source_input_shape: Of the source's.
-        target_features: The cut of the target's penultimate features, which the head reads.
+        target_features: The cut of the target's features that the head reads: the penultimate ones, or, without base
+            samples, the input of its last BatchNorm layer.
         recipe: How it was made and what it promises: plain values.
     """
 
@@ -120,11 +126,14 @@ def clone(
     method: Method = "gates",
     max_macs: float | None = None,
     max_bytes: int | None = None,
+    max_base_drop: float | None = None,
     strategy: Strategy = "scan",
     refine: bool = False,
     flip: bool = False,
     seed: int = 0,
     batch_size: int = 128,
+    memory: int = MEMORY,
+    team: Team = ALONE,
     progress: Progress | None = None,
 ) -> Clone:
     """Clone what the source knows about some classes, for the target; both networks stay as they are.
@@ -154,12 +163,18 @@ def clone(
             one-shot scores "taylor", "magnitude" or "random", or by "local-surrogate", the paper's rule as we read it.
         max_macs: Bound on the added MACs as a share of the source's.
         max_bytes: Bound on the size of the thin file at full density.
+        max_base_drop: Bound on the accuracy that base images may lose, in (0, 1), such as 0.02: the new logits are
+            lowered until held-out base images keep it. It needs 1 / max_base_drop of these. None takes base and new
+            images for equally likely.
         strategy: How the position is found. "sequential" is the reference to compare with: the paper's search, trained
             by gradient; it knows no bounds and takes minutes.
         refine: Tune the adapter by gradient, and keep what held-out images gain by; takes minutes.
         flip: Use the mirror image of each sample too: right for photographs, wrong for digits.
         seed: Of every random choice; the same inputs and seed give the same clone.
         batch_size: Images that go through a network at a time.
+        memory: Bytes that may be kept of the support at a time, beside what a batch takes. Images that a Dataset or a
+            DataLoader gives beyond half of it go to a temporary file; see docs/scale.md.
+        team: The processes that make the clone together, each called with the same arguments; from `pnc.joined`.
         progress: Called with what is being done, the steps done, and the steps in all.
     Raises:
         InputError, ClassNameError, RecordingError: as `prepare_task`; InputError also where no position is within
@@ -171,10 +186,12 @@ def clone(
         )
     if strategy not in get_args(Strategy):
         raise InputError(f"strategy: expected one of {', '.join(get_args(Strategy))}, got {strategy!r}")
-    bounded = max_macs is not None or max_bytes is not None or density == "auto"
+    check_base_drop(max_base_drop)
+    bounded = any(bound is not None for bound in (max_macs, max_bytes, max_base_drop)) or density == "auto"
     if strategy == "sequential" and (bounded or refine):
         raise InputError(
-            "strategy: the sequential search takes no max_macs, max_bytes, refine or density='auto'; leave them out"
+            "strategy: the sequential search takes no max_macs, max_bytes, max_base_drop, refine or density='auto'; "
+            "leave them out"
         )
     check_name(name)
     task = prepare_task(
@@ -188,14 +205,25 @@ def clone(
         flip=flip,
         seed=seed,
         batch_size=batch_size,
+        memory=memory,
+        team=team,
     )
-    if strategy == "sequential":
-        return fit_sequential(task, density=float(density), method=method, name=name, progress=progress)
-    found = scan(task, progress=progress)
-    if density == "auto":
-        return _fit_auto(task, found, max_macs, max_bytes, method, refine, name, progress)
-    fitted = found.adapter(found.choose(max_macs, max_bytes))
-    return fit(task, fitted, density=density, method=method, refine=refine, name=name, progress=progress)
+    with closing(task):
+        if max_base_drop is not None:
+            check_promise(max_base_drop, _n_images(task, base=True))
+        if strategy == "sequential":
+            return fit_sequential(task, density=float(density), method=method, name=name, progress=progress)
+        found = scan(task, progress=progress)
+        fit_one = partial(
+            fit, task, method=method, max_base_drop=max_base_drop, refine=refine, name=name, progress=progress
+        )
+        if density == "auto":
+            tried = worth_trying(joint_front(task, found, max_macs, max_bytes))
+            made = [fit_one(found.adapter(one.position), density=one.density) for one in tried]
+            best = max(one.recipe["score"] for one in made)
+            good = [one for one in made if one.recipe["score"] >= best - TOLERANCE]
+            return min(good, key=lambda one: one.recipe["macs_share"])
+        return fit_one(found.adapter(found.choose(max_macs, max_bytes)), density=density)
 
 
 def fit(
@@ -204,6 +232,7 @@ def fit(
     *,
     density: float = 1.0,
     method: Method = "gates",
+    max_base_drop: float | None = None,
     refine: bool = False,
     name: str | None = None,
     progress: Progress | None = None,
@@ -215,6 +244,7 @@ def fit(
         fitted: The adapters of a position, from `scan`: `found.adapter(found.choose())`.
         density: As in `clone`.
         method: As in `clone`.
+        max_base_drop: As in `clone`.
         refine: As in `clone`.
         name: As in `clone`.
         progress: As in `clone`.
@@ -225,38 +255,16 @@ def fit(
     if refine:
         found = refined(task, fitted, part.module, progress)
         fitted, facts = found.fitted, {"refine": {"gain": found.gain, "steps": found.n_steps}}
-    (samples,) = run_parts(task, [(fitted, part.module)], progress)
+    seen = task.within(16 * (task.source.head.features.n_channels + task.target.head.features.n_channels), share=0.5)
+    (samples,) = run_parts(seen, [(fitted, part.module)], progress)
     judged = judge(samples)
-    head, outcome = fit_head(task, samples, judged), outcome_of(judged.correct, task)
+    if max_base_drop is not None:
+        nats = least_priority(judged.logits, samples.labels, seen.samples.groups, task.n_base, max_base_drop)
+        judged = judged.lowered(nats)
+        facts |= {"base_priority": nats, "max_base_drop": max_base_drop}
+    head, outcome = fit_head(task, samples, judged), outcome_of(judged.correct, seen)
     facts |= {"adapter_error": error, "shrinkage": judged.stacking and judged.stacking.shrinkage}
     return _made(task, copy.deepcopy(fitted.adapter), part, head, outcome, name, method, facts)
-
-
-def _fit_auto(
-    task: CloneTask,
-    found: Scan,
-    max_macs: float | None,
-    max_bytes: int | None,
-    method: Method,
-    refine: bool,
-    name: str | None,
-    progress: Progress | None,
-) -> Clone:
-    """Make the clones that are worth trying, and take the cheapest one that is good enough; arguments as in `clone`."""
-    made = [
-        fit(
-            task,
-            found.adapter(one.position),
-            density=one.density,
-            method=method,
-            refine=refine,
-            name=name,
-            progress=progress,
-        )
-        for one in worth_trying(joint_front(task, found, max_macs, max_bytes))
-    ]
-    best = max(one.recipe["score"] for one in made)
-    return min((c for c in made if c.recipe["score"] >= best - TOLERANCE), key=lambda c: c.recipe["macs_share"])
 
 
 def fit_sequential(
@@ -317,7 +325,7 @@ def _made(
         target=fingerprint(task.target.model),
         input_shape=task.target.recording.input_shape,
         source_input_shape=task.source.recording.input_shape,
-        target_features=task.target.head.features,
+        target_features=features_seen(task),
         recipe=recipe,
     )
 

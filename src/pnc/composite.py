@@ -13,12 +13,14 @@ from torch import Tensor, fx, nn
 
 from pnc.branch import Branch, Scalars
 from pnc.cloning import Clone
-from pnc.cuts import LOGITS, cut_points, extract, find_head
+from pnc.cuts import LOGITS, extract
 from pnc.data import unknown_name
-from pnc.errors import ClassNameError, InputError, MismatchError
+from pnc.errors import ClassNameError, InputError
+from pnc.fusion import FusedComposite
 from pnc.graph import Recording, record
-from pnc.integrity import Snapshot, first_difference
-from pnc.plans import CloneStatus, Plan, status_of
+from pnc.integrity import Snapshot
+from pnc.merging import flattened
+from pnc.plans import CloneStatus, Plan, Rows, check_places, check_target, status_of
 from pnc.task import HasClones
 from pnc.verification import BATCH_SIZES, Report, verify_composite
 
@@ -45,7 +47,7 @@ class Composite(HasClones):
         super().__init__()
         self.target = target
         self.branches = nn.ModuleList()
-        self._base_classes, self._features = clone.base_classes, clone.target_features
+        self._base_classes = clone.base_classes
         self._input_shape = clone.input_shape
         self._clones: dict[str, Clone] = {}  # never changed in place, like the list of branches: readers need no lock
         self._blocks: tuple[_Block, ...] = ()
@@ -184,9 +186,30 @@ class Composite(HasClones):
             yield self
 
     # -------------------------------------------------------------------------------------------------- as a module
-    def forward(self, images: Tensor) -> Tensor:
-        """Give logits (B, K_base + K_new) for images (B, C, H, W)."""
-        return self._plan.logits(images)
+    def forward(self, images: Tensor, only: Rows | None = None) -> Tensor:
+        """Give logits (B, K_base + K_new) for images (B, C, H, W).
+
+        Args:
+            images: All of them go through the target, once.
+            only: For each image the clones that are wanted: a name, several or none of them, or None for all that are
+                enabled. A clone runs on those images alone that want it; for the others its logits are -inf, which is
+                a probability of 0.
+        Raises:
+            InputError: `only` has not one entry for each image, or names a clone that is not enabled.
+        """
+        return self._plan.logits(images, only)
+
+    def fused(self) -> FusedComposite:
+        """Give the inference form of the clones that are enabled now: fewer operations for the same logits.
+
+        Base logits keep their bits, new ones differ by rounding. What is attached, calibrated or loaded afterwards does
+        not reach it.
+
+        Raises:
+            PNCError: on a batch of random images it differs by more than rounding.
+        """
+        with torch.inference_mode(False):
+            return FusedComposite(self._plan, self._recording.probe)
 
     def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Give what calibration starts from: the target's logits, and what the enabled clones say against the base.
@@ -293,14 +316,16 @@ class Composite(HasClones):
         pairs = self._pairs()
         if self._blocks:
             pairs = [(clone, branch) for clone, branch in pairs if clone.name in self._blocks[-1].names]
-        wanted = [branch.stitched.adapter.target_cut for _, branch in pairs]
-        cuts = list(dict.fromkeys(wanted))
+        taps, views = [clone.target_cut for clone, _ in pairs], [clone.target_features for clone, _ in pairs]
+        cuts, features = tuple(dict.fromkeys(taps)), tuple(dict.fromkeys(views))
         plan = Plan(
-            trunk=self._trunk(tuple(cut.name for cut in cuts)),
-            features=self._features,
-            taps=tuple(cuts.index(cut) for cut in wanted),
+            trunk=self._trunk(tuple(cut.name for cut in (*cuts, *features))),
+            features=features,
+            taps=tuple(map(cuts.index, taps)),
+            views=tuple(map(features.index, views)),
             names=tuple(clone.name for clone, _ in pairs),
             branches=tuple(branch for _, branch in pairs),
+            calibrated=tuple(not branch.scalars.is_identity for _, branch in pairs),
             classes=(*self._base_classes, *(name for clone, _ in pairs for name in clone.classes)),
             base_priority=self._base_priority,
         )
@@ -310,7 +335,7 @@ class Composite(HasClones):
     def _trunk(self, cuts: tuple[str, ...]) -> fx.GraphModule:
         """The target up to its logits, with the tensors at `cuts`; kept, so that compiled code of it stays of use."""
         if cuts not in self._trunks:
-            self._trunks[cuts] = extract(self._recording, None, [*cuts, self._features, LOGITS])
+            self._trunks[cuts] = flattened(extract(self._recording, None, [*cuts, LOGITS]))
         return self._trunks[cuts]
 
 
@@ -345,32 +370,6 @@ def attach(target: nn.Module, *clones: Clone, allow_mismatch: bool = False) -> C
     for clone in clones:
         composite.attach(clone, allow_mismatch=allow_mismatch)
     return composite
-
-
-def check_target(target: nn.Module, clone: Clone) -> None:
-    """Raise a `MismatchError` unless `clone` was made for `target` with the weights that it has now."""
-    difference = first_difference(target, clone.target)
-    if difference is not None:
-        raise MismatchError(
-            f"clone {clone.name!r} was made for another target: {difference}; attach it to that one, clone again, or "
-            "give allow_mismatch=True if you know better"
-        )
-
-
-def check_places(recording: Recording, clone: Clone) -> None:
-    """Raise a `MismatchError` unless a recorded target has the tensors that `clone` reads, and as many classes."""
-    cuts = cut_points(recording)
-    for cut in (clone.target_cut, clone.target_features):
-        if not any(map(cut.is_same_place, cuts)) and not cut.is_same_place(find_head(recording).features):
-            raise MismatchError(
-                f"clone {clone.name!r} reads {cut.name!r} with shape {cut.shape}, which this target does not have; "
-                "attach it to the one that it was made for"
-            )
-    if recording.n_classes != len(clone.base_classes):
-        raise MismatchError(
-            f"clone {clone.name!r} was made for {len(clone.base_classes)} base classes, this target has "
-            f"{recording.n_classes}; attach it to the one that it was made for"
-        )
 
 
 def _follow_weights(composite: nn.Module, incompatible_keys: object) -> None:

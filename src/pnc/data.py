@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from pnc.errors import ClassNameError, InputError
+from pnc.images import ImageStore, check_images
 
 
 # --------------------------------------------------------------------------------------------------- class names
@@ -131,7 +132,7 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", check_class_names(self.classes, "classes"))
-        _check_images(self.images, "images")
+        check_images(self.images, "images")
         if self.images.dtype != torch.uint8 and (self.images.min() < 0 or self.images.max() > 1):
             low, high = self.images.min().item(), self.images.max().item()
             raise InputError(
@@ -237,19 +238,6 @@ def _pick(data: ImageSet, class_id: int, n_samples: int | None, pick: str, gener
     return indices[:n_samples] if pick == "first" else indices[-n_samples:]
 
 
-def _check_images(images: Tensor, argument: str) -> None:
-    if not isinstance(images, Tensor) or images.ndim != 4 or 0 in images.shape:
-        came = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        raise InputError(f"{argument}: expected a non-empty tensor (N, C, H, W), got {came}")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise InputError(f"{argument}: expected uint8 or floating point, got {images.dtype}; convert them first")
-    if images.is_floating_point() and not images.isfinite().all():
-        bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten()
-        raise InputError(
-            f"{argument}: {len(bad)} of {len(images)} hold NaN or infinity, first at index {bad[0].item()}; remove them"
-        )
-
-
 def _check_labels(labels: Tensor, n_images: int, n_classes: int) -> None:
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (n_images,):
         came = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
@@ -278,7 +266,7 @@ class Support:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", check_class_names(self.names, "names"))
-        _check_images(self.images, "support")
+        check_images(self.images, "support")
         _check_labels(self.labels, len(self.images), len(self.names))
 
     def __len__(self) -> int:
@@ -305,18 +293,70 @@ def as_support(data: Any, names: Sequence[str] | None = None) -> Support:
         return data
     if isinstance(data, ImageSet):
         return Support(images_as_float(data.images), data.labels, data.classes)
+    images, labels = [], []
     with torch.random.fork_rng(devices=[]):  # iterating a loader, even an unshuffled one, draws from the global state
-        images, labels = _collected(data)
-    _check_images(images, "support")
-    if not isinstance(labels, Tensor):
-        known = check_class_names(sorted(set(labels)) if names is None else names, "names")
-        place = dict(zip(sorted(set(labels)), class_ids(sorted(set(labels)), known, "labels"), strict=True))
-        return Support(images_as_float(images), torch.tensor([place[label] for label in labels]), known)
+        for batch, column in _batches(data):
+            images.append(batch)
+            labels.extend(column)
+    ids, known = _named(data, labels, names)
+    return Support(images_as_float(_concatenated(images)), ids, known)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredSupport:
+    """A support whose images may be too many for memory; made by `stored_support`.
+
+    Attributes:
+        images: Its N images.
+        labels: (N,), int64, each a place in `names`.
+        names: Class names, all different; a class may have no sample.
+    """
+
+    images: ImageStore
+    labels: Tensor
+    names: tuple[str, ...]
+
+
+def stored_support(data: Any, names: Sequence[str] | None, memory: int) -> StoredSupport:
+    """Read labelled samples once, and keep their images in memory or, beyond a bound, in a temporary file.
+
+    Args:
+        data: As for `as_support`. What a Dataset or a DataLoader gives is copied; other images stay where they are.
+        names: As for `as_support`.
+        memory: Bytes that copies may take in memory.
+    Raises:
+        InputError, ClassNameError: as `as_support`.
+    """
+    store = ImageStore(memory)
+    if isinstance(data, Support | ImageSet):
+        store.keep(data.images)
+        return StoredSupport(store, data.labels, data.names if isinstance(data, Support) else data.classes)
+    put = store.keep if isinstance(data, tuple | list) else store.add
+    labels: list[Any] = []
+    with torch.random.fork_rng(devices=[]):  # as in `as_support`
+        for batch, column in _batches(data):
+            put(batch)
+            labels.extend(column)
+    if not labels:
+        raise InputError("support: expected at least one sample, got none")
+    ids, known = _named(data, labels, names)
+    _check_labels(ids, len(store), len(known))
+    return StoredSupport(store, ids, known)
+
+
+def _named(data: Any, labels: list[Any], names: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
+    """The labels as ids, (N,), and the names that these are places in."""
+    column = _label_column(labels)
+    if not isinstance(column, Tensor):
+        there = sorted(set(column))
+        known = check_class_names(there if names is None else names, "names")
+        place = dict(zip(there, class_ids(there, known, "labels"), strict=True))
+        return torch.tensor([place[label] for label in column]), known
     own = _own_names(data)
     names = names if own is None else own
     if names is None:
         raise InputError("names: the labels are ids; give the name of each id as names=[...], or names as labels")
-    return Support(images_as_float(images), labels, check_class_names(names, "names"))
+    return column, check_class_names(names, "names")
 
 
 def as_images(data: Any, argument: str, like: Tensor) -> Tensor:
@@ -330,25 +370,25 @@ def as_images(data: Any, argument: str, like: Tensor) -> Tensor:
         InputError: they are no images, none, or of another shape.
     """
     images = data.images if isinstance(data, ImageSet) else data
-    _check_images(images, argument)
+    check_images(images, argument)
     if images.shape[1:] != like.shape[1:]:
         came, expected = tuple(images.shape[1:]), tuple(like.shape[1:])
         raise InputError(f"{argument}: expected images {expected} like the support's, got {came}; resize them")
     return images_as_float(images)
 
 
-def draw_support(
+def draw_images(
     data: ImageSet,
     new_classes: Sequence[str],
     base_classes: Sequence[str],
     n_new: int | None,
     n_base: int | None,
     generator: torch.Generator,
-) -> Support:
-    """Draw a support: `n_new` images per new class and `n_base` per base class, without replacement.
+) -> ImageSet:
+    """Draw a support: `n_new` images per new class and `n_base` per base class, without replacement, as they are.
 
     None takes all images of a class; an `n_base` of 0 none, and then the data need not know the base classes. The
-    samples are grouped by class, base classes first, and `names` is base_classes + new_classes in any case. With
+    samples are grouped by class, base classes first, and `classes` is base_classes + new_classes in any case. With
     equally seeded generators the new classes' samples do not depend on `n_base`, and fewer of a class are the first
     ones of more.
 
@@ -362,8 +402,20 @@ def draw_support(
     if base_classes and n_base != 0:
         parts.insert(0, sample_per_class(class_subset(data, base_classes), n_base, "random", generator))
     parts = [relabel(part, names) for part in parts]
-    images, labels = torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])
-    return Support(images_as_float(images), labels, names)
+    return ImageSet(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]), names)
+
+
+def draw_support(
+    data: ImageSet,
+    new_classes: Sequence[str],
+    base_classes: Sequence[str],
+    n_new: int | None,
+    n_base: int | None,
+    generator: torch.Generator,
+) -> Support:
+    """Draw a support as `draw_images` does, as float32."""
+    drawn = draw_images(data, new_classes, base_classes, n_new, n_base, generator)
+    return Support(images_as_float(drawn.images), drawn.labels, drawn.classes)
 
 
 def _own_names(data: Any) -> Sequence[str] | None:
@@ -374,22 +426,21 @@ def _own_names(data: Any) -> Sequence[str] | None:
     return names
 
 
-def _collected(data: Any) -> tuple[Tensor, Tensor | list[str]]:
-    """Return images (N, C, H, W) and labels, ids (N,) or names, of a pair, dataset or loader."""
+def _batches(data: Any) -> Iterator[tuple[Tensor, list[Any]]]:
+    """Images (B, C, H, W) and their labels, of a pair, dataset or loader."""
     if isinstance(data, DataLoader):
-        batches = list(_pairs(data))
-        labels = [label for _, batch in batches for label in batch]
-        return _concatenated([_image_tensor(images) for images, _ in batches]), _label_column(labels)
-    if isinstance(data, Dataset):
-        samples = list(_pairs(_items(data)))
-        labels = [label for _, label in samples]
-        return _concatenated([_image_tensor(image)[None] for image, _ in samples]), _label_column(labels)
-    if isinstance(data, tuple | list) and len(data) == 2:
-        images, labels = data
-        return _image_tensor(images), _label_column(list(labels))
-    raise InputError(
-        f"support: expected a pair (images, labels), an ImageSet, a Dataset or a DataLoader, got {type(data).__name__}"
-    )
+        for images, labels in _pairs(data):
+            yield _image_tensor(images), list(labels)
+    elif isinstance(data, Dataset):
+        for image, label in _pairs(_items(data)):
+            yield _image_tensor(image)[None], [label]
+    elif isinstance(data, tuple | list) and len(data) == 2:
+        yield _image_tensor(data[0]), list(data[1])
+    else:
+        kind = type(data).__name__
+        raise InputError(
+            f"support: expected a pair (images, labels), an ImageSet, a Dataset or a DataLoader, got {kind}"
+        )
 
 
 def _items(dataset: Dataset[Any]) -> Iterable[Any]:

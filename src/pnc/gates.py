@@ -15,6 +15,7 @@ from pnc.compaction import own_copy
 from pnc.localization import Gated, by_space
 from pnc.norms import LEARNING_RATE, Batch, optimizer_for, training_norms
 from pnc.opening import opened
+from pnc.parallel import ALONE, Team
 
 GATES_LEARNING_RATE = 0.01
 SHRINKING = 0.3
@@ -30,6 +31,7 @@ def learn_gates(
     n_steps: int,
     *,
     tune: bool,
+    team: Team = ALONE,
 ) -> tuple[dict[str, Tensor], fx.GraphModule]:
     """Learn ranks for `masks_within`; the segment itself stays as it is.
 
@@ -41,6 +43,7 @@ def learn_gates(
         batches: At least `n_steps` batches.
         n_steps: Steps of Adam.
         tune: Learn scales and shifts of the norms at the same time, as if they could follow.
+        team: Processes that share every batch; all are given the same.
     Returns:
         Space name -> ranks (size,), float64; and a copy of the segment with the norms that were learned.
     """
@@ -49,7 +52,7 @@ def learn_gates(
     gates = Gated(gated, spaces)
     # Ranks are updated on the CPU, where the budget is counted.
     ranks = torch.cat([start[space.name].detach().float().cpu() for space in spaces.spaces]).requires_grad_(True)
-    with training_norms(gated) as norms:
+    with training_norms(gated, team) as norms:
         groups: list[dict[str, object]] = [{"params": [ranks], "lr": GATES_LEARNING_RATE}]
         if tune and norms:
             groups.append({"params": norms, "lr": LEARNING_RATE})
@@ -59,7 +62,9 @@ def learn_gates(
             with torch.enable_grad():
                 optimizer.zero_grad()
                 factors = _straight_through(costs, ranks, costs.bound(1 - (1 - density) * shrunk))
-                loss(gates.run_with(x, factors.to(x.device, x.dtype))).backward()
+                outputs = gates.run_with(x[team.part(len(x))], factors.to(x.device, x.dtype))
+                loss(team.whole(outputs, len(x))).backward()
+            team.sum_gradients([ranks, *norms])
             optimizer.step()
             decay.step()
     return by_space(spaces, ranks.detach().double()), gated

@@ -188,12 +188,21 @@ class Stacking:
         odds_weight: (4,), as in `StackedHead`.
         class_weight: (2,), likewise.
         logits: The composite's logits, (N, K_base + K_new), of each sample by discriminants fitted without its fold.
+        n_base: K_base.
     """
 
     shrinkage: float
     odds_weight: Tensor
     class_weight: Tensor
     logits: Tensor
+    n_base: int
+
+    def lowered(self, nats: float) -> "Stacking":
+        """The same with log-odds of new against base that are lower by so many nats."""
+        n_base, logits, odds = self.n_base, self.logits.clone(), self.odds_weight.clone()
+        logits[:, n_base:] -= nats
+        odds[3] -= nats
+        return Stacking(self.shrinkage, odds, self.class_weight, logits, n_base)
 
 
 def choose_stacking(samples: HeadSamples) -> Stacking:
@@ -217,7 +226,7 @@ def choose_stacking(samples: HeadSamples) -> Stacking:
     odds_weight = _fit_odds(odds, is_new, weights)
     class_weight = _fit_classes(classes[is_new], samples.labels[is_new] - n_base, weights[is_new])
     mixed = mixed_logits(fitted, own, base, odds_weight, class_weight)
-    return Stacking(shrinkage, odds_weight, class_weight, torch.cat([base, mixed], 1))
+    return Stacking(shrinkage, odds_weight, class_weight, torch.cat([base, mixed], 1), n_base)
 
 
 def balanced_weights(labels: Tensor, n_base: int) -> Tensor:
@@ -277,12 +286,17 @@ def _minimize(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 
 def fit_stacked(samples: HeadSamples, stacking: Stacking, own: SourceHead) -> StackedHead:
     """Fit the discriminants on all samples, and mix them with the source's own classifier as was chosen."""
-    head = StackedHead(fit_discriminant(samples, stacking.shrinkage), own)
-    short = head.discriminants.weight.half()  # eleven bits say all that few samples know, in half of a file's bytes
-    if bool(short.isfinite().all()):
-        head.discriminants.weight.copy_(short)
+    head = StackedHead(shortened(fit_discriminant(samples, stacking.shrinkage)), own)
     head.odds_weight.copy_(stacking.odds_weight)
     head.class_weight.copy_(stacking.class_weight)
+    return head
+
+
+def shortened(head: DiscriminantHead) -> DiscriminantHead:
+    """Round the weights to half precision, in place: eleven bits say all that few samples know."""
+    short = head.weight.half()
+    if bool(short.isfinite().all()):
+        head.weight.copy_(short)
     return head
 
 

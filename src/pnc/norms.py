@@ -6,12 +6,14 @@ source's.
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pnc.errors import InputError
+from pnc.parallel import ALONE, Team
 
 Batch = tuple[Tensor, Callable[[Tensor], Tensor]]
 """Inputs of a segment (B, ...), and the loss of its outputs for them."""
@@ -21,7 +23,7 @@ _LEAST_SCALE = 0.05
 """Smallest share of its scale that a channel keeps: the sign cannot go into a standard deviation."""
 
 
-def reestimate_statistics(segment: nn.Module, batches: Iterable[Tensor]) -> None:
+def reestimate_statistics(segment: nn.Module, batches: Iterable[Tensor], team: Team = ALONE) -> None:
     """Replace the running statistics of a segment's BatchNorm layers by those of the given inputs, in place.
 
     After a mask the old statistics describe features that are no longer there. The mean over batches is kept
@@ -30,7 +32,8 @@ def reestimate_statistics(segment: nn.Module, batches: Iterable[Tensor]) -> None
 
     Args:
         segment: Changed in its BatchNorm buffers only.
-        batches: Inputs (B, ...), B >= 2.
+        batches: Inputs (B, ...), B >= 2; the same in every process.
+        team: Processes that share the batches.
     Raises:
         InputError: no batch, or one of a single sample.
     """
@@ -39,10 +42,13 @@ def reestimate_statistics(segment: nn.Module, batches: Iterable[Tensor]) -> None
         for batch in batches:
             if len(batch) < 2:
                 raise InputError("batches: statistics need at least 2 samples per batch, got a batch of 1")
-            segment(batch)
+            if team.is_mine(n_batches):
+                segment(batch)
             n_batches += 1
-    if n_batches == 0:
-        raise InputError("batches: expected at least one batch of inputs, got none")
+        if n_batches == 0:
+            raise InputError("batches: expected at least one batch of inputs, got none")
+        if team.size > 1:
+            _average(batch_norms(segment), len(range(team.rank, n_batches, team.size)), n_batches, team)
 
 
 def tune_norms(
@@ -51,6 +57,7 @@ def tune_norms(
     n_steps: int,
     inputs: Iterable[Tensor],
     start: nn.Module | None = None,
+    team: Team = ALONE,
 ) -> None:
     """Tune scale and shift of every channel behind a BatchNorm layer by gradient, in place; estimate statistics anew.
 
@@ -62,24 +69,26 @@ def tune_norms(
         n_steps: Steps of Adam.
         inputs: For the statistics, as in `reestimate_statistics`.
         start: The same segment with other weights and biases of its norms, to start from.
+        team: Processes that share every batch; all are given the same.
     """
     layers = [layer for layer in batch_norms(segment) if layer.affine]
     before = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in layers]
-    with training_norms(segment) as parameters:
-        if start is not None:
-            for layer, other in zip(batch_norms(segment), batch_norms(start), strict=True):
-                layer.load_state_dict(other.state_dict())
+    if start is not None:
+        for layer, other in zip(batch_norms(segment), batch_norms(start), strict=True):
+            layer.load_state_dict(other.state_dict())
+    with training_norms(segment, team) as parameters:
         if parameters:
             optimizer, decay = optimizer_for([{"params": parameters, "lr": LEARNING_RATE}], n_steps)
             for (x, loss), _ in zip(batches, range(n_steps), strict=False):
                 with torch.enable_grad():
                     optimizer.zero_grad()
-                    loss(segment(x)).backward()
+                    loss(team.whole(segment(x[team.part(len(x))]), len(x))).backward()
+                team.sum_gradients(parameters)
                 optimizer.step()
                 decay.step()
     for layer, (weight, bias) in zip(layers, before, strict=True):
         _keep_sign(layer, weight, bias)
-    reestimate_statistics(segment, inputs)
+    reestimate_statistics(segment, inputs, team)
     for layer, (weight, bias) in zip(layers, before, strict=True):
         _fold(layer, weight, bias)
 
@@ -90,27 +99,67 @@ def batch_norms(segment: nn.Module) -> list[_BatchNorm]:
 
 
 @contextlib.contextmanager
-def training_norms(segment: nn.Module) -> Iterator[list[nn.Parameter]]:
+def training_norms(segment: nn.Module, team: Team = ALONE) -> Iterator[list[nn.Parameter]]:
     """Let BatchNorm layers use batch statistics, and their weights and biases take gradients, within the block.
 
+    Args:
+        segment: One's own.
+        team: Processes that each have a part of every batch; the statistics are those of the whole.
     Yields:
         Those weights and biases.
     """
     layers = batch_norms(segment)
     momenta = [layer.momentum for layer in layers]
     parameters = [p for layer in layers if layer.affine for p in (layer.weight, layer.bias)]
+    with contextlib.ExitStack() as stack:
+        if team.size > 1:
+            stack.enter_context(_shared_statistics(layers, team))
+        try:
+            for layer in layers:
+                layer.training, layer.momentum = team.size == 1, 0.0
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            yield parameters
+        finally:
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.training, layer.momentum = False, momentum
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+
+@contextlib.contextmanager
+def _shared_statistics(layers: list[_BatchNorm], team: Team) -> Iterator[None]:
+    """Let layers in evaluation mode do what training would on the whole batch, of which each process has a part.
+
+    What comes in is normalised in front of the layer, whose own statistics say that nothing is left to do.
+    """
+    before = [(layer.get_buffer("running_mean").clone(), layer.get_buffer("running_var").clone()) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(partial(_normalized, team)) for layer in layers]
     try:
         for layer in layers:
-            layer.training, layer.momentum = True, 0.0
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield parameters
+            layer.get_buffer("running_mean").zero_()
+            layer.get_buffer("running_var").fill_(1 - layer.eps)
+        yield
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.training, layer.momentum = False, momentum
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        for hook in hooks:
+            hook.remove()
+        for layer, (mean, variance) in zip(layers, before, strict=True):
+            layer.get_buffer("running_mean").copy_(mean)
+            layer.get_buffer("running_var").copy_(variance)
+
+
+def _normalized(team: Team, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+    """A part of a batch (B, C, ...), normalised by the statistics of the whole."""
+    assert isinstance(layer, _BatchNorm)
+    (x,) = inputs
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    n = team.sum(torch.tensor(float(x.numel() // x.shape[1]))).to(x)
+    mean = team.sum_with_gradient(x.sum(dims)) / n
+    centred = x - mean.reshape(shape)
+    variance = team.sum_with_gradient(centred.square().sum(dims)) / n
+    return (centred * (variance + layer.eps).rsqrt().reshape(shape),)
 
 
 def optimizer_for(
@@ -142,6 +191,18 @@ def _fold(layer: _BatchNorm, weight: Tensor, bias: Tensor) -> None:
     layer.running_var.copy_((deviation.square() - layer.eps).clamp(min=0))
     layer.weight.copy_(weight)
     layer.bias.copy_(bias)
+
+
+def _average(layers: list[_BatchNorm], n_own: int, n_batches: int, team: Team) -> None:
+    """Turn the means over each process's batches into those over all."""
+    for layer in layers:
+        for name, buffer in layer.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                # a process without a batch has the statistics of a new layer, with weight 0
+                buffer.copy_(team.sum(buffer * (n_own / n_batches)))
+            else:
+                assert name == "num_batches_tracked"
+                buffer.fill_(n_batches)
 
 
 @contextlib.contextmanager

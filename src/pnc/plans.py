@@ -1,14 +1,25 @@
 """What a composite runs, as data: replaced whole whenever clones come and go; and what is attached where."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from pnc.branch import Branch
 from pnc.cloning import Clone
-from pnc.cuts import CutPoint
+from pnc.cuts import CutPoint, cut_points, find_head
+from pnc.data import unknown_name
+from pnc.errors import InputError, MismatchError
+from pnc.graph import Recording
+from pnc.integrity import first_difference
+from pnc.remembered import last_norm
 from pnc.stitching import pool
+
+Rows = Sequence[str | Collection[str] | None]
+"""For each image of a batch the clones that are wanted: a name, several or none of them, or None for all enabled."""
+
+_EXAMPLE = "['pets', ('pets', 'birds'), (), None]"
 
 
 @dataclass(frozen=True)
@@ -62,45 +73,113 @@ class Plan:
     """One forward pass. A call reads one plan, so that it sees all of one set of clones and nothing of another.
 
     Attributes:
-        trunk: From images to the target's tensors that the branches read, its features and its logits.
-        features: The cut of those features.
-        taps: For each branch which of the trunk's tensors it reads.
+        trunk: From images to the target's tensors that the branches read, those that their heads read, and its logits.
+        features: The cuts of those that heads read.
+        taps: For each branch which of the tensors it reads.
+        views: For each branch which of the features its head reads.
         names: Of the clones that run.
         branches: Theirs.
+        calibrated: For each of them whether its scalars do anything; where not, they are not looked at.
         classes: Names of all logits.
         base_priority: Nats that are taken off the new logits.
     """
 
     trunk: fx.GraphModule
-    features: CutPoint
+    features: tuple[CutPoint, ...]
     taps: tuple[int, ...]
+    views: tuple[int, ...]
     names: tuple[str, ...]
     branches: tuple[Branch, ...]
+    calibrated: tuple[bool, ...]
     classes: tuple[str, ...]
     base_priority: float
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Give logits (B, K_base + K_new) for images (B, C, H, W)."""
-        *tensors, features, logits = self._run(images)
+    def logits(self, images: Tensor, only: Rows | None = None) -> Tensor:
+        """Give logits (B, K_base + K_new) for images (B, C, H, W): `Composite.forward`."""
+        rows = [None] * len(self.names) if only is None else self._rows(only, images.shape[0])
+        inputs, logits = self._run(images)
         if not self.branches:
             return logits
-        pooled = pool(features, self.features)
-        new = [branch(tensors[tap], pooled, logits) for tap, branch in zip(self.taps, self.branches, strict=True)]
+        new = [self._new(place, rows[place], *seen, logits) for place, seen in enumerate(inputs)]
         if self.base_priority:
             new = [one - self.base_priority for one in new]
         return torch.cat([logits, *new], 1)
 
+    def _new(self, place: int, rows: list[int] | None, *inputs: Tensor) -> Tensor:
+        """New logits (B, K_new) of the clone at one place: -inf but for the given rows, None for all."""
+        branch = self.branches[place]
+        run = branch if self.calibrated[place] else branch.head_logits
+        if rows is None:
+            return run(*inputs)
+        logits = inputs[-1].new_full((inputs[-1].shape[0], len(branch.offset)), -torch.inf)
+        if rows:
+            index = torch.tensor(rows, device=logits.device)
+            logits = logits.index_copy(0, index, run(*(one.index_select(0, index) for one in inputs)))
+        return logits
+
+    def _rows(self, only: Rows, n_images: int) -> list[list[int] | None]:
+        """For each clone the rows that ask for it, None where all do."""
+        if isinstance(only, str) or not isinstance(only, Sequence):
+            raise InputError(f"only: expected a list with one entry for each image, such as {_EXAMPLE}; got {only!r}")
+        if len(only) != n_images:
+            raise InputError(f"only: expected one entry for each of {n_images} images; got {len(only)}")
+        asked = [self._names(row, entry) for row, entry in enumerate(only)]
+        rows = [[row for row, names in enumerate(asked) if name in names] for name in self.names]
+        return [None if len(of_clone) == n_images else of_clone for of_clone in rows]
+
+    def _names(self, row: int, entry: str | Collection[str] | None) -> Collection[str]:
+        """The clones that one entry names."""
+        names = self.names if entry is None else (entry,) if isinstance(entry, str) else entry
+        if not isinstance(names, Collection):
+            raise InputError(f"only: row {row}: expected a name, several, or None for all clones; got {entry!r}")
+        for name in names:
+            if name not in self.names:
+                raise InputError(f"only: row {row}: {unknown_name(str(name), self.names, 'enabled clone')}")
+        return names
+
     def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Give the target's logits, each clone's uncalibrated log-odds and its features: `Composite.log_odds`."""
-        *tensors, features, logits = self._run(images)
-        pooled, level = pool(features, self.features), logits.logsumexp(1, keepdim=True)
+        inputs, logits = self._run(images)
+        level = logits.logsumexp(1, keepdim=True)
         found = {}
-        for name, tap, branch in zip(self.names, self.taps, self.branches, strict=True):
-            new, own_features = branch.head_logits(tensors[tap], pooled, logits)
-            found[name] = (new - level, own_features)
+        for name, (tensor, target_features), branch in zip(self.names, inputs, self.branches, strict=True):
+            features = branch.stitched(tensor)
+            found[name] = (branch.head(target_features, features, logits) - level, features)
         return logits, found
 
-    def _run(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The tensors that the branches read, the target's features and its logits."""
-        tensors: tuple[Tensor, ...] = self.trunk(images)
-        return tensors
+    def _run(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """For each branch the tensor and the pooled features that it reads; and the target's logits."""
+        found = self.trunk(images)
+        if not self.branches:
+            return [], found
+        *tensors, logits = found
+        n_taps = len(tensors) - len(self.features)
+        pooled = [pool(tensor, cut) for tensor, cut in zip(tensors[n_taps:], self.features, strict=True)]
+        return [(tensors[tap], pooled[view]) for tap, view in zip(self.taps, self.views, strict=True)], logits
+
+
+def check_target(target: nn.Module, clone: Clone) -> None:
+    """Raise a `MismatchError` unless `clone` was made for `target` with the weights that it has now."""
+    difference = first_difference(target, clone.target)
+    if difference is not None:
+        raise MismatchError(
+            f"clone {clone.name!r} was made for another target: {difference}; attach it to that one, clone again, or "
+            "give allow_mismatch=True if you know better"
+        )
+
+
+def check_places(recording: Recording, clone: Clone) -> None:
+    """Raise a `MismatchError` unless a recorded target has the tensors that `clone` reads, and as many classes."""
+    places = [*cut_points(recording), find_head(recording).features]
+    norm = last_norm(recording)
+    for cut, allowed in ((clone.target_cut, places), (clone.target_features, [*places, *([norm.cut] if norm else [])])):
+        if not any(map(cut.is_same_place, allowed)):
+            raise MismatchError(
+                f"clone {clone.name!r} reads {cut.name!r} with shape {cut.shape}, which this target does not have; "
+                "attach it to the one that it was made for"
+            )
+    if recording.n_classes != len(clone.base_classes):
+        raise MismatchError(
+            f"clone {clone.name!r} was made for {len(clone.base_classes)} base classes, this target has "
+            f"{recording.n_classes}; attach it to the one that it was made for"
+        )

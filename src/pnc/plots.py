@@ -51,6 +51,24 @@ def draw_scan(found: Scan, chosen: Position, path: Path) -> None:
     _write(figure, path)
 
 
+def draw_growth(series: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
+    """Draw seconds against the size of a job, both logarithmic, as a PNG file.
+
+    Args:
+        series: For each kind of job its sizes and seconds.
+        path: The file; an existing one is replaced.
+    Raises:
+        InputError: as `check_plot`, or the file cannot be written.
+    """
+    check_plot(path)
+    figure = _figure()
+    axes = figure.add_subplot(xlabel="samples or cuts", ylabel="seconds", xscale="log", yscale="log")
+    for name, points in series.items():
+        axes.plot(*zip(*points, strict=True), "o-", label=name)
+    axes.legend()
+    _write(figure, path)
+
+
 def draw_comparison(title: str, points: Mapping[str, tuple[str, float, float]], path: Path) -> None:
     """Draw average accuracy against locality of methods, as a PNG file.
 

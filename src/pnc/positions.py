@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from pnc.cuts import LOGITS, CutPoint, candidate_cuts, extract
 from pnc.errors import InputError
 from pnc.heads import Head, HeadSamples, SourceHead, Stacking, choose_stacking, fit_stacked, source_head
-from pnc.stitching import Adapter, AdapterFitter, CrossFitted, Stitched, pool
+from pnc.remembered import last_norm, remembering_head
+from pnc.stitching import N_ROWS, Adapter, AdapterFitter, CrossFitted, Stitched, pool
 from pnc.task import CloneTask
 
 Progress = Callable[[str, int, int], None]
@@ -32,9 +33,23 @@ DIGEST_BYTES = 16
 FACTS_BYTES = 3000
 """Of the other metadata in a clone's file, at most."""
 RUNNER_UP = 1.1
+RANKED_IMAGES, RANKED_ROWS, RANKED_OUTPUTS = 100, 8_000, 64
+"""By how many images, rows and channels pairs of cuts are ranked where the moments of all would not fit the memory."""
+FITTED_IMAGES = 10_000
+"""Images of the support that adapters are fitted on, at most: they already give all rows that a regression needs."""
+SCORED_IMAGES = 2_000
+"""Images of the support that positions are scored on, at most: more would tell them apart no better."""
+ROUND_MACS = 4 * 10**12
+"""Multiply-accumulates from which on positions are scored in two rounds: all on some images, the best again on more."""
+FIRST_IMAGES, N_FINALISTS = 100, 4
+"""Images of the first round, or as many as a quarter of those MACs allows; positions that go on to the second."""
+N_ERRORS_FINAL = 2.0
+"""Standard errors of the difference to the best by which a position may lie behind after the first round."""
 N_ERRORS = 0.5
 """Standard errors of the difference to the best that are given up for lower cost; see docs/method.md."""
 ROUNDING = 1e-12
+NO_ERROR = 1e-6
+"""Share of the variance that an adapter may miss which only passes on what it gets."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +66,7 @@ class Position:
         n_params: Parameters of the adapter and of the source's part.
         n_bytes: Of the clone's thin file, an upper estimate: the source's weights are not in it.
         macs_share: `n_macs` as a share of the whole source's.
+        n_images: How many images of the support `score` was measured on.
     """
 
     target_cut: CutPoint
@@ -62,6 +78,7 @@ class Position:
     n_params: int
     n_bytes: int
     macs_share: float
+    n_images: int
 
     @property
     def names(self) -> tuple[str, str]:
@@ -117,7 +134,8 @@ class Scan:
     def loss_against(self, position: Position, other: Position) -> tuple[float, float]:
         """What `position` gives up in score against `other`, and the standard error of that difference.
 
-        Both were measured on the same images, so the error is far below that of either score.
+        Both were measured on the same images, so the error is far below that of either score; their `n_images` must
+        be the same.
         """
         return self.outcomes[other.names].minus(self.outcomes[position.names])
 
@@ -150,6 +168,10 @@ class Scan:
 
         It is the error of the difference between both, on the same images (`loss_against`). A position that costs as
         much as the whole source is taken only where there is no other: there an ensemble of both networks does as well.
+        Of those within the bounds, the ones that were scored on most images count.
+
+        Without base samples nothing tells what an adapter does to images of base classes, which it was not fitted on: a
+        position whose adapter changes nothing, the whole source from its input on, then goes before all others.
 
         Args:
             max_macs: Bound on the added MACs as a share of the source's, in (0, 1]; None for no bound.
@@ -158,7 +180,8 @@ class Scan:
         Raises:
             InputError: no scored position is that cheap; the message names the cheapest.
         """
-        allowed = [p for p in self.positions if p.macs_share < 1] or list(self.positions)
+        has_base = any(bool(outcome.is_base.any()) for outcome in self.outcomes.values())
+        allowed = [p for p in self.positions if p.macs_share < 1 or not has_base] or list(self.positions)
         if max_macs is not None:
             cheapest = min(p.macs_share for p in allowed)
             allowed = [p for p in allowed if p.macs_share <= max_macs]
@@ -169,6 +192,10 @@ class Scan:
             allowed = [p for p in allowed if p.n_bytes <= max_bytes]
             if not allowed:
                 raise InputError(f"max_bytes={max_bytes}: the smallest file of such a clone has {smallest} bytes")
+        unchanged = [p for p in allowed if p.adapter_error <= NO_ERROR and not has_base]
+        if unchanged:
+            return min(unchanged, key=lambda p: p.n_macs)
+        allowed = [p for p in allowed if p.n_images == max(q.n_images for q in allowed)]
         best = max(allowed, key=lambda p: p.score)
         as_good = []
         for position in allowed:
@@ -191,20 +218,64 @@ def scan(
     """
     target_cuts = candidate_cuts(task.target.recording, max_cuts)
     source_cuts = candidate_cuts(task.source.recording, max_cuts)
-    fitter = _gather_moments(task, target_cuts, source_cuts, progress)
-    errors = {(t.name, s.name): fitter.error(t, s) for t in target_cuts for s in source_cuts}
-    chosen = [(t, s) for t in target_cuts for s in source_cuts]
-    if not exhaustive:
-        chosen = shortlist(target_cuts, source_cuts, errors)
+    cuts = target_cuts, source_cuts
+    whole, task = task, task.reduced(FITTED_IMAGES)
+    chosen = None
+    fitter = _fitter(task, *cuts)
+    if fitter.n_bytes(task.samples.n_folds) > task.memory and not exhaustive:
+        errors = _ranked(task, *cuts, progress)
+        # One target cut for each source cut: with networks as large as this, every further pair takes minutes.
+        chosen = shortlist(*cuts, errors, runner_up=0)
+        fitter = _fitter(task, *cuts, chosen)
+    _gather_moments(task, fitter, *cuts, "fitting adapters", progress)
+    if chosen is None:
+        chosen = [(t, s) for t in target_cuts for s in source_cuts]
+        errors = {(t.name, s.name): fitter.error(t, s) for t, s in chosen}
+        chosen = chosen if exhaustive else shortlist(*cuts, errors)
     adapters = {(t.name, s.name): fitter.solve(t, s) for t, s in chosen}
+    del fitter  # its moments are the largest thing here
+    positions, outcomes = _scored(whole, adapters, source_cuts, progress)
+    return Scan(positions, adapters, outcomes, errors)
+
+
+def _scored(
+    task: CloneTask,
+    adapters: Mapping[tuple[str, str], CrossFitted],
+    source_cuts: Sequence[CutPoint],
+    progress: Progress | None,
+) -> tuple[tuple[Position, ...], dict[tuple[str, str], Outcome]]:
+    """Score positions, best first; where that takes long, all on a part of the support and the best again on more."""
     bodies = {s: source_body(task, s) for s in source_cuts}
-    parts = [(adapters[t.name, s.name], bodies[s]) for t, s in chosen]
-    positions, outcomes = [], {}
-    for pair, (fitted, _), samples in zip(adapters, parts, run_parts(task, parts, progress), strict=True):
-        outcomes[pair] = outcome_of(judge(samples).correct, task)
-        positions.append(_position(task, fitted, outcomes[pair], samples))
-    positions.sort(key=lambda p: (-p.score, p.n_macs))
-    return Scan(tuple(positions), adapters, outcomes, errors)
+    positions: dict[tuple[str, str], Position] = {}
+    outcomes: dict[tuple[str, str], Outcome] = {}
+
+    def score(scored: CloneTask, pairs: Sequence[tuple[str, str]]) -> None:
+        parts = [(adapters[pair], bodies[adapters[pair].adapter.source_cut]) for pair in pairs]
+        for pair, (fitted, _), samples in zip(pairs, parts, run_parts(scored, parts, progress), strict=True):
+            outcomes[pair] = outcome_of(judge(samples).correct, scored)
+            positions[pair] = _position(task, fitted, outcomes[pair], samples)
+
+    pairs = list(adapters)
+    whole = task.within(4 * len(pairs) * task.source.head.features.n_channels).reduced(SCORED_IMAGES)
+    n_rows = len(whole.samples.labels)
+    n_macs = sum(_added_macs(task, one.adapter) for one in adapters.values()) * n_rows
+    n_images = len(whole.samples.groups.unique())
+    if n_macs <= ROUND_MACS or len(pairs) <= N_FINALISTS:
+        score(whole, pairs)
+    else:
+        score(whole.reduced(max(FIRST_IMAGES, n_images * ROUND_MACS // 4 // n_macs)), pairs)
+        score(whole, _finalists(positions, outcomes))
+    return tuple(sorted(positions.values(), key=lambda p: (-p.score, p.n_macs))), outcomes
+
+
+def _finalists(
+    positions: Mapping[tuple[str, str], Position], outcomes: Mapping[tuple[str, str], Outcome]
+) -> list[tuple[str, str]]:
+    """The positions that the choice may fall on, judged by the first round: the best ones, and none far behind."""
+    allowed = [pair for pair, position in positions.items() if position.macs_share < 1] or list(positions)
+    ranked = sorted(allowed, key=lambda pair: (-positions[pair].score, positions[pair].n_macs))
+    losses = [(pair, *outcomes[ranked[0]].minus(outcomes[pair])) for pair in ranked]
+    return [pair for pair, loss, error in losses if loss <= N_ERRORS_FINAL * error + ROUNDING][:N_FINALISTS]
 
 
 def source_body(task: CloneTask, cut: CutPoint) -> fx.GraphModule:
@@ -213,18 +284,21 @@ def source_body(task: CloneTask, cut: CutPoint) -> fx.GraphModule:
 
 
 def shortlist(
-    target_cuts: Sequence[CutPoint], source_cuts: Sequence[CutPoint], errors: Mapping[tuple[str, str], float]
+    target_cuts: Sequence[CutPoint],
+    source_cuts: Sequence[CutPoint],
+    errors: Mapping[tuple[str, str], float],
+    runner_up: float = RUNNER_UP,
 ) -> list[tuple[CutPoint, CutPoint]]:
     """Choose the pairs of cuts that are worth running: their number grows linearly with that of the cuts.
 
     What a position costs is decided by its source cut; among the target cuts it is the one whose adapter misses least,
-    and the next one where that is nearly as good.
+    and the next one where its error is at most `runner_up` times as large.
     """
     chosen = []
     for s in source_cuts:
         ranked = sorted(target_cuts, key=lambda t: errors[t.name, s.name])
-        bound = RUNNER_UP * errors[ranked[0].name, s.name]
-        chosen += [(t, s) for t in ranked[:2] if errors[t.name, s.name] <= bound]
+        bound = runner_up * errors[ranked[0].name, s.name]
+        chosen += [(t, s) for t in ranked[:2] if t is ranked[0] or errors[t.name, s.name] <= bound]
     return chosen
 
 
@@ -246,28 +320,34 @@ def run_parts(
     """
     own = own_head(task)
     cuts = list(dict.fromkeys(fitted.adapter.target_cut for fitted, _ in parts))
-    trunk = extract(task.target.recording, None, [*cuts, task.target.head.features, LOGITS])
-    target_features, base_logits = [], []
+    seen = features_seen(task)
+    trunk = extract(task.target.recording, None, [*cuts, seen, LOGITS])
+    target_features, base_logits, places = [], [], []
     clone_features: list[list[Tensor]] = [[] for _ in parts]
-    for fold, images in _batches(task, cuts, "scoring positions", progress):
+    for _, fold, place, images in _batches(task, cuts, "scoring positions", progress):
         with torch.no_grad():
             *tensors, features, logits = trunk(images.to(task.target.device))
             at_cut = dict(zip(cuts, tensors, strict=True))
-            target_features.append(pool(features, task.target.head.features).float().cpu())
+            target_features.append(pool(features, seen).float().cpu())
             base_logits.append(logits.float().cpu())
+            places.append(torch.arange(place.start, place.stop))
             for (fitted, body), collected in zip(parts, clone_features, strict=True):
                 stitched = Stitched(fitted.held_out[fold], body, task.source.head.features)
                 collected.append(stitched(at_cut[fitted.adapter.target_cut]).float().cpu())
+    n_samples, own_places = len(task.samples.labels), torch.cat(places)
+    target_rows, logit_rows, *made = (
+        task.team.gather(torch.cat(rows), own_places, n_samples)
+        for rows in (target_features, base_logits, *clone_features)
+    )
     samples = HeadSamples(
-        target_features=torch.cat(target_features),
+        target_features=target_rows,
         clone_features=torch.empty(0),
-        base_logits=torch.cat(base_logits),
+        base_logits=logit_rows,
         own_logits=torch.empty(0),
         labels=task.samples.labels,
         folds=task.samples.folds,
         n_classes=task.n_base + len(task.new_classes),
     )
-    made = [torch.cat(collected) for collected in clone_features]
     return [replace(samples, clone_features=rows, own_logits=F.linear(rows, own.weight, own.bias)) for rows in made]
 
 
@@ -291,6 +371,12 @@ class Judged:
         """Which samples are classified right when they are held out, (N,) bool."""
         return self.logits.argmax(1) == self.labels
 
+    def lowered(self, nats: float) -> "Judged":
+        """The same with all new logits lowered by so many nats; only with base samples."""
+        assert self.stacking is not None
+        stacking = self.stacking.lowered(nats)
+        return Judged(stacking, stacking.logits, self.labels)
+
 
 def judge(samples: HeadSamples) -> Judged:
     """Choose the head that the support allows, and measure it on held-out samples; `run_parts` makes the samples."""
@@ -302,8 +388,16 @@ def judge(samples: HeadSamples) -> Judged:
 
 def fit_head(task: CloneTask, samples: HeadSamples, judged: Judged) -> Head:
     """Make the head that was chosen, on all samples."""
-    own = own_head(task)
-    return own if judged.stacking is None else fit_stacked(samples, judged.stacking, own)
+    own, norm = own_head(task), last_norm(task.target.recording)
+    if judged.stacking is not None:
+        return fit_stacked(samples, judged.stacking, own)
+    return own if norm is None else remembering_head(samples, norm.mean, own)
+
+
+def features_seen(task: CloneTask) -> CutPoint:
+    """What a head reads of the target: its penultimate features, or without base samples those it remembers."""
+    norm = None if task.has_base else last_norm(task.target.recording)
+    return task.target.head.features if norm is None else norm.cut
 
 
 def outcome_of(correct: Tensor, task: CloneTask, rows: Tensor | None = None) -> Outcome:
@@ -351,14 +445,47 @@ def own_head(task: CloneTask) -> SourceHead:
     return source_head(head.weight[task.source_ids].float().cpu(), bias[task.source_ids].float().cpu())
 
 
-def _gather_moments(
-    task: CloneTask, target_cuts: Sequence[CutPoint], source_cuts: Sequence[CutPoint], progress: Progress | None
+def _fitter(
+    task: CloneTask,
+    target_cuts: Sequence[CutPoint],
+    source_cuts: Sequence[CutPoint],
+    pairs: Sequence[tuple[CutPoint, CutPoint]] | None = None,
+    n_rows: int = N_ROWS,
+    n_outputs: int | None = None,
 ) -> AdapterFitter:
     generator = torch.Generator().manual_seed(task.seed)
-    fitter = AdapterFitter(target_cuts, source_cuts, len(task.samples.images), generator)
+    return AdapterFitter(target_cuts, source_cuts, len(task.samples.labels), generator, pairs, n_rows, n_outputs)
+
+
+def _ranked(
+    task: CloneTask, target_cuts: Sequence[CutPoint], source_cuts: Sequence[CutPoint], progress: Progress | None
+) -> dict[tuple[str, str], float]:
+    """Errors of the adapters of all pairs, by names of the cuts, from a part of the support, in two folds."""
+    part = task.reduced(RANKED_IMAGES)
+    samples = part.samples
+    if samples.n_folds > 2:
+        halves = (samples.folds >= samples.n_folds // 2).long()
+        part = replace(part, samples=replace(samples, folds=halves))
+    fitter = _fitter(part, target_cuts, source_cuts, None, RANKED_ROWS, RANKED_OUTPUTS)
+    _gather_moments(part, fitter, target_cuts, source_cuts, "ranking cuts", progress)
+    return {(t.name, s.name): fitter.error(t, s) for t in target_cuts for s in source_cuts}
+
+
+def _gather_moments(
+    task: CloneTask,
+    fitter: AdapterFitter,
+    target_cuts: Sequence[CutPoint],
+    source_cuts: Sequence[CutPoint],
+    what: str,
+    progress: Progress | None,
+) -> None:
     target_taps = extract(task.target.recording, None, [*target_cuts, LOGITS])
     source_taps = extract(task.source.recording, None, [*source_cuts, LOGITS])
-    for fold, images in _batches(task, [*target_cuts, *source_cuts], "fitting adapters", progress):
+    done = 0
+    for number, fold, _, images in _batches(task, [*target_cuts, *source_cuts], what, progress, with_first=True):
+        for _ in range(done, number):
+            fitter.skip()
+        done = number + 1
         with torch.no_grad():
             target_tensors = target_taps(images.to(task.target.device))
             source_tensors = source_taps(images.to(task.source.device))
@@ -366,27 +493,32 @@ def _gather_moments(
             fold,
             {cut.name: tensor for cut, tensor in zip(target_cuts, target_tensors, strict=False)},
             {cut.name: tensor for cut, tensor in zip(source_cuts, source_tensors, strict=False)},
+            counted=task.team.is_mine(number),
         )
-    return fitter
+    fitter.share(task.team, task.samples.n_folds)
 
 
 def _batches(
-    task: CloneTask, cuts: Sequence[CutPoint], what: str, progress: Progress | None
-) -> Iterator[tuple[int, Tensor]]:
-    """Fold and images, as many at a time as the memory for the tensors at `cuts` allows."""
-    done, total = 0, len(task.samples.images)
-    size = min(task.batch_size, TAPPED_BYTES // (4 * sum(cut.size for cut in cuts)))
-    for fold, images in task.samples.batches(max(size, 1)):
-        yield fold, images
-        done += len(images)
+    task: CloneTask, cuts: Sequence[CutPoint], what: str, progress: Progress | None, with_first: bool = False
+) -> Iterator[tuple[int, int, slice, Tensor]]:
+    """Number, fold, place and images of the batches that this process runs.
+
+    Of as many images at a time as the memory for the tensors at `cuts` allows; of the first batch too, `with_first`.
+    """
+    samples = task.samples
+    size = max(1, min(task.batch_size, TAPPED_BYTES // (4 * sum(cut.size for cut in cuts))))
+    size = min(size, len(samples.labels) // task.team.size)  # so that each process has one
+    for number, (fold, place) in enumerate(samples.rows(size)):
+        if task.team.is_mine(number) or (with_first and number == 0):
+            yield number, fold, place, samples.images[place]
         if progress is not None:
-            progress(what, done, total)
+            progress(what, place.stop, len(samples.labels))
 
 
 def _position(task: CloneTask, fitted: CrossFitted, outcome: Outcome, samples: HeadSamples) -> Position:
     adapter = fitted.adapter
     target_cut, source_cut, features = adapter.target_cut, adapter.source_cut, task.source.head.features
-    n_macs = adapter.n_macs + features.n_macs - source_cut.n_macs
+    n_macs = _added_macs(task, adapter)
     score, standard_error = outcome.average
     return Position(
         target_cut=target_cut,
@@ -398,14 +530,20 @@ def _position(task: CloneTask, fitted: CrossFitted, outcome: Outcome, samples: H
         n_params=adapter.n_params + features.n_params - source_cut.n_params,
         n_bytes=_file_bytes(task, adapter, samples),
         macs_share=n_macs / task.source.n_macs,
+        n_images=len(outcome.hits),
     )
+
+
+def _added_macs(task: CloneTask, adapter: Adapter) -> int:
+    """What a clone behind an adapter adds to the target per sample, without the head."""
+    return adapter.n_macs + task.source.head.features.n_macs - adapter.source_cut.n_macs
 
 
 def _file_bytes(task: CloneTask, adapter: Adapter, samples: HeadSamples) -> int:
     """Size of a thin file, from above: values of adapter and head, fingerprints of both networks, the rest."""
     n_features, n_new = samples.clone_features.shape[1], len(task.new_classes)
     n_head = 4 * n_new * (n_features + 1)
-    if samples.has_base:  # discriminants in half precision
+    if samples.has_base or last_norm(task.target.recording) is not None:  # discriminants in half precision
         n_head += samples.n_classes * (2 * (samples.target_features.shape[1] + n_features) + 4)
     n_tensors = sum(len(network.model.state_dict()) for network in (task.source, task.target))
     n_names = 2 * sum(8 + 6 * len(name) for name in (*task.target.classes, *task.new_classes))  # a clone's name too

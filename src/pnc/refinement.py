@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pnc.cuts import LOGITS, CutPoint, extract
 from pnc.heads import Head, HeadSamples, SourceHead
-from pnc.positions import Progress, fit_head, judge, outcome_of, run_parts
+from pnc.parallel import ALONE, Team
+from pnc.positions import Progress, features_seen, fit_head, judge, outcome_of, run_parts
 from pnc.stitching import Adapter, CrossFitted, Stitched, pool
 from pnc.task import CloneTask
 
@@ -65,26 +66,37 @@ SCHEDULE = Schedule(learning_rate=0.0003, n_steps=120, n_snapshots=3)
 CLASS_WEIGHT = 0.3
 
 
+def bounded(task: CloneTask, cut: CutPoint) -> CloneTask:
+    """The task with as much of its support as its memory has room for, where `views` are kept."""
+    widths = cut.size, task.target.head.features.n_channels, task.source.head.features.n_channels
+    return task.within(8 * sum(widths))  # float32, and a choice of them beside
+
+
 @torch.no_grad()
 def views(task: CloneTask, cut: CutPoint) -> Views:
     """Run the support through the target, up to its logits, and through the source."""
-    trunk = extract(task.target.recording, None, [cut, task.target.head.features, LOGITS])
+    read = features_seen(task)
+    trunk = extract(task.target.recording, None, [cut, read, LOGITS])
     teacher = extract(task.source.recording, None, [task.source.head.features])
-    collected = []
-    for _, images in task.samples.batches(task.batch_size):
-        tensors, features, logits = trunk(images.to(task.target.device))
-        pooled = pool(features, task.target.head.features)
-        own = pool(teacher(images.to(task.source.device)), task.source.head.features)
-        collected.append((tensors, pooled, logits, own))
+
+    def seen(images: Tensor) -> tuple[Tensor, ...]:
+        tensors, features, logits = trunk(images)
+        own = pool(teacher(images), task.source.head.features)
+        return tensors, pool(features, read), logits, own
+
+    (tensors, target_features, base_logits, source_features), _ = task.run(seen, task.target.device)
     labels = task.samples.labels.to(task.target.device)
-    tensors, target_features, base_logits, source_features = (
-        torch.cat(parts) for parts in zip(*collected, strict=True)
-    )
     return Views(tensors, target_features, base_logits, source_features, labels)
 
 
 def train(
-    stitched: Stitched, head: Head, data: Views, loss: Loss, schedule: Schedule, generator: torch.Generator
+    stitched: Stitched,
+    head: Head,
+    data: Views,
+    loss: Loss,
+    schedule: Schedule,
+    generator: torch.Generator,
+    team: Team = ALONE,
 ) -> list[tuple[Adapter, Head]]:
     """Train copies of an adapter and a head; the source's part between them stays frozen.
 
@@ -97,21 +109,26 @@ def train(
         loss: Of a batch.
         schedule: How long and how fast.
         generator: Draws the batches.
+        team: Processes that share every batch; all are given the same.
     Returns:
         Adapter and head at each of the schedule's snapshots; they share nothing with those given.
     """
     adapter, head = copy.deepcopy(stitched.adapter), copy.deepcopy(head)
     trained = Stitched(adapter, stitched.body, stitched.features)
-    leaves = [buffer.requires_grad_() for module in (adapter, head) for buffer in module.buffers() if buffer.numel()]
+    leaves, of_head = (
+        [buffer.requires_grad_() for buffer in module.buffers() if buffer.numel()] for module in (adapter, head)
+    )
     weights = (1 / data.labels.bincount().clamp_min(1).double())[data.labels].cpu()
-    optimizer = torch.optim.Adam(leaves, schedule.learning_rate)
+    optimizer = torch.optim.Adam([*leaves, *of_head], schedule.learning_rate)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / schedule.n_steps)
     snapshots = []
     for step in range(1, schedule.n_steps + 1):
         batch = data.select(torch.multinomial(weights, schedule.batch_size, replacement=True, generator=generator))
         with torch.enable_grad():
             optimizer.zero_grad()
-            loss(trained(batch.tensors), head, batch).backward()
+            features = trained(batch.tensors[team.part(schedule.batch_size)])
+            loss(team.whole(features, schedule.batch_size), head, batch).backward()
+        team.sum_gradients(leaves)  # the head's are of the whole batch already
         optimizer.step()
         decay.step()
         if step % (schedule.n_steps // schedule.n_snapshots) == 0:
@@ -170,6 +187,7 @@ def refined(task: CloneTask, fitted: CrossFitted, part: nn.Module, progress: Pro
         part: The source's part behind them, an own copy without gradients.
         progress: Called after each training.
     """
+    task = bounded(task, fitted.adapter.target_cut)
     data, generator = views(task, fitted.adapter.target_cut), torch.Generator().manual_seed(task.seed)
     (samples,) = run_parts(task, [(fitted, part)])
     head = fit_head(task, samples, judge(samples)).to(task.target.device)
@@ -177,7 +195,7 @@ def refined(task: CloneTask, fitted: CrossFitted, part: nn.Module, progress: Pro
     for fold, adapter in enumerate([*fitted.held_out, fitted.adapter]):
         rows = task.samples.folds != fold if task.samples.n_folds > 1 else task.samples.folds == 0
         stitched = Stitched(adapter, part, task.source.head.features)
-        snapshots = train(stitched, head, data.select(rows), refining_loss, SCHEDULE, generator)
+        snapshots = train(stitched, head, data.select(rows), refining_loss, SCHEDULE, generator, task.team)
         paths.append([adapter, *(tuned for tuned, _ in snapshots)])
         if progress is not None:
             progress("refining adapters", fold + 1, len(fitted.held_out) + 1)

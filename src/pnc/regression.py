@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pnc.parallel import Team
+
 PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 """Ridge penalties that are tried, in units of the inputs' variance."""
 
@@ -40,6 +42,12 @@ class Moments:
         self.xy += (x.T @ y).cpu()
         self.yy += (y.square().sum(0) + scatter).cpu()
 
+    def share(self, team: Team) -> None:
+        """Make this the moments of what all processes have seen."""
+        self.n = int(team.sum(torch.tensor(self.n)))
+        for name in ("x", "y", "xx", "xy", "yy"):
+            setattr(self, name, team.sum(getattr(self, name)))
+
     def about(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Second moments xx (C, C), xy (C, D), yy (D,) about the given points, which are relative to the pivot."""
         xx = self.xx - torch.outer(self.x, x) - torch.outer(x, self.x) + self.n * torch.outer(x, x)
@@ -66,6 +74,18 @@ class Rows:
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add rows, as `Moments.add`."""
         self._parts.append((x - self.x_pivot, *_averaged(y, len(x))))
+
+    def share(self, team: Team) -> None:
+        """Make this the rows that all processes have seen."""
+        none = self.x_pivot.new_empty(0, len(self.x_pivot)), *[self.y_pivot.new_empty(0, len(self.y_pivot))] * 2
+        x, y, scatter = (torch.cat(parts) for parts in zip(none, *self._stacked(), strict=True))
+        n_rows = team.sum(torch.zeros(team.size, dtype=torch.int64).index_fill(0, torch.tensor(team.rank), len(x)))
+        places = int(n_rows[: team.rank].sum()) + torch.arange(len(x))
+        x, y = (team.gather(rows, places, int(n_rows.sum())) for rows in (x, y))
+        self._parts = [(x, y, team.sum(scatter.sum(0)))]
+
+    def _stacked(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return [(x, y, scatter[None]) for x, y, scatter in self._parts]
 
     @property
     def x(self) -> Tensor:
@@ -109,9 +129,10 @@ class Regression:
 
     Args:
         folds: What was seen of each, all as moments or all as rows.
+        measured: Places of the columns of y whose errors are measured; None for all.
     """
 
-    def __init__(self, folds: Sequence[Moments | Rows]) -> None:
+    def __init__(self, folds: Sequence[Moments | Rows], measured: Tensor | None = None) -> None:
         rows = [fold for fold in folds if isinstance(fold, Rows)]
         plane = self._plane = _Plane.through(rows) if rows else None
         self._folds = [fold for fold in folds if isinstance(fold, Moments)]
@@ -122,13 +143,16 @@ class Regression:
         if self._plane is None:
             self._scale = (self._all.about(*_means(self._all))[0].diagonal() / self._all.n).clamp_min(1e-12).sqrt()
         self._penalties = PENALTIES if len(folds) > 1 else PENALTIES[-1:]
+        columns = torch.arange(len(self._all.y)) if measured is None else measured
         self._missed = torch.zeros(len(self._penalties), len(self._all.y), dtype=torch.float64)
         for fold in self._folds:
             rest = self._without(fold)
             xx, xy, yy = fold.about(*_means(rest))
-            for index, weight in enumerate(self._fit(rest, self._penalties, slice(None))):
-                self._missed[index] += yy - 2 * (weight * xy.T).sum(1) + ((weight @ xx) * weight).sum(1)
-        self._variance = self._all.about(*_means(self._all))[2]
+            xy, yy = xy[:, columns], yy[columns]
+            for index, weight in enumerate(self._fit(rest, self._penalties, columns)):
+                self._missed[index, columns] += yy - 2 * (weight * xy.T).sum(1) + ((weight @ xx) * weight).sum(1)
+        self._variance = torch.zeros_like(self._missed[0])
+        self._variance[columns] = self._all.about(*_means(self._all))[2][columns]
 
     def best(self, columns: slice) -> tuple[int, float]:
         """Place of the best penalty for some columns of y, and the share of their variance that it misses."""
@@ -152,16 +176,26 @@ class Regression:
     def _without(self, fold: Moments) -> Moments:
         return _total([other for other in self._folds if other is not fold] or [fold])
 
-    def _fit(self, moments: Moments, penalties: Sequence[float], columns: slice) -> Iterator[Tensor]:
+    def _fit(self, moments: Moments, penalties: Sequence[float], columns: slice | Tensor) -> Iterator[Tensor]:
         """Weights (D, C) for some columns of y, for each penalty."""
         xx, xy, _ = moments.about(*_means(moments))
         correlation = xx / torch.outer(self._scale, self._scale) / moments.n
         right = xy[:, columns] / self._scale[:, None] / moments.n
-        identity = torch.eye(len(correlation), dtype=torch.float64)
         for penalty in penalties:
-            # LU and not Cholesky: moments are summed in float32, so the smallest eigenvalues may be below zero.
-            solution = torch.linalg.solve(correlation + penalty * identity, right)
-            yield (solution / self._scale[:, None]).T
+            yield (_solve(correlation, penalty, right) / self._scale[:, None]).T
+
+
+def _solve(correlation: Tensor, penalty: float, right: Tensor) -> Tensor:
+    """Solve (correlation + penalty) @ x = right for a matrix that is positive definite but for rounding.
+
+    Moments are summed in float32, so that the smallest eigenvalues may come out below zero by more than the smallest
+    penalty; then there is no Cholesky factor, and LU takes its place.
+    """
+    matrix = correlation.clone()
+    matrix.diagonal().add_(penalty)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    solution: Tensor = torch.linalg.solve(matrix, right) if int(failed) else torch.cholesky_solve(right, factor)
+    return solution
 
 
 def _total(parts: Sequence[Moments]) -> Moments:

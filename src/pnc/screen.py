@@ -99,6 +99,12 @@ def show_clone(facts: CloneFacts) -> None:
         "density": f"{recipe['density']:g}",
         "file": f"{known['kind']}, format {known['version']}, {known['n_bytes']:,} bytes",
     }
+    if not recipe["n_base_samples"] + recipe.get("n_background_samples", 0):
+        lines["old against new"] = "not measured, as there was no base image; the score is among the new classes alone"
+    if "max_base_drop" in recipe:
+        lines["base images may lose"] = (
+            f"{recipe['max_base_drop']:.1%}: new logits lowered by {recipe['base_priority']:.2f}"
+        )
     show_facts(lines)
 
 
@@ -157,7 +163,7 @@ class Bar:
 
 
 @contextmanager
-def progress() -> Iterator[Bar]:
+def progress(shown_here: bool = True) -> Iterator[Bar]:
     """Show progress within the block; nothing remains of it, and nothing is shown where nobody looks."""
     columns = (
         TextColumn("{task.description}"),
@@ -165,7 +171,8 @@ def progress() -> Iterator[Bar]:
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as shown:
+    hidden = not (shown_here and sys.stderr.isatty())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as shown:
         yield Bar(shown)
 
 

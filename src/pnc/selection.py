@@ -69,6 +69,7 @@ def localize(
         raise InputError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
     if not 0 < density <= 1:
         raise InputError(f"density must be in (0, 1]: the share of prunable MACs that is kept; got {density}")
+    task = task.within(4 * adapter.source_cut.size + task.samples.images.n_bytes)
     body = source_body(task, adapter.source_cut)
     if density == 1 or not (spaces := channel_spaces(body)).spaces:
         return Part(own_copy(body))
@@ -77,10 +78,11 @@ def localize(
     masks = masks_within(choice.costs, ranking, choice.costs.bound(density), round_to)
     module = compact(body, spaces, masks)
     if learned is None:
-        reestimate_statistics(module, choice.inputs)
+        reestimate_statistics(module, choice.inputs, task.team)
     else:
         batches = choice.counted(choice.batches(), "tuning norms", NORMS_STEPS)
-        tune_norms(module, batches, NORMS_STEPS, choice.inputs, start=compact(learned, spaces, masks))
+        start = compact(learned, spaces, masks)
+        tune_norms(module, batches, NORMS_STEPS, choice.inputs, start=start, team=task.team)
     return Part(module, masks, choice.costs.density(masks.flat))
 
 
@@ -93,27 +95,32 @@ class _Choice:
         self._task, self._adapter, self._body, self.costs, self._progress = task, adapter, body, costs, progress
         self._generator = torch.Generator().manual_seed(task.seed)
         prefix = extract(task.target.recording, None, [adapter.target_cut])
-        with torch.no_grad():
-            batches = [images.to(task.target.device) for _, images in task.samples.batches(task.batch_size)]
-            self.inputs = [_laid_out(adapter(prefix(images))) for images in batches]
+        (whole,), places = task.run(lambda images: (adapter(prefix(images)),), task.target.device)
+        self._whole = _laid_out(whole)
+        self.inputs = [self._whole[place] for place in places]
 
     def ranking(self, density: float, method: Method) -> tuple[dict[str, Tensor], fx.GraphModule | None]:
         """Ranks of all units by a method, and the part with the norms that were learned along with them, if any."""
         if method == "local-surrogate":
             start = {space.name: torch.zeros(space.size) for space in self.costs.spaces.spaces}
             batches = self.counted(self._surrogate_batches(), "learning gates", SURROGATE_STEPS)
-            return learn_gates(self._body, self.costs, start, density, batches, SURROGATE_STEPS, tune=False)[0], None
-        inputs = torch.cat(self.inputs)
+            learned = learn_gates(
+                self._body, self.costs, start, density, batches, SURROGATE_STEPS, tune=False, team=self._task.team
+            )
+            return learned[0], None
+        inputs = self._whole
         if method != "gates":
             return one_shot_ranking(self._body, self.costs, inputs, self._generator, method), None
         effects = one_shot_ranking(self._body, self.costs, inputs, self._generator, "taylor")
         start = {name: 0.5 * effect.clamp_min(_TINY).log() for name, effect in effects.items()}
         batches = self.counted(self.batches(), "learning gates", GATES_STEPS)
-        return learn_gates(self._body, self.costs, start, density, batches, GATES_STEPS, tune=True)
+        return learn_gates(
+            self._body, self.costs, start, density, batches, GATES_STEPS, tune=True, team=self._task.team
+        )
 
     def batches(self) -> Iterator[Batch]:
         """Draws of the support without end: what the part sees, and how far its outputs are from the aim."""
-        inputs, aim = torch.cat(self.inputs), _Aim(self._task)
+        inputs, aim = self._whole, _Aim(self._task)
         for rows in _draws(len(inputs), BATCH_SIZE, self._generator):
             yield inputs[rows], partial(aim.loss, rows=rows)
 
@@ -130,7 +137,7 @@ class _Choice:
         cut, features = self._adapter.source_cut, task.source.head.features
         prefix = extract(task.source.recording, None, [cut])
         classifier = extract(task.source.recording, features, [LOGITS])
-        new = task.samples.images[task.samples.labels >= task.n_base]
+        new = task.samples.images.select(task.samples.labels >= task.n_base)
         for rows in _draws(len(new), SURROGATE_IMAGES, self._generator):
             around = neighbourhoods(new[rows].to(task.source.device), self._generator)
             with torch.no_grad():
@@ -155,11 +162,12 @@ class _Aim:
     def __init__(self, task: CloneTask) -> None:
         self._features = task.source.head.features
         teacher = extract(task.source.recording, None, [self._features, LOGITS])
-        with torch.no_grad():
-            batches = [images.to(task.source.device) for _, images in task.samples.batches(task.batch_size)]
-            features, logits = zip(*(teacher(images) for images in batches), strict=True)
-            self._wanted = torch.cat([pool(one, self._features) for one in features])
-            self._level = torch.cat(logits)[:, task.source_ids].logsumexp(1)
+
+        def answers(images: Tensor) -> tuple[Tensor, Tensor]:
+            features, logits = teacher(images)
+            return pool(features, self._features), logits[:, task.source_ids].logsumexp(1)
+
+        (self._wanted, self._level), _ = task.run(answers, task.source.device)
         self._scale = _above_zero(self._wanted.var(0, correction=0)).sqrt()
         discriminants = _discriminants(self._wanted, task.samples.labels)
         self._discriminants = discriminants / _above_zero((self._wanted @ discriminants).var(correction=0)).sqrt()

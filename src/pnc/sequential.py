@@ -26,7 +26,7 @@ from pnc.cuts import CutPoint, candidate_cuts
 from pnc.heads import DiscriminantHead, Head
 from pnc.masks import ChannelMasks
 from pnc.positions import MAX_CUTS, Outcome, Progress, is_rectified, outcome_of, own_head, source_body
-from pnc.refinement import Schedule, Views, refining_loss, train, views
+from pnc.refinement import Schedule, Views, bounded, refining_loss, train, views
 from pnc.stitching import Adapter, Stitched
 from pnc.task import CloneTask, Network
 
@@ -74,7 +74,9 @@ def search(task: CloneTask, part_of: Callable[[Adapter], Part], progress: Progre
         What was trained on the whole support at the best position, with the outcome that this
         position had before, on images that were held out.
     """
-    pairs, held_out, n_done = depths(task), _held_out(task), itertools.count(1)
+    pairs, n_done = depths(task), itertools.count(1)
+    task = bounded(task, max((cut for cut, _ in pairs), key=lambda cut: cut.size))
+    held_out = _held_out(task)
 
     def fit(place: _Place, learning_rate: float, rows: Tensor) -> Trained:
         found = place.fit(learning_rate, rows, held_out)

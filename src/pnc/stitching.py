@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pnc.cuts import CutPoint
+from pnc.parallel import Team
 from pnc.regression import Moments, Regression, Rows
 
 Form = tuple[int, int]
@@ -28,6 +29,9 @@ MAX_CHANNELS_3X3 = 128
 
 N_ROWS = 40_000
 """Rows that one regression is made from, about; more take time and give no accuracy."""
+
+MAX_MEASURED = 256
+"""Channels of a source cut, evenly spread, on which the error of an adapter and its penalty are measured."""
 
 
 def grid_size(cut: CutPoint) -> tuple[int, int]:
@@ -44,17 +48,20 @@ def grid_size(cut: CutPoint) -> tuple[int, int]:
 
 def to_grid(tensor: Tensor, cut: CutPoint) -> tuple[Tensor, Tensor]:
     """Read the tensor at `cut` as a grid (B, C, H, W) and its prefix tokens (B, P, C)."""
+    if cut.kind == "map":
+        grid = tensor if cut.channel_dim == 1 else tensor.movedim(cut.channel_dim, 1)
+        return grid, tensor.new_empty(tensor.shape[0], 0, cut.n_channels)
     rows = tensor.movedim(cut.channel_dim, 1).flatten(2) if tensor.dim() > 2 else tensor.unsqueeze(2)  # (B, C, P + H*W)
     prefix, positions = rows[:, :, : cut.n_prefix_tokens], rows[:, :, cut.n_prefix_tokens :]
     return positions.unflatten(2, grid_size(cut)), prefix.transpose(1, 2)
 
 
-def from_grid(grid: Tensor, prefix: Tensor, cut: CutPoint) -> Tensor:
-    """Inverse of `to_grid`: the tensor at `cut` from its grid (B, C, H, W) and prefix tokens (B, P, C)."""
+def from_grid(grid: Tensor, prefix: Tensor | None, cut: CutPoint) -> Tensor:
+    """Inverse of `to_grid`: the tensor at `cut` from its grid (B, C, H, W) and its prefix tokens (B, P, C), if any."""
     if len(cut.shape) == 1:
         return grid.flatten(1)
     if len(cut.shape) == 2:
-        tokens = torch.cat([prefix.transpose(1, 2), grid.flatten(2)], 2) if cut.n_prefix_tokens else grid.flatten(2)
+        tokens = grid.flatten(2) if prefix is None else torch.cat([prefix.transpose(1, 2), grid.flatten(2)], 2)
         return tokens.movedim(1, cut.channel_dim)
     return grid.movedim(1, cut.channel_dim)
 
@@ -122,7 +129,7 @@ class Adapter(nn.Module):
     def forward(self, tensor: Tensor) -> Tensor:
         """Map the target's tensor, (B, *target_cut.shape), to (B, *source_cut.shape)."""
         grid, prefix = to_grid(tensor, self.target_cut)
-        summary = prefix_summary(grid, prefix)
+        made = self.prefix_tokens(grid, prefix)
         size = grid_size(self.source_cut)
         if math.prod(size) <= math.prod(grid_size(self.target_cut)):
             grid = self._convolve(resize(grid, size))
@@ -130,8 +137,13 @@ class Adapter(nn.Module):
             grid = resize(self._convolve(grid), size)
         if self.rectify:
             grid = F.relu(grid)
-        made = torch.einsum("bi,poi->bpo", summary, self.prefix_weight) + self.prefix_bias
         return from_grid(grid, made, self.source_cut)
+
+    def prefix_tokens(self, grid: Tensor, prefix: Tensor) -> Tensor | None:
+        """The source's prefix tokens (B, P, C); None where it has none."""
+        if not self.source_cut.n_prefix_tokens:
+            return None
+        return torch.einsum("bi,poi->bpo", prefix_summary(grid, prefix), self.prefix_weight) + self.prefix_bias
 
     def _convolve(self, grid: Tensor) -> Tensor:
         return F.conv2d(grid, self.weight, self.bias, padding=self.kernel_size // 2)
@@ -185,7 +197,7 @@ class CrossFitted:
 
 
 class AdapterFitter:
-    """Streaming ridge regression between every target cut and every source cut.
+    """Streaming ridge regression between target cuts and source cuts.
 
     One pass over the support feeds `update`; `error` and `solve` then answer for any pair. Second moments of a target
     cut are kept once for each form in which source cuts need it (a grid size, or a prefix token), and are shared by all
@@ -197,6 +209,10 @@ class AdapterFitter:
         source_cuts: Cuts whose tensors are mapped to.
         n_images: How many images `update` will see in all: of large grids only some positions are used.
         generator: CPU generator for the choice of positions.
+        pairs: The pairs that matter; None for all.
+        n_rows: Rows that one regression is made from, about.
+        n_outputs: Channels of each source cut that are looked at, spread evenly; None for all, without which `solve`
+            cannot be asked.
     """
 
     def __init__(
@@ -205,82 +221,149 @@ class AdapterFitter:
         source_cuts: Sequence[CutPoint],
         n_images: int,
         generator: torch.Generator,
+        pairs: Sequence[tuple[CutPoint, CutPoint]] | None = None,
+        n_rows: int = N_ROWS,
+        n_outputs: int | None = None,
     ) -> None:
         self._target_cuts, self._source_cuts = list(target_cuts), list(source_cuts)
-        self._n_images, self._generator = n_images, generator
-        self._max_positions = max(4, N_ROWS // n_images)
-        self._columns = self._assign_columns()
+        self._n_images, self._generator, self._n_outputs = n_images, generator, n_outputs
+        self._max_positions = max(4, n_rows // n_images)
+        self._forms = list(dict.fromkeys(form for cut in source_cuts for form, _ in _outputs_of(cut)))
+        self._columns: dict[tuple[str, Form], dict[tuple[str, int], slice]] = {}
+        for t, s in [(t, s) for t in target_cuts for s in source_cuts] if pairs is None else pairs:
+            self._assign_columns(t, s)
         self._seen: dict[tuple[str, Form], dict[int, Moments | Rows]] = {}
         self._regressions: dict[tuple[str, Form], Regression] = {}
         self._lowest = dict.fromkeys((cut.name for cut in source_cuts), math.inf)
         self._device = torch.device("cpu")
 
-    def update(self, fold: int, target_tensors: Mapping[str, Tensor], source_tensors: Mapping[str, Tensor]) -> None:
-        """Add one batch of images of one fold: the tensors of all cuts, by name of the cut."""
+    def n_bytes(self, n_folds: int) -> int:
+        """What it holds in the end, after `update` with images of so many folds."""
+        total = 0
+        for cut in self._target_cuts:
+            for form in self._forms:
+                columns = self._columns.get((cut.name, form), {})
+                n_in = cut.n_channels * kernel_size(cut, form) ** 2
+                n_out = max((place.stop for place in columns.values()), default=0)
+                if n_out and self._is_wide(cut, form):
+                    total += 4 * self._n_images * self._rows_per_image(cut, form) * (n_in + n_out)
+                elif n_out:
+                    total += 8 * n_folds * n_in * (n_in + n_out)
+        return total
+
+    def update(
+        self,
+        fold: int,
+        target_tensors: Mapping[str, Tensor],
+        source_tensors: Mapping[str, Tensor],
+        counted: bool = True,
+    ) -> None:
+        """Add one batch of images of one fold: the tensors of all cuts, by name of the cut.
+
+        The first batch says about which point moments are summed; where it is not `counted`, it does nothing else.
+        """
         self._device = next(iter(target_tensors.values())).device
-        outputs: dict[Form, list[Tensor]] = {form: [] for form in self._columns}
+        outputs: dict[tuple[str, int], Tensor] = {}
         for cut in self._source_cuts:
             grid, prefix = to_grid(source_tensors[cut.name], cut)
             self._lowest[cut.name] = min(self._lowest[cut.name], float(grid.min()))
-            outputs[grid_size(cut)].append(grid)
-            for p in range(cut.n_prefix_tokens):
-                outputs[PREFIX].append(prefix[:, p])
-        for form, tensors in outputs.items():
+            step = self._step(cut)
+            for _, p in _outputs_of(cut):
+                outputs[cut.name, p] = grid[:, ::step] if p < 0 else prefix[:, p, ::step]
+        for form in self._forms:
             chosen = self._draw(form)
-            y = torch.cat([_rows(tensor, chosen) for tensor in tensors], 1).float()
+            joined: dict[tuple[tuple[str, int], ...], Tensor] = {}  # shared by target cuts with the same source cuts
             for cut in self._target_cuts:
-                x = _inputs(target_tensors[cut.name], cut, form, chosen).float()
-                folds = self._seen.setdefault((cut.name, form), {})
-                if fold not in folds:
-                    first = next(iter(folds.values()), None)
-                    pivots = (x.mean(0), y.mean(0)) if first is None else (first.x_pivot, first.y_pivot)
-                    folds[fold] = (Rows if self._is_wide(cut, form) else Moments)(*pivots)
-                folds[fold].add(x, y)
+                keys = tuple(self._columns.get((cut.name, form), ()))
+                if keys and keys not in joined:
+                    joined[keys] = torch.cat([_rows(outputs[key], chosen) for key in keys], 1).float()
+                if keys:
+                    x = _inputs(target_tensors[cut.name], cut, form, chosen).float()
+                    self._add(fold, cut, form, x, joined[keys], counted)
+
+    def skip(self) -> None:
+        """Pass over a batch that another process sees."""
+        for form in self._forms:
+            self._draw(form)
+
+    def share(self, team: Team, n_folds: int) -> None:
+        """Put together what all processes have seen, in folds 0, 1, ...; each must have had one batch at least."""
+        if team.size == 1:
+            return
+        for key, folds in self._seen.items():
+            first = next(iter(folds.values()))
+            for fold in range(n_folds):
+                folds.setdefault(fold, type(first)(first.x_pivot, first.y_pivot)).share(team)
+            self._seen[key] = {fold: folds[fold] for fold in range(n_folds)}
+        lowest = team.least(torch.tensor(list(self._lowest.values())))
+        self._lowest = dict(zip(self._lowest, lowest.tolist(), strict=True))
 
     def error(self, target_cut: CutPoint, source_cut: CutPoint) -> float:
         """Held-out share of the variance of the source's tensor that the adapter of a pair misses."""
         form = grid_size(source_cut)
-        return self._regression(target_cut, form).best(self._columns[form][source_cut.name, -1])[1]
+        columns = self._columns[target_cut.name, form][source_cut.name, -1]
+        return self._regression(target_cut, form).best(columns)[1]
 
     def solve(self, target_cut: CutPoint, source_cut: CutPoint) -> CrossFitted:
         """Fit the adapters of a pair."""
-        n_folds = len(self._seen[target_cut.name, grid_size(source_cut)])
+        form = grid_size(source_cut)
+        n_folds = len(self._seen[target_cut.name, form])
         rectify = self._lowest[source_cut.name] >= 0
         adapters = [Adapter(target_cut, source_cut, rectify).to(self._device) for _ in range(n_folds + 1)]
-        form = grid_size(source_cut)
-        regression, columns = self._regression(target_cut, form), self._columns[form][source_cut.name, -1]
+        regression, columns = (
+            self._regression(target_cut, form),
+            self._columns[target_cut.name, form][source_cut.name, -1],
+        )
         for adapter, (weight, bias) in zip(adapters, regression.solutions(columns), strict=True):
             adapter.weight.copy_(weight.reshape(adapter.weight.shape))
             adapter.bias.copy_(bias)
         for p in range(source_cut.n_prefix_tokens):
-            prefix, place = self._regression(target_cut, PREFIX), self._columns[PREFIX][source_cut.name, p]
+            prefix = self._regression(target_cut, PREFIX)
+            place = self._columns[target_cut.name, PREFIX][source_cut.name, p]
             for adapter, (weight, bias) in zip(adapters, prefix.solutions(place), strict=True):
                 adapter.prefix_weight[p].copy_(weight)
                 adapter.prefix_bias[p].copy_(bias)
         return CrossFitted(adapters[-1], tuple(adapters[:-1]), regression.best(columns)[1])
 
+    def _add(self, fold: int, cut: CutPoint, form: Form, x: Tensor, y: Tensor, counted: bool) -> None:
+        folds = self._seen.setdefault((cut.name, form), {})
+        if fold not in folds:
+            first = next(iter(folds.values()), None)
+            pivots = (x.mean(0), y.mean(0)) if first is None else (first.x_pivot, first.y_pivot)
+            folds[fold] = (Rows if self._is_wide(cut, form) else Moments)(*pivots)
+        if counted:
+            folds[fold].add(x, y)
+
     def _regression(self, target_cut: CutPoint, form: Form) -> Regression:
         key = target_cut.name, form
         if key not in self._regressions:
             folds = self._seen[key]
-            self._regressions[key] = Regression([folds[fold] for fold in sorted(folds)])
+            measured = [
+                place
+                for columns in self._columns[key].values()
+                for place in range(columns.start, columns.stop, -(-(columns.stop - columns.start) // MAX_MEASURED))
+            ]
+            self._regressions[key] = Regression([folds[fold] for fold in sorted(folds)], torch.tensor(measured))
         return self._regressions[key]
 
-    def _assign_columns(self) -> dict[Form, dict[tuple[str, int], slice]]:
-        """Where the channels of each source cut stand among the outputs of its form: its grid (-1), prefix token p."""
-        columns: dict[Form, dict[tuple[str, int], slice]] = {}
-        used: dict[Form, int] = {}
-        for cut in self._source_cuts:
-            for form, p in [(grid_size(cut), -1), *((PREFIX, p) for p in range(cut.n_prefix_tokens))]:
-                start = used.get(form, 0)
-                used[form] = start + cut.n_channels
-                columns.setdefault(form, {})[cut.name, p] = slice(start, used[form])
-        return columns
+    def _assign_columns(self, target_cut: CutPoint, source_cut: CutPoint) -> None:
+        """Find a place for a source cut's channels among the outputs of each regression of a target cut."""
+        for form, p in _outputs_of(source_cut):
+            columns = self._columns.setdefault((target_cut.name, form), {})
+            start = max((place.stop for place in columns.values()), default=0)
+            n_channels = len(range(0, source_cut.n_channels, self._step(source_cut)))
+            columns[source_cut.name, p] = slice(start, start + n_channels)
+
+    def _step(self, source_cut: CutPoint) -> int:
+        """Every how manyth channel of a source cut is looked at."""
+        return 1 if self._n_outputs is None else -(-source_cut.n_channels // self._n_outputs)
+
+    def _rows_per_image(self, cut: CutPoint, form: Form) -> int:
+        return 1 if _is_vector(cut, form) else min(math.prod(form), self._max_positions)
 
     def _is_wide(self, cut: CutPoint, form: Form) -> bool:
         """Whether a regression from a target's tensor onto one form has more inputs than rows."""
-        n_rows = 1 if _is_vector(cut, form) else min(math.prod(form), self._max_positions)
-        return self._n_images * n_rows < cut.n_channels * kernel_size(cut, form) ** 2
+        return self._n_images * self._rows_per_image(cut, form) < cut.n_channels * kernel_size(cut, form) ** 2
 
     def _draw(self, form: Form) -> Tensor:
         """The positions of a grid that are used for one batch, as flat indices."""
@@ -288,6 +371,11 @@ class AdapterFitter:
         if n_positions <= self._max_positions:
             return torch.arange(n_positions)
         return torch.randperm(n_positions, generator=self._generator)[: self._max_positions]
+
+
+def _outputs_of(source_cut: CutPoint) -> list[tuple[Form, int]]:
+    """What is fitted for a source cut, and in which form: its grid (-1), and each of its prefix tokens (p)."""
+    return [(grid_size(source_cut), -1), *((PREFIX, p) for p in range(source_cut.n_prefix_tokens))]
 
 
 def _is_vector(cut: CutPoint, form: Form) -> bool:

@@ -1,19 +1,24 @@
 """A cloning task: two recorded networks, their class names and the support, every doubt settled at the door."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pnc.cuts import Head, find_head
-from pnc.data import Support, as_images, as_support, check_class_names, class_ids
+from pnc.data import ImageSet, StoredSupport, check_class_names, class_ids, stored_support
 from pnc.errors import ClassNameError, InputError, RecordingError
 from pnc.graph import Recording, info, record
+from pnc.images import MEMORY, Images, ImageStore, check_images
+from pnc.parallel import ALONE, Team
 
 _EXAMPLES = 4
 MAX_FOLDS = 5
+LEAST_MEMORY = 2**20
+IMAGES_SHARE = 0.5
+"""Of the memory, what images may take before they go to a file."""
 
 
 class HasClones(nn.Module):
@@ -50,14 +55,14 @@ class Samples:
     """The support in the terms of the composite.
 
     Attributes:
-        images: (N, C, H, W), float32.
+        images: N images, each made when it is asked for.
         labels: (N,), places among the target's classes followed by the new ones.
         groups: (N,), which image each row shows: a flipped copy shares its original's.
         folds: (N,), ascending: the fold of cross-validation in which the image is held out; all zero, which means no
             cross-validation, where a new class has a single image.
     """
 
-    images: Tensor
+    images: Images
     labels: Tensor
     groups: Tensor
     folds: Tensor
@@ -69,9 +74,45 @@ class Samples:
 
     def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
         """Fold and images (B, C, H, W), in order, at most `size` at a time and never of two folds."""
-        for fold, images in enumerate(self.images.split(self.folds.bincount().tolist())):
-            for batch in images.split(size):
-                yield fold, batch
+        for fold, rows in self.rows(size):
+            yield fold, self.images[rows]
+
+    def rows(self, size: int) -> Iterator[tuple[int, slice]]:
+        """Fold and place of the batches that `batches` gives."""
+        start = 0
+        for fold, count in enumerate(self.folds.bincount().tolist()):
+            for first in range(start, start + count, size):
+                yield fold, slice(first, min(first + size, start + count))
+            start += count
+
+    def select(self, rows: Tensor) -> "Samples":
+        """Keep the given rows, ascending, by number or bool mask."""
+        return Samples(self.images.select(rows), self.labels[rows], self.groups[rows], self.folds[rows])
+
+    def spread(self, n_images: int, n_base: int) -> Tensor:
+        """Choose images that stand for all, with their copies: of each class and fold the same share.
+
+        Of every new class one image of each fold is taken at least, so that folds can still be held out.
+
+        Args:
+            n_images: How many, about.
+            n_base: Labels from here on are new classes.
+        Returns:
+            Which rows, (N,) bool.
+        """
+        images, index = self.groups.unique(return_inverse=True)
+        labels, folds = torch.empty_like(images), torch.empty_like(images)
+        labels[index], folds[index] = self.labels, self.folds
+        places = torch.empty(len(images), dtype=torch.float64)
+        for cell in (labels * self.n_folds + folds).unique().tolist():
+            members = (labels * self.n_folds + folds == cell).nonzero().flatten()
+            places[members] = (torch.arange(len(members)).double() + 0.5) / len(members)
+            if cell >= n_base * self.n_folds:
+                places[members[0]] = -1.0
+        n_kept = max(n_images, int((places < 0).sum()))
+        chosen = torch.zeros(len(images), dtype=torch.bool)
+        chosen[places.argsort(stable=True)[:n_kept]] = True
+        return chosen[index]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +127,8 @@ class CloneTask:
         seed: Of every random choice.
         batch_size: Images that go through a network at a time.
         n_background: How many images of base classes the target labelled itself.
+        memory: Bytes that may be kept of the support at a time, beside what a batch takes.
+        team: The processes that share the work.
     """
 
     source: Network
@@ -95,6 +138,53 @@ class CloneTask:
     seed: int
     batch_size: int
     n_background: int = 0
+    memory: int = MEMORY
+    team: Team = ALONE
+
+    def within(self, n_bytes: int, share: float = 0.25) -> "CloneTask":
+        """The same task with as much of its support as fits into a share of its memory, spread over classes and folds.
+
+        Args:
+            n_bytes: What is kept of one sample.
+            share: Of `memory`.
+        """
+        n_samples, n_images = len(self.samples.labels), len(self.samples.groups.unique())
+        n_kept = int(share * self.memory) // max(n_bytes, 1) * n_images // n_samples
+        return self.reduced(n_kept)
+
+    def reduced(self, n_images: int) -> "CloneTask":
+        """The same task with about that many images of its support, spread over classes and folds; all, if fewer."""
+        if n_images >= len(self.samples.groups.unique()):
+            return self
+        return replace(self, samples=self.samples.select(self.samples.spread(n_images, self.n_base)))
+
+    @torch.no_grad()
+    def run(
+        self, function: Callable[[Tensor], tuple[Tensor, ...]], device: torch.device
+    ) -> tuple[tuple[Tensor, ...], list[slice]]:
+        """Run a function over the support, batch by batch; the processes of the team share the batches.
+
+        Args:
+            function: From images (B, C, H, W) to tensors (B, ...), of the same shapes and dtypes for all batches.
+            device: Where the images go first.
+        Returns:
+            What it gives for all samples, (N, ...) each, and the places of the batches, none of which has two folds.
+        """
+        places = [place for _, place in self.samples.rows(self._batch_size)]
+        own = places[self.team.rank :: self.team.size]
+        made = zip(*(function(self.samples.images[place].to(device)) for place in own), strict=True)
+        rows = torch.cat([torch.arange(place.start, place.stop) for place in own])
+        n_samples = len(self.samples.labels)
+        return tuple(self.team.gather(torch.cat(parts), rows, n_samples) for parts in made), places
+
+    @property
+    def _batch_size(self) -> int:
+        """At most `batch_size`, and so that each process has a batch."""
+        return min(self.batch_size, len(self.samples.labels) // self.team.size)
+
+    def close(self) -> None:
+        """Remove the temporary file that images were put into, if there is one."""
+        self.samples.images.close()
 
     @property
     def source_ids(self) -> list[int]:
@@ -157,6 +247,8 @@ def prepare_task(
     flip: bool = False,
     seed: int = 0,
     batch_size: int = 128,
+    memory: int = MEMORY,
+    team: Team = ALONE,
 ) -> CloneTask:
     """Check everything that a clone is made from, and record both networks.
 
@@ -174,6 +266,9 @@ def prepare_task(
         flip: Use the mirror image of each sample too.
         seed: Of every random choice.
         batch_size: Images that go through a network at a time.
+        memory: Bytes that may be kept of the support at a time; what is beyond is in a temporary file, or is left out
+            where a part of the support says enough.
+        team: The processes that make the clone together, each called with the same arguments.
     Raises:
         InputError: source and target are one object, the support lacks samples of a new class, or the background
             images are none, or of another shape.
@@ -189,26 +284,57 @@ def prepare_task(
         )
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}")
+    if memory < LEAST_MEMORY:
+        raise InputError(f"memory must be at least {LEAST_MEMORY} bytes; got {memory}")
     base = check_class_names(base_classes, "base_classes")
     known = check_class_names(source_classes, "source_classes")
     new = _new_classes(classes, known, base)
-    given = as_support(support, names=(*base, *new))
-    labels = _places(given, base, new)
-    unlabelled = given.images[:0] if background is None else as_images(background, "background", given.images)
-    examples = given.images[:_EXAMPLES]
+    given = stored_support(support, (*base, *new), int(IMAGES_SHARE * memory))
+    labels, store = _places(given, base, new), given.images
+    n_given = len(store)
+    examples = store.read(torch.arange(min(n_given, _EXAMPLES)))
+    if background is not None:
+        store.keep(_unlabelled(background, store.shape))
     read = read_network(source, examples, known, "source"), read_network(target, examples, base, "target")
     if read[0].device != read[1].device:
         raise InputError(f"source is on {read[0].device}, target on {read[1].device}; move both to one device")
-    seen = [_answers(read[1], images) for images in unlabelled.split(batch_size) if len(images)]
-    return CloneTask(
+    seen = [_answers(read[1], store.read(rows)) for rows in torch.arange(n_given, len(store)).split(batch_size)]
+    task = CloneTask(
         source=read[0],
         target=read[1],
         new_classes=new,
-        samples=_samples(torch.cat([given.images, unlabelled]), torch.cat([labels, *seen]), len(base), flip, seed),
+        samples=_samples(store, torch.cat([labels, *seen]), len(base), flip, seed),
         seed=seed,
         batch_size=batch_size,
-        n_background=len(unlabelled),
+        n_background=len(store) - n_given,
+        memory=memory,
+        team=team,
     )
+    _check_team(task)
+    return task
+
+
+def _unlabelled(background: Any, shape: tuple[int, ...]) -> Any:
+    """The images of a background; what they are is checked by whoever keeps them."""
+    images = background.images if isinstance(background, ImageSet) else background
+    if isinstance(images, Tensor) and images.ndim == 4 and images.shape[1:] != shape:
+        came = tuple(images.shape[1:])
+        raise InputError(f"background: expected images {shape} like the support's, got {came}; resize them")
+    check_images(images, "background")
+    return images
+
+
+def _check_team(task: CloneTask) -> None:
+    """Refuse a team that was not given the same support, or that has more members than there are images."""
+    if task.team.size == 1:
+        return
+    samples = task.samples
+    if len(samples.labels) < task.team.size:
+        raise InputError(f"support: {len(samples.labels)} images are too few for {task.team.size} processes")
+    image = samples.images[:1].double()
+    own = torch.stack([samples.labels.double().sum(), samples.labels.double() @ samples.groups.double(), image.sum()])
+    if not task.team.agree(own):
+        raise InputError("support: the processes were given different images; give every process the same support")
 
 
 def _answers(network: Network, images: Tensor) -> Tensor:
@@ -234,7 +360,7 @@ def _new_classes(classes: Sequence[str] | None, known: tuple[str, ...], base: tu
     return new
 
 
-def _places(support: Support, base: tuple[str, ...], new: tuple[str, ...]) -> Tensor:
+def _places(support: StoredSupport, base: tuple[str, ...], new: tuple[str, ...]) -> Tensor:
     """Labels of a support as places among base and new classes, (N,)."""
     names = (*base, *new)
     counts = support.labels.bincount(minlength=len(support.names)).tolist()
@@ -251,14 +377,14 @@ def _places(support: Support, base: tuple[str, ...], new: tuple[str, ...]) -> Te
     return place[support.labels]
 
 
-def _samples(images: Tensor, labels: Tensor, n_base: int, flip: bool, seed: int) -> Samples:
+def _samples(store: ImageStore, labels: Tensor, n_base: int, flip: bool, seed: int) -> Samples:
     groups = torch.arange(len(labels))
-    folds = _folds(labels, n_base, seed)
+    folds, mirrored = _folds(labels, n_base, seed), torch.zeros(len(labels), dtype=torch.bool)
     if flip:
-        images, labels = torch.cat([images, images.flip(3)]), labels.repeat(2)
-        groups, folds = groups.repeat(2), folds.repeat(2)
+        labels, folds, groups = labels.repeat(2), folds.repeat(2), groups.repeat(2)
+        mirrored = torch.cat([mirrored, ~mirrored])
     order = folds.argsort(stable=True)
-    return Samples(images[order], labels[order], groups[order], folds[order])
+    return Samples(Images(store, groups[order], mirrored[order]), labels[order], groups[order], folds[order])
 
 
 def _folds(labels: Tensor, n_base: int, seed: int) -> Tensor:

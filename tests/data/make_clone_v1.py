@@ -83,7 +83,7 @@ def clones() -> dict[str, tuple[pnc.Clone, str]]:
     assert isinstance(made[28].branch.head, StackedHead)
     discriminant = Branch(made[28].branch.stitched, made[28].branch.head.discriminants)
     rivals = wave(torch.Size([6, 9]), 0.4).tolist()
-    beside_others = calibrated.branch.rescaled(Scalars(1.25, (0.25,) * 4, 1.5, tuple(map(tuple, rivals))))
+    beside_others = calibrated.branch.rescaled(Scalars(1.25, (0.25,) * 4, tuple(map(tuple, rivals))))
     return {
         "clone_v1_thin": (made[28], "thin"),
         "clone_v1_full": (made[28], "full"),

@@ -1,4 +1,6 @@
-"""What rivals share that put a classifier on the target's frozen features."""
+"""What rivals share that put a classifier on the frozen features of one network, the target or the source."""
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -6,16 +8,19 @@ from torch import Tensor, nn
 
 from pnc.cuts import CutPoint, extract
 from pnc.stitching import pool
-from pnc.task import CloneTask
+from pnc.task import CloneTask, Network
+
+Role = Literal["target", "source"]
+"""Whose features."""
 
 
-class TargetFeatures(nn.Module):
-    """The target up to its penultimate features, over its own weights."""
+class Features(nn.Module):
+    """A network up to its penultimate features, over its own weights."""
 
-    def __init__(self, task: CloneTask) -> None:
+    def __init__(self, network: Network) -> None:
         super().__init__()
-        self.features: CutPoint = task.target.head.features
-        self.network = extract(task.target.recording, None, [self.features])
+        self.features: CutPoint = network.head.features
+        self.network = extract(network.recording, None, [self.features])
 
     def forward(self, images: Tensor) -> Tensor:
         """Give features (B, D), float32, for images (B, C, H, W)."""
@@ -37,13 +42,17 @@ class Linear(nn.Module):
         return F.linear(features, self.weight, self.bias)
 
 
-@torch.no_grad()
-def target_features(task: CloneTask) -> Tensor:
-    """The target's penultimate features of the support, (N, D), float32 on the CPU."""
-    network, device = TargetFeatures(task), task.target.device
-    return torch.cat([network(images.to(device)).cpu() for images in task.samples.images.split(task.batch_size)])
+def features_of(task: CloneTask, role: Role = "target") -> Tensor:
+    """The penultimate features of the support in one network, (N, D), float32 on the CPU."""
+    network, device = Features(_network(task, role)), task.target.device
+    with torch.no_grad():
+        return torch.cat([network(images.to(device)).cpu() for images in task.samples.images.split(task.batch_size)])
 
 
-def on_target(task: CloneTask, classifier: nn.Module) -> nn.Module:
-    """Put a classifier on the target's features."""
-    return nn.Sequential(TargetFeatures(task), classifier.to(task.target.device)).eval()
+def on_features(task: CloneTask, classifier: nn.Module, role: Role = "target") -> nn.Module:
+    """Put a classifier on the features of one network; the other is not run."""
+    return nn.Sequential(Features(_network(task, role)), classifier.to(task.target.device)).eval()
+
+
+def _network(task: CloneTask, role: Role) -> Network:
+    return task.target if role == "target" else task.source

@@ -1,10 +1,12 @@
-"""Logistic regression on the target's penultimate features; its penalty is chosen by cross-validation."""
+"""Logistic regression on the penultimate features of one network; its penalty is chosen by cross-validation."""
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pnc.baselines.features import Linear, on_target, target_features
+from pnc.baselines.features import Linear, Role, features_of, on_features
 from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
 from pnc.task import CloneTask
 
@@ -12,10 +14,10 @@ PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 _STEPS = 2000
 
 
-def fit(task: CloneTask, budget: Budget) -> Fitted:
+def fit(task: CloneTask, budget: Budget, role: Role = "target") -> Fitted:
     """Choose the penalty of the lowest held-out loss over the folds of the support, then fit on all of it."""
-    need_base_samples(task, "a linear probe of the target's features")
-    rows, labels, folds = target_features(task).double(), task.samples.labels, task.samples.folds
+    need_base_samples(task, f"a linear probe of the {role}'s features")
+    rows, labels, folds = features_of(task, role).double(), task.samples.labels, task.samples.folds
     mean, scale = rows.mean(0), rows.std(0).clamp_min(1e-6)
     rows, weights = (rows - mean) / scale, 1 / labels.bincount().double()
     trials = []
@@ -29,7 +31,8 @@ def fit(task: CloneTask, budget: Budget) -> Fitted:
     penalty = max(trials, key=lambda trial: trial["score"])["penalty"] if trials else PENALTIES[0]
     weight, bias = regression(rows, labels, penalty)
     weight = weight / scale
-    return Fitted(on_target(task, Linear(weight, bias - weight @ mean)), {"penalty": penalty}, trials)
+    classifier = Linear(weight, bias - weight @ mean)
+    return Fitted(on_features(task, classifier, role), {"penalty": penalty}, trials)
 
 
 def regression(rows: Tensor, labels: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
@@ -53,4 +56,5 @@ def regression(rows: Tensor, labels: Tensor, penalty: float) -> tuple[Tensor, Te
     return torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
 
 
-RIVAL = Rival("linear probe", "features", fit, {"penalty": PENALTIES})
+ON_TARGET = Rival("linear probe", "features", fit, {"penalty": PENALTIES})
+ON_SOURCE = Rival("linear probe of source features", "features", partial(fit, role="source"), {"penalty": PENALTIES})

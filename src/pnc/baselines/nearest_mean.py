@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pnc.baselines.features import on_target, target_features
+from pnc.baselines.features import features_of, on_features
 from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
 from pnc.task import CloneTask
 
@@ -45,10 +45,10 @@ def best_scale(features: Tensor, means: Tensor, labels: Tensor) -> tuple[Tensor,
 def fit(task: CloneTask, budget: Budget) -> Fitted:
     """Take the means of the support's features; nothing is chosen but the scale of the logits."""
     need_base_samples(task, "the nearest mean of the target's features")
-    features, labels = F.normalize(target_features(task), dim=1), task.samples.labels
+    features, labels = F.normalize(features_of(task), dim=1), task.samples.labels
     means = torch.stack([features[labels == label].mean(0) for label in range(task.n_base + len(task.new_classes))])
     means, scale = best_scale(features, means, labels)
-    return Fitted(on_target(task, NearestMean(means, scale)), {"scale": scale})
+    return Fitted(on_features(task, NearestMean(means, scale)), {"scale": scale})
 
 
 RIVAL = Rival("nearest mean", "features", fit)

@@ -129,7 +129,7 @@ def _row(setting: Setting, seed: int, arrangement: str) -> dict[str, Any]:
         "loss_before": found.loss_before,
         "loss_after": found.loss_after,
         "scalars": {
-            name: {"scale": one.scale, "offsets": one.offsets, "caution": one.caution}
+            name: {"scale": one.scale, "offsets": one.offsets, "rivals": len(one.rivals)}
             for name, one in found.scalars.items()
         },
         "positions": [f"{one.target_cut} > {one.source_cut}" for one in net.status()],
@@ -142,7 +142,7 @@ def _moved(log_odds: Tensor, features: Tensor, scalars: Scalars) -> Tensor:
     moved = scalars.scale * log_odds + torch.tensor(scalars.offsets, dtype=log_odds.dtype)
     if scalars.rivals:
         against = against_rivals(features, features.new_tensor(scalars.rivals), log_odds.shape[1])
-        moved = moved + scalars.caution * F.logsigmoid(against)
+        moved = moved + F.logsigmoid(against)
     return moved
 
 

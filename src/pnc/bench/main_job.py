@@ -24,7 +24,7 @@ from pnc.models import LoadedModel
 from pnc.positions import Progress, scan
 from pnc.task import CloneTask, prepare_task
 
-RIVALS: Mapping[str, Rival] = {rival.name: rival for rival in (ensemble.RIVAL, lda.RIVAL, finetuning.WITH_REPLAY)}
+RIVALS: Mapping[str, Rival] = {rival.name: rival for rival in (ensemble.RIVAL, lda.ON_TARGET, finetuning.WITH_REPLAY)}
 BUDGET = Budget()
 CLONE = "clone"
 

@@ -1,0 +1,114 @@
+"""How long it takes to make a clone, beside the paper's search, fine-tuning with replay and training from scratch."""
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from pnc.baselines.finetuning import WITH_REPLAY
+from pnc.baselines.protocol import Budget
+from pnc.baselines.tuning import Method, train_once
+from pnc.baselines.tuning import Setting as TuningSetting
+from pnc.bench.coverage import peak_memory
+from pnc.bench.positions import Setting
+from pnc.bench.results import Cells
+from pnc.cloning import clone
+from pnc.data import class_subset, draw_support, images_as_float
+from pnc.models import build_model
+from pnc.positions import Progress
+from pnc.pretraining import recipe_for
+from pnc.task import CloneTask, prepare_task
+
+CLOSED, GATES, REFINED, SEQUENTIAL = "closed form", "gates, density 0.5", "refined", "sequential"
+SEARCH, TUNED, SCRATCH = "fine-tuning with replay, search", "fine-tuning with replay, once", "training from scratch"
+CLONES: Mapping[str, Mapping[str, Any]] = {
+    CLOSED: {},
+    GATES: {"density": 0.5},
+    REFINED: {"refine": True},
+    SEQUENTIAL: {"strategy": "sequential"},
+}
+"""What is timed, as settings of `clone`."""
+FORMS = (*CLONES, SEARCH, TUNED, SCRATCH)
+N_REPEATS = {CLOSED: 3}
+"""How often a form is timed for each seed, where more than once; the fastest way is the one that noise hits most."""
+N_STEPS = 8
+"""Steps of training from scratch that are timed; the first one does not count."""
+
+
+def run(setting: Setting, seeds: range, cells: Cells, progress: Progress | None = None) -> None:
+    """Time every form that is not in `cells` yet, for every seed, each from two loaded networks on."""
+    wanted = [(seed, form) for seed in seeds for form in FORMS]
+    for done, (seed, form) in enumerate(wanted):
+        if progress is not None:
+            progress(f"job, seed {seed}: {form}", done, len(wanted))
+        cell = {"part": "job", "case": f"seed {seed}", "form": form}
+        if cell not in cells:
+            cells.add({**cell, **_row(setting, seed, form, cells)})
+
+
+def _row(setting: Setting, seed: int, form: str, cells: Cells) -> dict[str, Any]:
+    """Seconds of one form, with the peak of memory; and what was chosen by a search."""
+    if form == SCRATCH:
+        return _scratch(setting, seed)
+    found: dict[str, Any] = {}
+    work = _work(setting, seed, form, cells, found)
+    seconds: list[float] = []
+    for _ in range(N_REPEATS.get(form, 1)):
+        start = time.perf_counter()
+        _, peak = peak_memory(work)
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": median(seconds), "all_seconds": seconds, "peak_bytes": peak, **found}
+
+
+def _work(setting: Setting, seed: int, form: str, cells: Cells, found: dict[str, Any]) -> Callable[[], None]:
+    """What is timed; facts about its result go into `found`."""
+    source, target = setting.source, setting.target
+    new = [name for name in source.classes if name not in target.classes]
+    generator = torch.Generator().manual_seed(seed)
+    support = draw_support(setting.train, new, target.classes, setting.n_new, setting.n_base, generator)
+    names: Any = {"classes": new, "source_classes": source.classes, "base_classes": target.classes}
+    settings: Any = {**names, "flip": setting.flip, "seed": seed}
+
+    def make() -> None:
+        made = clone(source.module, target.module, support, **CLONES[form], **settings)
+        found.update(macs_share=made.recipe["macs_share"], held_out_score=made.recipe["score"])
+
+    def task() -> CloneTask:
+        return prepare_task(source.module, target.module, support, **settings)
+
+    def search() -> None:
+        found["chosen"] = dict(WITH_REPLAY.fit(task(), Budget()).chosen)
+
+    def tune() -> None:
+        rows = [row for row in cells.rows if (row["form"], row["case"]) == (SEARCH, f"seed {seed}")]
+        chosen = rows[0]["chosen"]
+        one = TuningSetting(chosen["learning_rate"], chosen["train_norm"], n_steps=chosen["steps"])
+        train_once(task(), Method((one,)), Budget())
+        found["chosen"] = chosen
+
+    return make if form in CLONES else search if form == SEARCH else tune
+
+
+def _scratch(setting: Setting, seed: int) -> dict[str, Any]:
+    """Training a network like the source on its classes, estimated: time of a step, times the steps of its recipe."""
+    source = setting.source
+    new = [name for name in source.classes if name not in setting.target.classes]
+    images = class_subset(setting.train, new)
+    recipe = recipe_for(source.spec)
+    model = build_model(source.spec, new, source.input_shape, seed=seed).module.train()
+    batch = images_as_float(images.images[: recipe.batch_size]), images.labels[: recipe.batch_size]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    seconds = []
+    for _ in range(N_STEPS):
+        start = time.perf_counter()
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        seconds.append(time.perf_counter() - start)
+    n_steps = recipe.epochs * max(1, len(images.labels) // recipe.batch_size)
+    step = median(seconds[1:])
+    return {"seconds": step * n_steps, "estimated": True, "step_seconds": step, "steps": n_steps}

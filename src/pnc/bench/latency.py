@@ -1,0 +1,318 @@
+"""How fast composites run beside the target alone and beside whole networks, and what attaching and the like costs.
+
+All forms of one case run in turn, round after round, so that whatever else the machine does hits all alike. Ratios are
+taken within each round. What the networks know does not matter here, so channels are chosen by one-shot scores.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median, quantiles
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pnc.bench.coverage import peak_memory
+from pnc.bench.positions import Setting
+from pnc.bench.results import Cells
+from pnc.branch import Branch
+from pnc.checkpoint import load, save
+from pnc.cloning import Clone, clone, fit
+from pnc.compaction import own_copy
+from pnc.composite import Composite, attach
+from pnc.cuts import candidate_cuts, extract
+from pnc.data import draw_support, images_as_float
+from pnc.errors import InputError
+from pnc.folding import folded
+from pnc.graph import record
+from pnc.heads import DiscriminantHead, SourceHead, StackedHead
+from pnc.integrity import fingerprint
+from pnc.models import LoadedModel, build_model
+from pnc.positions import Progress, scan
+from pnc.stitching import Adapter, Stitched
+from pnc.task import Network, prepare_task, read_network
+
+BATCHES = (1, 8, 64)
+DENSITIES = (1.0, 0.5, 0.3)
+N_CLONES = (4, 16)
+"""Numbers of clones beside one, of one class each, at the lowest density."""
+LAYOUTS = ("as it is", "channels_last", "compiled")
+TARGET, WHOLE, FOLDED, PLUMBING = (
+    "target",
+    "target + source",
+    "target + source, norms folded",
+    "clone of almost nothing",
+)
+LARGE = "timm:resnet50?pretrained=false"
+SECONDS = 12.0
+"""Time for the rounds of one case, about."""
+MIN_ROUNDS, MAX_ROUNDS = 5, 200
+
+_RECIPE = ("score", "standard_error", "macs_share", "n_new_samples", "n_base_samples")
+
+Forms = Mapping[str, nn.Module]
+
+
+class SideBySide(nn.Module):
+    """Whole networks, one after the other on the same images: logits (B, sum of their classes)."""
+
+    def __init__(self, *networks: nn.Module) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Give the logits of all of them."""
+        return torch.cat([network(images) for network in self.networks], 1)
+
+
+class Bench:
+    """The forms of each case, made when they are first asked for.
+
+    Args:
+        setting: Networks and images.
+        seed: Of the support.
+    """
+
+    def __init__(self, setting: Setting, seed: int = 0) -> None:
+        self._setting, self._seed = setting, seed
+        self._clones: dict[str, Clone] = {}
+
+    @property
+    def images(self) -> Tensor:
+        """As many test images as the largest batch has."""
+        return images_as_float(self._setting.test.images[: max(BATCHES)])
+
+    def one(self) -> Forms:
+        """One clone of all classes at every density."""
+        target, source = self._setting.target.module, self._setting.source.module
+        whole = record(source, self.images[:2])
+        forms = {TARGET: target, WHOLE: SideBySide(target, source)}
+        forms[FOLDED] = SideBySide(target, folded(own_copy(whole.module)))
+        for density in DENSITIES:
+            forms |= _both(attach(target, self._clone(f"{density:g}")), f"density {density:g}")
+        return forms | {PLUMBING: attach(target, self._plumbing())}
+
+    def many(self) -> Forms:
+        """Several clones of one class each, and as many whole sources, each with tensors of its own."""
+        target, source = self._setting.target.module, self._setting.source.module
+        forms: dict[str, nn.Module] = {TARGET: target}
+        for number in N_CLONES:
+            forms[several(number)] = SideBySide(target, *(copy.deepcopy(source) for _ in range(number)))
+            forms |= _both(attach(target, *self._singles(number)), f"{number} clones")
+        return forms
+
+    def laid_out(self, layout: str) -> Forms:
+        """The target, both networks and the clone at density .5, channels last or compiled."""
+        target, source = (copy.deepcopy(one.module) for one in (self._setting.target, self._setting.source))
+        net = attach(target, self._clone("0.5"))
+        forms = {TARGET: target, WHOLE: SideBySide(target, source), "density 0.5": net}
+        if layout == "channels_last":
+            for form in forms.values():
+                form.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in its stubs
+        forms["density 0.5, fused"] = net.fused()
+        if layout == "compiled":
+            return {name: torch.compile(form, dynamic=False) for name, form in forms.items()}  # type: ignore[misc]
+        return forms
+
+    def _clone(self, name: str) -> Clone:
+        if name not in self._clones:
+            source, target = self._setting.source, self._setting.target
+            names = {"source_classes": source.classes, "base_classes": target.classes}
+            settings: Any = {**names, "flip": self._setting.flip, "seed": self._seed}
+            new = [one for one in source.classes if one not in target.classes]
+            generator = torch.Generator().manual_seed(self._seed)
+            sizes = self._setting.n_new, self._setting.n_base
+            if name in new:
+                support = draw_support(self._setting.train, [name], target.classes, *sizes, generator)
+                chosen: Any = {"classes": [name], "density": DENSITIES[-1], "method": "taylor"}
+                self._clones[name] = clone(source.module, target.module, support, **chosen, **settings)
+            else:
+                support = draw_support(self._setting.train, new, target.classes, *sizes, generator)
+                task = prepare_task(source.module, target.module, support, classes=new, **settings)
+                found = scan(task)
+                fitted = found.adapter(found.choose())
+                for density in DENSITIES:
+                    self._clones[f"{density:g}"] = fit(task, fitted, density=density, method="taylor")
+        return self._clones[name]
+
+    def _singles(self, number: int) -> list[Clone]:
+        """Clones of one class each; of the source's classes in turn, under other names where there are too few."""
+        new = [name for name in self._setting.source.classes if name not in self._setting.target.classes]
+        chosen = [(number_, new[number_ % min(len(new), 4)]) for number_ in range(number)]
+        return [self._clone(name).renamed(f"{name} {n}", {name: f"{name} {n}"}) for n, name in chosen]
+
+    def _plumbing(self) -> Clone:
+        target, shape = self._setting.target, self._setting.target.input_shape
+        source = build_model("zoo:cnn?width=0.125", ("something new",), shape)
+        return untrained_clone(source, target, self.images[:2])
+
+
+def several(number: int) -> str:
+    """What so many whole sources beside the target are called."""
+    return f"target + {number} sources"
+
+
+def _both(net: Composite, name: str) -> dict[str, nn.Module]:
+    return {name: net, f"{name}, fused": net.fused()}
+
+
+def untrained_clone(source: LoadedModel, target: LoadedModel, example: Tensor) -> Clone:
+    """A clone from the last cut of both networks on, with an adapter and a head of zeros: as fast as a fitted one."""
+    networks: list[Network] = [
+        read_network(one.module, example, one.classes, role) for one, role in ((source, "source"), (target, "target"))
+    ]
+    cuts = [candidate_cuts(network.recording)[-1] for network in networks]
+    features = [network.head.features for network in networks]
+    body = own_copy(extract(networks[0].recording, cuts[0], [features[0]]))
+    n_base, n_new, n_own = len(target.classes), len(source.classes), features[0].n_channels
+    discriminants = DiscriminantHead(n_base, n_base + n_new, n_own + features[1].n_channels)
+    stitched = Stitched(Adapter(cuts[1], cuts[0], rectify=True), body, features[0])
+    return Clone(
+        name="untrained",
+        classes=source.classes,
+        base_classes=target.classes,
+        branch=Branch(stitched, StackedHead(discriminants, SourceHead(n_new, n_own))),
+        masks=None,
+        source=fingerprint(source.module),
+        target=fingerprint(target.module),
+        input_shape=target.input_shape,
+        source_input_shape=source.input_shape,
+        target_features=features[1],
+        recipe={**dict.fromkeys(_RECIPE, 0), "density": 1.0},
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- latency
+
+
+def cases(layouts: Sequence[str]) -> list[tuple[str, int, str]]:
+    """(name, batch size, layout) of all cases; one clone and many ones as they are, and one in the other layouts."""
+    found = [(f"{what}, batch {batch}", batch, what) for batch in BATCHES for what in ("one clone", "many clones")]
+    others = [(f"{layout}, batch {batch}", batch, layout) for layout in layouts[1:] for batch in BATCHES]
+    return found + [one for one in others if one[2] != "compiled" or one[1] != BATCHES[1]]
+
+
+def run_case(bench: Bench, case: str, batch: int, what: str) -> Iterator[dict[str, Any]]:
+    """Rows of one case, one for each form; one row that says why, where there is no working compiler."""
+    images = bench.images[:batch]
+    forms = bench.one() if what == "one clone" else bench.many() if what == "many clones" else bench.laid_out(what)
+    start = time.perf_counter()
+    if what == "channels_last":
+        images = images.to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        try:
+            times = measure({name: partial(form, images) for name, form in forms.items()}, SECONDS)
+        except RuntimeError as error:  # whatever torch's compiler says of the machine's
+            if what != "compiled":
+                raise
+            yield {"part": "latency", "case": case, "form": TARGET, "batch": batch, "skipped": str(error)[:300]}
+            return
+        seconds = time.perf_counter() - start
+        for name, values in times.items():
+            whole = times.get(_reference(name))
+            costs = {} if what == "compiled" else _costs(forms[name], images)
+            yield {
+                "part": "latency",
+                "case": case,
+                "form": name,
+                "batch": batch,
+                **_spread(values),
+                "images_per_second": batch / median(values),
+                "of_target": _ratio(values, times[TARGET]),
+                **({"of_whole": _ratio(values, whole)} if whole else {}),
+                **costs,
+                "case_seconds": seconds,
+            }
+
+
+def _reference(form: str) -> str:
+    """What a form stands in for: the target with as many whole sources."""
+    return next((several(number) for number in N_CLONES if f"{number} " in form), WHOLE)
+
+
+def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the ratios within a round."""
+    return median(a / b for a, b in zip(seconds, others, strict=True))
+
+
+def measure(calls: Mapping[str, Callable[[], Any]], seconds: float, most: int = MAX_ROUNDS) -> dict[str, list[float]]:
+    """Time every call in every round, in seconds, after a round that does not count; for `seconds` or `most` rounds."""
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    for number in range(most):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+        if number + 1 >= MIN_ROUNDS and time.perf_counter() > end:
+            break
+    return times
+
+
+def _spread(seconds: Sequence[float]) -> dict[str, Any]:
+    lower, middle, upper = (1000 * value for value in quantiles(seconds, n=4))
+    return {"median_ms": middle, "lower_ms": lower, "upper_ms": upper, "rounds": len(seconds)}
+
+
+def _costs(form: nn.Module, images: Tensor) -> dict[str, Any]:
+    """Multiply-accumulates for one image, as counted while it runs, and the peak of memory for one batch."""
+    with FlopCounterMode(display=False) as counter:
+        form(images)
+    _, peak = peak_memory(lambda: form(images))
+    return {"n_macs": counter.get_total_flops() // (2 * len(images)), "peak_bytes": peak}
+
+
+# ----------------------------------------------------------------------------------------------- coming and going
+
+
+def run_life(setting: Setting, case: str) -> Iterator[dict[str, Any]]:
+    """Rows of what attaching, detaching, fusing, loading and fingerprints cost: of the pair, or of large networks."""
+    if case == LARGE:
+        try:
+            models = [build_model(LARGE, None, None, seed) for seed in (0, 1)]
+        except InputError as error:  # without timm
+            yield {"part": "life", "case": case, "form": "attach", "skipped": str(error)}
+            return
+        example = torch.rand(2, *models[0].input_shape, generator=torch.Generator().manual_seed(0))
+    else:
+        models = [setting.source, setting.target]
+        example = images_as_float(setting.test.images[:2])
+    classes = tuple(f"new {number}" for number in range(len(models[0].classes)))
+    source = LoadedModel(models[0].module, models[0].spec, classes, models[0].input_shape)
+    made = untrained_clone(source, models[1], example)
+    other = made.renamed("other", {name: f"other {name}" for name in made.classes})
+    net = attach(models[1].module, made)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "clone.safetensors"
+        save(made, path)
+        calls: dict[str, Callable[[], Any]] = {
+            "attach, the first clone": lambda: attach(models[1].module, made),
+            "attach, a further clone": lambda: net.attach(other),
+            "detach": lambda: net.detach("other"),
+            "fused()": net.fused,
+            "load": lambda: load(path, source=source.module),
+            "fingerprint": lambda: fingerprint(models[1].module),
+        }
+        for name, values in measure(calls, seconds=4, most=MIN_ROUNDS).items():
+            yield {"part": "life", "case": case, "form": name, **_spread(values)}
+
+
+def run(setting: Setting, seed: int, layouts: Sequence[str], cells: Cells, progress: Progress | None = None) -> None:
+    """Measure every case that is not in `cells` yet, latency first; keys: part, case and form."""
+    bench = Bench(setting, seed)
+    wanted = [("latency", case, batch, what) for case, batch, what in cases(layouts)]
+    wanted += [("life", case, 0, "") for case in ("pair", LARGE)]
+    for done, (part, case, batch, what) in enumerate(wanted):
+        if progress is not None:
+            progress(f"{part}: {case}", done, len(wanted))
+        if not any(row["part"] == part and row["case"] == case for row in cells.rows):
+            rows = run_case(bench, case, batch, what) if part == "latency" else run_life(setting, case)
+            for row in list(rows):  # all or none: ratios are between rows of one case
+                cells.add(row)

@@ -1,0 +1,315 @@
+"""What cloning takes as supports and networks grow: time, memory, samples that each step saw, several processes.
+
+Weights and images are random: neither time nor memory depends on what they show. Each cell is measured in a process of
+its own.
+"""
+
+import math
+import os
+import resource
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.utils.data import Dataset
+
+from pnc.bench.coverage import peak_memory
+from pnc.bench.results import Cells, Claim, at_most, commit, table
+from pnc.checkpoint import save
+from pnc.cloning import clone, fit
+from pnc.composite import attach
+from pnc.images import GIB
+from pnc.integrity import fingerprint
+from pnc.networks import resnet
+from pnc.parallel import ALONE, Team, joined
+from pnc.positions import Progress, scan
+from pnc.task import prepare_task
+
+SAMPLES = (64, 256, 1024)
+CUTS = (2, 8, 32)
+KEYS = ("cell", "n")
+N_CLASSES = 10
+"""Of base classes, and of new ones; both networks of 32x32 know as many, ResNet-50 as a source knows 1000."""
+GROWTH = {"scan, samples": "n", "scan, cuts": "cuts"}
+"""Cells that are measured at several sizes, and what says how large they are."""
+COLUMNS = ("cell", "n", "seconds", "cpu_seconds", "peak_gib", "positions", "cuts", "macs_share")
+
+
+class Noise(Dataset[tuple[Tensor, int]]):
+    """Random images that are made when they are asked for, as a reader of files would."""
+
+    def __init__(self, n_images: int, size: int) -> None:
+        self._n_images, self._size = n_images, size
+
+    def __len__(self) -> int:
+        return self._n_images
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        generator = torch.Generator().manual_seed(index)
+        image = torch.randint(0, 256, (3, self._size, self._size), generator=generator, dtype=torch.uint8)
+        return image, index % (2 * N_CLASSES)
+
+
+class Bottleneck(nn.Module):
+    """Three convolutions beside a shortcut (He et al., CVPR 2016), the stride in the second as in torchvision."""
+
+    def __init__(self, n_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *_layer(n_in, width, 1, 1), nn.ReLU(), *_layer(width, width, 3, stride), nn.ReLU(),
+            *_layer(width, 4 * width, 1, 1),
+        )  # fmt: skip
+        shortcut = stride > 1 or n_in != 4 * width
+        self.shortcut = nn.Sequential(*_layer(n_in, 4 * width, 1, stride)) if shortcut else nn.Identity()
+        self.activation = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, n_in, H, W) to (B, 4 * width, H / stride, W / stride)."""
+        made: Tensor = self.activation(self.body(x) + self.shortcut(x))
+        return made
+
+
+def resnet50(n_classes: int) -> nn.Module:
+    """ResNet-50 for images of 224x224, with random weights."""
+    layers: list[nn.Module] = [*_layer(3, 64, 7, 2), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    n_channels = 64
+    for width, n_blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(n_blocks):
+            layers.append(Bottleneck(n_channels, width, 2 if block == 0 and width > 64 else 1))
+            n_channels = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_channels, n_classes)).eval()
+
+
+def _layer(n_in: int, n_out: int, kernel: int, stride: int) -> tuple[nn.Module, nn.Module]:
+    return nn.Conv2d(n_in, n_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(n_out)
+
+
+# ----------------------------------------------------------------------------------------------------------- the cells
+
+
+def cells(n_stream: int, n_large: int, n_scan: int) -> list[dict[str, Any]]:
+    """What is measured: names of cells, and how many samples, cuts or processes."""
+    return [
+        *({"cell": "scan, samples", "n": n} for n in SAMPLES),
+        *({"cell": "scan, cuts", "n": n} for n in CUTS),
+        {"cell": "scan, 32x32", "n": n_scan},
+        {"cell": "clone, streaming", "n": n_stream},
+        *({"cell": "clone, processes", "n": n} for n in (1, 2)),
+        {"cell": "clone, ResNet-50", "n": n_large},
+    ]
+
+
+def run(
+    wanted: Sequence[Mapping[str, Any]], threads: int, kept: Cells, progress: Progress | None = None
+) -> list[dict[str, Any]]:
+    """Measure the cells that are not there yet, one after the other, each in a process of its own.
+
+    Args:
+        wanted: From `cells`.
+        threads: For torch, in each process; the cells of several processes take one each.
+        kept: Where rows are kept, by `KEYS`.
+        progress: Called with the cell, the cells done, and the cells in all.
+    """
+    for done, cell in enumerate(wanted):
+        if progress is not None:
+            progress(f"{cell['cell']} {cell['n']}", done, len(wanted))
+        if cell in kept:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "row.pt"
+            processes = cell["n"] if cell["cell"] == "clone, processes" else 1
+            spawn(_measure, (dict(cell), processes, threads, _free_port(), str(out)), processes)
+            kept.add({**cell, **torch.load(out), "commit": commit()})
+    rows = {(row["cell"], row["n"]): row for row in kept.rows}
+    return [rows[cell["cell"], cell["n"]] for cell in wanted]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def _measure(rank: int, cell: Mapping[str, Any], processes: int, threads: int, port: int, out: str) -> None:
+    """Measure one cell, in a process of its own."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(processes))
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(1 if cell["cell"] == "clone, processes" else threads)
+    torch.manual_seed(0)
+    with joined() as (team, _):
+        row = _CELLS[cell["cell"]](cell["n"], team)
+        if team.is_main:
+            torch.save(row, out)
+
+
+def _timed(work: Any) -> dict[str, Any]:
+    """Time of this process, by the clock and by what it used, and its peak memory above what it had; and the result."""
+    started, used = time.perf_counter(), time.process_time()
+    made, peak = peak_memory(work)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"made": made, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_gib": (peak or most) / GIB}
+
+
+def _pair(n_blocks: int, width: float = 1.0) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    source, target = (resnet((3, 32, 32), N_CLASSES, n_blocks, width).eval() for _ in range(2))
+    return source, target, _names(N_CLASSES)
+
+
+def _names(n_source: int) -> dict[str, Any]:
+    new = [f"new {number}" for number in range(n_source)]
+    return {
+        "classes": new[:N_CLASSES],
+        "source_classes": new,
+        "base_classes": [f"base {n}" for n in range(N_CLASSES)],
+    }
+
+
+def _scan(source: nn.Module, target: nn.Module, names: Mapping[str, Any], data: Any, max_cuts: int) -> dict[str, Any]:
+    def work() -> Any:
+        task = prepare_task(source, target, data, **names)
+        try:
+            return scan(task, max_cuts=max_cuts)
+        finally:
+            task.close()
+
+    row = _timed(work)
+    found = row.pop("made")
+    n_cuts = len({names[1] for names in found.adapter_errors})
+    return {**row, "positions": len(found.positions), "cuts": n_cuts, "macs_share": None}
+
+
+def _scan_samples(n: int, team: Team) -> dict[str, Any]:
+    return _scan(*_pair(3), Noise(n, 32), 12)
+
+
+def _scan_cuts(n: int, team: Team) -> dict[str, Any]:
+    return _scan(*_pair(11, 0.5), Noise(48, 32), n)
+
+
+def _clone(source: nn.Module, target: nn.Module, names: Mapping[str, Any], data: Any, team: Team) -> dict[str, Any]:
+    row = _timed(lambda: clone(source, target, data, team=team, **names))
+    made = row.pop("made")
+    return {**row, "positions": None, "cuts": None, "macs_share": made.recipe["macs_share"]}
+
+
+def _clone_streaming(n: int, team: Team) -> dict[str, Any]:
+    return _clone(*_pair(3), Noise(n, 32), ALONE)
+
+
+def _clone_processes(n: int, team: Team) -> dict[str, Any]:
+    return _clone(*_pair(3), Noise(512, 32), team)
+
+
+def _clone_resnet50(n: int, team: Team) -> dict[str, Any]:
+    source, target, names = resnet50(1000), resnet50(N_CLASSES), _names(1000)
+    task = prepare_task(source, target, Noise(n, 224), **names)
+    scanned = _timed(lambda: scan(task))
+    found = scanned.pop("made")
+    fitted = _timed(lambda: fit(task, found.adapter(found.choose())))
+    made = fitted.pop("made")
+    task.close()
+    net = attach(target, made)
+    times = {
+        "fingerprint_seconds": _shortest(lambda: fingerprint(target)),
+        "detach_seconds": _shortest(lambda: net.detach(made.name), 1),
+        "attach_again_seconds": _shortest(lambda: net.attach(made), 1),
+        "attach_seconds": _shortest(lambda: attach(target, made)),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        times["file_bytes"] = save(made, Path(folder) / "clone.safetensors")
+    return {
+        "seconds": scanned["seconds"] + fitted["seconds"],
+        "cpu_seconds": scanned["cpu_seconds"] + fitted["cpu_seconds"],
+        "peak_gib": max(scanned["peak_gib"], fitted["peak_gib"]),
+        "scan_peak_gib": scanned["peak_gib"],
+        "scan_seconds": scanned["seconds"],
+        **times,
+        "positions": len(found.positions),
+        "cuts": len({names[1] for names in found.adapter_errors}),
+        "macs_share": made.recipe["macs_share"],
+    }
+
+
+def _shortest(work: Callable[[], object], n: int = 3) -> float:
+    """Seconds of the shortest of some runs: what else the machine does only adds to one."""
+    laps = []
+    for _ in range(n):
+        started = time.perf_counter()
+        work()
+        laps.append(time.perf_counter() - started)
+    return min(laps)
+
+
+_CELLS: Mapping[str, Callable[[int, Team], dict[str, Any]]] = {
+    "scan, samples": _scan_samples,
+    "scan, cuts": _scan_cuts,
+    "scan, 32x32": _scan_samples,
+    "clone, streaming": _clone_streaming,
+    "clone, processes": _clone_processes,
+    "clone, ResNet-50": _clone_resnet50,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
+def points(rows: Sequence[Mapping[str, Any]], cell: str) -> list[tuple[float, float]]:
+    """How large the job was, and the seconds that it took of all threads, for the rows of a cell of `GROWTH`."""
+    return [(row[GROWTH[cell]], row["cpu_seconds"]) for row in rows if row["cell"] == cell]
+
+
+def exponent(rows: Sequence[Mapping[str, Any]], cell: str) -> float:
+    """Slope of the logarithms of `points`, by least squares."""
+    logs = [(math.log(size), math.log(seconds)) for size, seconds in points(rows, cell)]
+    mean = [sum(values) / len(logs) for values in zip(*logs, strict=True)]
+    slope: float = sum((x - mean[0]) * (y - mean[1]) for x, y in logs) / sum((x - mean[0]) ** 2 for x, _ in logs)
+    return slope
+
+
+def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """What was asked for, beside what was measured."""
+    at = {row["cell"]: row for row in rows}
+    large, stream, many = at["clone, ResNet-50"], at["clone, streaming"], at["scan, 32x32"]
+    return [
+        at_most("scan time over samples, fitted exponent", 1.1, exponent(rows, "scan, samples")),
+        at_most("scan time over cuts, fitted exponent", 2, exponent(rows, "scan, cuts")),
+        at_most(f"scan of {many['n']} samples of 32x32, GiB", 2, many["peak_gib"]),
+        at_most(f"scan of {large['n']} samples of 224x224, ResNet-50 pair, GiB", 6, large["scan_peak_gib"]),
+        at_most(f"clone of {stream['n']} samples of 32x32 by streaming, GiB", 1.5, stream["peak_gib"]),
+        at_most(f"clone, ResNet-50 pair, {large['n']} samples of 224x224, seconds", 600, large["seconds"]),
+        at_most(f"clone, ResNet-50 pair, {large['n']} samples of 224x224, GiB", 8, large["peak_gib"]),
+        at_most("attach to ResNet-50, seconds", 0.05, large["attach_seconds"]),
+        at_most("detach from ResNet-50, seconds", 0.05, large["detach_seconds"]),
+        at_most("fingerprint of ResNet-50, seconds", 0.3, large["fingerprint_seconds"]),
+    ]
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], threads: int, picture: str | None) -> str:
+    """The rows as a table, with what must be said."""
+    shown = [["" if row[key] is None else row[key] for key in COLUMNS] for row in rows]
+    large = next(row for row in rows if row["cell"] == "clone, ResNet-50")
+    drawn = [f"![scan time]({picture})", ""] if picture else []
+    return "\n".join(
+        [
+            "Random weights and images; ResNet-20 pairs on 32x32 with 10 base and 10 new classes, for cuts ResNet-68 "
+            f"of half the width, 48 images; {threads} threads, for `clone, processes` one each.",
+            "",
+            table(COLUMNS, shown),
+            "",
+            *drawn,
+            "`n`: samples, cuts asked for, or processes. `seconds`: by the clock, which other work on the machine "
+            "makes longer; `cpu_seconds`: of all threads of the (first) process. `peak_gib`: peak memory above what "
+            "the process had with its networks in memory.",
+            "",
+            f"ResNet-50: attach {large['attach_seconds']:.3f} s, detach {large['detach_seconds']:.4f} s, fingerprint "
+            f"{large['fingerprint_seconds']:.3f} s, thin file {large['file_bytes']:,} bytes.",
+        ]
+    )

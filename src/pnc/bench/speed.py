@@ -1,0 +1,154 @@
+"""Speed, side by side in one run: making a clone, running it, and attaching it; what was asked for, beside it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pnc.bench import job_times, latency
+from pnc.bench.job_times import CLOSED, GATES, SEARCH, SEQUENTIAL, TUNED
+from pnc.bench.latency import LARGE, PLUMBING, WHOLE, several
+from pnc.bench.positions import Setting
+from pnc.bench.results import Cells, Claim, at_most, over_seeds, table
+from pnc.positions import Progress
+
+PARTS = ("latency", "life", "job")
+KEYS = ("part", "case", "form")
+Rows = Sequence[Mapping[str, Any]]
+
+
+def run(
+    setting: Setting,
+    parts: Sequence[str],
+    layouts: Sequence[str],
+    seeds: range,
+    cells: Cells,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Measure what is not there yet.
+
+    Args:
+        setting: Networks and images.
+        parts: Out of `PARTS`; latency and life go together.
+        layouts: Out of `latency.LAYOUTS`, the first one included.
+        seeds: Of the jobs; latency is measured with clones of the first one.
+        cells: Rows that are there already are not made again; keys: `KEYS`.
+        progress: Called with what is being done, the steps done, and the steps in all.
+    Returns:
+        All rows.
+    """
+    if "latency" in parts or "life" in parts:
+        latency.run(setting, seeds[0], layouts, cells, progress)
+    if "job" in parts:
+        job_times.run(setting, seeds, cells, progress)
+    return [row for row in cells.rows if row["part"] in parts]
+
+
+# ------------------------------------------------------------------------------------------------------------- claims
+
+
+def claims(rows: Rows) -> list[Claim]:
+    """What was asked for, beside what was measured, as far as it was measured."""
+    return [*_job_claims(rows), *_latency_claims(rows), *_life_claims(rows)]
+
+
+def _job_claims(rows: Rows) -> list[Claim]:
+    seconds: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["part"] == "job":
+            seconds.setdefault(row["form"], {})[row["case"]] = row["seconds"]
+    asked = [
+        (CLOSED, SEQUENTIAL, 10, "closed form faster than the sequential reference, times"),
+        (CLOSED, TUNED, 5, "closed form faster than one fine-tuning with replay at its tuned steps, times"),
+        (CLOSED, SEARCH, 5, "closed form faster than fine-tuning with replay and the search of its settings, times"),
+        (GATES, SEQUENTIAL, 3, "gates at density .5 faster than the sequential reference, times"),
+    ]
+    found = []
+    for form, other, bound, words in asked:
+        both = sorted(seconds.get(form, {}).keys() & seconds.get(other, {}).keys())
+        if both:
+            found.append(over_seeds(words, ">=", bound, [seconds[other][c] / seconds[form][c] for c in both]))
+    return found
+
+
+def _latency_claims(rows: Rows) -> list[Claim]:
+    made = {(row["case"], row["form"]): row for row in rows if row["part"] == "latency" and "skipped" not in row}
+    found: list[Claim] = []
+    for batch, bound in ((1, 0.15), (64, 0.05)):
+        case, many = f"one clone, batch {batch}", f"many clones, batch {batch}"
+        for suffix in ("", ", fused"):
+            half, all_of_them = made.get((case, f"density 0.5{suffix}")), made.get((many, f"16 clones{suffix}"))
+            kind = f"composite{suffix}"
+            if half:
+                words = f"{kind} at density .5, batch {batch}: latency as a share of target + source"
+                found.append(at_most(words, 0.85, half["of_whole"]))
+                share = half["n_macs"] / made[case, WHOLE]["n_macs"]
+                found.append(at_most(f"{kind} at density .5, batch {batch}: MACs, likewise", 0.75, share))
+            if all_of_them:
+                words = f"{kind} of 16 clones at density .3, batch {batch}: latency as a share of target + 16 sources"
+                found.append(at_most(words, 0.4, all_of_them["of_whole"]))
+                share = all_of_them["n_macs"] / made[many, several(16)]["n_macs"]
+                found.append(at_most(f"{kind} of 16 clones, batch {batch}: MACs, likewise", 0.4, share))
+        if (case, PLUMBING) in made:
+            words = f"plumbing at batch {batch}, as a share of the target's latency"
+            found.append(at_most(words, bound, made[case, PLUMBING]["of_target"] - 1))
+    return found
+
+
+def _life_claims(rows: Rows) -> list[Claim]:
+    asked = [("attach, a further clone", 50), ("detach", 50), ("fingerprint", 300)]
+    made = {row["form"]: row for row in rows if row["part"] == "life" and row["case"] == LARGE and "skipped" not in row}
+    return [
+        at_most(f"{form} at a ResNet-50 at 224x224, ms", most, made[form]["median_ms"]) for form, most in asked if made
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def markdown(rows: Rows, setting: Setting, data: str) -> str:
+    """Tables of all parts; `data` is the name of the images."""
+    flips = ", with mirror images" if setting.flip else ""
+    lines = [
+        f"{data}; support of {setting.n_new}/{setting.n_base} images per new/base class{flips}. Source "
+        f"`{setting.source.spec}`, target `{setting.target.spec}`.",
+    ]
+    job = [row for row in rows if row["part"] == "job"]
+    if job:
+        lines += ["", "## Making", "", _table(("form", "case", "seconds", "peak_bytes", "estimated"), job), "", _MAKING]
+    speed = [row for row in rows if row["part"] == "latency"]
+    if speed:
+        lines += ["", "## Running", "", _RUNNING]
+    for case in dict.fromkeys(row["case"] for row in speed):
+        mine = [row for row in speed if row["case"] == case]
+        lines += ["", f"### {case}", ""]
+        if "skipped" in mine[0]:
+            lines.append(f"Not measured: {mine[0]['skipped']}")
+        else:
+            lines.append(_table((*_SPREAD, "images_per_second", "of_target", "of_whole", "n_macs"), mine))
+    life = [row for row in rows if row["part"] == "life"]
+    if life:
+        lines += ["", "## Coming and going", "", _LIFE, "", _table(("case", *_SPREAD, "skipped"), life)]
+    return "\n".join(lines)
+
+
+_SPREAD = ("form", "median_ms", "lower_ms", "upper_ms")
+
+
+def _table(keys: Sequence[str], rows: Rows) -> str:
+    return table(keys, [[row.get(key, "") for key in keys] for row in rows])
+
+
+_MAKING = (
+    "Seconds from two loaded networks and the support on: recording, all positions, the fit. "
+    f"`{SEARCH}`: every training of the search and the one with what it chose; `{TUNED}`: that one alone. "
+    f"`{job_times.SCRATCH}`: a network like the source, on all training images of its classes, estimated: the "
+    "time of a step, times the steps of `pnc pretrain`."
+)
+_RUNNING = (
+    "Milliseconds for one batch: median and quartiles over rounds in which all forms of a case run in turn. "
+    "`of_target`, `of_whole`: medians of the ratios within a round, to the target alone, and to "
+    f"`{WHOLE}` or to the target with as many whole sources. `n_macs`: multiply-accumulates executed for one image, as "
+    "torch's counter knows them. Channels were chosen by one-shot scores, at the position "
+    "that the scan takes by default; each of several clones is of one class, at density .3. "
+    f"`{PLUMBING}`: from the last cut of the target on, through a network of an eighth of the width."
+)
+_LIFE = f"Milliseconds; `{LARGE}` takes images of 224x224 and has random weights, like what is attached to it."

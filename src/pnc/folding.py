@@ -1,0 +1,191 @@
+"""Layers that only scale, shift or mix channels, folded into their neighbours: the same function up to rounding."""
+
+import copy
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from pnc.channel_rules import has_hooks
+from pnc.compaction import own_copy
+from pnc.merging import flattened
+from pnc.stitching import Adapter, Stitched, grid_size
+from pnc.tracing import info
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass
+class Part:
+    """One clone on its way to the fused form.
+
+    Attributes:
+        tap: Which of the trunk's tensors it reads.
+        adapter: Its own copy; `weight` and `bias` may have taken in what comes behind them.
+        stride: Of the adapter's convolution.
+        body: The source's part.
+        channels_last: Its convolutions' weights lie channels last, and so do the maps that it is given and makes.
+    """
+
+    tap: int
+    adapter: Adapter
+    stride: tuple[int, ...]
+    body: fx.GraphModule
+    channels_last: bool = False
+
+
+def folded(module: fx.GraphModule) -> fx.GraphModule:
+    """A recorded network, or a part of one, with every BatchNorm folded into the layer before it, where that can be.
+
+    It shares what is left as it was with `module`, in eval mode.
+    """
+    given = next(node for node in module.graph.nodes if node.op == "placeholder")
+    facts = info(given)
+    assert facts.shape is not None
+    tensor = next(iter(module.parameters()), torch.empty(0))
+    body = flattened(module)
+    _fold(body, torch.zeros(facts.shape, dtype=facts.dtype, device=tensor.device))
+    return body
+
+
+def _fold(body: fx.GraphModule, given: Tensor) -> "_Layers":
+    """Fold norms in place, and give the layers that are left; `given`: a tensor of the kind that the part takes."""
+    with torch.no_grad():
+        ShapeProp(body).propagate(given)
+    layers = _Layers(body)
+    _fold_norms(body, layers)
+    body.delete_all_unused_submodules()
+    body.recompile()
+    return layers
+
+
+def folded_part(tap: int, stitched: Stitched) -> Part:
+    """Give a clone's part with all folded that can be; `stitched` keeps its tensors."""
+    adapter = copy.deepcopy(stitched.adapter)
+    body = flattened(own_copy(cast(fx.GraphModule, stitched.body)))
+    cut = adapter.source_cut
+    layers = _fold(body, torch.zeros(2, *cut.shape, dtype=adapter.weight.dtype, device=adapter.weight.device))
+    part = Part(tap, adapter, (1, 1), body)
+    while _fold_into_adapter(part, layers):
+        pass
+    body.delete_all_unused_submodules()
+    body.recompile()
+    _lay_out(part)
+    return part
+
+
+def _lay_out(part: Part) -> None:
+    """Let convolutions work channels last, which takes a quarter less time on a CPU, where the part can."""
+    convolutions = [layer for layer in part.body.modules() if isinstance(layer, nn.Conv2d)]
+    given = next(node for node in part.body.graph.nodes if node.op == "placeholder")
+    shape = given.meta["tensor_meta"].shape
+    if not convolutions or len(shape) != 4:
+        return
+    tensor = torch.zeros(shape, dtype=part.adapter.weight.dtype, device=part.adapter.weight.device)
+    formats = torch.contiguous_format, torch.channels_last
+    for layer in convolutions:
+        layer.weight.data = layer.weight.data.contiguous(memory_format=formats[1])
+    try:
+        with torch.no_grad():
+            part.body(tensor.contiguous(memory_format=formats[1]))
+        part.channels_last = True
+    except RuntimeError:  # a view of a map that is written to, which only the usual layout allows
+        for layer in convolutions:
+            layer.weight.data = layer.weight.data.contiguous(memory_format=formats[0])
+
+
+class _Layers:
+    """The layers of a graph that may be changed: called by one node, with nothing but their forward."""
+
+    def __init__(self, body: fx.GraphModule) -> None:
+        self._body = body
+        self._calls = Counter(node.target for node in body.graph.nodes if node.op == "call_module")
+
+    def of(self, node: fx.Node) -> nn.Module | None:
+        if node.op != "call_module" or len(node.args) != 1 or node.kwargs or self._calls[node.target] > 1:
+            return None
+        layer = self._body.get_submodule(str(node.target))
+        return None if has_hooks(layer) else layer
+
+
+def _is_norm(layer: nn.Module | None) -> bool:
+    return type(layer) in _NORMS and cast(nn.BatchNorm2d, layer).running_mean is not None
+
+
+def _fold_norms(body: fx.GraphModule, layers: _Layers) -> None:
+    """Fold every BatchNorm into the layer whose result it alone reads."""
+    for node in list(body.graph.nodes):
+        norm = layers.of(node)
+        source = node.all_input_nodes[0] if _is_norm(norm) else None
+        if source is None or len(source.users) > 1:
+            continue
+        layer = layers.of(source)
+        if type(layer) in _CONVOLUTIONS:
+            fused: nn.Module = fuse_conv_bn_eval(_double(layer), _double(norm))
+        elif type(layer) is nn.Linear and len(source.meta["tensor_meta"].shape) == 2:
+            fused = fuse_linear_bn_eval(_double(layer), _double(norm))
+        else:
+            continue
+        weight = cast(nn.Conv2d, layer).weight
+        body.set_submodule(str(source.target), fused.to(weight.device, weight.dtype))
+        _bypass(node, source)
+
+
+def _double(layer: Any) -> Any:
+    """A copy in float64, so that folding rounds once."""
+    return copy.deepcopy(layer).double()
+
+
+def _bypass(node: fx.Node, source: fx.Node) -> None:
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
+
+
+def _fold_into_adapter(part: Part, layers: _Layers) -> bool:
+    """Fold the layer behind the adapter into it, where that is linear, alone there, and saves; whether it did."""
+    given = next(iter(part.body.graph.nodes))
+    adapter, cut = part.adapter, part.adapter.source_cut
+    is_plain = (cut.kind == "map" and cut.channel_dim == 1) or cut.kind == "vector"
+    if adapter.rectify or not is_plain or grows(adapter) or len(given.users) != 1:
+        return False
+    node = next(iter(given.users))
+    layer = layers.of(node)
+    weight, bias = adapter.weight.double(), adapter.bias.double()
+    if _is_norm(layer):
+        conv = nn.Conv2d(weight.shape[1], weight.shape[0], 1)
+        conv.weight, conv.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
+        fused = fuse_conv_bn_eval(conv.eval(), _double(layer))
+        weight, bias = fused.weight.detach(), cast(Tensor, fused.bias).detach()
+    elif (type(layer) is nn.Linear and cut.kind == "vector") or _is_pointwise(layer):
+        linear = cast(nn.Conv2d, layer)
+        stride = linear.stride if isinstance(layer, nn.Conv2d) else (1, 1)
+        own = linear.weight.double().flatten(1)
+        n_inside = weight[0].numel()
+        if len(own) * n_inside > len(weight) * (n_inside * math.prod(stride) + len(own)):
+            return False
+        bias = own @ bias + (0 if linear.bias is None else linear.bias.double())
+        weight = torch.einsum("oc,cikl->oikl", own, weight)
+        part.stride = part.stride[0] * stride[0], part.stride[1] * stride[1]
+    else:
+        return False
+    adapter.weight, adapter.bias = weight.to(adapter.weight.dtype), bias.to(adapter.bias.dtype)
+    given.meta["tensor_meta"] = node.meta["tensor_meta"]
+    _bypass(node, given)
+    return True
+
+
+def _is_pointwise(layer: nn.Module | None) -> bool:
+    if type(layer) is not nn.Conv2d:
+        return False
+    return layer.kernel_size == (1, 1) and layer.padding in ((0, 0), "valid") and layer.groups == 1
+
+
+def grows(adapter: Adapter) -> bool:
+    """Whether the adapter resizes what it has convolved, and not the other way round."""
+    return math.prod(grid_size(adapter.source_cut)) > math.prod(grid_size(adapter.target_cut))

@@ -1,0 +1,278 @@
+"""The inference form of a composite: the same logits from fewer operations, for a set of clones that stays as it is.
+
+What the target computes is left alone, to the bit. In front of and inside the clones, layers that only scale, shift or
+mix channels are folded into their neighbours, and what several clones do alike is done once:
+
+- BatchNorm goes into the convolution or linear layer before it, also where that is the adapter;
+- an adapter goes into the 1x1 convolution or linear layer behind it, where nothing stands between them and the product
+  multiplies less;
+- adapters that read one tensor of the target with one geometry are one convolution;
+- convolutions work channels last;
+- heads with equally many classes are one batch of matrices, and their mixing weights are folded into these.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from pnc.branch import Branch, against_rivals
+from pnc.errors import InputError, PNCError
+from pnc.folding import Part, folded_part, grows
+from pnc.heads import DiscriminantHead, SourceHead, StackedHead
+from pnc.plans import Plan
+from pnc.stitching import Adapter, from_grid, grid_size, pool, resize, to_grid
+
+TOLERANCE = 1e-4
+"""Largest accepted difference of new logits, relative to the largest, on the probe that every fused form is tried on:
+ten times what other orders of summation make of float32, far below what a wrong rule would."""
+
+
+class FusedComposite(nn.Module):
+    """What `Composite.fused` gives: base logits bit for bit, new ones up to rounding, from fewer operations.
+
+    It shares the target's tensors and has its own of the clones; nothing can be attached to it or taken out. It stays
+    where it was made: move or cast the composite, and fuse that anew.
+
+    Attributes:
+        classes: Names of all logits.
+    """
+
+    _trunk: fx.GraphModule
+
+    def __init__(self, plan: Plan, probe: Tensor) -> None:
+        super().__init__()
+        self.classes, self._features = plan.classes, plan.features
+        self.__dict__["_trunk"] = plan.trunk  # the target's tensors, not listed among its own, whose flags may be set
+        parts = [folded_part(tap, branch.stitched) for tap, branch in zip(plan.taps, plan.branches, strict=True)]
+        self.stems = nn.ModuleList(_stems(parts))
+        self.bodies = nn.ModuleList(part.body for part in parts)
+        self.heads = nn.ModuleList(_heads(plan))
+        self._pooled = tuple(branch.stitched.features for branch in plan.branches)
+        self._n_clones = len(parts)
+        for module in self.modules():
+            module.training = False
+        self.requires_grad_(False)
+        self._check(plan, probe)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Give logits (B, K_base + K_new) for images (B, C, H, W)."""
+        made = self._trunk(images)
+        if not self._n_clones:
+            return cast(Tensor, made)
+        *tensors, logits = made
+        found: dict[int, Tensor] = {}
+        for stem in cast(Iterable[_Stem], self.stems):
+            for place, tensor in zip(stem.places, stem(tensors[stem.tap]), strict=True):
+                found[place] = pool(self.bodies[place](tensor), self._pooled[place])
+        features = tensors[len(tensors) - len(self._features) :]
+        pooled = [pool(tensor, cut) for tensor, cut in zip(features, self._features, strict=True)]
+        new: dict[int, Tensor] = {}
+        for head in cast(Iterable[_Heads], self.heads):
+            made = head(pooled[head.view], [found[place] for place in head.places], logits)
+            new.update(zip(head.places, made, strict=True))
+        return torch.cat([logits, *(new[place] for place in range(self._n_clones))], 1)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the flag of the module alone: running statistics must not move."""
+        self.training = mode
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        raise InputError(
+            "a fused composite stays where it was made; move or cast the composite itself, then call fused() again"
+        )
+
+    @torch.no_grad()
+    def _check(self, plan: Plan, probe: Tensor) -> None:
+        n_base = len(self.classes) - sum(len(branch.offset) for branch in plan.branches)
+        expected, found = plan.logits(probe)[:, n_base:].float(), self(probe)[:, n_base:].float()
+        if not expected.numel() or probe.element_size() < 4:  # 16 bits round too much to tell
+            return
+        difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
+        if not difference <= TOLERANCE * max(scale, 1.0):
+            raise PNCError(
+                f"the fused form differs from the composite by {difference:.2g} (largest logit {scale:.2g}); please "
+                "report the networks, and use the composite itself meanwhile"
+            )
+
+
+# -------------------------------------------------------------------------------------------------------------- stems
+
+
+class _Stem(nn.Module):
+    """Adapters that read one tensor of the target with one geometry, as one convolution.
+
+    Attributes:
+        tap: Which of the trunk's tensors it reads.
+        places: Which clones it serves, in the order of its results.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, places: Sequence[int], parts: Sequence[Part]) -> None:
+        super().__init__()
+        first = parts[0]
+        self.tap, self.places, self._stride = first.tap, tuple(places), first.stride
+        self._cut, self._size = first.adapter.target_cut, grid_size(first.adapter.source_cut)
+        self._padding, self._grows = first.adapter.kernel_size // 2, grows(first.adapter)
+        self._sizes = [len(part.adapter.bias) for part in parts]
+        self._rectified = [part.adapter.rectify for part in parts]
+        layout = torch.channels_last if first.channels_last else torch.contiguous_format
+        weight = torch.cat([part.adapter.weight for part in parts])
+        self.register_buffer("weight", weight.contiguous(memory_format=layout))
+        self.register_buffer("bias", torch.cat([part.adapter.bias for part in parts]))
+        self.adapters = nn.ModuleList(part.adapter for part in parts)  # for their prefix tokens
+        for part in parts:
+            part.adapter.weight = part.adapter.weight.new_empty(0)
+
+    def forward(self, tensor: Tensor) -> list[Tensor]:
+        """What each body is given, from the target's tensor."""
+        grid, prefix = to_grid(tensor, self._cut)
+        made = grid if self._grows else resize(grid, self._size)
+        made = F.conv2d(made, self.weight, self.bias, self._stride, self._padding)
+        made = resize(made, self._size) if self._grows else made
+        if all(self._rectified):
+            made = F.relu(made)
+        pieces = made.split(self._sizes, 1) if len(self._sizes) > 1 else (made,)
+        if any(self._rectified) and not all(self._rectified):
+            pieces = [F.relu(one) if flag else one for one, flag in zip(pieces, self._rectified, strict=True)]
+        return [
+            from_grid(piece, adapter.prefix_tokens(grid, prefix), adapter.source_cut)
+            for piece, adapter in zip(pieces, cast(Iterable[Adapter], self.adapters), strict=True)
+        ]
+
+
+def _stems(parts: Sequence[Part]) -> list[_Stem]:
+    """The fewest stems that serve all clones."""
+    groups: dict[Any, list[int]] = {}
+    for place, part in enumerate(parts):
+        adapter = part.adapter
+        key = part.tap, grid_size(adapter.source_cut), adapter.kernel_size, part.stride, part.channels_last
+        groups.setdefault(key, []).append(place)
+    return [_Stem(places, [parts[place] for place in places]) for places in groups.values()]
+
+
+# -------------------------------------------------------------------------------------------------------------- heads
+
+
+class _Heads(nn.Module):
+    """Heads of clones with equally many classes, as one batch; calibration and the base's priority are folded in.
+
+    Of each clone, one linear map of both networks' features gives, side by side, the discriminants of the base and of
+    the new classes, the source's own logits, and the sum of the last two that weighs the new classes against each
+    other. The logits of the new classes are then
+
+        scale * (log_softmax(sum) + w0 * (lse(new) - lse(base)) + w1 * lse(own)) + w2 * level + shift,
+
+    where lse is logsumexp and `level` that of the target's logits: `heads.StackedHead` with its terms collected. What a
+    calibrated clone's features say against its rivals is added to that.
+
+    Attributes:
+        places: Which clones they are of.
+        view: Which of the features of the target they read.
+    """
+
+    target_weight: Tensor
+    bias: Tensor
+    weights: Tensor
+
+    def __init__(self, places: Sequence[int], view: int, rows: Sequence["_Rows"]) -> None:
+        super().__init__()
+        self.places, self.view, self._n_new = tuple(places), view, len(rows[0].shift)
+        self.register_buffer("target_weight", torch.cat([row.target_weight for row in rows]))
+        self.register_buffer("bias", torch.stack([row.bias for row in rows]))
+        self.register_buffer("weights", torch.stack([row.weights for row in rows]))
+        self.register_buffer("shift", torch.stack([row.shift for row in rows]))
+        self.clone_weight = nn.ParameterList(row.clone_weight for row in rows)
+        self.rivals = nn.ParameterList(row.rivals for row in rows)
+
+    def forward(self, target_features: Tensor, clone_features: Sequence[Tensor], base_logits: Tensor) -> list[Tensor]:
+        """New logits of each clone, (B, K_new)."""
+        dtype, k = self.bias.dtype, self._n_new
+        scores = F.linear(target_features.to(dtype), self.target_weight).unflatten(1, self.bias.shape) + self.bias
+        own = [F.linear(one.to(dtype), weight) for one, weight in zip(clone_features, self.clone_weight, strict=True)]
+        scores = scores + torch.stack(own, 1)  # (B, clones, rows)
+        level = base_logits.to(dtype).logsumexp(1)[:, None, None]
+        base = scores[..., : -3 * k].logsumexp(2, keepdim=True)
+        terms = [scores[..., -3 * k : -2 * k], scores[..., -2 * k : -k]]
+        fitted, theirs = (one.logsumexp(2, keepdim=True) if k > 1 else one for one in terms)
+        scale, w0, w1, w2 = self.weights.unbind(1)
+        new = w0 * (fitted - base) + w1 * theirs + w2 * level + self.shift
+        if k > 1:
+            new = new + scale * scores[..., -k:].log_softmax(2)
+        each = list(new.unbind(1))
+        for place, (one, rivals) in enumerate(zip(clone_features, self.rivals, strict=True)):
+            if len(rivals):
+                each[place] = each[place] + F.logsigmoid(against_rivals(one, rivals, k))
+        return [one.to(base_logits.dtype) for one in each]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What `_Heads` holds of one clone, with R = K_base + 3 * K_new rows.
+
+    Attributes:
+        target_weight: Of the target's features, (R, D_t).
+        clone_weight: Of the clone's, (R, D_s).
+        bias: (R,).
+        weights: scale, w0, w1 and w2, (4, 1).
+        shift: (K_new,).
+        rivals: As in the branch, (none or R + K_new, D_s + 1).
+    """
+
+    target_weight: Tensor
+    clone_weight: Tensor
+    bias: Tensor
+    weights: Tensor
+    shift: Tensor
+    rivals: Tensor
+
+
+def _rows(branch: Branch, n_target: int, n_base: int, base_priority: float) -> _Rows:
+    """Collect the terms of a head; `n_target` is D_t."""
+    head = _stacked(branch, n_target, n_base)
+    fitted, own = head.discriminants, head.own
+    odds, mixed = head.odds_weight.double(), head.class_weight.double()
+    their_weight = F.pad(own.weight.double(), (n_target, 0))
+    weight = torch.cat([fitted.weight.double(), their_weight])
+    bias = torch.cat([fitted.bias, own.bias]).double()
+    new, theirs = slice(n_base, n_base + len(own.bias)), slice(n_base + len(own.bias), None)
+    weight = torch.cat([weight, mixed[0] * weight[new] + mixed[1] * weight[theirs]])
+    bias = torch.cat([bias, mixed[0] * bias[new] + mixed[1] * bias[theirs]])
+    scale = 1 + branch.gain.double()
+    weights = torch.stack([scale, scale * odds[0], scale * odds[1], 1 + scale * odds[2]])
+    shift = scale * odds[3] + branch.offset.double() - base_priority
+    tensors = weight[:, :n_target], weight[:, n_target:], bias, weights, shift, branch.rivals
+    return _Rows(*(tensor.to(branch.gain.dtype, copy=True).contiguous() for tensor in tensors))
+
+
+def _stacked(branch: Branch, n_target: int, n_base: int) -> StackedHead:
+    """A head as the sum that `StackedHead` is, where it is one of the two terms alone: the other has no weight then."""
+    head, n_new = branch.head, len(branch.offset)
+    if isinstance(head, StackedHead):
+        return head
+    if isinstance(head, DiscriminantHead):
+        stacked = StackedHead(head, SourceHead(n_new, head.weight.shape[1] - n_target).to(head.weight))
+        odds, mixed = (1, 0, 0, 0), (1, 0)
+    else:
+        none = DiscriminantHead(n_base, n_base + n_new, n_target + head.weight.shape[1]).to(head.weight)
+        stacked = StackedHead(none, head)
+        odds, mixed = (0, 1, -1, 0), (0, 1)
+    stacked.odds_weight, stacked.class_weight = head.weight.new_tensor(odds), head.weight.new_tensor(mixed)
+    return stacked
+
+
+def _heads(plan: Plan) -> list[_Heads]:
+    """One batch for each number of new classes and each of the features that heads read."""
+    n_base = len(plan.classes) - sum(len(branch.offset) for branch in plan.branches)
+    groups: dict[tuple[int, int], list[int]] = {}
+    rows = []
+    for place, (branch, view) in enumerate(zip(plan.branches, plan.views, strict=True)):
+        groups.setdefault((len(branch.offset), view), []).append(place)
+        rows.append(_rows(branch, plan.features[view].n_channels, n_base, plan.base_priority))
+    return [_Heads(places, view, [rows[place] for place in places]) for (_, view), places in groups.items()]

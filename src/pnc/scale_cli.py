@@ -1,0 +1,40 @@
+"""The command `pnc bench scale`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pnc.arguments import check_outputs
+from pnc.bench import scale
+from pnc.bench.results import Cells, write_results
+from pnc.plots import draw_growth
+from pnc.screen import progress, say
+
+
+def measure_scale(
+    stream: Annotated[int, typer.Option(help="Images of 32x32 that are streamed.", min=100)] = 50_000,
+    large: Annotated[int, typer.Option(help="Images of 224x224 for the ResNet-50 pair.", min=100)] = 500,
+    many: Annotated[int, typer.Option(help="Images of 32x32 for the memory of a scan.", min=100)] = 5_000,
+    plot: Annotated[bool, typer.Option(help="Draw a picture too; needs the extra `plots`.")] = True,
+    out: Annotated[Path, typer.Option(help="Folder for scale.json, .md, .png and .jsonl.")] = Path("results"),
+    threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 2,
+) -> None:
+    """Time and memory as supports and networks grow, and in two processes.
+
+    Takes half an hour on two cores; rows that are in scale.jsonl already are not made again.
+    """
+    paths = {suffix: out / f"scale.{suffix}" for suffix in ("json", "md", "jsonl", "png")}
+    check_outputs(dict(paths))
+    kept = Cells(paths["jsonl"], {"threads": threads}, scale.KEYS)
+    with progress() as bar:
+        rows = scale.run(scale.cells(stream, large, many), threads, kept, bar.step)
+    if plot:
+        draw_growth({cell: scale.points(rows, cell) for cell in scale.GROWTH}, paths["png"])
+    command = f"pnc bench scale --stream {stream} --large {large} --many {many} --threads {threads}"
+    found = scale.claims(rows)
+    text = scale.markdown(rows, threads, paths["png"].name if plot else None)
+    write_results(out, "scale", command, {"rows": rows}, found, text)
+    for one in found:
+        say(f"{'holds' if one.holds else 'FAILS'}: {one.claim} {one.must}: {one.value:.3g}")
+    say(f"{paths['md']}: written")

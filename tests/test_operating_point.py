@@ -1,0 +1,97 @@
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pnc
+from digits import BASE, NEW, held_out_images, pair, support
+from pnc.data import select
+from pnc.errors import InputError
+from pnc.metrics import evaluate, shifted
+from pnc.operating_point import check_base_drop, check_promise, least_priority
+
+N_BASE = 3
+
+
+def lost(logits, labels, groups, nats):
+    """Images lost, counted one by one: a copy of an image counts for its share of the copies."""
+    moved, total = shifted(logits, N_BASE, -nats), 0.0
+    for image in groups[labels < N_BASE].unique():
+        rows = (groups == image).nonzero().flatten()
+        alone = logits[rows, :N_BASE].argmax(1) == labels[rows]
+        total += float((alone & (moved[rows].argmax(1) != labels[rows])).double().mean())
+    return total
+
+
+@given(st.integers(0, 2**31), st.integers(20, 60), st.sampled_from([0.05, 0.1, 0.3]))
+def test_it_is_the_least_number_that_keeps_the_bound_with_one_lost_image_to_spare(seed, n, bound):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2 * n, 5, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 5, (n,), generator=generator)
+    labels[:20] = labels[:20] % N_BASE
+    labels, groups = labels.repeat(2), torch.arange(n).repeat(2)
+    n_base_images = int((labels < N_BASE).sum()) // 2
+    nats = least_priority(logits, labels, groups, N_BASE, bound)
+    allowed = math.floor(bound * (n_base_images + 1) - 1 + 1e-9)
+    assert lost(logits, labels, groups, nats + 1e-9) <= allowed
+    assert nats == 0 or lost(logits, labels, groups, nats - 1e-6) > allowed
+
+
+def test_nothing_is_taken_off_where_nothing_is_lost():
+    logits = torch.tensor([[5.0, 0, 0, 1]]).repeat(60, 1).double()
+    assert least_priority(logits, torch.zeros(60, dtype=torch.long), torch.arange(60), N_BASE, 0.05) == 0
+
+
+@pytest.mark.parametrize("bound", [0, 1, -0.1, "2%", True])
+def test_a_bound_is_a_share(bound):
+    with pytest.raises(InputError, match=r"max_base_drop must be in \(0, 1\)"):
+        check_base_drop(bound)
+
+
+def test_too_few_images_for_a_promise_are_refused_with_both_ways_out():
+    text = "10 base images cannot show that; give at least 49 (labelled, or as background), or allow 0.091 or more"
+    with pytest.raises(InputError, match=re.escape(text)):
+        check_promise(0.02, 10)
+    check_promise(0.02, 49)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_clone_keeps_to_the_bound_on_new_images(part):
+    """Half of the target's test images as base samples, the others to test: they are alike."""
+    nets, images = pair(), held_out_images(NEW)
+    target, base = nets.target.module, (images.labels < len(BASE)).nonzero().flatten()
+    new = support(5, 0)
+    labels = [images.classes[i] for i in images.labels[base[part::2]]] + [new.names[i] for i in new.labels]
+    given_samples = torch.cat([images.images[base[part::2]], new.images]), labels
+    free, bounded = (
+        pnc.clone(nets.source.module, target, given_samples, **nets.names(), max_base_drop=bound)
+        for bound in (None, 0.02)
+    )
+    rest = torch.ones(len(images), dtype=torch.bool)
+    rest[base[part::2]] = False
+    test = select(images, rest.nonzero().flatten())
+    with torch.no_grad():
+        drops = [
+            evaluate(pnc.attach(target, one)(test.images), test.labels, target(test.images)).base_drop
+            for one in (free, bounded)
+        ]
+    assert drops[1] <= min(drops[0], 0.02 + 0.02)  # it bounds the expectation; here are 110 images
+    assert bounded.recipe["max_base_drop"] == 0.02
+    assert (bounded.recipe["base_priority"] > 0) == (drops[1] < drops[0])
+
+
+def test_without_base_samples_the_bound_is_refused_before_any_work():
+    nets, seen = pair(), []
+    with pytest.raises(InputError, match="0 base images cannot show that"):
+        pnc.clone(
+            nets.source.module,
+            nets.target.module,
+            support(20, 0),
+            **nets.names(),
+            max_base_drop=0.02,
+            progress=lambda *step: seen.append(step),
+        )
+    assert not seen

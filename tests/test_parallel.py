@@ -1,0 +1,161 @@
+"""Two processes make the clone that one makes."""
+
+import os
+import socket
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import pnc
+from channel_zoo import NormInBetween
+from digits import NEW, pair, support
+from pnc import gates, norms, parallel, selection
+from pnc.budgets import Costs
+from pnc.channels import channel_spaces
+from pnc.errors import InputError
+from pnc.parallel import ALONE, Team
+from pnc.positions import own_head, source_body
+from pnc.refinement import Schedule, feature_loss, train, views
+from pnc.stitching import Stitched
+from segments import network, segment_of
+
+N_PROCESSES = 2
+
+
+def prepared(nets, data, team):
+    return pnc.prepare_task(nets.source.module, nets.target.module, data, classes=NEW, **nets.names(), team=team)
+
+
+def clones(team, nets, data):
+    """Facts of a clone in closed form, one with gates, and some steps of refinement."""
+    selection.GATES_STEPS = selection.NORMS_STEPS = 3  # more would only let rounding grow
+    task = prepared(nets, data, team)
+    found = pnc.scan(task, max_cuts=3)
+    position = max((p for p in found.positions if p.macs_share < 1), key=lambda p: p.n_macs)
+    fitted = found.adapter(position)
+    body = source_body(task, position.source_cut)
+    stitched = Stitched(fitted.adapter, body, task.source.head.features)
+    seen, generator = views(task, position.target_cut), torch.Generator().manual_seed(0)
+    ((tuned, _),) = train(stitched, own_head(task), seen, feature_loss, Schedule(0.001, 5), generator, team)
+    closed, thinned = pnc.fit(task, fitted), pnc.fit(task, fitted, density=0.5)
+    return {
+        "errors": torch.tensor(list(found.adapter_errors.values())),
+        "scores": torch.tensor([p.score for p in found.positions]),
+        "closed": closed.branch.state_dict(),
+        "thinned": thinned.branch.state_dict(),
+        "masks": thinned.masks.flat,
+        "tuned": tuned.weight,
+    }
+
+
+def learned(team):
+    """Gates, tuned norms and statistics of a segment in double precision, where rounding cannot grow."""
+    segment = segment_of(network(NormInBetween))
+    spaces = channel_spaces(segment)
+    costs, start = Costs(segment, spaces), {s.name: torch.linspace(0, 0.1, s.size) for s in spaces.spaces}
+    wanted = torch.randn(7, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+
+    def batches():
+        generator = torch.Generator().manual_seed(1)
+        while True:
+            x = torch.randn(7, 3, 8, 8, dtype=torch.float64, generator=generator)  # 3 for one process, 4 for the other
+            yield x, lambda out: (out - wanted.flatten()[: out[0].numel()].reshape(out[:1].shape)).square().mean()
+
+    ranks, tuned = gates.learn_gates(segment, costs, start, 0.5, batches(), 6, tune=True, team=team)
+    inputs = [x for (x, _), _ in zip(batches(), range(3), strict=False)]
+    norms.tune_norms(tuned, batches(), 6, inputs, start=segment, team=team)
+    return {**{f"ranks {name}": one for name, one in ranks.items()}, **tuned.state_dict()}
+
+
+def member(rank, port, folder, nets, data):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(N_PROCESSES), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    with pnc.joined() as (team, device):
+        assert (team, device) == (Team(rank, N_PROCESSES), torch.device("cpu"))
+        with pnc.joined() as again:
+            assert again == (team, device)  # what is set up already is used, and stays
+        found = {"learned": learned(team), **clones(team, nets, data)}
+        with pytest.raises(InputError, match="support: the processes were given different images"):
+            other = replace(data, images=data.images + rank)
+            prepared(nets, other, team)
+    assert not torch.distributed.is_initialized()
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """What one process makes, and what each of two does."""
+    folder, nets, data = tmp_path_factory.mktemp("team"), pair(), support(24, 6)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(member, (port, folder, nets, data), N_PROCESSES)
+    steps = selection.GATES_STEPS, selection.NORMS_STEPS
+    alone = {"learned": learned(ALONE), **clones(ALONE, nets, data)}
+    selection.GATES_STEPS, selection.NORMS_STEPS = steps
+    return alone, [torch.load(folder / f"{rank}.pt") for rank in range(N_PROCESSES)]
+
+
+def test_every_process_ends_with_the_same_clone(made):
+    _, (first, second) = made
+    assert first.keys() == second.keys()
+    for name, one in first.items():
+        torch.testing.assert_close(second[name], one, rtol=0, atol=0)
+
+
+def test_the_closed_form_is_that_of_one_process(made):
+    alone, (together, _) = made
+    torch.testing.assert_close(together["errors"], alone["errors"], rtol=1e-6, atol=1e-7)  # sums in another order
+    assert torch.equal(together["scores"], alone["scores"])
+    assert together["closed"].keys() == alone["closed"].keys()
+    for name, value in alone["closed"].items():
+        torch.testing.assert_close(together["closed"][name], value, rtol=1e-3, atol=1e-4)  # discriminants are in half
+
+
+def test_gates_and_norms_are_those_of_one_process(made):
+    alone, (together, _) = made
+    # In double precision Adam turns differences of 1e-16 in a gradient near zero into no more than this.
+    torch.testing.assert_close(together["learned"], alone["learned"], rtol=1e-6, atol=1e-8)
+    assert torch.equal(together["masks"], alone["masks"])
+    body = [name for name in alone["thinned"] if "running" in name]
+    assert body
+    for name in body:
+        torch.testing.assert_close(together["thinned"][name], alone["thinned"][name], rtol=1e-2, atol=1e-3)  # float32
+
+
+def test_refinement_is_that_of_one_process(made):
+    alone, (together, _) = made
+    torch.testing.assert_close(together["tuned"], alone["tuned"], rtol=1e-4, atol=1e-5)  # float32, five steps
+
+
+def test_one_process_is_a_team_of_its_own(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert not parallel.launched()
+    assert parallel.join("cpu") == (ALONE, torch.device("cpu"))
+    x = torch.rand(3, 2)
+    assert all(torch.equal(one, x) for one in (ALONE.sum(x), ALONE.least(x), ALONE.whole(x, 3)))
+    assert ALONE.agree(x) and x[ALONE.part(3)].equal(x) and ALONE.is_main and ALONE.is_mine(7)
+
+
+def test_parts_cover_a_batch_once():
+    for size in (1, 2, 3, 5):
+        parts = [torch.arange(7)[Team(rank, size).part(7)] for rank in range(size)]
+        assert torch.equal(torch.cat(parts), torch.arange(7))
+
+
+def test_several_processes_without_accelerate_are_refused_with_the_way_out(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(__import__("sys").modules, "accelerate", None)
+    with pytest.raises(InputError, match=r"pip install 'pnc\[distributed\]'"):
+        parallel.join()
+
+
+def test_a_support_smaller_than_the_team_is_refused():
+    nets = pair()
+    with pytest.raises(InputError, match="10 images are too few for 11 processes"):
+        pnc.prepare_task(
+            nets.source.module, nets.target.module, support(1, 1), classes=NEW, **nets.names(), team=Team(0, 11)
+        )

@@ -1,0 +1,175 @@
+"""What the work of a scan grows with, by counts that no machine changes; and the two shortcuts of large jobs."""
+
+import copy
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+import pnc
+from digits import NEW, pair, support
+from pnc import positions, regression
+from pnc.cuts import candidate_cuts, extract
+from pnc.positions import shortlist
+from pnc.regression import PENALTIES
+from pnc.stitching import AdapterFitter, Stitched
+
+
+def prepared(n_new=8, n_base=4, **settings):
+    nets = pair()
+    data = support(n_new, n_base)
+    return pnc.prepare_task(nets.source.module, nets.target.module, data, classes=NEW, **nets.names(), **settings)
+
+
+@dataclass
+class Counts:
+    """Operations of one scan."""
+
+    factorizations: int = 0
+    part_runs: int = 0
+    part_samples: int = 0
+    target_samples: int = 0
+    source_samples: int = 0
+    fitters: list = field(default_factory=list)
+
+
+def counted(monkeypatch, task, **settings):
+    """A scan, and what it took."""
+    counts = Counts()
+
+    def counting(function, name, of=lambda *_: 1):
+        def wrapped(*arguments, **options):
+            setattr(counts, name, getattr(counts, name) + of(*arguments))
+            return function(*arguments, **options)
+
+        return wrapped
+
+    def run(self, tensor):
+        counts.part_runs, counts.part_samples = counts.part_runs + 1, counts.part_samples + len(tensor)
+        return forward(self, tensor)
+
+    def made(self, *arguments):
+        init(self, *arguments)
+        counts.fitters.append(self)
+
+    def watched(recording, start, outputs):
+        part = extract(recording, start, outputs)
+        if start is None:
+            name = "target_samples" if recording is task.target.recording else "source_samples"
+            part.register_forward_pre_hook(counting(lambda *_: None, name, of=lambda _, inputs: len(inputs[0])))
+        return part
+
+    forward, init = Stitched.forward, AdapterFitter.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(regression, "_solve", counting(regression._solve, "factorizations"))
+        patch.setattr(Stitched, "forward", run)
+        patch.setattr(AdapterFitter, "__init__", made)
+        patch.setattr(positions, "extract", watched)
+        found = pnc.scan(task, **settings)
+    return found, counts
+
+
+def held_bytes(fitter):
+    """Of the moments and rows of a fitter."""
+    total = 0
+    for folds in fitter._seen.values():
+        for fold in folds.values():
+            tensors = [fold.xx, fold.xy] if hasattr(fold, "xx") else [t for part in fold._parts for t in part[:2]]
+            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return total
+
+
+def test_each_sample_is_seen_twice_by_the_target_once_by_the_source_and_once_by_each_part(monkeypatch):
+    task = prepared()
+    n, n_folds = len(task.samples.labels), task.samples.n_folds
+    found, counts = counted(monkeypatch, task, max_cuts=3)
+    assert (counts.target_samples, counts.source_samples) == (2 * n, n)
+    assert counts.part_samples == n * len(found.positions)
+    assert counts.part_runs == n_folds * len(found.positions)  # one batch for each fold
+    (fitter,) = counts.fitters
+    solved = len(found.positions) * (n_folds + 1)
+    measured = len(fitter._regressions) * n_folds * len(PENALTIES)
+    assert counts.factorizations == solved + measured
+    assert held_bytes(fitter) == fitter.n_bytes(n_folds)
+
+
+def test_twice_the_samples_are_twice_the_runs_and_no_more_factorizations(monkeypatch):
+    (_, few), (_, many) = (counted(monkeypatch, prepared(8 * k, 4 * k), max_cuts=3) for k in (1, 2))
+    assert many.target_samples == 2 * few.target_samples and many.source_samples == 2 * few.source_samples
+    assert many.part_samples / few.part_samples == pytest.approx(2, rel=0.35)  # another runner-up may be as good
+    assert many.factorizations <= 1.35 * few.factorizations
+
+
+def test_pairs_that_are_run_grow_with_the_cuts_and_not_with_their_square():
+    source, target = (candidate_cuts(network.recording) for network in (prepared().source, prepared().target))
+    errors = {(t.name, s.name): 0.5 for t in target for s in source}  # the worst case: all are as good
+    for n in (2, len(source)):
+        assert len(shortlist(target, source[:n], errors)) == 2 * n
+        assert len(shortlist(target, source[:n], errors, runner_up=0)) == n
+
+
+def test_pairs_are_ranked_on_a_part_where_the_moments_of_all_do_not_fit(monkeypatch):
+    task = prepared(24, 8)
+    found, _ = counted(monkeypatch, task)
+    monkeypatch.setattr(positions, "RANKED_IMAGES", 60)
+    small, counts = counted(monkeypatch, replace(task, memory=2**20))
+    _, ranking, fitting = counts.fitters  # the first one would have been too large
+    assert len(ranking._columns) > len(fitting._columns)
+    assert fitting.n_bytes(5) < ranking.n_bytes(5)
+    assert small.adapter_errors.keys() == found.adapter_errors.keys()
+    assert len(small.positions) == len({p.source_cut for p in found.positions})  # one target cut for each
+    assert abs(small.choose().score - found.choose().score) <= 0.05
+    worse = [found.adapter_errors[p.names] / min(e for (_, s), e in found.adapter_errors.items() if s == p.names[1])
+             for p in small.positions]  # fmt: skip
+    assert max(worse) <= 1.3
+
+
+def test_the_best_positions_of_a_first_round_are_scored_again_on_all_images(monkeypatch):
+    task = prepared(24, 8)
+    whole = pnc.scan(task)
+    monkeypatch.setattr(positions, "ROUND_MACS", 0)
+    monkeypatch.setattr(positions, "FIRST_IMAGES", 50)
+    found, counts = counted(monkeypatch, task)
+    n = len(task.samples.labels)
+    again = [p for p in found.positions if p.n_images == n]
+    assert 1 <= len(again) <= positions.N_FINALISTS
+    assert {p.n_images for p in found.positions} == {50, n}
+    assert counts.part_samples == 50 * len(found.positions) + n * len(again)
+    scores = {p.names: p.score for p in whole.positions}
+    assert all(p.score == scores[p.names] for p in again)
+    assert found.choose() in again
+    assert found.choose().score >= whole.choose().score - 0.02
+    cheapest = min(p.macs_share for p in found.positions)
+    assert found.choose(max_macs=cheapest).macs_share == cheapest
+
+
+def test_a_large_support_is_scored_on_a_part(monkeypatch):
+    monkeypatch.setattr(positions, "SCORED_IMAGES", 40)
+    monkeypatch.setattr(positions, "FITTED_IMAGES", 50)
+    task = prepared(12, 6)
+    found, counts = counted(monkeypatch, task, max_cuts=2)
+    assert {p.n_images for p in found.positions} == {40}
+    assert counts.source_samples == 50
+    made = pnc.fit(task, found.adapter(found.choose()))
+    assert made.recipe["n_new_samples"] == 60
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_the_job_and_its_promises_on_a_gpu(tmp_path, density):
+    nets = pair()
+    source, target = (copy.deepcopy(one.module).cuda() for one in (nets.source, nets.target))
+    images = support().images.cuda()
+    with torch.no_grad():
+        expected = target.eval()(images)
+    clone = pnc.clone(source, target, support(), density=density, **nets.names())
+    net = pnc.attach(target, clone)
+    with torch.no_grad():
+        assert torch.equal(net(images)[:, :5], expected)
+        net.detach(clone.name)
+        assert torch.equal(net(images), expected)
+    pnc.save(clone, tmp_path / "clone")
+    again = pnc.attach(target, pnc.load(tmp_path / "clone", source=source))
+    with torch.no_grad():
+        assert torch.equal(again(images), pnc.attach(target, clone)(images))
