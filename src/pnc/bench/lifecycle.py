@@ -1,5 +1,7 @@
 """Clones that were made apart beside one clone made of all their classes at once, before and after calibration."""
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +21,7 @@ from pnc.cloning import Clone, clone
 from pnc.composite import Composite, attach
 from pnc.data import ImageSet, Support, class_subset, draw_support, images_as_float, relabel
 from pnc.errors import InputError
+from pnc.integrity import fingerprint, value_digests
 from pnc.metrics import evaluate
 from pnc.models import LoadedModel
 from pnc.positions import Progress
@@ -150,8 +153,7 @@ def _clone(setting: Setting, support: Support, part: Part, seed: int) -> Clone:
     """Make one clone, or read it where it was made before with the same settings."""
     index, classes = part
     source, target = setting.sources[index], setting.target
-    name = f"seed{seed}-source{index + 1}-{'+'.join(classes)}.safetensors"
-    path = None if setting.folder is None else setting.folder / name
+    path = None if setting.folder is None else setting.folder / _file_name(setting, support, part, seed)
     if path is not None and path.exists():
         return load(path, source=source.module)
     images = ImageSet(support.images, support.labels, support.names)
@@ -168,6 +170,15 @@ def _clone(setting: Setting, support: Support, part: Part, seed: int) -> Clone:
     if path is not None:
         save(made, path)
     return made
+
+
+def _file_name(setting: Setting, support: Support, part: Part, seed: int) -> str:
+    """Of a kept clone: whatever it depends on, but for the version of the library, makes the name another one."""
+    index, classes = part
+    networks = [fingerprint(one.module).weights for one in (setting.sources[index], setting.target)]
+    facts = [*value_digests([support.images, support.labels]), support.names, networks, setting.flip, seed]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    return f"seed{seed}-source{index + 1}-{'+'.join(classes)}-{digest}.safetensors"
 
 
 def _difference(net: Composite, test: ImageSet, expected: torch.Tensor, n_images: int = 64) -> float:
