@@ -22,11 +22,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, second="r", n_sequences=3):
+def run(folder, second="r", n_sequences=3, more=""):
     files = [folder / f"{name}.safetensors" for name in ("s", second, "t")]
     words = f"lifecycle --source {files[0]} --source {files[1]} --target {files[2]} --data digits --support 6/3"
     words = f"{words} --no-flip --seeds 1 --n-test 10 --sequences {n_sequences} --keep {folder / 'keep'}"
-    words = f"{words} --json {folder / 'l.json'}"
+    words = f"{words} --json {folder / 'l.json'} {more}"
     return CliRunner().invoke(bench, words.split(), catch_exceptions=False)
 
 

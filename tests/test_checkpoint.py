@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import pnc
 from digits import NEW, held_out_images, network, pair, support
 from pnc.bench.files import material
+from pnc.branch import Scalars
 from pnc.errors import FileFormatError, InputError, MismatchError
 from pnc.files import METADATA_KEY, read_tensors, write_tensors
 from pnc.integrity import differences, fingerprint, snapshot
@@ -146,6 +148,46 @@ def test_a_file_that_names_no_digest_is_refused(tmp_path):
     save_file(tensors, tmp_path / "f", {METADATA_KEY: json.dumps(facts)})
     with pytest.raises(FileFormatError, match="names no digest"):
         pnc.inspect(tmp_path / "f")
+
+
+def with_rivals():
+    """A clone that is calibrated beside others, with made-up values."""
+    branch = copy.deepcopy(made().branch)
+    rows = torch.arange(7.0 * branch.rivals.shape[1]).sin().reshape(7, -1).tolist()
+    scalars = Scalars(0.75, (0.5,) * len(NEW), tuple(map(tuple, rows)))
+    return dataclasses.replace(made(), branch=branch.rescaled(scalars))
+
+
+@pytest.mark.parametrize("kind", ["thin", "full"])
+def test_rivals_come_back_with_the_same_bits(tmp_path, kind):
+    clone = with_rivals()
+    assert not torch.equal(logits(clone), logits(made()))
+    pnc.save(clone, tmp_path / "a", kind)
+    assert "calibration.rivals" in load_file(tmp_path / "a")
+    loaded = pnc.load(tmp_path / "a", source=pair().source.module)
+    assert torch.equal(logits(loaded), logits(clone))
+    pnc.save(loaded, tmp_path / "b", kind)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+RIVALS = "calibration.rivals"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.update({RIVALS: t[RIVALS][:5]}), "a matrix of more than 5 rows; it is .5, "),
+        (lambda t: t.update({RIVALS: t[RIVALS][0]}), "a matrix of more than 5 rows"),
+        (lambda t: t.update({RIVALS: t[RIVALS].double()}), "'calibration.rivals' is .* float64"),
+        (lambda t: t.update({RIVALS: t[RIVALS][:, 1:]}), "rows of .* values; .* are needed"),
+        (lambda t: t[RIVALS].mul_(float("inf")), "not finite"),
+    ],
+)
+def test_damaged_rivals_are_refused(tmp_path, change, words):
+    pnc.save(with_rivals(), tmp_path / "f")
+    edited(tmp_path / "f", lambda tensors, _: change(tensors))
+    with pytest.raises(FileFormatError, match=words):
+        pnc.load(tmp_path / "f", source=pair().source.module)
 
 
 @pytest.mark.parametrize("kind", ["thin", "full"])

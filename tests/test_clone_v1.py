@@ -61,6 +61,8 @@ def test_they_hold_what_a_file_may_hold() -> None:
     assert {"body.3.weight", "body.7.weight"} & tensors["clone_v1_full"]
     heads = {name: pnc.inspect(FOLDER / f"{name}.safetensors")["head"] for name in LOGITS}
     assert heads["clone_v1_source_head"] == "source" and heads["clone_v1_thin"] == "stacked"
+    assert heads["clone_v1_discriminant"] == "discriminant"
+    assert "calibration.rivals" in tensors["clone_v1_rivals"]
 
 
 def test_the_names_of_the_networks_weights_have_not_changed() -> None:

@@ -39,8 +39,9 @@ def plan_of(target, branches, **settings) -> Plan:
     return Plan(
         **{
             "trunk": pnc.cuts.extract(target.recording, None, [*cuts, target.features, pnc.cuts.LOGITS]),
-            "features": target.features,
+            "features": (target.features,),
             "taps": tuple(cuts.index(branch.stitched.adapter.target_cut) for branch in branches),
+            "views": (0,) * len(branches),
             "names": names,
             "branches": tuple(branches),
             "calibrated": tuple(not branch.scalars.is_identity for branch in branches),
@@ -145,13 +146,18 @@ def test_convolutions_work_channels_last_where_they_can():
     assert not overwritten[0].channels_last, "views of a map need the usual layout"
 
 
+def rivals(n_rows, source):
+    values = torch.randn(n_rows, source.features.n_channels + 1, generator=torch.Generator().manual_seed(n_rows))
+    return tuple(map(tuple, values.tolist()))
+
+
 def test_heads_of_every_kind_calibrated_or_not_and_the_base_priority():
     target, source = small("Residual"), small("Plain")
     branches = [
         make_branch(target, source, (0, 3), head=head, n_new=n_new, scalars=scalars, seed=n_new)
         for head in ("stacked", "discriminant", "source")
         for n_new in (1, 3)
-        for scalars in (Scalars(), Scalars(0.7, (0.5,) * n_new))
+        for scalars in (Scalars(), Scalars(0.7, (0.5,) * n_new), Scalars(0.7, None, rivals(n_new + 2, source)))
     ]
     fused = assert_fused(plan_of(target, branches, base_priority=1.5), zoo.images(4))
     assert len(fused.heads) == 2, "one batch for each number of classes"

@@ -211,6 +211,20 @@ def test_a_state_dict_goes_round_also_within_another_module(stage, net, logits, 
         twin.load_state_dict({name: t for name, t in saved.items() if not name.startswith("branches.3")})
 
 
+def test_the_state_of_a_calibrated_composite_fits_into_one_that_is_not_and_back(stage, net, logits):
+    plain = copy.deepcopy(net.state_dict())
+    pnc.calibrate(net, stage.support)
+    assert any(len(branch.rivals) for branch in net.branches), "or it is easy"
+    with torch.no_grad():
+        calibrated = net(stage.images)
+        twin = pnc.attach(copy.deepcopy(stage.target), *stage.clones)
+        twin.load_state_dict(net.state_dict())
+        assert torch.equal(twin(stage.images), calibrated) and not torch.equal(calibrated, logits)
+        assert torch.equal(pickle.loads(pickle.dumps(twin))(stage.images), calibrated)  # noqa: S301 - our own bytes
+        twin.load_state_dict(plain)
+        assert torch.equal(twin(stage.images), logits)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_casts_take_the_target_along(stage, net, logits, dtype):
     net.to(dtype)
@@ -344,6 +358,9 @@ def test_compiled_code_follows_attach_detach_and_calibration(stage, backend):
     net.attach(given)
     assert agrees()
     net.rescale({"dog": Scalars(0.5, (1.0,))})
+    assert agrees()
+    rivals = torch.ones(3, net.branches[1].rivals.shape[1]).cumsum(0).tolist()
+    net.rescale({"dog": Scalars(0.5, (1.0,), tuple(map(tuple, rivals)))})
     assert agrees()
     net.base_priority = 2.0
     assert agrees()

@@ -4,9 +4,10 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pnc.errors import InputError
@@ -17,20 +18,25 @@ from pnc.tracing import info
 
 @dataclass(frozen=True)
 class Scalars:
-    """What calibration changes of a clone: its log-odds l against the base become scale * l + offset, class by class.
+    """What calibration changes of a clone: its log-odds l against the base become, class by class,
+
+        scale * l + offset + log p(an own class | an own class or a rival; the clone's features).
 
     Attributes:
         scale: Above 0; 1 for no change.
         offsets: In nats, one for each class; None for no change.
+        rivals: Linear discriminants on the clone's features, first of the classes of other clones, then of its own: a
+            row of D_s weights and a constant for each; empty for no change.
     """
 
     scale: float = 1.0
     offsets: tuple[float, ...] | None = None
+    rivals: tuple[tuple[float, ...], ...] = ()
 
     @property
     def is_identity(self) -> bool:
         """Whether nothing is changed: then the logits keep their bits."""
-        return self.scale == 1 and not any(self.offsets or ())
+        return self.scale == 1 and not any(self.offsets or ()) and not self.rivals
 
 
 class Branch(nn.Module):
@@ -50,8 +56,10 @@ class Branch(nn.Module):
         self.n_macs = stitched.adapter.n_macs + sum(info(node).n_macs for node in nodes)
         self.register_buffer("gain", torch.zeros(1))
         self.register_buffer("offset", torch.zeros(_n_new(head)))
+        self.register_buffer("rivals", torch.zeros(0, stitched.features.n_channels + 1))
         self.gain: Tensor
         self.offset: Tensor
+        self.rivals: Tensor
         self.requires_grad_(False)
         for module in self.modules():
             module.training = False
@@ -64,8 +72,11 @@ class Branch(nn.Module):
             target_features: Its penultimate features, (B, D_t).
             base_logits: Its logits, (B, K_base).
         """
-        logits = self.head_logits(tensor, target_features, base_logits)
+        features = self.stitched(tensor)
+        logits: Tensor = self.head(target_features, features, base_logits)
         moved = logits + self.gain * (logits - base_logits.logsumexp(1, keepdim=True)) + self.offset
+        if len(self.rivals):
+            return (moved + F.logsigmoid(against_rivals(features, self.rivals, len(self.offset)))).to(logits.dtype)
         # Where nothing is calibrated, the head's own bits.
         return torch.where((self.gain == 0) & (self.offset == 0), logits, moved.to(logits.dtype))
 
@@ -92,25 +103,56 @@ class Branch(nn.Module):
     @property
     def scalars(self) -> Scalars:
         """Those of calibration, as numbers."""
-        return Scalars(1 + float(self.gain), tuple(self.offset.tolist()))
+        rivals = tuple(map(tuple, self.rivals.tolist()))
+        return Scalars(1 + float(self.gain), tuple(self.offset.tolist()), rivals)
 
     def rescaled(self, scalars: Scalars) -> "Branch":
         """Give a branch over the same tensors with other scalars.
 
         Raises:
-            InputError: the scalars are not finite, the scale is not above 0, or the offsets are not one for each class.
+            InputError: the scalars are not finite, the scale is not above 0, the offsets are not one for each class, or
+                the rivals are no rows for this clone's features and classes.
         """
         offsets = scalars.offsets or (0.0,) * len(self.offset)
         if len(offsets) != len(self.offset):
             raise InputError(f"offsets: expected one for each of {len(self.offset)} classes; got {len(offsets)}")
         if not (math.isfinite(scalars.scale) and scalars.scale > 0 and all(map(math.isfinite, offsets))):
             raise InputError(f"scalars: expected a finite scale above 0 and finite offsets; got {scalars}")
+        width, least = self.rivals.shape[1], len(self.offset) + 1 if scalars.rivals else 0
+        if len(scalars.rivals) < least or any(len(row) != width for row in scalars.rivals):
+            raise InputError(
+                f"rivals: expected {least} rows or more of {width} values, those of the clone's {len(self.offset)} "
+                f"classes last; got {len(scalars.rivals)} rows"
+            )
+        rivals = self.rivals.new_tensor(scalars.rivals).reshape(-1, width)
+        if not bool(rivals.isfinite().all()):
+            raise InputError("rivals: expected finite values")
         branch = copy.copy(self)
         branch._buffers = {
             "gain": self.gain.new_full((1,), scalars.scale - 1),
             "offset": self.offset.new_tensor(offsets),
+            "rivals": rivals,
         }
         return branch
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Take as many rivals as the state dict has: a calibrated clone's fit into one that is not, and back."""
+        coming = state_dict.get(f"{prefix}rivals")
+        if coming is not None and coming.dim() == 2 and coming.shape[1] == self.rivals.shape[1]:
+            self.rivals = self.rivals.new_zeros(coming.shape)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def against_rivals(features: Tensor, rivals: Tensor, n_own: int) -> Tensor:
+    """Log-odds of a clone's own classes against those of other clones, (B, 1).
+
+    Args:
+        features: The clone's, (B, D_s).
+        rivals: (R + n_own, D_s + 1), as in `Scalars`.
+        n_own: Number of its own classes.
+    """
+    scores = F.linear(features.to(rivals.dtype), rivals[:, :-1], rivals[:, -1])
+    return scores[:, -n_own:].logsumexp(1, keepdim=True) - scores[:, :-n_own].logsumexp(1, keepdim=True)
 
 
 def _n_new(head: Head) -> int:

@@ -1,28 +1,34 @@
-"""Clones that were made apart, made to live together: scalars of theirs fitted on a few images of all classes.
+"""Clones that were made apart, made to live together: a few values of theirs fitted on a few images of all classes.
 
 Each clone's log-odds were fitted against the base alone. It has never seen the classes of the others, and tends to be
 too sure of itself; so it may fire on their images. Calibration moves the log-odds l of a clone to
 
-    scale * l + offset[class],
+    scale * l + offset[class] + log p(own | own or rival),
 
-the scale above 0 and the same for all its classes, and finds scales and offsets together, as the most probable ones
-given the support and a prior that says: as before. The problem is convex and small. The target's logits take no part in
-it, so the distribution among the base classes stays the target's own.
+the scale above 0 and the same for all its classes. The last term is what the clone's own features say against the
+classes of the other clones, its rivals: their images are far from all that its log-odds were fitted on, and there it
+may be as sure as on its own. Linear discriminants that are fitted on the support tell them apart, as far as the
+source's features do; how sure they may be is decided on images that they were not fitted on.
+
+Scales and offsets are found together, as the most probable ones given the support and a prior that says: as before. The
+problem is convex and small. The target's logits take no part in it, so the distribution among the base classes stays
+the target's own.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pnc.branch import Scalars
+from pnc.branch import Scalars, against_rivals
 from pnc.composite import Composite
 from pnc.data import Support, as_images, as_support, images_as_float, listed
 from pnc.errors import ClassNameError, InputError
-from pnc.heads import balanced_weights
+from pnc.heads import HeadSamples, balanced_weights, choose_shrinkage, fit_discriminant
 
 SCALE_SPREAD = 0.1
 OFFSET_SPREAD = 0.3
@@ -31,6 +37,12 @@ CLASS_SPREAD = 0.5
 of its classes about that one. They are small because the support is usually the one that the clones were made from: on
 it each clone looks better than it is, and the weights of its head, fitted on held-out images, deserve more trust. Where
 some hundred images say otherwise, they are stronger all the same."""
+
+N_FOLDS = 5
+"""Into so many parts, at most, the support is parted to judge discriminants on images that they were not fitted on."""
+
+SURENESS = tuple(step / 20 for step in range(21))
+"""What discriminants of own classes against rivals may be multiplied by: 0 leaves them out, 1 believes them."""
 
 MAX_STEPS = 100
 """Newton steps at most; ten are usual."""
@@ -48,7 +60,7 @@ class Calibration:
         loss_before: Mean cross-entropy of the uncalibrated logits on the support, in nats, base and new samples
             weighing the same, and so the classes of either kind;
             over the new classes alone where there are no base samples.
-        loss_after: The same after calibration.
+        loss_after: The same after calibration, rivals being judged on images that they were not fitted on.
         n_images: In the support and the background.
         has_base: Whether any of them shows a base class; without, scales stay 1.
     """
@@ -66,7 +78,8 @@ class _Problem:
 
     Attributes:
         base_logits: (N, K_base); no column where there are no base samples.
-        level: logsumexp of the target's logits, (N, 1), which log-odds are relative to; zero where it does not matter.
+        level: What the log-odds are added to, (N, K_new): logsumexp of the target's logits, or zero where that does not
+            matter; and what each clone's features say against its rivals.
         log_odds: Of all new classes, (N, K_new).
         labels: (N,), places among the columns of `base_logits` followed by those of `log_odds`.
         owner: Which clone each new class belongs to, (K_new, n_clones), one-hot.
@@ -145,29 +158,92 @@ def calibrate(net: Composite, support: Any, *, background: Any = None, batch_siz
     data = as_support(support, names=names)
     labels = _labels(data, names, len(base))
     unlabelled = data.images[:0] if background is None else as_images(background, "background", data.images)
-    base_logits, found = collect_log_odds(net, torch.cat([data.images, unlabelled]), batch_size)
+    base_logits, found, features = collect_log_odds(net, torch.cat([data.images, unlabelled]), batch_size)
     labels = torch.cat([labels, base_logits[len(labels) :].argmax(1)])
     has_base = bool((labels < len(base)).any())
     level, log_odds = base_logits.logsumexp(1, keepdim=True), torch.cat(list(found.values()), 1)
     owner = torch.arange(len(found)).repeat_interleave(torch.tensor([one.shape[1] for one in found.values()]))
+    told = [_against_rivals(one, labels - len(base), owner == place) for place, one in enumerate(features.values())]
     if not has_base:
         base_logits, level, labels = base_logits[:, :0], 0 * level, labels - len(base)
-    problem = _Problem(base_logits, level, log_odds, labels, F.one_hot(owner, len(found)).double())
+    raw = _Problem(base_logits, level, log_odds, labels, F.one_hot(owner, len(found)).double())
+    problem = replace(raw, level=level + torch.cat([one for one, _ in told], 1)[:, owner])
     scales, offsets = _most_probable(problem, fit_scales=has_base)
     if not has_base:
         offsets = offsets - offsets.mean()  # what is common to all new classes speaks of base against new
+    sizes = problem.owner.sum(0).long().tolist()
     scalars = {
-        name: Scalars(float(scale), tuple(one.tolist()))
-        for name, scale, one in zip(found, scales, offsets.split(problem.owner.sum(0).long().tolist()), strict=True)
+        name: Scalars(float(scale), tuple(one.tolist()), rivals)
+        for name, scale, one, (_, rivals) in zip(found, scales, offsets.split(sizes), told, strict=True)
     }
     net.rescale(scalars)
     return Calibration(
         scalars=scalars,
-        loss_before=float(problem.loss(torch.ones_like(scales), torch.zeros_like(offsets))),
+        loss_before=float(raw.loss(torch.ones_like(scales), torch.zeros_like(offsets))),
         loss_after=float(problem.loss(scales, offsets)),
         n_images=len(labels),
         has_base=has_base,
     )
+
+
+def _against_rivals(features: Tensor, labels: Tensor, is_own: Tensor) -> tuple[Tensor, tuple[tuple[float, ...], ...]]:
+    """Tell a clone's classes from those of the others, on its own features.
+
+    Args:
+        features: (N, D_s).
+        labels: (N,), places among the new classes of all clones; below 0 for images of base classes.
+        is_own: Which of the new classes are the clone's, (K_new,) bool.
+    Returns:
+        log p(own | own or rival), (N, 1), of new images by discriminants that were fitted without them; and the rivals
+        as in `Scalars`. Zeros and none where there are no others, or some class has one image only.
+    """
+    is_new = labels >= 0
+    own, others = is_own.nonzero().flatten(), (~is_own).nonzero().flatten()
+    n_folds = min(N_FOLDS, int(labels[is_new].bincount().min()))
+    nothing = torch.zeros(len(labels), 1, dtype=torch.float64), ()
+    if not len(others) or n_folds < 2:
+        return nothing
+    place = torch.cat([others, own]).argsort()[labels[is_new]]
+    samples = HeadSamples(
+        target_features=features[is_new, :0],
+        clone_features=features[is_new],
+        base_logits=features.new_zeros(len(place), len(others)),
+        own_logits=features.new_zeros(len(place), len(own)),
+        labels=place,
+        folds=_number_within_class(place) % n_folds,
+        n_classes=len(is_own),
+    )
+    shrinkage, held_out = choose_shrinkage(samples)
+    # Those are the logits of own classes beside others whose logits are all zero.
+    log_odds = held_out[:, len(others) :].logsumexp(1, keepdim=True) - math.log(len(others))
+    sureness = _sureness(log_odds, place >= len(others))
+    if sureness == 0:
+        return nothing
+    head = fit_discriminant(samples, shrinkage)
+    rivals = sureness * torch.cat([head.weight, head.bias[:, None]], 1)
+    against = against_rivals(features, rivals.double(), len(own))
+    against[is_new] = sureness * log_odds
+    return F.logsigmoid(against), tuple(map(tuple, rivals.tolist()))
+
+
+def _sureness(log_odds: Tensor, is_own: Tensor) -> float:
+    """The factor that makes log-odds (N, 1) of own against rival most probable, both kinds weighing the same."""
+    signed = torch.where(is_own[:, None], log_odds, -log_odds)
+
+    def loss(factor: float) -> float:
+        losses = -F.logsigmoid(factor * signed)
+        return float(losses[is_own].mean() + losses[~is_own].mean())
+
+    return min(SURENESS, key=loss)
+
+
+def _number_within_class(labels: Tensor) -> Tensor:
+    """How many earlier samples have the label of each, (N,)."""
+    numbers = torch.empty_like(labels)
+    for label in labels.unique():
+        rows = labels == label
+        numbers[rows] = torch.arange(int(rows.sum()))
+    return numbers
 
 
 def _labels(data: Support, names: Sequence[str], n_base: int) -> Tensor:
@@ -186,7 +262,9 @@ def _labels(data: Support, names: Sequence[str], n_base: int) -> Tensor:
     return place[data.labels]
 
 
-def collect_log_odds(net: Composite, images: Tensor, batch_size: int = 128) -> tuple[Tensor, dict[str, Tensor]]:
+def collect_log_odds(
+    net: Composite, images: Tensor, batch_size: int = 128
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Run images through `Composite.log_odds`.
 
     Args:
@@ -194,19 +272,22 @@ def collect_log_odds(net: Composite, images: Tensor, batch_size: int = 128) -> t
         images: (N, C, H, W), uint8 or floating point.
         batch_size: Images at a time.
     Returns:
-        The target's logits (N, K_base) and, by name, each enabled clone's uncalibrated log-odds (N, K_new); float64 on
-        the CPU.
+        The target's logits (N, K_base) and, by name, each enabled clone's uncalibrated log-odds (N, K_new) and its
+        features (N, D_s); float64 on the CPU.
     """
     like = next(net.parameters(), torch.empty(0))
     base_logits: list[Tensor] = []
     log_odds: dict[str, list[Tensor]] = {}
+    features: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for batch in images.split(batch_size):
             base, found = net.log_odds(images_as_float(batch).to(like.device, like.dtype))
             base_logits.append(base.double().cpu())
-            for name, one in found.items():
+            for name, (one, own) in found.items():
                 log_odds.setdefault(name, []).append(one.double().cpu())
-    return torch.cat(base_logits), {name: torch.cat(parts) for name, parts in log_odds.items()}
+                features.setdefault(name, []).append(own.double().cpu())
+    joined, own_features = ({name: torch.cat(parts) for name, parts in kind.items()} for kind in (log_odds, features))
+    return torch.cat(base_logits), joined, own_features
 
 
 def _most_probable(problem: _Problem, fit_scales: bool) -> tuple[Tensor, Tensor]:

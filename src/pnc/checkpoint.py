@@ -29,6 +29,7 @@ __all__ = ["Kind", "inspect", "load", "read_clone_file", "save"]
 
 _STATISTICS = ("running_mean", "running_var")
 _ADAPTER, _HEAD, _BODY, _CALIBRATION, _MASKS = "adapter.", "head.", "body.", "calibration.", "masks"
+_RIVALS = f"{_CALIBRATION}rivals"
 
 
 def save(clone: Clone, path: str | Path, kind: Kind = "thin") -> int:
@@ -44,9 +45,8 @@ def save(clone: Clone, path: str | Path, kind: Kind = "thin") -> int:
         InputError: the path cannot be written to, a value is not finite, or a name is not printable.
     """
     tensors = {name: _short(name, tensor) for name, tensor in _fitted(clone.branch).items() if tensor.numel()}
-    scalars = [name for name in tensors if name.startswith(_CALIBRATION)]
-    if not any(bool(tensors[name].any()) for name in scalars):  # zeros are what a file without them stands for
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in scalars}
+    if clone.branch.scalars.is_identity:  # which is what a file without them stands for
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CALIBRATION)}
     if clone.masks is not None:
         tensors[_MASKS] = torch.frombuffer(bytearray(clone.masks.to_bytes()), dtype=torch.uint8)
     tensors |= {f"{_BODY}{name}": tensor for name, tensor in _body_tensors(clone, kind).items()}
@@ -201,7 +201,16 @@ def _adapter_arguments(manifest: Manifest) -> tuple[CutPoint, CutPoint, bool]:
 
 def _skeleton(path: str | Path, manifest: Manifest, tensors: Mapping[str, Tensor], stitched: Stitched) -> Branch:
     """A branch with the head that the metadata names, as large as the file's tensors say, and no values yet."""
-    return Branch(stitched, _head(path, manifest, tensors))
+    branch = Branch(stitched, _head(path, manifest, tensors))
+    rivals = tensors.get(_RIVALS)
+    if rivals is not None:
+        n_new = len(manifest.classes)
+        if rivals.dim() != 2 or len(rivals) <= n_new:
+            raise FileFormatError(
+                f"{path} is damaged: {_RIVALS!r} must be a matrix of more than {n_new} rows; it is {_described(rivals)}"
+            )
+        branch.rivals = torch.zeros(rivals.shape)
+    return branch
 
 
 def _head(path: str | Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> Head:
@@ -242,6 +251,10 @@ def _check_head(path: str | Path, branch: Branch, manifest: Manifest) -> None:
     """Run the head once, on zeros of the sizes that it will meet."""
     n_base, n_features = len(manifest.base_classes), manifest.target_features.n_channels
     sizes = n_features, branch.stitched.features.n_channels, n_base
+    if branch.rivals.shape[1] != sizes[1] + 1:
+        raise FileFormatError(
+            f"{path} is damaged: {_RIVALS!r} has rows of {branch.rivals.shape[1]} values; {sizes[1] + 1} are needed"
+        )
     try:
         branch.head(*(torch.zeros(1, size) for size in sizes))
     except RuntimeError as error:

@@ -211,12 +211,12 @@ class Composite(HasClones):
         with torch.inference_mode(False):
             return FusedComposite(self._plan, self._recording.probe)
 
-    def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Give what calibration starts from: the target's logits, and what the enabled clones say against the base.
 
         Returns:
             Logits (B, K_base); and by name of the clone its uncalibrated logits minus the logsumexp of those,
-            (B, K_new).
+            (B, K_new), with its features, (B, D_s).
         """
         return self._plan.log_odds(images)
 

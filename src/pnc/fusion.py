@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pnc.branch import Branch
+from pnc.branch import Branch, against_rivals
 from pnc.errors import InputError, PNCError
 from pnc.folding import Part, folded_part, grows
 from pnc.heads import DiscriminantHead, SourceHead, StackedHead
@@ -169,7 +169,8 @@ class _Heads(nn.Module):
 
         scale * (log_softmax(sum) + w0 * (lse(new) - lse(base)) + w1 * lse(own)) + w2 * level + shift,
 
-    where lse is logsumexp and `level` that of the target's logits: `heads.StackedHead` with its terms collected.
+    where lse is logsumexp and `level` that of the target's logits: `heads.StackedHead` with its terms collected. What a
+    calibrated clone's features say against its rivals is added to that.
 
     Attributes:
         places: Which clones they are of.
@@ -188,6 +189,7 @@ class _Heads(nn.Module):
         self.register_buffer("weights", torch.stack([row.weights for row in rows]))
         self.register_buffer("shift", torch.stack([row.shift for row in rows]))
         self.clone_weight = nn.ParameterList(row.clone_weight for row in rows)
+        self.rivals = nn.ParameterList(row.rivals for row in rows)
 
     def forward(self, target_features: Tensor, clone_features: Sequence[Tensor], base_logits: Tensor) -> list[Tensor]:
         """New logits of each clone, (B, K_new)."""
@@ -203,7 +205,11 @@ class _Heads(nn.Module):
         new = w0 * (fitted - base) + w1 * theirs + w2 * level + self.shift
         if k > 1:
             new = new + scale * scores[..., -k:].log_softmax(2)
-        return list(new.to(base_logits.dtype).unbind(1))
+        each = list(new.unbind(1))
+        for place, (one, rivals) in enumerate(zip(clone_features, self.rivals, strict=True)):
+            if len(rivals):
+                each[place] = each[place] + F.logsigmoid(against_rivals(one, rivals, k))
+        return [one.to(base_logits.dtype) for one in each]
 
 
 @dataclass(frozen=True)
@@ -216,6 +222,7 @@ class _Rows:
         bias: (R,).
         weights: scale, w0, w1 and w2, (4, 1).
         shift: (K_new,).
+        rivals: As in the branch, (none or R + K_new, D_s + 1).
     """
 
     target_weight: Tensor
@@ -223,6 +230,7 @@ class _Rows:
     bias: Tensor
     weights: Tensor
     shift: Tensor
+    rivals: Tensor
 
 
 def _rows(branch: Branch, n_target: int, n_base: int, base_priority: float) -> _Rows:
@@ -239,8 +247,8 @@ def _rows(branch: Branch, n_target: int, n_base: int, base_priority: float) -> _
     scale = 1 + branch.gain.double()
     weights = torch.stack([scale, scale * odds[0], scale * odds[1], 1 + scale * odds[2]])
     shift = scale * odds[3] + branch.offset.double() - base_priority
-    tensors = weight[:, :n_target], weight[:, n_target:], bias, weights, shift
-    return _Rows(*(tensor.to(branch.gain.dtype).contiguous() for tensor in tensors))
+    tensors = weight[:, :n_target], weight[:, n_target:], bias, weights, shift, branch.rivals
+    return _Rows(*(tensor.to(branch.gain.dtype, copy=True).contiguous() for tensor in tensors))
 
 
 def _stacked(branch: Branch, n_target: int, n_base: int) -> StackedHead:

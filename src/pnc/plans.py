@@ -137,14 +137,15 @@ class Plan:
                 raise InputError(f"only: row {row}: {unknown_name(str(name), self.names, 'enabled clone')}")
         return names
 
-    def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Give the target's logits and each clone's uncalibrated log-odds against the base: `Composite.log_odds`."""
+    def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """Give the target's logits, each clone's uncalibrated log-odds and its features: `Composite.log_odds`."""
         inputs, logits = self._run(images)
         level = logits.logsumexp(1, keepdim=True)
-        return logits, {
-            name: branch.head_logits(*seen, logits) - level
-            for name, seen, branch in zip(self.names, inputs, self.branches, strict=True)
-        }
+        found = {}
+        for name, (tensor, target_features), branch in zip(self.names, inputs, self.branches, strict=True):
+            features = branch.stitched(tensor)
+            found[name] = (branch.head(target_features, features, logits) - level, features)
+        return logits, found
 
     def _run(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """For each branch the tensor and the pooled features that it reads; and the target's logits."""

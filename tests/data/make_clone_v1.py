@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import pnc
+from pnc.branch import Branch, Scalars
+from pnc.heads import StackedHead
 from pnc.task import prepare_task
 
 FOLDER = Path(__file__).parent
@@ -76,13 +78,19 @@ def clones() -> dict[str, tuple[pnc.Clone, str]]:
         place = max(found.positions, key=lambda position: position.n_params)
         made[n_images] = pnc.fit(task, found.adapter(place), density=0.5, method="taylor", name="v1")
     calibrated = replace(made[28], branch=copy.deepcopy(made[28].branch))
-    for scalars in calibrated.branch.buffers(recurse=False):
-        scalars.fill_(0.25)
+    for values in (calibrated.branch.gain, calibrated.branch.offset):
+        values.fill_(0.25)
+    assert isinstance(made[28].branch.head, StackedHead)
+    discriminant = Branch(made[28].branch.stitched, made[28].branch.head.discriminants)
+    rivals = wave(torch.Size([6, 9]), 0.4).tolist()
+    beside_others = calibrated.branch.rescaled(Scalars(1.25, (0.25,) * 4, tuple(map(tuple, rivals))))
     return {
         "clone_v1_thin": (made[28], "thin"),
         "clone_v1_full": (made[28], "full"),
         "clone_v1_source_head": (made[0], "thin"),
         "clone_v1_calibrated": (calibrated, "thin"),
+        "clone_v1_rivals": (replace(calibrated, branch=beside_others), "thin"),
+        "clone_v1_discriminant": (replace(made[28], branch=discriminant), "thin"),
     }
 
 

@@ -1,5 +1,7 @@
 """Clones that were made apart beside one clone made of all their classes at once, before and after calibration."""
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,14 +10,18 @@ from statistics import fmean
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from pnc.bench.results import Cells, Claim, at_least, at_most, over_seeds, table
+from pnc.branch import Scalars, against_rivals
 from pnc.calibration import calibrate, collect_log_odds
 from pnc.checkpoint import load, save
 from pnc.cloning import Clone, clone
 from pnc.composite import Composite, attach
 from pnc.data import ImageSet, Support, class_subset, draw_support, images_as_float, relabel
 from pnc.errors import InputError
+from pnc.integrity import fingerprint, value_digests
 from pnc.metrics import evaluate
 from pnc.models import LoadedModel
 from pnc.positions import Progress
@@ -110,16 +116,13 @@ def _row(setting: Setting, seed: int, arrangement: str) -> dict[str, Any]:
     clones = [_clone(setting, support, part, seed) for part in parts(new, arrangement)]
     net = attach(target.module, *clones)
     test = relabel(class_subset(setting.test, net.classes), net.classes)
-    base_logits, log_odds = collect_log_odds(net, test.images, 250)
+    base_logits, log_odds, features = collect_log_odds(net, test.images, 250)
     start = time.perf_counter()
     found = calibrate(net, support)
     seconds = time.perf_counter() - start
     level = base_logits.logsumexp(1, keepdim=True)
     raw = torch.cat([base_logits, *(level + one for one in log_odds.values())], 1)
-    moved = [
-        level + found.scalars[name].scale * one + torch.tensor(found.scalars[name].offsets, dtype=one.dtype)
-        for name, one in log_odds.items()
-    ]
+    moved = [level + _moved(one, features[name], found.scalars[name]) for name, one in log_odds.items()]
     calibrated = torch.cat([base_logits, *moved], 1)
     return {
         "raw": asdict(evaluate(raw, test.labels, base_logits)),
@@ -128,18 +131,29 @@ def _row(setting: Setting, seed: int, arrangement: str) -> dict[str, Any]:
         "calibrate_seconds": seconds,
         "loss_before": found.loss_before,
         "loss_after": found.loss_after,
-        "scalars": {name: asdict(one) for name, one in found.scalars.items()},
+        "scalars": {
+            name: {"scale": one.scale, "offsets": one.offsets, "rivals": len(one.rivals)}
+            for name, one in found.scalars.items()
+        },
         "positions": [f"{one.target_cut} > {one.source_cut}" for one in net.status()],
         "scores": [one.recipe["score"] for one in clones],
     }
+
+
+def _moved(log_odds: Tensor, features: Tensor, scalars: Scalars) -> Tensor:
+    """The log-odds of a calibrated clone, as the docs have them; (N, K_new), of uncalibrated ones and (N, D_s)."""
+    moved = scalars.scale * log_odds + torch.tensor(scalars.offsets, dtype=log_odds.dtype)
+    if scalars.rivals:
+        against = against_rivals(features, features.new_tensor(scalars.rivals), log_odds.shape[1])
+        moved = moved + F.logsigmoid(against)
+    return moved
 
 
 def _clone(setting: Setting, support: Support, part: Part, seed: int) -> Clone:
     """Make one clone, or read it where it was made before with the same settings."""
     index, classes = part
     source, target = setting.sources[index], setting.target
-    name = f"seed{seed}-source{index + 1}-{'+'.join(classes)}.safetensors"
-    path = None if setting.folder is None else setting.folder / name
+    path = None if setting.folder is None else setting.folder / _file_name(setting, support, part, seed)
     if path is not None and path.exists():
         return load(path, source=source.module)
     images = ImageSet(support.images, support.labels, support.names)
@@ -156,6 +170,15 @@ def _clone(setting: Setting, support: Support, part: Part, seed: int) -> Clone:
     if path is not None:
         save(made, path)
     return made
+
+
+def _file_name(setting: Setting, support: Support, part: Part, seed: int) -> str:
+    """Of a kept clone: whatever it depends on, but for the version of the library, makes the name another one."""
+    index, classes = part
+    networks = [fingerprint(one.module).weights for one in (setting.sources[index], setting.target)]
+    facts = [*value_digests([support.images, support.labels]), support.names, networks, setting.flip, seed]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+    return f"seed{seed}-source{index + 1}-{'+'.join(classes)}-{digest}.safetensors"
 
 
 def _difference(net: Composite, test: ImageSet, expected: torch.Tensor, n_images: int = 64) -> float:
