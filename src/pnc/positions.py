@@ -47,8 +47,6 @@ N_ERRORS_FINAL = 2.0
 """Standard errors of the difference to the best by which a position may lie behind after the first round."""
 N_ERRORS = 0.5
 """Standard errors of the difference to the best that are given up for lower cost; see docs/method.md."""
-N_ERRORS_WHOLE = 2.0
-"""Standard errors of the difference by which the whole source must be better than any part of it, to be taken."""
 ROUNDING = 1e-12
 NO_ERROR = 1e-6
 """Share of the variance that an adapter may miss which only passes on what it gets."""
@@ -168,8 +166,7 @@ class Scan:
     ) -> Position:
         """Choose the cheapest position whose score lies within half a standard error of the best one's.
 
-        It is the error of the difference between both, on the same images (`loss_against`). A position that costs as
-        much as the whole source counts only where all others are worse beyond doubt: by `N_ERRORS_WHOLE` such errors.
+        It is the error of the difference between both, on the same images (`loss_against`).
         Of those within the bounds, the ones that were scored on most images count.
 
         Without base samples nothing tells what an adapter does to images of base classes, which it was not fitted on: a
@@ -183,7 +180,7 @@ class Scan:
             InputError: no scored position is that cheap; the message names the cheapest.
         """
         has_base = any(bool(outcome.is_base.any()) for outcome in self.outcomes.values())
-        allowed = self._worth_considering() if has_base else list(self.positions)
+        allowed = list(self.positions)
         if max_macs is not None:
             cheapest = min(p.macs_share for p in allowed)
             allowed = [p for p in allowed if p.macs_share <= max_macs]
@@ -205,18 +202,6 @@ class Scan:
             if loss <= n_errors * error + ROUNDING:
                 as_good.append(position)
         return min(as_good, key=lambda p: (p.n_macs, -p.score))
-
-    def _worth_considering(self) -> list[Position]:
-        """The positions that cost less than the whole source; all, where those are worse beyond doubt or missing."""
-        cheaper = [p for p in self.positions if p.macs_share < 1]
-        if not cheaper:
-            return list(self.positions)
-        n_images = max(p.n_images for p in cheaper)
-        best = max((p for p in self.positions if p.n_images >= n_images), key=lambda p: p.score)
-        loss, error = self.loss_against(
-            max((p for p in cheaper if p.n_images == n_images), key=lambda p: p.score), best
-        )
-        return list(self.positions) if loss > N_ERRORS_WHOLE * error else cheaper
 
 
 def scan(
