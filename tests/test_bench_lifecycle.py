@@ -1,15 +1,18 @@
+import dataclasses
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from digits import BASE, NEW
 from pnc.bench import lifecycle, sequences
-from pnc.bench.lifecycle import parts
+from pnc.bench.lifecycle import Setting, _file_name, parts
 from pnc.bench.results import Cells
 from pnc.bench_cli import bench
+from pnc.data import ImageSet, Support
 from pnc.errors import InputError
-from pnc.models import build_model, save_model
+from pnc.models import build_model, load_model, save_model
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +25,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, second="r", n_sequences=3, more=""):
+def run(folder, second="r", n_sequences=3):
     files = [folder / f"{name}.safetensors" for name in ("s", second, "t")]
     words = f"lifecycle --source {files[0]} --source {files[1]} --target {files[2]} --data digits --support 6/3"
     words = f"{words} --no-flip --seeds 1 --n-test 10 --sequences {n_sequences} --keep {folder / 'keep'}"
-    words = f"{words} --json {folder / 'l.json'} {more}"
+    words = f"{words} --json {folder / 'l.json'}"
     return CliRunner().invoke(bench, words.split(), catch_exceptions=False)
 
 
@@ -59,6 +62,30 @@ def test_clones_made_apart_stand_beside_one_made_at_once_and_nothing_is_made_twi
     assert run(folder, n_sequences=0).exit_code == 0, "kept clones are read"
     again = json.loads((folder / "l.json").read_text())["rows"]
     assert [row["calibrated"] for row in again] == [row["calibrated"] for row in before]
+
+
+def test_names_of_kept_clones_say_what_these_depend_on(folder):
+    s, r, t = (load_model(str(folder / f"{name}.safetensors")) for name in "srt")
+    images, labels = torch.zeros(2, 1, 2, 2), torch.tensor([0, 1])
+    data, support = ImageSet(images, labels, ("a", "b")), Support(images, labels, ("a", "b"))
+    setting, part = Setting((s, r), t, data, data, 1, 1, False, folder), (0, ("5",))
+    names = {
+        _file_name(*given)
+        for given in (
+            (setting, support, part, 0),
+            (setting, support, part, 1),
+            (setting, support, (1, ("5",)), 0),
+            (setting, support, (0, ("5", "6")), 0),
+            (dataclasses.replace(setting, flip=True), support, part, 0),
+            (dataclasses.replace(setting, target=s), support, part, 0),
+            (dataclasses.replace(setting, sources=(r, r)), support, part, 0),
+            (setting, Support(images + 1, labels, ("a", "b")), part, 0),
+            (setting, Support(images, labels, ("a", "c")), part, 0),
+        )
+    }
+    assert len(names) == 9
+    again = dataclasses.replace(setting, folder=None, sources=(s, s))
+    assert _file_name(again, support, part, 0) in names, "the other source does not matter"
 
 
 def test_sources_must_know_the_same_classes(folder):
