@@ -298,7 +298,8 @@ def prepare_task(
     read = read_network(source, examples, known, "source"), read_network(target, examples, base, "target")
     if read[0].device != read[1].device:
         raise InputError(f"source is on {read[0].device}, target on {read[1].device}; move both to one device")
-    seen = [_answers(read[1], store.read(rows)) for rows in torch.arange(n_given, len(store)).split(batch_size)]
+    numbers = torch.arange(n_given, len(store)).split(batch_size)
+    seen = [_answers(read[1], store.read(rows)) for rows in numbers if len(rows)]
     task = CloneTask(
         source=read[0],
         target=read[1],
