@@ -51,3 +51,12 @@ def test_a_cell_is_measured_once_in_a_process_of_its_own(tmp_path):
 def test_memory_and_time_of_a_clone_are_measured(monkeypatch):
     row = scale._clone(*scale._pair(1, 0.25), scale.Noise(60, 32), ALONE)
     assert row["macs_share"] > 0 and row["seconds"] > 0
+
+
+def test_without_the_large_network_the_other_claims_stay():
+    few = [row for row in rows() if row["cell"] != "clone, ResNet-50"]
+    assert [claim.claim for claim in scale.claims(few)] == [
+        claim.claim for claim in scale.claims(rows()) if "ResNet-50" not in claim.claim
+    ]
+    assert "The ResNet-50 pair was not measured." in scale.markdown(few, 2, None)
+    assert not any("ResNet-50" in cell["cell"] for cell in scale.cells(100, 0, 100))

@@ -14,7 +14,7 @@ from pnc.screen import progress, say
 
 def measure_scale(
     stream: Annotated[int, typer.Option(help="Images of 32x32 that are streamed.", min=100)] = 50_000,
-    large: Annotated[int, typer.Option(help="Images of 224x224 for the ResNet-50 pair.", min=100)] = 500,
+    large: Annotated[int, typer.Option(help="Images of 224x224 for the ResNet-50 pair; 0: without it.", min=0)] = 500,
     many: Annotated[int, typer.Option(help="Images of 32x32 for the memory of a scan.", min=100)] = 5_000,
     plot: Annotated[bool, typer.Option(help="Draw a picture too; needs the extra `plots`.")] = True,
     out: Annotated[Path, typer.Option(help="Folder for scale.json, .md, .png and .jsonl.")] = Path("results"),
