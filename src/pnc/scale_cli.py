@@ -8,6 +8,7 @@ import typer
 from pnc.arguments import check_outputs
 from pnc.bench import scale
 from pnc.bench.results import Cells, write_results
+from pnc.errors import InputError
 from pnc.plots import draw_growth
 from pnc.screen import progress, say
 
@@ -24,6 +25,8 @@ def measure_scale(
 
     Takes half an hour on two cores; rows that are in scale.jsonl already are not made again.
     """
+    if 0 < large < 100:
+        raise InputError(f"large: expected 0, for no ResNet-50 pair, or at least 100 images; got {large}")
     paths = {suffix: out / f"scale.{suffix}" for suffix in ("json", "md", "jsonl", "png")}
     check_outputs(dict(paths))
     kept = Cells(paths["jsonl"], {"threads": threads}, scale.KEYS)
