@@ -41,8 +41,8 @@ def least_priority(logits: Tensor, labels: Tensor, groups: Tensor, n_base: int, 
     """Nats to take off all new logits, as few as possible, so that base images lose no more accuracy than is allowed.
 
     An image is lost where the target alone is right and the composite is not. The number is chosen such that, counting
-    one lost image more than were seen, the bound holds: then it holds, about and on average over supports, on new images
-    like the held-out ones.
+    one lost image more than were seen, the bound holds: then it holds on new images like the held-out ones, about and on
+    average over supports.
 
     Args:
         logits: Of the composite, (N, K_base + K_new), of each sample by a head that was fitted without it.
