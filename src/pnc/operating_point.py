@@ -40,8 +40,8 @@ def check_promise(max_base_drop: float, n_images: int) -> None:
 def least_priority(logits: Tensor, labels: Tensor, groups: Tensor, n_base: int, max_base_drop: float) -> float:
     """Nats to take off all new logits, as few as possible, so that base images lose no more accuracy than is allowed.
 
-    An image is lost where the target alone is right and the composite is not. The number is chosen such that, counting
-    one lost image more than were seen, the bound holds: then it holds on new images like the held-out ones, about and on
+    An image is lost where the target alone is right and the composite is not. The number is chosen such that the bound
+    holds for one lost image more than were seen: then it holds on new images like the held-out ones, about and on
     average over supports.
 
     Args:
