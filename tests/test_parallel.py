@@ -36,7 +36,8 @@ def clones(team, nets, data):
     selection.GATES_STEPS = selection.NORMS_STEPS = 3  # more would only let rounding grow
     task = prepared(nets, data, team)
     found = pnc.scan(task, max_cuts=3)
-    position = max((p for p in found.positions if p.macs_share < 1), key=lambda p: p.n_macs)
+    # Where the adapter fits exactly, as at the input, gradients are rounding alone and Adam makes steps of them.
+    position = max((p for p in found.positions if p.adapter_error > 0.1), key=lambda p: p.n_macs)
     fitted = found.adapter(position)
     body = source_body(task, position.source_cut)
     stitched = Stitched(fitted.adapter, body, task.source.head.features)
@@ -49,6 +50,7 @@ def clones(team, nets, data):
         "closed": closed.branch.state_dict(),
         "thinned": thinned.branch.state_dict(),
         "masks": thinned.masks.flat,
+        "start": fitted.adapter.weight,
         "tuned": tuned.weight,
     }
 
@@ -102,6 +104,11 @@ def made(tmp_path_factory):
     return alone, [torch.load(folder / f"{rank}.pt") for rank in range(N_PROCESSES)]
 
 
+def distance(a, b):
+    """Of two tensors, as a share of the second's norm."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-12))
+
+
 def test_every_process_ends_with_the_same_clone(made):
     _, (first, second) = made
     assert first.keys() == second.keys()
@@ -115,23 +122,25 @@ def test_the_closed_form_is_that_of_one_process(made):
     assert torch.equal(together["scores"], alone["scores"])
     assert together["closed"].keys() == alone["closed"].keys()
     for name, value in alone["closed"].items():
-        torch.testing.assert_close(together["closed"][name], value, rtol=1e-3, atol=1e-4)  # discriminants are in half
+        assert distance(together["closed"][name], value) < 5e-3, name  # discriminants are in half precision
 
 
 def test_gates_and_norms_are_those_of_one_process(made):
     alone, (together, _) = made
-    # In double precision Adam turns differences of 1e-16 in a gradient near zero into no more than this.
-    torch.testing.assert_close(together["learned"], alone["learned"], rtol=1e-6, atol=1e-8)
+    for name, value in alone["learned"].items():
+        assert distance(together["learned"][name], value) < 1e-5, name  # double precision, six steps of Adam
     assert torch.equal(together["masks"], alone["masks"])
     body = [name for name in alone["thinned"] if "running" in name]
     assert body
     for name in body:
-        torch.testing.assert_close(together["thinned"][name], alone["thinned"][name], rtol=1e-2, atol=1e-3)  # float32
+        assert distance(together["thinned"][name], alone["thinned"][name]) < 1e-2, name  # float32
 
 
 def test_refinement_is_that_of_one_process(made):
     alone, (together, _) = made
-    torch.testing.assert_close(together["tuned"], alone["tuned"], rtol=1e-4, atol=1e-5)  # float32, five steps
+    moved = alone["tuned"] - alone["start"]
+    assert moved.abs().max() > 0.001  # farther than one step
+    assert distance(together["tuned"] - together["start"], moved) < 0.02  # float32, five steps of Adam
 
 
 def test_one_process_is_a_team_of_its_own(monkeypatch):
