@@ -10,6 +10,7 @@ import pnc
 from digits import NEW, pair, support
 from pnc import positions, regression
 from pnc.cuts import candidate_cuts, extract
+from pnc.integrity import fingerprint
 from pnc.positions import shortlist
 from pnc.regression import PENALTIES
 from pnc.stitching import AdapterFitter, Stitched
@@ -160,6 +161,7 @@ def test_a_large_support_is_scored_on_a_part(monkeypatch):
 def test_the_job_and_its_promises_on_a_gpu(tmp_path, density):
     nets = pair()
     source, target = (copy.deepcopy(one.module).cuda() for one in (nets.source, nets.target))
+    assert fingerprint(target) == fingerprint(nets.target.module)
     images = support().images.cuda()
     with torch.no_grad():
         expected = target.eval()(images)

@@ -225,7 +225,8 @@ def clone(
 ) -> None:
     """Clone classes of a source for a target; write a file.
 
-    Positions are scanned in closed form on a few images of the training split; neither network changes. With
+    Positions are scanned in closed form on a few images of the training split; neither network changes. A run that was
+    killed while it learned a localization or a refinement goes on from OUT.partial.safetensors. With
     `accelerate launch -m pnc clone ...` or `torchrun -m pnc clone ...` several processes share the work.
     """
     with parallel.joined(read_device(device)) as (team, own_device), use_threads(threads):
@@ -266,6 +267,7 @@ def clone(
                 seed=seed,
                 memory=round(memory * GIB),
                 team=team,
+                resume=out.with_name(out.name + ".partial.safetensors"),
                 progress=bar.step,
             )
         seconds = time.perf_counter() - started

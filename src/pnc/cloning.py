@@ -1,10 +1,12 @@
 """The whole job: two networks and a few labelled images in, a clone out."""
 
 import copy
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -13,9 +15,10 @@ from pnc.branch import Branch
 from pnc.cuts import CutPoint
 from pnc.data import check_class_names, class_ids
 from pnc.errors import InputError
+from pnc.files import canonical_json
 from pnc.heads import Head
 from pnc.images import MEMORY
-from pnc.integrity import Fingerprint, fingerprint
+from pnc.integrity import Fingerprint, fingerprint, value_digests
 from pnc.joint import joint_front, worth_trying
 from pnc.masks import ChannelMasks
 from pnc.operating_point import check_base_drop, check_promise, least_priority
@@ -32,6 +35,7 @@ from pnc.positions import (
     scan,
 )
 from pnc.refinement import refined
+from pnc.resuming import NO_STEPS, Steps
 from pnc.selection import Method, localize
 from pnc.sequential import Part, search
 from pnc.stitching import Adapter, CrossFitted, Stitched
@@ -134,6 +138,7 @@ def clone(
     batch_size: int = 128,
     memory: int = MEMORY,
     team: Team = ALONE,
+    resume: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Clone:
     """Clone what the source knows about some classes, for the target; both networks stay as they are.
@@ -175,10 +180,14 @@ def clone(
         memory: Bytes that may be kept of the support at a time, beside what a batch takes. Images that a Dataset or a
             DataLoader gives beyond half of it go to a temporary file; see docs/scale.md.
         team: The processes that make the clone together, each called with the same arguments; from `pnc.joined`.
+        resume: File, .safetensors, that holds the results of long steps (localization, refinement) while the call runs:
+            the same call, made again after the process was killed, goes on from them and ends with the same clone. A
+            file of other arguments is replaced. The scan and the sequential strategy are made again.
         progress: Called with what is being done, the steps done, and the steps in all.
     Raises:
         InputError, ClassNameError, RecordingError: as `prepare_task`; InputError also where no position is within
-            the bounds, or `density` is out of range.
+            the bounds, `density` is out of range, or `resume` is a file of something else.
+        FileFormatError: `resume` is damaged.
     """
     if density != "auto" and not (isinstance(density, int | float) and 0 < density <= 1):
         raise InputError(
@@ -213,17 +222,31 @@ def clone(
             check_promise(max_base_drop, _n_images(task, base=True))
         if strategy == "sequential":
             return fit_sequential(task, density=float(density), method=method, name=name, progress=progress)
+        steps = NO_STEPS
+        if resume is not None:
+            settings = {"density": density, "method": method, "max_macs": max_macs, "max_bytes": max_bytes}
+            steps = Steps(Path(resume), _identity(task, settings), team)
         found = scan(task, progress=progress)
         fit_one = partial(
-            fit, task, method=method, max_base_drop=max_base_drop, refine=refine, name=name, progress=progress
+            fit,
+            task,
+            method=method,
+            max_base_drop=max_base_drop,
+            refine=refine,
+            name=name,
+            steps=steps,
+            progress=progress,
         )
         if density == "auto":
             tried = worth_trying(joint_front(task, found, max_macs, max_bytes))
             made = [fit_one(found.adapter(one.position), density=one.density) for one in tried]
             best = max(one.recipe["score"] for one in made)
             good = [one for one in made if one.recipe["score"] >= best - TOLERANCE]
-            return min(good, key=lambda one: one.recipe["macs_share"])
-        return fit_one(found.adapter(found.choose(max_macs, max_bytes)), density=density)
+            chosen = min(good, key=lambda one: one.recipe["macs_share"])
+        else:
+            chosen = fit_one(found.adapter(found.choose(max_macs, max_bytes)), density=density)
+        steps.finish()
+        return chosen
 
 
 def fit(
@@ -235,6 +258,7 @@ def fit(
     max_base_drop: float | None = None,
     refine: bool = False,
     name: str | None = None,
+    steps: Steps = NO_STEPS,
     progress: Progress | None = None,
 ) -> Clone:
     """Make the clone at one position: localize, compact, fit the head. The steps of `clone` after the scan.
@@ -247,13 +271,15 @@ def fit(
         max_base_drop: As in `clone`.
         refine: As in `clone`.
         name: As in `clone`.
+        steps: What is there of an earlier call, and where what takes long is kept.
         progress: As in `clone`.
     """
-    part = localize(task, fitted.adapter, density, method, progress=progress)
+    steps = steps.at(f"{fitted.adapter.target_cut.name} > {fitted.adapter.source_cut.name} at {density}")
+    part = localize(task, fitted.adapter, density, method, steps=steps, progress=progress)
     error = fitted.error
     facts: dict[str, Any] = {}
     if refine:
-        found = refined(task, fitted, part.module, progress)
+        found = refined(task, fitted, part.module, steps, progress)
         fitted, facts = found.fitted, {"refine": {"gain": found.gain, "steps": found.n_steps}}
     seen = task.within(16 * (task.source.head.features.n_channels + task.target.head.features.n_channels), share=0.5)
     (samples,) = run_parts(seen, [(fitted, part.module)], progress)
@@ -328,6 +354,17 @@ def _made(
         target_features=features_seen(task),
         recipe=recipe,
     )
+
+
+def _identity(task: CloneTask, settings: Mapping[str, Any]) -> str:
+    """Hash (hex) of all that the results of long steps depend on, but for their own position."""
+    samples = task.samples
+    images = (value_digests([samples.images[rows]]) for _, rows in samples.rows(1000))
+    networks = [[*one.classes, fingerprint(one.model).weights] for one in (task.source, task.target)]
+    own = value_digests([samples.labels, samples.groups, samples.folds])
+    setting = [task.new_classes, task.seed, task.batch_size, task.memory, task.team.size, settings]
+    facts = [networks, [*images], own, setting]
+    return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
 
 
 def check_name(name: str | None) -> None:

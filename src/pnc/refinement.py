@@ -19,6 +19,7 @@ from pnc.cuts import LOGITS, CutPoint, extract
 from pnc.heads import Head, HeadSamples, SourceHead
 from pnc.parallel import ALONE, Team
 from pnc.positions import Progress, features_seen, fit_head, judge, outcome_of, run_parts
+from pnc.resuming import NO_STEPS, Steps
 from pnc.stitching import Adapter, CrossFitted, Stitched, pool
 from pnc.task import CloneTask
 
@@ -178,25 +179,35 @@ class Refined:
     gain: float
 
 
-def refined(task: CloneTask, fitted: CrossFitted, part: nn.Module, progress: Progress | None = None) -> Refined:
+def refined(
+    task: CloneTask, fitted: CrossFitted, part: nn.Module, steps: Steps = NO_STEPS, progress: Progress | None = None
+) -> Refined:
     """Tune the adapters of a position by gradient, and keep what held-out images gain by.
 
     Args:
         task: From `prepare_task`.
         fitted: The position's adapters in closed form.
         part: The source's part behind them, an own copy without gradients.
+        steps: Where what was trained is kept, and found again.
         progress: Called after each training.
     """
     task = bounded(task, fitted.adapter.target_cut)
-    data, generator = views(task, fitted.adapter.target_cut), torch.Generator().manual_seed(task.seed)
+    data = views(task, fitted.adapter.target_cut)
     (samples,) = run_parts(task, [(fitted, part)])
     head = fit_head(task, samples, judge(samples)).to(task.target.device)
     paths = []
     for fold, adapter in enumerate([*fitted.held_out, fitted.adapter]):
-        rows = task.samples.folds != fold if task.samples.n_folds > 1 else task.samples.folds == 0
-        stitched = Stitched(adapter, part, task.source.head.features)
-        snapshots = train(stitched, head, data.select(rows), refining_loss, SCHEDULE, generator, task.team)
-        paths.append([adapter, *(tuned for tuned, _ in snapshots)])
+        name, snapshots = f"refined {fold}", [copy.deepcopy(adapter) for _ in range(SCHEDULE.n_snapshots)]
+        kept = steps.get(name)
+        if kept is None:
+            rows = task.samples.folds != fold if task.samples.n_folds > 1 else task.samples.folds == 0
+            stitched = Stitched(adapter, part, task.source.head.features)
+            generator = torch.Generator().manual_seed(task.seed + fold)
+            trained = train(stitched, head, data.select(rows), refining_loss, SCHEDULE, generator, task.team)
+            kept = nn.ModuleList(tuned for tuned, _ in trained).state_dict()
+            steps.keep(name, kept)
+        nn.ModuleList(snapshots).load_state_dict(kept)
+        paths.append([adapter, *snapshots])
         if progress is not None:
             progress("refining adapters", fold + 1, len(fitted.held_out) + 1)
     stages = [CrossFitted(adapter, tuple(held_out), fitted.error) for *held_out, adapter in zip(*paths, strict=True)]

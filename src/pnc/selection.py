@@ -21,8 +21,10 @@ from pnc.errors import InputError
 from pnc.gates import learn_gates
 from pnc.heads import HeadSamples, fit_discriminant
 from pnc.localization import one_shot_ranking
+from pnc.masks import ChannelMasks
 from pnc.norms import Batch, reestimate_statistics, tune_norms
 from pnc.positions import Progress, source_body
+from pnc.resuming import NO_STEPS, Steps
 from pnc.sequential import Part
 from pnc.stitching import Adapter, pool
 from pnc.surrogate import Neighbourhoods, neighbourhoods, surrogate_loss
@@ -41,6 +43,7 @@ MARGIN = 3.0
 """Nats by which the logits of classes that are not cloned shall stay below those of the cloned ones."""
 SHRINKAGE = 0.2
 
+_STEP = "localized"
 _TINY = 1e-30  # for the logarithm of effects
 
 
@@ -51,6 +54,7 @@ def localize(
     method: Method = "gates",
     *,
     round_to: int = 1,
+    steps: Steps = NO_STEPS,
     progress: Progress | None = None,
 ) -> Part:
     """Localize: take the source's part behind an adapter, at the density that is wanted.
@@ -61,6 +65,7 @@ def localize(
         density: Share of the prunable multiply-accumulates to keep, in (0, 1]. Where nothing can go all is kept.
         method: How channels are chosen.
         round_to: Keep multiples of so many channels, see `masks_within`.
+        steps: Where the part is kept, and found again.
         progress: Called after each step of learning.
     Raises:
         InputError: an unknown method, or a density that cannot be met.
@@ -73,7 +78,14 @@ def localize(
     body = source_body(task, adapter.source_cut)
     if density == 1 or not (spaces := channel_spaces(body)).spaces:
         return Part(own_copy(body))
-    choice = _Choice(task, adapter, body, Costs(body, spaces), progress)
+    costs = Costs(body, spaces)
+    kept = steps.get(_STEP)
+    if kept is not None:
+        masks = ChannelMasks.from_bytes(kept["masks"].numpy().tobytes(), spaces)
+        module = compact(body, spaces, masks)
+        module.load_state_dict({name: kept[f"module.{name}"] for name in module.state_dict()})
+        return Part(module, masks, costs.density(masks.flat))
+    choice = _Choice(task, adapter, body, costs, progress)
     ranking, learned = choice.ranking(density, method)
     masks = masks_within(choice.costs, ranking, choice.costs.bound(density), round_to)
     module = compact(body, spaces, masks)
@@ -83,7 +95,9 @@ def localize(
         batches = choice.counted(choice.batches(), "tuning norms", NORMS_STEPS)
         start = compact(learned, spaces, masks)
         tune_norms(module, batches, NORMS_STEPS, choice.inputs, start=start, team=task.team)
-    return Part(module, masks, choice.costs.density(masks.flat))
+    own = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
+    steps.keep(_STEP, {"masks": torch.frombuffer(bytearray(masks.to_bytes()), dtype=torch.uint8), **own})
+    return Part(module, masks, costs.density(masks.flat))
 
 
 class _Choice:

@@ -1,0 +1,80 @@
+"""The results of a job's long steps, kept in a file, so that a job that was killed goes on where it was."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pnc.errors import InputError
+from pnc.files import read_tensors, write_tensors
+from pnc.parallel import ALONE, Team
+
+FORMAT = "pnc-steps"
+
+Result = Mapping[str, Tensor]
+
+
+class Steps:
+    """Results of long steps by name. Every `keep` writes the file anew, whole or not at all.
+
+    Args:
+        path: The file; one that was written for something else is replaced. None keeps nothing.
+        identity: Of all that decides the results.
+        team: Of it the main process writes; all must be able to read.
+    Raises:
+        InputError: there is something else than such a file at `path`.
+        FileFormatError: the file is damaged.
+    """
+
+    def __init__(self, path: Path | None = None, identity: str = "", team: Team = ALONE) -> None:
+        self._path, self._identity, self._team, self._place = path, identity, team, ""
+        self._found: dict[str, dict[str, Tensor]] = {}
+        if path is None:
+            return
+        if path.suffix != ".safetensors":
+            raise InputError(f"resume: expected a path that ends in .safetensors, got {path}")
+        there = path.exists()
+        if there:
+            tensors, facts = read_tensors(path)
+            if facts.get("format") != FORMAT:
+                raise InputError(
+                    f"resume: {path} holds {facts.get('format')!r}, no steps of a clone; take another path"
+                )
+            if facts.get("identity") == identity:
+                self._found = {name: {} for name in facts["steps"]}
+                for name, tensor in tensors.items():
+                    step, _, key = name.rpartition("/")
+                    self._found[step][key] = tensor
+        if not team.agree(torch.tensor([len(self._found), there])):
+            self._found = {}  # not all processes see the file
+
+    def at(self, place: str) -> "Steps":
+        """The same steps, with names that are told from those at other places."""
+        own = copy.copy(self)
+        own._place = f"{place}: "
+        return own
+
+    def get(self, name: str) -> Result | None:
+        """What was kept under a name before; None where nothing was."""
+        return self._found.get(self._place + name)
+
+    def keep(self, name: str, result: Result) -> None:
+        """Keep the result of a step, for a later run."""
+        if self._path is None:
+            return
+        self._found[self._place + name] = dict(result)
+        if self._team.is_main:
+            tensors = {f"{step}/{key}": tensor for step, one in self._found.items() for key, tensor in one.items()}
+            facts = {"format": FORMAT, "identity": self._identity, "steps": sorted(self._found)}
+            write_tensors(self._path, tensors, facts)
+
+    def finish(self) -> None:
+        """Remove the file: nothing is left to go on with."""
+        if self._path is not None and self._team.is_main:
+            self._path.unlink(missing_ok=True)
+
+
+NO_STEPS = Steps()
+"""Keeps nothing."""

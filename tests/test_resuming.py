@@ -1,0 +1,176 @@
+"""Jobs that are killed go on where they were, and end with what they would have made."""
+
+import multiprocessing
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pnc
+from digits import BASE, NEW, network, pair, support
+from pnc import refinement, selection
+from pnc.bench.compare import KEYS
+from pnc.bench.results import Cells
+from pnc.files import write_tensors
+from pnc.models import save_model
+from pnc.parallel import Team
+from pnc.refinement import Schedule
+from pnc.resuming import Steps
+
+LONG_STEPS = ("learning gates", "tuning norms", "refining adapters")
+
+
+def make(nets: Any, out: Path, resume: Path | None, progress: Any = None, **settings: Any) -> None:
+    """A clone that takes all of the long steps, in a few seconds."""
+    given = {"classes": NEW, "density": 0.5, "refine": True, "resume": resume, "progress": progress, **settings}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "GATES_STEPS", 4)
+        patch.setattr(selection, "NORMS_STEPS", 4)
+        patch.setattr(refinement, "SCHEDULE", Schedule(0.001, 6, 3))
+        made = pnc.clone(nets.source.module, nets.target.module, support(), **nets.names(), **given)
+    pnc.save(made, out)
+
+
+def work(nets: Any, folder: Path, connection: Any) -> None:
+    """A process that makes the clone, and before it goes on after each step says which, and waits for an answer."""
+    torch.set_num_threads(1)
+
+    def progress(what: str, done: int, n: int) -> None:
+        if what in LONG_STEPS:
+            connection.send((what, done))
+            connection.recv()
+
+    make(nets, folder / "clone.safetensors", folder / "steps.safetensors", progress)
+
+
+def life(nets: Any, folder: Path, last: tuple[str, int]) -> list[tuple[str, int]]:
+    """The steps that a process took until it was killed, after the step `last`."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    worker = context.Process(target=work, args=(nets, folder, there))
+    worker.start()
+    there.close()
+    try:
+        done = [here.recv()]
+        while done[-1] != last:
+            here.send(None)
+            done.append(here.recv())
+    finally:
+        worker.kill()  # SIGKILL
+        worker.join()
+    return done
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    """As the processes have it: sums of more threads round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_clone_that_is_killed_again_and_again_is_the_one_of_a_run_that_nobody_disturbed(tmp_path: Path) -> None:
+    nets, straight, folder = pair(), tmp_path / "straight.safetensors", tmp_path / "killed"
+    make(nets, straight, None)
+    folder.mkdir()
+    assert life(nets, folder, ("refining adapters", 1))[0] == ("learning gates", 1)
+    assert (folder / "steps.safetensors").exists() and not (folder / "clone.safetensors").exists()
+    again = life(nets, folder, ("refining adapters", 4))
+    assert again == [("refining adapters", n) for n in (1, 2, 3, 4)]  # the part is not localized again
+    make(nets, folder / "clone.safetensors", folder / "steps.safetensors")
+    assert [path.name for path in folder.iterdir()] == ["clone.safetensors"]
+    assert (folder / "clone.safetensors").read_bytes() == straight.read_bytes()
+
+
+def test_steps_of_other_arguments_are_not_used(tmp_path: Path) -> None:
+    nets, resume, seen = pair(), tmp_path / "steps.safetensors", []
+
+    class Killed(BaseException):
+        pass
+
+    def progress(what: str, done: int, n: int) -> None:
+        seen.append(what)
+        if what == "refining adapters":
+            raise Killed
+
+    def first_step(**settings: Any) -> str:
+        seen.clear()
+        with pytest.raises(Killed):
+            make(nets, tmp_path / "clone", resume, progress, **settings)
+        return next(what for what in seen if what in LONG_STEPS)
+
+    assert [first_step(), first_step()] == ["learning gates", "refining adapters"]
+    assert first_step(seed=1) == "learning gates"
+    assert first_step(seed=1, density=0.6) == "learning gates"
+    assert first_step(seed=1, density=0.6, name="other") == "refining adapters"  # of no matter to the steps
+    assert first_step(seed=1, density=0.6, flip=True) == "learning gates"
+
+
+def test_a_file_of_something_else_is_refused_and_stays(tmp_path: Path) -> None:
+    path = tmp_path / "steps.safetensors"
+    write_tensors(path, {"x": torch.ones(1)}, {"format": "other"})
+    before = path.read_bytes()
+    with pytest.raises(pnc.InputError, match="resume: .* holds 'other', no steps of a clone; take another path"):
+        Steps(path, "a")
+    assert path.read_bytes() == before
+    with pytest.raises(pnc.InputError, match=r"resume: expected a path that ends in \.safetensors"):
+        Steps(tmp_path / "steps.pt", "a")
+    path.write_bytes(before[:-1])
+    with pytest.raises(pnc.FileFormatError):
+        Steps(path, "a")
+
+
+def test_processes_that_do_not_all_see_the_file_start_anew(tmp_path: Path) -> None:
+    class Second(Team):
+        """One that is told whether its sight agrees with the others'."""
+
+        sees_the_same = True
+
+        def agree(self, tensor: torch.Tensor) -> bool:
+            return self.sees_the_same
+
+    path = tmp_path / "steps.safetensors"
+    Steps(path, "a").at("here").keep("done", {"x": torch.arange(3)})
+    found = Steps(path, "a").at("here").get("done")
+    assert found is not None and torch.equal(found["x"], torch.arange(3))
+    assert Steps(path, "a").at("there").get("done") is None and Steps(path, "b").at("here").get("done") is None
+    assert Steps(path, "a", Second(1, 2)).at("here").get("done") is not None
+    Steps(path, "a", Second(1, 2)).finish()
+    assert path.exists()  # the main process removes it
+    Second.sees_the_same = False
+    assert Steps(path, "a", Second(1, 2)).at("here").get("done") is None
+    Steps(path, "a").finish()
+    assert not path.exists()
+
+
+def test_a_bench_that_is_killed_at_random_moments_loses_no_row_and_makes_none_twice(tmp_path: Path) -> None:
+    for name, classes in (("t", BASE), ("s", NEW)):
+        save_model(network(classes), tmp_path / f"{name}.safetensors", {})
+    methods = "direct ensemble,ensemble with temperatures,nearest mean"
+    words = ["--data", "digits", "--no-flip", "--support", "20/5", "--n-test", "10", "--threads", "1", "--seeds", "2"]
+    networks = ["--source", str(tmp_path / "s.safetensors"), "--target", str(tmp_path / "t.safetensors")]
+    out = ["--out", str(tmp_path / "compare"), "--methods", methods]
+    command = [sys.executable, "-m", "pnc", "bench", "compare", *networks, *words, *out]
+    rows, moments, lives = tmp_path / "compare" / "digits.jsonl", random.Random(0), 0
+    kept: list[str] = []
+    while len(kept) < 1 + 6:
+        lives += 1
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        wanted = len(kept) + (1 if kept else 2)
+        while process.poll() is None and (not rows.exists() or rows.read_text().count("\n") < wanted):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        assert process.wait() in (0, -9)
+        now = rows.read_text().split("\n")[:-1]
+        assert now[: len(kept)] == kept, "a row was lost or changed"
+        kept = now
+    found = Cells(rows, {}, KEYS).rows
+    assert len(found) == len({tuple(row[key] for key in KEYS) for row in found}) == 6
+    assert 1 < lives < 7
