@@ -282,7 +282,10 @@ def fit(
         found = refined(task, fitted, part.module, steps, progress)
         fitted, facts = found.fitted, {"refine": {"gain": found.gain, "steps": found.n_steps}}
     seen = task.within(16 * (task.source.head.features.n_channels + task.target.head.features.n_channels), share=0.5)
-    (samples,) = run_parts(seen, [(fitted, part.module)], progress)
+    if fitted.samples is not None and part.masks is None and len(seen.samples.labels) == len(task.samples.labels):
+        samples = fitted.samples
+    else:
+        (samples,) = run_parts(seen, [(fitted, part.module)], progress)
     judged = judge(samples)
     if max_base_drop is not None:
         nats = least_priority(judged.logits, samples.labels, seen.samples.groups, task.n_base, max_base_drop)

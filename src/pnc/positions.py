@@ -117,7 +117,7 @@ class Scan:
 
     Attributes:
         positions: The scored positions, best first.
-        adapters: The fitted adapters of each, by the names of its two cuts.
+        adapters: The fitted adapters of each, by the names of its two cuts, with what was seen behind them.
         outcomes: How the images of the support fared at each, by the names of its two cuts.
         adapter_errors: The adapters' errors of all pairs of cuts, scored or not, by the names of the two cuts.
     """
@@ -233,8 +233,7 @@ def scan(
         chosen = chosen if exhaustive else shortlist(*cuts, errors)
     adapters = {(t.name, s.name): fitter.solve(t, s) for t, s in chosen}
     del fitter  # its moments are the largest thing here
-    positions, outcomes = _scored(whole, adapters, source_cuts, progress)
-    return Scan(positions, adapters, outcomes, errors)
+    return Scan(*_scored(whole, adapters, source_cuts, progress), errors)
 
 
 def _scored(
@@ -242,17 +241,23 @@ def _scored(
     adapters: Mapping[tuple[str, str], CrossFitted],
     source_cuts: Sequence[CutPoint],
     progress: Progress | None,
-) -> tuple[tuple[Position, ...], dict[tuple[str, str], Outcome]]:
-    """Score positions, best first; where that takes long, all on a part of the support and the best again on more."""
+) -> tuple[tuple[Position, ...], dict[tuple[str, str], CrossFitted], dict[tuple[str, str], Outcome]]:
+    """Score positions, best first; where that takes long, all on a part of the support and the best again on more.
+
+    The adapters that come back know what was seen behind them, if that was all of the support.
+    """
     bodies = {s: source_body(task, s) for s in source_cuts}
     positions: dict[tuple[str, str], Position] = {}
     outcomes: dict[tuple[str, str], Outcome] = {}
+    seen = dict(adapters)
 
     def score(scored: CloneTask, pairs: Sequence[tuple[str, str]]) -> None:
         parts = [(adapters[pair], bodies[adapters[pair].adapter.source_cut]) for pair in pairs]
         for pair, (fitted, _), samples in zip(pairs, parts, run_parts(scored, parts, progress), strict=True):
             outcomes[pair] = outcome_of(judge(samples).correct, scored)
             positions[pair] = _position(task, fitted, outcomes[pair], samples)
+            if len(samples.labels) == len(task.samples.labels):
+                seen[pair] = replace(fitted, samples=samples)
 
     pairs = list(adapters)
     whole = task.within(4 * len(pairs) * task.source.head.features.n_channels).reduced(SCORED_IMAGES)
@@ -264,7 +269,7 @@ def _scored(
     else:
         score(whole.reduced(max(FIRST_IMAGES, n_images * ROUND_MACS // 4 // n_macs)), pairs)
         score(whole, _finalists(positions, outcomes))
-    return tuple(sorted(positions.values(), key=lambda p: (-p.score, p.n_macs))), outcomes
+    return tuple(sorted(positions.values(), key=lambda p: (-p.score, p.n_macs))), seen, outcomes
 
 
 def _finalists(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pnc.cuts import CutPoint
+from pnc.heads import HeadSamples
 from pnc.parallel import Team
 from pnc.regression import Moments, Regression, Rows
 
@@ -189,11 +190,13 @@ class CrossFitted:
         held_out: For each fold the adapter fitted on the others.
         error: Share of the variance of the source's tensor that `held_out` misses on its own folds; above 1 where it is
             worse than the mean.
+        samples: What a head is fitted on behind them, of the whole support and the whole part, where that is known.
     """
 
     adapter: Adapter
     held_out: tuple[Adapter, ...]
     error: float
+    samples: HeadSamples | None = None
 
 
 class AdapterFitter:
