@@ -283,7 +283,7 @@ class Composite(HasClones):
                 f"attach it with rename={{{clash[0]!r}: ...}}, or attach clone.renamed(...)"
             )
         if not allow_mismatch:
-            check_target(self.target, clone)
+            check_target(self.target, [clone])
         check_places(self._recording, clone)
 
     def _check_names(self, names: list[str] | tuple[str, ...]) -> None:
@@ -365,10 +365,10 @@ def attach(target: nn.Module, *clones: Clone, allow_mismatch: bool = False) -> C
     if isinstance(target, Composite):
         raise InputError("target is a composite already; use its method attach, composite.attach(clone)")
     if not allow_mismatch:
-        check_target(target, clones[0])
+        check_target(target, clones)
     composite = Composite(target, clones[0])
     for clone in clones:
-        composite.attach(clone, allow_mismatch=allow_mismatch)
+        composite.attach(clone, allow_mismatch=True)  # the weights, which take longest, were compared once for all
     return composite
 
 

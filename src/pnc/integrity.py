@@ -141,15 +141,18 @@ def fingerprint(module: nn.Module) -> Fingerprint:
     )
 
 
-def first_difference(module: nn.Module, expected: Fingerprint, *, structure_only: bool = False) -> str | None:
+def first_difference(
+    module: nn.Module, expected: Fingerprint, found: Fingerprint | None = None, *, structure_only: bool = False
+) -> str | None:
     """Say in words where `module` first departs from `expected`; None where it does not.
 
     Args:
         module: A network.
         expected: Fingerprint of the network that it should be.
+        found: Its own fingerprint, if that was just computed.
         structure_only: Let the values differ.
     """
-    found = fingerprint(module)
+    found = found or fingerprint(module)
     if found == expected or (structure_only and found.structure == expected.structure):
         return None
     if found.structure != expected.structure:

@@ -1,6 +1,6 @@
 """What a composite runs, as data: replaced whole whenever clones come and go; and what is attached where."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from pnc.cuts import CutPoint, cut_points, find_head
 from pnc.data import unknown_name
 from pnc.errors import InputError, MismatchError
 from pnc.graph import Recording
-from pnc.integrity import first_difference
+from pnc.integrity import fingerprint, first_difference
 from pnc.remembered import last_norm
 from pnc.stitching import pool
 
@@ -158,14 +158,16 @@ class Plan:
         return [(tensors[tap], pooled[view]) for tap, view in zip(self.taps, self.views, strict=True)], logits
 
 
-def check_target(target: nn.Module, clone: Clone) -> None:
-    """Raise a `MismatchError` unless `clone` was made for `target` with the weights that it has now."""
-    difference = first_difference(target, clone.target)
-    if difference is not None:
-        raise MismatchError(
-            f"clone {clone.name!r} was made for another target: {difference}; attach it to that one, clone again, or "
-            "give allow_mismatch=True if you know better"
-        )
+def check_target(target: nn.Module, clones: Iterable[Clone]) -> None:
+    """Raise a `MismatchError` unless all clones were made for `target` with the weights that it has now."""
+    found = fingerprint(target)
+    for clone in clones:
+        difference = first_difference(target, clone.target, found)
+        if difference is not None:
+            raise MismatchError(
+                f"clone {clone.name!r} was made for another target: {difference}; attach it to that one, clone again, "
+                "or give allow_mismatch=True if you know better"
+            )
 
 
 def check_places(recording: Recording, clone: Clone) -> None:
