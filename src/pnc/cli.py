@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -47,7 +47,7 @@ from pnc.scale_cli import measure_scale
 from pnc.screen import complain, progress, say, show_clone, show_facts, show_job, show_scan, show_table, shown
 from pnc.selection import Method
 from pnc.speed_cli import measure_speed
-from pnc.task import prepare_task, read_network
+from pnc.task import Precision, prepare_task, read_network
 
 BAD_INPUT, INTERRUPTED = 2, 130
 _USAGE_ERROR: Any = typer.BadParameter.__base__  # of click or of typer itself, as typer's version has it
@@ -136,7 +136,7 @@ def pretrain(
     crop_padding: Annotated[int | None, typer.Option(help="Pixels that a random crop may shift an image by.")] = None,
     flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = True,
     precision: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="bfloat16 is faster where the processor has it.")
+        Precision, typer.Option(help="bfloat16 is faster where the processor has it.")
     ] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that was made otherwise.")] = False,
     seed: Seed = 0,
@@ -218,6 +218,9 @@ def clone(
         checkpoint.Kind, typer.Option(help="thin: without the source's weights; full: with them.")
     ] = "thin",
     memory: Memory = MEMORY / GIB,
+    precision: Annotated[
+        Precision | None, typer.Option(help="What networks compute in; by default what accelerate was launched with.")
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -267,6 +270,7 @@ def clone(
                 seed=seed,
                 memory=round(memory * GIB),
                 team=team,
+                precision=precision or parallel.launched_precision(),
                 resume=out.with_name(out.name + ".partial.safetensors"),
                 progress=bar.step,
             )

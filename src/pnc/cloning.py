@@ -39,7 +39,7 @@ from pnc.resuming import NO_STEPS, Steps
 from pnc.selection import Method, localize
 from pnc.sequential import Part, search
 from pnc.stitching import Adapter, CrossFitted, Stitched
-from pnc.task import CloneTask, prepare_task
+from pnc.task import CloneTask, Precision, prepare_task
 from pnc.tracing import info
 
 Strategy = Literal["scan", "sequential"]
@@ -138,6 +138,7 @@ def clone(
     batch_size: int = 128,
     memory: int = MEMORY,
     team: Team = ALONE,
+    precision: Precision = "float32",
     resume: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Clone:
@@ -180,6 +181,8 @@ def clone(
         memory: Bytes that may be kept of the support at a time, beside what a batch takes. Images that a Dataset or a
             DataLoader gives beyond half of it go to a temporary file; see docs/scale.md.
         team: The processes that make the clone together, each called with the same arguments; from `pnc.joined`.
+        precision: What both networks compute in while the clone is made: "bfloat16" is faster on GPUs. Whatever is
+            solved or summed is float32 or more, and so is the composite.
         resume: File, .safetensors, that holds the results of long steps (localization, refinement) while the call runs:
             the same call, made again after the process was killed, goes on from them and ends with the same clone. A
             file of other arguments is replaced. The scan and the sequential strategy are made again.
@@ -216,6 +219,7 @@ def clone(
         batch_size=batch_size,
         memory=memory,
         team=team,
+        precision=precision,
     )
     with closing(task):
         if max_base_drop is not None:
@@ -365,7 +369,7 @@ def _identity(task: CloneTask, settings: Mapping[str, Any]) -> str:
     images = (value_digests([samples.images[rows]]) for _, rows in samples.rows(1000))
     networks = [[*one.classes, fingerprint(one.model).weights] for one in (task.source, task.target)]
     own = value_digests([samples.labels, samples.groups, samples.folds])
-    setting = [task.new_classes, task.seed, task.batch_size, task.memory, task.team.size, settings]
+    setting = [task.new_classes, task.seed, task.batch_size, task.memory, task.team.size, task.precision, settings]
     facts = [networks, [*images], own, setting]
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
 

@@ -152,7 +152,7 @@ def _shared_statistics(layers: list[_BatchNorm], team: Team) -> Iterator[None]:
 def _normalized(team: Team, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
     """A part of a batch (B, C, ...), normalised by the statistics of the whole."""
     assert isinstance(layer, _BatchNorm)
-    (x,) = inputs
+    x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))  # sums of bfloat16 are no good
     dims = [dim for dim in range(x.dim()) if dim != 1]
     shape = [1, -1] + [1] * (x.dim() - 2)
     n = team.sum(torch.tensor(float(x.numel() // x.shape[1]))).to(x)

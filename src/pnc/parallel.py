@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -138,6 +138,21 @@ def join(device: torch.device | str = "cpu") -> tuple[Team, torch.device]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     return Team(dist.get_rank(), dist.get_world_size()), device
+
+
+def launched_precision() -> Literal["float32", "bfloat16"]:
+    """What `accelerate launch --mixed_precision` or accelerate's own configuration asks for; float32 by default.
+
+    Raises:
+        InputError: it is another than bf16.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # that is how its launcher hands it on
+    if asked not in ("no", "bf16"):
+        raise InputError(
+            f"mixed_precision: accelerate was launched with {asked!r}, which needs losses scaled; launch with "
+            "--mixed_precision bf16 or no"
+        )
+    return "bfloat16" if asked == "bf16" else "float32"
 
 
 @contextmanager

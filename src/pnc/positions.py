@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from pnc.cuts import LOGITS, CutPoint, candidate_cuts, extract
 from pnc.errors import InputError
 from pnc.heads import Head, HeadSamples, SourceHead, Stacking, choose_stacking, fit_stacked, source_head
+from pnc.images import to_device
 from pnc.remembered import last_norm, remembering_head
 from pnc.stitching import N_ROWS, Adapter, AdapterFitter, CrossFitted, Stitched, pool
 from pnc.task import CloneTask
@@ -328,8 +329,8 @@ def run_parts(
     target_features, base_logits, places = [], [], []
     clone_features: list[list[Tensor]] = [[] for _ in parts]
     for _, fold, place, images in _batches(task, cuts, "scoring positions", progress):
-        with torch.no_grad():
-            *tensors, features, logits = trunk(images.to(task.target.device))
+        with torch.no_grad(), task.autocast():
+            *tensors, features, logits = trunk(to_device(images, task.target.device))
             at_cut = dict(zip(cuts, tensors, strict=True))
             target_features.append(pool(features, seen).float().cpu())
             base_logits.append(logits.float().cpu())
@@ -489,9 +490,9 @@ def _gather_moments(
         for _ in range(done, number):
             fitter.skip()
         done = number + 1
-        with torch.no_grad():
-            target_tensors = target_taps(images.to(task.target.device))
-            source_tensors = source_taps(images.to(task.source.device))
+        with torch.no_grad(), task.autocast():
+            here = to_device(images, task.target.device)
+            target_tensors, source_tensors = target_taps(here), source_taps(here)
         fitter.update(
             fold,
             {cut.name: tensor for cut, tensor in zip(target_cuts, target_tensors, strict=False)},

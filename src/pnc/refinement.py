@@ -203,7 +203,8 @@ def refined(
             rows = task.samples.folds != fold if task.samples.n_folds > 1 else task.samples.folds == 0
             stitched = Stitched(adapter, part, task.source.head.features)
             generator = torch.Generator().manual_seed(task.seed + fold)
-            trained = train(stitched, head, data.select(rows), refining_loss, SCHEDULE, generator, task.team)
+            with task.autocast():
+                trained = train(stitched, head, data.select(rows), refining_loss, SCHEDULE, generator, task.team)
             kept = nn.ModuleList(tuned for tuned, _ in trained).state_dict()
             steps.keep(name, kept)
         nn.ModuleList(snapshots).load_state_dict(kept)

@@ -86,15 +86,18 @@ def localize(
         module.load_state_dict({name: kept[f"module.{name}"] for name in module.state_dict()})
         return Part(module, masks, costs.density(masks.flat))
     choice = _Choice(task, adapter, body, costs, progress)
-    ranking, learned = choice.ranking(density, method)
+    with task.autocast():
+        ranking, learned = choice.ranking(density, method)
     masks = masks_within(choice.costs, ranking, choice.costs.bound(density), round_to)
     module = compact(body, spaces, masks)
     if learned is None:
-        reestimate_statistics(module, choice.inputs, task.team)
+        with task.autocast():
+            reestimate_statistics(module, choice.inputs, task.team)
     else:
         batches = choice.counted(choice.batches(), "tuning norms", NORMS_STEPS)
         start = compact(learned, spaces, masks)
-        tune_norms(module, batches, NORMS_STEPS, choice.inputs, start=start, team=task.team)
+        with task.autocast():
+            tune_norms(module, batches, NORMS_STEPS, choice.inputs, start=start, team=task.team)
     own = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     steps.keep(_STEP, {"masks": torch.frombuffer(bytearray(masks.to_bytes()), dtype=torch.uint8), **own})
     return Part(module, masks, costs.density(masks.flat))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,11 @@ from pnc.cuts import Head, find_head
 from pnc.data import ImageSet, StoredSupport, check_class_names, class_ids, stored_support
 from pnc.errors import ClassNameError, InputError, RecordingError
 from pnc.graph import Recording, info, record
-from pnc.images import MEMORY, Images, ImageStore, check_images
+from pnc.images import MEMORY, Images, ImageStore, check_images, to_device
 from pnc.parallel import ALONE, Team
+
+Precision = Literal["float32", "bfloat16"]
+"""What networks compute in while a clone is made."""
 
 _EXAMPLES = 4
 MAX_FOLDS = 5
@@ -129,6 +132,7 @@ class CloneTask:
         n_background: How many images of base classes the target labelled itself.
         memory: Bytes that may be kept of the support at a time, beside what a batch takes.
         team: The processes that share the work.
+        precision: What networks compute in while they are run; what is solved and summed is float32 or more.
     """
 
     source: Network
@@ -140,6 +144,11 @@ class CloneTask:
     n_background: int = 0
     memory: int = MEMORY
     team: Team = ALONE
+    precision: Precision = "float32"
+
+    def autocast(self) -> torch.autocast:
+        """A block in which networks run in the task's precision."""
+        return torch.autocast(self.target.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
 
     def within(self, n_bytes: int, share: float = 0.25) -> "CloneTask":
         """The same task with as much of its support as fits into a share of its memory, spread over classes and folds.
@@ -172,10 +181,11 @@ class CloneTask:
         """
         places = [place for _, place in self.samples.rows(self._batch_size)]
         own = places[self.team.rank :: self.team.size]
-        made = zip(*(function(self.samples.images[place].to(device)) for place in own), strict=True)
+        with self.autocast():
+            made = zip(*(function(to_device(self.samples.images[place], device)) for place in own), strict=True)
         rows = torch.cat([torch.arange(place.start, place.stop) for place in own])
         n_samples = len(self.samples.labels)
-        return tuple(self.team.gather(torch.cat(parts), rows, n_samples) for parts in made), places
+        return tuple(self.team.gather(_widened(torch.cat(parts)), rows, n_samples) for parts in made), places
 
     @property
     def _batch_size(self) -> int:
@@ -249,6 +259,7 @@ def prepare_task(
     batch_size: int = 128,
     memory: int = MEMORY,
     team: Team = ALONE,
+    precision: Precision = "float32",
 ) -> CloneTask:
     """Check everything that a clone is made from, and record both networks.
 
@@ -269,6 +280,7 @@ def prepare_task(
         memory: Bytes that may be kept of the support at a time; what is beyond is in a temporary file, or is left out
             where a part of the support says enough.
         team: The processes that make the clone together, each called with the same arguments.
+        precision: What networks compute in.
     Raises:
         InputError: source and target are one object, the support lacks samples of a new class, or the background
             images are none, or of another shape.
@@ -284,6 +296,8 @@ def prepare_task(
         )
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1; got {batch_size}")
+    if precision not in get_args(Precision):
+        raise InputError(f"precision: expected {' or '.join(get_args(Precision))}, got {precision!r}")
     if memory < LEAST_MEMORY:
         raise InputError(f"memory must be at least {LEAST_MEMORY} bytes; got {memory}")
     base = check_class_names(base_classes, "base_classes")
@@ -310,9 +324,15 @@ def prepare_task(
         n_background=len(store) - n_given,
         memory=memory,
         team=team,
+        precision=precision,
     )
     _check_team(task)
     return task
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """What was computed in bfloat16 as float32; the rest as it is."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
 def _unlabelled(background: Any, shape: tuple[int, ...]) -> Any:
