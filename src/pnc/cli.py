@@ -135,9 +135,7 @@ def pretrain(
     weight_decay: Annotated[float | None, typer.Option(help="On weight matrices and filters.")] = None,
     crop_padding: Annotated[int | None, typer.Option(help="Pixels that a random crop may shift an image by.")] = None,
     flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = True,
-    precision: Annotated[
-        Precision, typer.Option(help="bfloat16 is faster where the processor has it.")
-    ] = "float32",
+    precision: Annotated[Precision, typer.Option(help="bfloat16 is faster where the processor has it.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that was made otherwise.")] = False,
     seed: Seed = 0,
     device: Device = "cpu",
