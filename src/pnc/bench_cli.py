@@ -21,7 +21,7 @@ from pnc.arguments import (
     parse_support,
     use_threads,
 )
-from pnc.baselines.protocol import Budget, Precision
+from pnc.baselines.protocol import Budget
 from pnc.bench import classifiers, compare_report, sequences
 from pnc.bench import compare as compare_bench
 from pnc.bench import coverage as coverage_bench
@@ -39,6 +39,7 @@ from pnc.positions import Progress
 from pnc.pretraining import recipe_for
 from pnc.readers import load_data
 from pnc.screen import complain, progress, say
+from pnc.task import Precision
 
 bench = typer.Typer(
     no_args_is_help=True,
