@@ -20,11 +20,13 @@ from pnc.fusion import FusedComposite
 from pnc.graph import Recording, record
 from pnc.integrity import Snapshot
 from pnc.merging import flattened
-from pnc.plans import CloneStatus, Plan, Rows, check_places, check_target, status_of
+from pnc.plans import CloneStatus, Places, Plan, Rows, check_places, check_target, status_of
 from pnc.task import HasClones
 from pnc.verification import BATCH_SIZES, Report, verify_composite
 
 _LOCK = threading.RLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
+_RECORDED = "_plan", "_places", "_recording", "_trunks"
+"""Attributes that come of recording the target."""
 
 
 class Composite(HasClones):
@@ -42,6 +44,7 @@ class Composite(HasClones):
 
     _plan: Plan
     _recording: Recording
+    _places: Places
 
     def __init__(self, target: nn.Module, clone: Clone) -> None:
         super().__init__()
@@ -242,7 +245,7 @@ class Composite(HasClones):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles would copy the recording's weights apart from the target's, and blocks that never end.
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("_plan", "_recording", "_trunks")}
+        kept = {name: value for name, value in self.__dict__.items() if name not in _RECORDED}
         return {**kept, "_blocks": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -284,7 +287,7 @@ class Composite(HasClones):
             )
         if not allow_mismatch:
             check_target(self.target, [clone])
-        check_places(self._recording, clone)
+        check_places(self._places, clone)
 
     def _check_names(self, names: list[str] | tuple[str, ...]) -> None:
         unknown = [name for name in names if name not in self._clones]
@@ -309,6 +312,7 @@ class Composite(HasClones):
             parameter = next(self.target.parameters(), torch.empty(0))
             example = torch.rand(2, *self._input_shape, generator=torch.Generator().manual_seed(0))
             self._recording = record(self.target, example.to(parameter.device, parameter.dtype))
+            self._places = Places.of(self._recording)
             self._trunks: dict[tuple[str, ...], fx.GraphModule] = {}
             self._update_plan()
 

@@ -72,6 +72,23 @@ class HeadSamples:
             self.n_classes,
         )
 
+    def joined(self, others: "HeadSamples", rows: Tensor) -> "HeadSamples":
+        """Put these samples at the given rows, (N,) bool, and the others at the rest."""
+        order = torch.cat([rows.nonzero().flatten(), (~rows).nonzero().flatten()]).argsort()
+
+        def whole(name: str) -> Tensor:
+            return torch.cat([getattr(self, name), getattr(others, name)])[order]
+
+        return HeadSamples(
+            whole("target_features"),
+            whole("clone_features"),
+            whole("base_logits"),
+            whole("own_logits"),
+            whole("labels"),
+            whole("folds"),
+            self.n_classes,
+        )
+
 
 class DiscriminantHead(nn.Module):
     """Linear discriminants over the features of both networks.

@@ -204,8 +204,20 @@ def value_digests(tensors: Sequence[Tensor]) -> list[str]:
     """
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors) < _BYTES_FOR_THREADS:
         return [_value_digest(tensor) for tensor in tensors]
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(_value_digest, tensors))
+    n_threads = min(8, os.cpu_count() or 1)
+    largest_first = sorted(
+        range(len(tensors)), key=lambda place: -tensors[place].numel() * tensors[place].element_size()
+    )
+    shares = [largest_first[first::n_threads] for first in range(n_threads)]
+    digests = [""] * len(tensors)
+
+    def digest(share: Sequence[int]) -> None:
+        for place in share:
+            digests[place] = _value_digest(tensors[place])
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        list(pool.map(digest, shares))  # a task for each tensor would cost more than most tensors
+    return digests
 
 
 def _value_digest(tensor: Tensor) -> str:

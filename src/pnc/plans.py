@@ -170,18 +170,38 @@ def check_target(target: nn.Module, clones: Iterable[Clone]) -> None:
             )
 
 
-def check_places(recording: Recording, clone: Clone) -> None:
-    """Raise a `MismatchError` unless a recorded target has the tensors that `clone` reads, and as many classes."""
-    places = [*cut_points(recording), find_head(recording).features]
-    norm = last_norm(recording)
-    for cut, allowed in ((clone.target_cut, places), (clone.target_features, [*places, *([norm.cut] if norm else [])])):
+@dataclass(frozen=True, eq=False)
+class Places:
+    """What of a recorded target clones may read.
+
+    Attributes:
+        cuts: Where they may leave it.
+        features: What their heads may read.
+        n_classes: Number of its classes.
+    """
+
+    cuts: tuple[CutPoint, ...]
+    features: tuple[CutPoint, ...]
+    n_classes: int
+
+    @classmethod
+    def of(cls, recording: Recording) -> "Places":
+        """Find them; it takes as long as attaching a clone."""
+        cuts = *cut_points(recording), find_head(recording).features
+        norm = last_norm(recording)
+        return cls(cuts, (*cuts, *((norm.cut,) if norm else ())), recording.n_classes)
+
+
+def check_places(places: Places, clone: Clone) -> None:
+    """Raise a `MismatchError` unless a target has the tensors that `clone` reads, and as many classes."""
+    for cut, allowed in ((clone.target_cut, places.cuts), (clone.target_features, places.features)):
         if not any(map(cut.is_same_place, allowed)):
             raise MismatchError(
                 f"clone {clone.name!r} reads {cut.name!r} with shape {cut.shape}, which this target does not have; "
                 "attach it to the one that it was made for"
             )
-    if recording.n_classes != len(clone.base_classes):
+    if places.n_classes != len(clone.base_classes):
         raise MismatchError(
             f"clone {clone.name!r} was made for {len(clone.base_classes)} base classes, this target has "
-            f"{recording.n_classes}; attach it to the one that it was made for"
+            f"{places.n_classes}; attach it to the one that it was made for"
         )

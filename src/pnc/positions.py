@@ -42,7 +42,7 @@ SCORED_IMAGES = 2_000
 """Images of the support that positions are scored on, at most: more would tell them apart no better."""
 ROUND_MACS = 4 * 10**12
 """Multiply-accumulates from which on positions are scored in two rounds: all on some images, the best again on more."""
-FIRST_IMAGES, N_FINALISTS = 100, 4
+FIRST_IMAGES, N_FINALISTS = 100, 3
 """Images of the first round, or as many as a quarter of those MACs allows; positions that go on to the second."""
 N_ERRORS_FINAL = 2.0
 """Standard errors of the difference to the best by which a position may lie behind after the first round."""
@@ -243,7 +243,7 @@ def _scored(
     source_cuts: Sequence[CutPoint],
     progress: Progress | None,
 ) -> tuple[tuple[Position, ...], dict[tuple[str, str], CrossFitted], dict[tuple[str, str], Outcome]]:
-    """Score positions, best first; where that takes long, all on a part of the support and the best again on more.
+    """Score positions, best first; where that takes long, all on a part of the support and the best also on the rest.
 
     The adapters that come back know what was seen behind them, if that was all of the support.
     """
@@ -252,24 +252,32 @@ def _scored(
     outcomes: dict[tuple[str, str], Outcome] = {}
     seen = dict(adapters)
 
-    def score(scored: CloneTask, pairs: Sequence[tuple[str, str]]) -> None:
+    def run(part: CloneTask, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], HeadSamples]:
         parts = [(adapters[pair], bodies[adapters[pair].adapter.source_cut]) for pair in pairs]
-        for pair, (fitted, _), samples in zip(pairs, parts, run_parts(scored, parts, progress), strict=True):
+        return dict(zip(pairs, run_parts(part, parts, progress), strict=True))
+
+    def score(scored: CloneTask, found: Mapping[tuple[str, str], HeadSamples]) -> None:
+        for pair, samples in found.items():
             outcomes[pair] = outcome_of(judge(samples).correct, scored)
-            positions[pair] = _position(task, fitted, outcomes[pair], samples)
+            positions[pair] = _position(task, adapters[pair], outcomes[pair], samples)
             if len(samples.labels) == len(task.samples.labels):
-                seen[pair] = replace(fitted, samples=samples)
+                seen[pair] = replace(adapters[pair], samples=samples)
 
     pairs = list(adapters)
     whole = task.within(4 * len(pairs) * task.source.head.features.n_channels).reduced(SCORED_IMAGES)
     n_rows = len(whole.samples.labels)
     n_macs = sum(_added_macs(task, one.adapter) for one in adapters.values()) * n_rows
     n_images = len(whole.samples.groups.unique())
-    if n_macs <= ROUND_MACS or len(pairs) <= N_FINALISTS:
-        score(whole, pairs)
+    n_first = max(FIRST_IMAGES, n_images * ROUND_MACS // 4 // max(n_macs, 1))
+    if n_macs <= ROUND_MACS or len(pairs) <= N_FINALISTS or n_first >= n_images:
+        score(whole, run(whole, pairs))
     else:
-        score(whole.reduced(max(FIRST_IMAGES, n_images * ROUND_MACS // 4 // n_macs)), pairs)
-        score(whole, _finalists(positions, outcomes))
+        rows = whole.samples.spread(n_first, task.n_base)
+        first, rest = (replace(whole, samples=whole.samples.select(part)) for part in (rows, ~rows))
+        found = run(first, pairs)
+        score(first, found)
+        finalists = run(rest, _finalists(positions, outcomes))
+        score(whole, {pair: found[pair].joined(samples, rows) for pair, samples in finalists.items()})
     return tuple(sorted(positions.values(), key=lambda p: (-p.score, p.n_macs))), seen, outcomes
 
 
