@@ -217,10 +217,12 @@ def _clone_resnet50(n: int, team: Team) -> dict[str, Any]:
     made = fitted.pop("made")
     task.close()
     net = attach(target, made)
+    laps = [(_shortest(lambda: net.detach(made.name), 1), _shortest(lambda: net.attach(made), 1)) for _ in range(5)]
+    detach_seconds, attach_again_seconds = map(min, zip(*laps, strict=True))
     times = {
         "fingerprint_seconds": _shortest(lambda: fingerprint(target)),
-        "detach_seconds": _shortest(lambda: net.detach(made.name), 1),
-        "attach_again_seconds": _shortest(lambda: net.attach(made), 1),
+        "detach_seconds": detach_seconds,
+        "attach_again_seconds": attach_again_seconds,
         "attach_seconds": _shortest(lambda: attach(target, made)),
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -292,7 +294,8 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
         at_most(f"scan of {large['n']} samples of 224x224, ResNet-50 pair, GiB", 6, large["scan_peak_gib"]),
         at_most(f"clone, ResNet-50 pair, {large['n']} samples of 224x224, seconds", 600, large["seconds"]),
         at_most(f"clone, ResNet-50 pair, {large['n']} samples of 224x224, GiB", 8, large["peak_gib"]),
-        at_most("attach to ResNet-50, seconds", 0.05, large["attach_seconds"]),
+        at_most("attach to a composite around ResNet-50, seconds", 0.05, large["attach_again_seconds"]),
+        at_most("attach to ResNet-50 itself, which is recorded then, seconds", 0.05, large["attach_seconds"]),
         at_most("detach from ResNet-50, seconds", 0.05, large["detach_seconds"]),
         at_most("fingerprint of ResNet-50, seconds", 0.3, large["fingerprint_seconds"]),
     ]
