@@ -17,9 +17,9 @@ from pnc import gates, norms, parallel, selection
 from pnc.budgets import Costs
 from pnc.channels import channel_spaces
 from pnc.errors import InputError
+from pnc.judging import own_head, source_body
 from pnc.models import save_model
 from pnc.parallel import ALONE, Team
-from pnc.positions import own_head, source_body
 from pnc.refinement import Schedule, feature_loss, train, views
 from pnc.stitching import Stitched
 from segments import network, segment_of

@@ -7,7 +7,8 @@ import torch
 import pnc
 from digits import NEW, pair, support
 from pnc.errors import InputError
-from pnc.positions import outcome_of, run_parts, shortlist, source_body
+from pnc.judging import outcome_of, run_parts, source_body
+from pnc.positions import shortlist
 
 
 @cache

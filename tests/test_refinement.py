@@ -9,7 +9,7 @@ from pnc import refinement
 from pnc.compaction import own_copy
 from pnc.heads import DiscriminantHead
 from pnc.integrity import differences, snapshot
-from pnc.positions import run_parts, source_body
+from pnc.judging import run_parts, source_body
 from pnc.refinement import Schedule, class_loss, feature_loss, held_out_quality, refined, train, views
 from pnc.stitching import Stitched
 

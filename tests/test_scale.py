@@ -8,7 +8,7 @@ import torch
 
 import pnc
 from digits import NEW, pair, support
-from pnc import positions, regression
+from pnc import judging, positions, regression
 from pnc.cuts import candidate_cuts, extract
 from pnc.integrity import fingerprint
 from pnc.positions import shortlist
@@ -65,7 +65,8 @@ def counted(monkeypatch, task, **settings):
         patch.setattr(regression, "_solve", counting(regression._solve, "factorizations"))
         patch.setattr(Stitched, "forward", run)
         patch.setattr(AdapterFitter, "__init__", made)
-        patch.setattr(positions, "extract", watched)
+        for module in (positions, judging):
+            patch.setattr(module, "extract", watched)
         found = pnc.scan(task, **settings)
     return found, counts
 

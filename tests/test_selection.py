@@ -14,7 +14,7 @@ from pnc.channels import channel_spaces
 from pnc.data import class_subset
 from pnc.errors import InputError
 from pnc.integrity import differences, snapshot
-from pnc.positions import source_body
+from pnc.judging import source_body
 from pnc.readers import load_data
 from pnc.selection import Method, localize
 

@@ -8,8 +8,8 @@ from digits import NEW, held_out_images, pair, support
 from pnc.compaction import own_copy
 from pnc.errors import InputError
 from pnc.integrity import differences, snapshot
+from pnc.judging import Outcome, source_body
 from pnc.metrics import evaluate
-from pnc.positions import Outcome, source_body
 from pnc.sequential import Part, depths, search
 
 

@@ -35,11 +35,10 @@ from pnc.data import ImageSet, listed, parse_classes, sample_per_class
 from pnc.errors import InputError
 from pnc.models import LoadedModel
 from pnc.plots import draw_comparison, draw_curves
-from pnc.positions import Progress
 from pnc.pretraining import recipe_for
 from pnc.readers import load_data
 from pnc.screen import complain, progress, say
-from pnc.task import Precision
+from pnc.task import Precision, Progress
 
 bench = typer.Typer(
     no_args_is_help=True,

@@ -20,26 +20,17 @@ from pnc.heads import Head
 from pnc.images import MEMORY
 from pnc.integrity import Fingerprint, fingerprint, value_digests
 from pnc.joint import joint_front, worth_trying
+from pnc.judging import Outcome, features_seen, fit_head, judge, outcome_of, run_parts
 from pnc.masks import ChannelMasks
 from pnc.operating_point import check_base_drop, check_promise, least_priority
 from pnc.parallel import ALONE, Team
-from pnc.positions import (
-    TOLERANCE,
-    Outcome,
-    Progress,
-    features_seen,
-    fit_head,
-    judge,
-    outcome_of,
-    run_parts,
-    scan,
-)
+from pnc.positions import TOLERANCE, scan
 from pnc.refinement import refined
 from pnc.resuming import NO_STEPS, Steps
 from pnc.selection import Method, localize
 from pnc.sequential import Part, search
 from pnc.stitching import Adapter, CrossFitted, Stitched
-from pnc.task import CloneTask, Precision, prepare_task
+from pnc.task import CloneTask, Precision, Progress, prepare_task
 from pnc.tracing import info
 
 Strategy = Literal["scan", "sequential"]

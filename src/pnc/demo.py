@@ -10,9 +10,9 @@ import torch
 
 from pnc.bench import main_job
 from pnc.data import class_subset, draw_support, relabel
-from pnc.positions import Progress
 from pnc.pretraining import EpochReport, Recipe, pretrain
 from pnc.readers import load_data
+from pnc.task import Progress
 
 BASE_CLASSES = tuple("01234")
 NEW_CLASSES = tuple("56789")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pnc.budgets import Costs
 from pnc.channels import channel_spaces
 from pnc.errors import InputError
-from pnc.positions import TOLERANCE, Position, Scan, source_body
+from pnc.judging import source_body
+from pnc.positions import TOLERANCE, Position, Scan
 from pnc.task import CloneTask
 
 DENSITIES = (1.0, 0.7, 0.5, 0.35, 0.25)

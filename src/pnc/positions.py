@@ -5,30 +5,24 @@ gathers the moments from which the adapter of every pair is solved; the second r
 adapters of the promising pairs, fits the head and measures it on held-out folds.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
 
 from pnc.cuts import LOGITS, CutPoint, candidate_cuts, extract
 from pnc.errors import InputError
-from pnc.heads import Head, HeadSamples, SourceHead, Stacking, choose_stacking, fit_stacked, source_head
+from pnc.heads import HeadSamples
 from pnc.images import to_device
-from pnc.remembered import last_norm, remembering_head
-from pnc.stitching import N_ROWS, Adapter, AdapterFitter, CrossFitted, Stitched, pool
-from pnc.task import CloneTask
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the steps done, and the steps in all."""
+from pnc.judging import Outcome, batches, judge, outcome_of, run_parts, source_body
+from pnc.remembered import last_norm
+from pnc.stitching import N_ROWS, Adapter, AdapterFitter, CrossFitted
+from pnc.task import CloneTask, Progress
 
 MAX_CUTS = 12
 TOLERANCE = 0.005
 """Accuracy that may be given up for lower cost where there is no standard error of the difference to go by."""
-TAPPED_BYTES = 2**28
-"""Memory for the tensors at all cuts that one batch of images takes, about."""
 DIGEST_BYTES = 16
 """In a clone's file, of the fingerprint of one tensor."""
 FACTS_BYTES = 3000
@@ -85,31 +79,6 @@ class Position:
     def names(self) -> tuple[str, str]:
         """Names of its two cuts."""
         return self.target_cut.name, self.source_cut.name
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """How each image of the support fared when it was held out.
-
-    Attributes:
-        hits: Share of the image's copies that were classified right, (I,), float64.
-        is_base: Whether it shows a base class, (I,), bool.
-    """
-
-    hits: Tensor
-    is_base: Tensor
-
-    @property
-    def average(self) -> tuple[float, float]:
-        """Mean of the accuracies on base and on new images, and its standard error; of one kind where it is alone."""
-        kinds = [part for part in (self.hits[self.is_base], self.hits[~self.is_base]) if len(part)]
-        mean = sum(float(part.mean()) for part in kinds) / len(kinds)
-        variance = sum(float(part.var(correction=0)) / len(part) for part in kinds) / len(kinds) ** 2
-        return mean, variance**0.5
-
-    def minus(self, other: "Outcome") -> tuple[float, float]:
-        """Difference of both averages and its standard error, which is small: they are of the same images."""
-        return replace(self, hits=self.hits - other.hits).average
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,11 +259,6 @@ def _finalists(
     return [pair for pair, loss, error in losses if loss <= N_ERRORS_FINAL * error + ROUNDING][:N_FINALISTS]
 
 
-def source_body(task: CloneTask, cut: CutPoint) -> fx.GraphModule:
-    """The source from `cut` to its penultimate features, over the source's own weights."""
-    return extract(task.source.recording, cut, [task.source.head.features])
-
-
 def shortlist(
     target_cuts: Sequence[CutPoint],
     source_cuts: Sequence[CutPoint],
@@ -312,149 +276,6 @@ def shortlist(
         bound = runner_up * errors[ranked[0].name, s.name]
         chosen += [(t, s) for t in ranked[:2] if t is ranked[0] or errors[t.name, s.name] <= bound]
     return chosen
-
-
-def run_parts(
-    task: CloneTask, parts: Sequence[tuple[CrossFitted, nn.Module]], progress: Progress | None = None
-) -> list[HeadSamples]:
-    """Run the support once through the target and through given parts of the source behind their adapters.
-
-    Each image takes the adapter that was fitted without its fold.
-
-    Args:
-        task: Whose support and target.
-        parts: Adapters, and the source from the adapters' cut to its penultimate features.
-        progress: Called after each batch.
-    Returns:
-        What heads are fitted on, for each part.
-    Raises:
-        InputError: there are no base samples, and the source's logits are no linear map of its pooled features.
-    """
-    own = own_head(task)
-    cuts = list(dict.fromkeys(fitted.adapter.target_cut for fitted, _ in parts))
-    seen = features_seen(task)
-    trunk = extract(task.target.recording, None, [*cuts, seen, LOGITS])
-    target_features, base_logits, places = [], [], []
-    clone_features: list[list[Tensor]] = [[] for _ in parts]
-    for _, fold, place, images in _batches(task, cuts, "scoring positions", progress):
-        with torch.no_grad(), task.autocast():
-            *tensors, features, logits = trunk(to_device(images, task.target.device))
-            at_cut = dict(zip(cuts, tensors, strict=True))
-            target_features.append(pool(features, seen).float().cpu())
-            base_logits.append(logits.float().cpu())
-            places.append(torch.arange(place.start, place.stop))
-            for (fitted, body), collected in zip(parts, clone_features, strict=True):
-                stitched = Stitched(fitted.held_out[fold], body, task.source.head.features)
-                collected.append(stitched(at_cut[fitted.adapter.target_cut]).float().cpu())
-    n_samples, own_places = len(task.samples.labels), torch.cat(places)
-    target_rows, logit_rows, *made = (
-        task.team.gather(torch.cat(rows), own_places, n_samples)
-        for rows in (target_features, base_logits, *clone_features)
-    )
-    samples = HeadSamples(
-        target_features=target_rows,
-        clone_features=torch.empty(0),
-        base_logits=logit_rows,
-        own_logits=torch.empty(0),
-        labels=task.samples.labels,
-        folds=task.samples.folds,
-        n_classes=task.n_base + len(task.new_classes),
-    )
-    return [replace(samples, clone_features=rows, own_logits=F.linear(rows, own.weight, own.bias)) for rows in made]
-
-
-@dataclass(frozen=True, eq=False)
-class Judged:
-    """What a support says about a head before it is fitted.
-
-    Attributes:
-        stacking: How to make the head; None without base samples, where the source's own classifier is it.
-        logits: Of each sample by a head that was fitted without it: of all classes, (N, K_base + K_new), or, without
-            base samples, of the new ones, (N, K_new).
-        labels: Places among these logits, (N,).
-    """
-
-    stacking: Stacking | None
-    logits: Tensor
-    labels: Tensor
-
-    @property
-    def correct(self) -> Tensor:
-        """Which samples are classified right when they are held out, (N,) bool."""
-        return self.logits.argmax(1) == self.labels
-
-    def lowered(self, nats: float) -> "Judged":
-        """The same with all new logits lowered by so many nats; only with base samples."""
-        assert self.stacking is not None
-        stacking = self.stacking.lowered(nats)
-        return Judged(stacking, stacking.logits, self.labels)
-
-
-def judge(samples: HeadSamples) -> Judged:
-    """Choose the head that the support allows, and measure it on held-out samples; `run_parts` makes the samples."""
-    if samples.has_base:
-        stacking = choose_stacking(samples)
-        return Judged(stacking, stacking.logits, samples.labels)
-    return Judged(None, samples.own_logits, samples.labels - samples.n_base)
-
-
-def fit_head(task: CloneTask, samples: HeadSamples, judged: Judged) -> Head:
-    """Make the head that was chosen, on all samples."""
-    own, norm = own_head(task), last_norm(task.target.recording)
-    if judged.stacking is not None:
-        return fit_stacked(samples, judged.stacking, own)
-    return own if norm is None else remembering_head(samples, norm.mean, own)
-
-
-def features_seen(task: CloneTask) -> CutPoint:
-    """What a head reads of the target: its penultimate features, or without base samples those it remembers."""
-    norm = None if task.has_base else last_norm(task.target.recording)
-    return task.target.head.features if norm is None else norm.cut
-
-
-def outcome_of(correct: Tensor, task: CloneTask, rows: Tensor | None = None) -> Outcome:
-    """Sum up which samples are right, image by image: copies of one image are one observation.
-
-    Args:
-        correct: (M,) bool.
-        task: Whose support it is.
-        rows: The samples that `correct` speaks of, (N,) bool; None for all.
-    """
-    labels, groups = task.samples.labels, task.samples.groups
-    if rows is not None:
-        labels, groups = labels[rows], groups[rows]
-    images, index = groups.unique(return_inverse=True)
-    hits = torch.zeros(len(images), dtype=torch.float64)
-    hits.scatter_reduce_(0, index, correct.double(), "mean", include_self=False)
-    is_base = torch.zeros(len(images), dtype=torch.bool)
-    is_base[index] = labels < task.n_base
-    return Outcome(hits, is_base)
-
-
-def is_rectified(task: CloneTask, cut: CutPoint) -> bool:
-    """Whether the source's tensor at `cut` is nowhere below zero on the support."""
-    prefix = extract(task.source.recording, None, [cut])
-    with torch.no_grad():
-        batches = task.samples.batches(task.batch_size)
-        return all(bool((prefix(images.to(task.source.device)) >= 0).all()) for _, images in batches)
-
-
-def own_head(task: CloneTask) -> SourceHead:
-    """The source's classifier of the new classes, on the CPU; all zeros where it is no linear map of pooled features.
-
-    Raises:
-        InputError: it is no such map, and there are no base samples to fit another head on.
-    """
-    head = task.source.head
-    if head.weight is None or head.features.n_prefix_tokens:
-        if not task.has_base:
-            raise InputError(
-                "support: without base samples the source's own classifier is needed, which here is no linear layer "
-                "on pooled features; give some samples of every base class"
-            )
-        return SourceHead(len(task.new_classes), head.features.n_channels)
-    bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
-    return source_head(head.weight[task.source_ids].float().cpu(), bias[task.source_ids].float().cpu())
 
 
 def _fitter(
@@ -494,7 +315,7 @@ def _gather_moments(
     target_taps = extract(task.target.recording, None, [*target_cuts, LOGITS])
     source_taps = extract(task.source.recording, None, [*source_cuts, LOGITS])
     done = 0
-    for number, fold, _, images in _batches(task, [*target_cuts, *source_cuts], what, progress, with_first=True):
+    for number, fold, _, images in batches(task, [*target_cuts, *source_cuts], what, progress, with_first=True):
         for _ in range(done, number):
             fitter.skip()
         done = number + 1
@@ -508,23 +329,6 @@ def _gather_moments(
             counted=task.team.is_mine(number),
         )
     fitter.share(task.team, task.samples.n_folds)
-
-
-def _batches(
-    task: CloneTask, cuts: Sequence[CutPoint], what: str, progress: Progress | None, with_first: bool = False
-) -> Iterator[tuple[int, int, slice, Tensor]]:
-    """Number, fold, place and images of the batches that this process runs.
-
-    Of as many images at a time as the memory for the tensors at `cuts` allows; of the first batch too, `with_first`.
-    """
-    samples = task.samples
-    size = max(1, min(task.batch_size, TAPPED_BYTES // (4 * sum(cut.size for cut in cuts))))
-    size = min(size, len(samples.labels) // task.team.size)  # so that each process has one
-    for number, (fold, place) in enumerate(samples.rows(size)):
-        if task.team.is_mine(number) or (with_first and number == 0):
-            yield number, fold, place, samples.images[place]
-        if progress is not None:
-            progress(what, place.stop, len(samples.labels))
 
 
 def _position(task: CloneTask, fitted: CrossFitted, outcome: Outcome, samples: HeadSamples) -> Position:

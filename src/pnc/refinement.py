@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from pnc.cuts import LOGITS, CutPoint, extract
 from pnc.heads import Head, HeadSamples, SourceHead
+from pnc.judging import features_seen, fit_head, judge, outcome_of, run_parts
 from pnc.parallel import ALONE, Team
-from pnc.positions import Progress, features_seen, fit_head, judge, outcome_of, run_parts
 from pnc.resuming import NO_STEPS, Steps
 from pnc.stitching import Adapter, CrossFitted, Stitched, pool
-from pnc.task import CloneTask
+from pnc.task import CloneTask, Progress
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,15 +20,15 @@ from pnc.cuts import LOGITS, extract
 from pnc.errors import InputError
 from pnc.gates import learn_gates
 from pnc.heads import HeadSamples, fit_discriminant
+from pnc.judging import source_body
 from pnc.localization import one_shot_ranking
 from pnc.masks import ChannelMasks
 from pnc.norms import Batch, reestimate_statistics, tune_norms
-from pnc.positions import Progress, source_body
 from pnc.resuming import NO_STEPS, Steps
 from pnc.sequential import Part
 from pnc.stitching import Adapter, pool
 from pnc.surrogate import Neighbourhoods, neighbourhoods, surrogate_loss
-from pnc.task import CloneTask
+from pnc.task import CloneTask, Progress
 
 Method = Literal["gates", "taylor", "magnitude", "random", "local-surrogate"]
 

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, fx
 
 from pnc.compaction import own_copy
-from pnc.cuts import CutPoint, candidate_cuts
+from pnc.cuts import CutPoint, candidate_cuts, extract
 from pnc.heads import DiscriminantHead, Head
+from pnc.judging import Outcome, outcome_of, own_head, source_body
 from pnc.masks import ChannelMasks
-from pnc.positions import MAX_CUTS, Outcome, Progress, is_rectified, outcome_of, own_head, source_body
+from pnc.positions import MAX_CUTS
 from pnc.refinement import Schedule, Views, bounded, refining_loss, train, views
 from pnc.stitching import Adapter, Stitched
-from pnc.task import CloneTask, Network
+from pnc.task import CloneTask, Network, Progress
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03)
 N_STEPS = 600
@@ -142,7 +143,7 @@ class _Place:
 
     def _start(self, generator: torch.Generator) -> tuple[Adapter, Head]:
         task = self._task
-        adapter = Adapter(self._target_cut, self._source_cut, is_rectified(task, self._source_cut))
+        adapter = Adapter(self._target_cut, self._source_cut, _is_rectified(task, self._source_cut))
         for weight in (adapter.weight, adapter.prefix_weight):
             weight.normal_(0, weight[0].numel() ** -0.5 if weight.numel() else 0, generator=generator)
         head: Head
@@ -169,3 +170,11 @@ def _logits(stitched: Stitched, head: Head, data: Views, batch_size: int) -> Ten
         new = head(batch.target_features, stitched(batch.tensors), batch.base_logits)
         made.append(torch.cat([batch.base_logits, new], 1))
     return torch.cat(made)
+
+
+def _is_rectified(task: CloneTask, cut: CutPoint) -> bool:
+    """Whether the source's tensor at `cut` is nowhere below zero on the support."""
+    prefix = extract(task.source.recording, None, [cut])
+    with torch.no_grad():
+        batches = task.samples.batches(task.batch_size)
+        return all(bool((prefix(images.to(task.source.device)) >= 0).all()) for _, images in batches)

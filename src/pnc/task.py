@@ -1,6 +1,6 @@
 """A cloning task: two recorded networks, their class names and the support, every doubt settled at the door."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -11,14 +11,17 @@ from pnc.cuts import Head, find_head
 from pnc.data import ImageSet, StoredSupport, check_class_names, class_ids, stored_support
 from pnc.errors import ClassNameError, InputError, RecordingError
 from pnc.graph import Recording, info, record
-from pnc.images import MEMORY, Images, ImageStore, check_images, to_device
+from pnc.images import MEMORY, check_images, to_device
 from pnc.parallel import ALONE, Team
+from pnc.samples import Samples, samples_of
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, the steps done, and the steps in all."""
 
 Precision = Literal["float32", "bfloat16"]
 """What networks compute in while a clone is made."""
 
 _EXAMPLES = 4
-MAX_FOLDS = 5
 LEAST_MEMORY = 2**20
 IMAGES_SHARE = 0.5
 """Of the memory, what images may take before they go to a file."""
@@ -51,71 +54,6 @@ class Network:
     def n_params(self) -> int:
         """Parameters that the forward pass uses."""
         return sum(info(node).n_params for node in self.recording.module.graph.nodes)
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """The support in the terms of the composite.
-
-    Attributes:
-        images: N images, each made when it is asked for.
-        labels: (N,), places among the target's classes followed by the new ones.
-        groups: (N,), which image each row shows: a flipped copy shares its original's.
-        folds: (N,), ascending: the fold of cross-validation in which the image is held out; all zero, which means no
-            cross-validation, where a new class has a single image.
-    """
-
-    images: Images
-    labels: Tensor
-    groups: Tensor
-    folds: Tensor
-
-    @property
-    def n_folds(self) -> int:
-        """Number of folds; 1 where nothing can be held out."""
-        return int(self.folds.max()) + 1
-
-    def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Fold and images (B, C, H, W), in order, at most `size` at a time and never of two folds."""
-        for fold, rows in self.rows(size):
-            yield fold, self.images[rows]
-
-    def rows(self, size: int) -> Iterator[tuple[int, slice]]:
-        """Fold and place of the batches that `batches` gives."""
-        start = 0
-        for fold, count in enumerate(self.folds.bincount().tolist()):
-            for first in range(start, start + count, size):
-                yield fold, slice(first, min(first + size, start + count))
-            start += count
-
-    def select(self, rows: Tensor) -> "Samples":
-        """Keep the given rows, ascending, by number or bool mask."""
-        return Samples(self.images.select(rows), self.labels[rows], self.groups[rows], self.folds[rows])
-
-    def spread(self, n_images: int, n_base: int) -> Tensor:
-        """Choose images that stand for all, with their copies: of each class and fold the same share.
-
-        Of every new class one image of each fold is taken at least, so that folds can still be held out.
-
-        Args:
-            n_images: How many, about.
-            n_base: Labels from here on are new classes.
-        Returns:
-            Which rows, (N,) bool.
-        """
-        images, index = self.groups.unique(return_inverse=True)
-        labels, folds = torch.empty_like(images), torch.empty_like(images)
-        labels[index], folds[index] = self.labels, self.folds
-        cells = labels * self.n_folds + folds
-        order, counts = cells.argsort(stable=True), cells.bincount()
-        number = torch.empty_like(cells)  # of each image within its cell
-        number[order] = torch.arange(len(cells)) - (counts.cumsum(0) - counts)[cells[order]]
-        places = (number.double() + 0.5) / counts[cells]
-        places[(number == 0) & (labels >= n_base)] = -1.0
-        n_kept = max(n_images, int((places < 0).sum()))
-        chosen = torch.zeros(len(images), dtype=torch.bool)
-        chosen[places.argsort(stable=True)[:n_kept]] = True
-        return chosen[index]
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,7 +256,7 @@ def prepare_task(
         source=read[0],
         target=read[1],
         new_classes=new,
-        samples=_samples(store, torch.cat([labels, *seen]), len(base), flip, seed),
+        samples=samples_of(store, torch.cat([labels, *seen]), len(base), flip, seed),
         seed=seed,
         batch_size=batch_size,
         n_background=len(store) - n_given,
@@ -396,33 +334,3 @@ def _places(support: StoredSupport, base: tuple[str, ...], new: tuple[str, ...])
         raise InputError(f"support has no sample of {', '.join(missing)}; every class to clone needs at least one")
     place = torch.tensor([names.index(name) if name in names else -1 for name in support.names])
     return place[support.labels]
-
-
-def _samples(store: ImageStore, labels: Tensor, n_base: int, flip: bool, seed: int) -> Samples:
-    groups = torch.arange(len(labels))
-    folds, mirrored = _folds(labels, n_base, seed), torch.zeros(len(labels), dtype=torch.bool)
-    if flip:
-        labels, folds, groups = labels.repeat(2), folds.repeat(2), groups.repeat(2)
-        mirrored = torch.cat([mirrored, ~mirrored])
-    order = folds.argsort(stable=True)
-    return Samples(Images(store, groups[order], mirrored[order]), labels[order], groups[order], folds[order])
-
-
-def _folds(labels: Tensor, n_base: int, seed: int) -> Tensor:
-    """Folds of cross-validation, (N,), in which every class has the same share, as far as its number allows.
-
-    Without any fold there are still images of every new class, and of some base class: so there are as many folds as
-    the smallest new class has images, or all base classes together, and at most `MAX_FOLDS`.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    counts = labels.bincount()
-    of_kinds = [*counts[n_base:].tolist(), int(counts[:n_base].sum())]
-    n_folds = min(MAX_FOLDS, *(count for count in of_kinds if count))
-    folds, start = torch.zeros_like(labels), 0
-    for label in counts.nonzero().flatten():
-        members = (labels == label).nonzero().flatten()
-        folds[members[torch.randperm(len(members), generator=generator)]] = (
-            start + torch.arange(len(members))
-        ) % n_folds
-        start += len(members)
-    return folds

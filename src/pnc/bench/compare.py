@@ -27,8 +27,7 @@ from pnc.errors import InputError
 from pnc.integrity import differences, evaluating, fingerprint, snapshot
 from pnc.metrics import calibration_error, evaluate, leak, shifted
 from pnc.models import LoadedModel
-from pnc.positions import Progress
-from pnc.task import prepare_task
+from pnc.task import Progress, prepare_task
 
 KEYS = ("data", "target", "source", "support", "flip", "group", "classes", "n_test", "method", "seed")
 """What names a cell."""

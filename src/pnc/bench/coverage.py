@@ -28,8 +28,8 @@ from pnc.graph import Recording, pick_logits, record
 from pnc.integrity import differences, evaluating, same_bits, snapshot
 from pnc.masks import channel_masks
 from pnc.networks import resnet
-from pnc.positions import Progress, scan
-from pnc.task import prepare_task
+from pnc.positions import scan
+from pnc.task import Progress, prepare_task
 
 N_CUTS = 8
 """Cuts at which a network is parted and put together again, spread over all that it has."""

@@ -25,8 +25,8 @@ from pnc.cloning import Clone, fit
 from pnc.composite import attach
 from pnc.errors import InputError, PNCError
 from pnc.integrity import fingerprint, same_bits
-from pnc.positions import Progress, scan
-from pnc.task import prepare_task
+from pnc.positions import scan
+from pnc.task import Progress, prepare_task
 
 try:
     import resource

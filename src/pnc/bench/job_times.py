@@ -18,9 +18,8 @@ from pnc.bench.results import Cells
 from pnc.cloning import clone
 from pnc.data import class_subset, draw_support, images_as_float
 from pnc.models import build_model
-from pnc.positions import Progress
 from pnc.pretraining import recipe_for
-from pnc.task import CloneTask, prepare_task
+from pnc.task import CloneTask, Progress, prepare_task
 
 CLOSED, GATES, REFINED, SEQUENTIAL = "closed form", "gates, density 0.5", "refined", "sequential"
 SEARCH, TUNED, SCRATCH = "fine-tuning with replay, search", "fine-tuning with replay, once", "training from scratch"

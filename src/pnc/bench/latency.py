@@ -33,9 +33,9 @@ from pnc.graph import record
 from pnc.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.integrity import fingerprint
 from pnc.models import LoadedModel, build_model
-from pnc.positions import Progress, scan
+from pnc.positions import scan
 from pnc.stitching import Adapter, Stitched
-from pnc.task import Network, prepare_task, read_network
+from pnc.task import Network, Progress, prepare_task, read_network
 
 BATCHES = (1, 8, 64)
 DENSITIES = (1.0, 0.5, 0.3)

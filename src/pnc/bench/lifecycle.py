@@ -24,7 +24,7 @@ from pnc.errors import InputError
 from pnc.integrity import fingerprint, value_digests
 from pnc.metrics import evaluate
 from pnc.models import LoadedModel
-from pnc.positions import Progress
+from pnc.task import Progress
 
 ARRANGEMENTS = ("one", "two", "four")
 """How many clones the new classes are shared out to."""

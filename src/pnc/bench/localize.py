@@ -17,10 +17,10 @@ from pnc.cuts import LOGITS, extract
 from pnc.data import ImageSet, class_subset, draw_support, images_as_float, relabel
 from pnc.integrity import evaluating
 from pnc.metrics import evaluate
-from pnc.positions import Progress, scan
+from pnc.positions import scan
 from pnc.selection import Method
 from pnc.stitching import CrossFitted
-from pnc.task import CloneTask, prepare_task
+from pnc.task import CloneTask, Progress, prepare_task
 
 DENSITIES = (0.5, 0.3)
 FULL = "full"

@@ -21,8 +21,8 @@ from pnc.errors import InputError
 from pnc.integrity import differences, evaluating, snapshot
 from pnc.metrics import evaluate
 from pnc.models import LoadedModel
-from pnc.positions import Progress, scan
-from pnc.task import CloneTask, prepare_task
+from pnc.positions import scan
+from pnc.task import CloneTask, Progress, prepare_task
 
 RIVALS: Mapping[str, Rival] = {rival.name: rival for rival in (ensemble.RIVAL, lda.ON_TARGET, finetuning.WITH_REPLAY)}
 BUDGET = Budget()

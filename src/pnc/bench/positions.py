@@ -16,7 +16,7 @@ from pnc.composite import attach
 from pnc.data import ImageSet, class_subset, draw_support, relabel
 from pnc.metrics import evaluate
 from pnc.models import LoadedModel
-from pnc.positions import Progress
+from pnc.task import Progress
 
 STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     "closed form": {},

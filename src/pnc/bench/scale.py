@@ -28,8 +28,8 @@ from pnc.images import GIB
 from pnc.integrity import fingerprint
 from pnc.networks import resnet
 from pnc.parallel import ALONE, Team, joined
-from pnc.positions import Progress, scan
-from pnc.task import prepare_task
+from pnc.positions import scan
+from pnc.task import Progress, prepare_task
 
 SAMPLES = (64, 256, 1024)
 CUTS = (2, 8, 32)

@@ -23,7 +23,7 @@ from pnc.composite import attach
 from pnc.data import Support
 from pnc.integrity import differences, same_bits, snapshot
 from pnc.models import build_model
-from pnc.positions import Progress
+from pnc.task import Progress
 
 Action = Literal["attach", "detach", "disable", "only", "save", "calibrate"]
 ACTIONS: tuple[Action, ...] = get_args(Action)

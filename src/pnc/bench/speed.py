@@ -8,7 +8,7 @@ from pnc.bench.job_times import CLOSED, GATES, SEARCH, SEQUENTIAL, TUNED
 from pnc.bench.latency import LARGE, PLUMBING, WHOLE, several
 from pnc.bench.positions import Setting
 from pnc.bench.results import Cells, Claim, at_most, over_seeds, table
-from pnc.positions import Progress
+from pnc.task import Progress
 
 PARTS = ("latency", "life", "job")
 KEYS = ("part", "case", "form")
