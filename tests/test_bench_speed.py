@@ -65,7 +65,7 @@ def test_everything_stands_side_by_side_and_is_measured_once(folder, monkeypatch
     claims = {claim["claim"]: claim for claim in facts["claims"]}
     share = rows[one, "density 0.5"]["n_macs"] / whole["n_macs"]
     assert share == pytest.approx(rows["one clone, batch 1", "density 0.5"]["n_macs"] / whole["n_macs"])
-    assert claims["composite at density .5, batch 1: MACs, likewise"]["value"] == pytest.approx(share)
+    assert claims["composite at density 0.5, batch 1: MACs, likewise"]["value"] == pytest.approx(share)
     faster = claims["closed form faster than the sequential reference, times"]["value"]
     assert faster == rows["seed 0", job_times.SEQUENTIAL]["seconds"] / rows["seed 0", job_times.CLOSED]["seconds"]
     assert all(f"### {case}" in (folder / "speed.md").read_text() for case, _ in rows if "batch" in case)
@@ -92,8 +92,8 @@ def test_claims_are_about_what_was_measured():
     rows = [{**fields, "case": "one clone, batch 1", "form": form, "n_macs": n} for form, n in names]
     found = {claim.claim: (claim.value, claim.holds) for claim in speed.claims(rows)}
     assert found == {
-        "composite at density .5, batch 1: latency as a share of target + source": (0.9, False),
-        "composite at density .5, batch 1: MACs, likewise": (0.7, True),
+        "composite at density 0.5, batch 1: latency as a share of target + source": (0.9, False),
+        "composite at density 0.5, batch 1: MACs, likewise": (0.7, True),
         "plumbing at batch 1, as a share of the target's latency": (pytest.approx(0.2), False),
     }
 

@@ -202,6 +202,7 @@ def clone(
         str, typer.Option(help="Share of the prunable MACs to keep, above 0; auto: chosen with the position.")
     ] = "1",
     method: Annotated[Method, typer.Option(help="How channels are chosen below density 1.")] = "gates",
+    round_to: Annotated[int, typer.Option(help="Below density 1, keep multiples of so many channels.", min=1)] = 1,
     max_macs: MaxMacs = None,
     max_bytes: MaxBytes = None,
     max_base_drop: Annotated[
@@ -259,6 +260,7 @@ def clone(
                 name=name,
                 density=wanted_density,
                 method=method,
+                round_to=round_to,
                 max_macs=max_macs,
                 max_bytes=max_bytes,
                 max_base_drop=max_base_drop,

@@ -111,10 +111,14 @@ class DiscriminantHead(nn.Module):
 
     def forward(self, target_features: Tensor, clone_features: Tensor, base_logits: Tensor) -> Tensor:
         """Give the logits of the new classes, (B, K_new), in the dtype of `base_logits` (B, K_base)."""
+        odds = self.log_odds(target_features, clone_features)
+        return (odds + base_logits.to(odds.dtype).logsumexp(1, keepdim=True)).to(base_logits.dtype)
+
+    def log_odds(self, target_features: Tensor, clone_features: Tensor) -> Tensor:
+        """Log-odds of each new class against all base classes together, (B, K_new), in the weights' dtype."""
         features = torch.cat([target_features, clone_features], 1).to(self.weight.dtype)
         scores = F.linear(features, self.weight, self.bias)
-        against_base = scores[:, self.n_base :] - scores[:, : self.n_base].logsumexp(1, keepdim=True)
-        return (against_base + base_logits.to(scores.dtype).logsumexp(1, keepdim=True)).to(base_logits.dtype)
+        return scores[:, self.n_base :] - scores[:, : self.n_base].logsumexp(1, keepdim=True)
 
 
 class SourceHead(nn.Module):
@@ -167,30 +171,30 @@ class StackedHead(nn.Module):
     def forward(self, target_features: Tensor, clone_features: Tensor, base_logits: Tensor) -> Tensor:
         """Give the logits of the new classes, (B, K_new), in the dtype of `base_logits` (B, K_base)."""
         base = base_logits.to(self.odds_weight.dtype)
-        fitted = self.discriminants(target_features, clone_features, base)
+        fitted = self.discriminants.log_odds(target_features, clone_features)
         own = self.own(target_features, clone_features, base)
-        return mixed_logits(fitted, own, base, self.odds_weight, self.class_weight).to(base_logits.dtype)
+        level = base.logsumexp(1, keepdim=True)
+        return mixed_logits(fitted, own, level, self.odds_weight, self.class_weight).to(base_logits.dtype)
 
 
-def mixed_logits(fitted: Tensor, own: Tensor, base: Tensor, odds_weight: Tensor, class_weight: Tensor) -> Tensor:
+def mixed_logits(fitted: Tensor, own: Tensor, level: Tensor, odds_weight: Tensor, class_weight: Tensor) -> Tensor:
     """Logits of the new classes, (B, K_new), as `StackedHead` makes them.
 
     Args:
-        fitted: The discriminants' logits of the new classes, (B, K_new).
-        own: The source's, (B, K_new).
-        base: The target's logits, (B, K_base).
-        odds_weight: (4,), of the terms of `_odds_terms`.
+        fitted: The discriminants' log-odds of each new class against the base, (B, K_new).
+        own: The source's logits, (B, K_new).
+        level: The logsumexp of the target's logits, (B, 1).
+        odds_weight: (4,), of the terms of `_odds_terms`, and a constant.
         class_weight: (2,), of `fitted` and `own`.
     """
-    log_odds = (_odds_terms(fitted, own, base) * odds_weight).sum(1, keepdim=True)
+    log_odds = (_odds_terms(fitted, own, level) * odds_weight[:3]).sum(1, keepdim=True) + odds_weight[3]
     within = (fitted * class_weight[0] + own * class_weight[1]).log_softmax(1)
-    return within + log_odds + base.logsumexp(1, keepdim=True)
+    return within + (log_odds + level)
 
 
-def _odds_terms(fitted: Tensor, own: Tensor, base: Tensor) -> Tensor:
-    """What log-odds of new against base are made of, (B, 4)."""
-    total = base.logsumexp(1)
-    return torch.stack([fitted.logsumexp(1) - total, own.logsumexp(1), total, torch.ones_like(total)], 1)
+def _odds_terms(fitted: Tensor, own: Tensor, level: Tensor) -> Tensor:
+    """What log-odds of new against base are made of, (B, 3); arguments as in `mixed_logits`."""
+    return torch.cat([fitted.logsumexp(1, keepdim=True), own.logsumexp(1, keepdim=True), level], 1)
 
 
 Head = DiscriminantHead | SourceHead | StackedHead
@@ -234,15 +238,16 @@ def choose_stacking(samples: HeadSamples) -> Stacking:
     """
     shrinkage, logits = choose_shrinkage(samples)
     n_base, is_new = samples.n_base, samples.labels >= samples.n_base
-    base, fitted = samples.base_logits.double(), logits[:, samples.n_base :]
-    own = samples.own_logits.double()
-    odds, classes = _odds_terms(fitted, own, base)[:, :3], torch.stack([fitted, own], 2)
+    base, own = samples.base_logits.double(), samples.own_logits.double()
+    level = base.logsumexp(1, keepdim=True)
+    fitted = logits[:, n_base:] - level
+    odds, classes = _odds_terms(fitted, own, level), torch.stack([fitted, own], 2)
     if int(samples.folds.max()) == 0 and bool(own.any()):
         odds[:, 0], classes[:, :, 0] = 0, 0
     weights = balanced_weights(samples.labels, samples.n_base)
     odds_weight = _fit_odds(odds, is_new, weights)
     class_weight = _fit_classes(classes[is_new], samples.labels[is_new] - n_base, weights[is_new])
-    mixed = mixed_logits(fitted, own, base, odds_weight, class_weight)
+    mixed = mixed_logits(fitted, own, level, odds_weight, class_weight)
     return Stacking(shrinkage, odds_weight, class_weight, torch.cat([base, mixed], 1), n_base)
 
 

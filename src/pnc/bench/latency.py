@@ -39,6 +39,8 @@ from pnc.task import Network, Progress, prepare_task, read_network
 
 BATCHES = (1, 8, 64)
 DENSITIES = (1.0, 0.5, 0.3)
+ALIGNED = "0.5, multiples of 8"
+"""The density at which channels are kept in groups of 8 too, which convolutions on CPUs take at a time."""
 N_CLONES = (4, 16)
 """Numbers of clones beside one, of one class each, at the lowest density."""
 N_DISTINCT = 4
@@ -96,8 +98,8 @@ class Bench:
         whole = record(source, self.images[:2])
         forms = {TARGET: target, WHOLE: SideBySide(target, source)}
         forms[FOLDED] = SideBySide(target, folded(own_copy(whole.module)))
-        for density in DENSITIES:
-            forms |= _both(attach(target, self._clone(f"{density:g}")), f"density {density:g}")
+        for name in (*(f"{density:g}" for density in DENSITIES), ALIGNED):
+            forms |= _both(attach(target, self._clone(name)), f"density {name}")
         return forms | {PLUMBING: attach(target, self._plumbing())}
 
     @cached_property
@@ -143,6 +145,7 @@ class Bench:
                 fitted = found.adapter(found.choose())
                 for density in DENSITIES:
                     self._clones[f"{density:g}"] = fit(task, fitted, density=density, method="taylor")
+                self._clones[ALIGNED] = fit(task, fitted, density=0.5, method="taylor", round_to=8)
         return self._clones[name]
 
     def _singles(self, number: int) -> list[Clone]:
