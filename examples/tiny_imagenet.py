@@ -2,7 +2,8 @@
 
 The target is a ResNet-20 for 32x32 pixels that knows 50 classes of Tiny-ImageNet; the source is EfficientNet-Lite0 with
 its public ImageNet weights, 1000 classes at 224x224. Each network sees the 64x64 images of Tiny-ImageNet at a size of
-its own.
+its own. The clone is compared with the rivals of `pnc bench compare`, cell by cell: a stopped run goes on where it was,
+and the report is made of all rows that are there.
 
     pip install "pnc[bench]"
     python examples/tiny_imagenet.py --data parquet:PATH --support 20/5
@@ -12,9 +13,7 @@ where the hub can be reached. The target is trained once (about five minutes on 
 """
 
 import argparse
-import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,12 @@ import torch.nn.functional as F
 
 import pnc
 from pnc.arguments import parse_support
-from pnc.bench import main_job
-from pnc.bench.results import Cells, Claim, at_least, at_most, table, write_results
-from pnc.data import ImageSet, class_subset, draw_support, images_as_float, relabel
+from pnc.baselines.protocol import Budget
+from pnc.bench import compare, compare_report
+from pnc.bench.main_job import CLONE, predict
+from pnc.bench.protocols import choose_methods
+from pnc.bench.results import Cells, Claim, at_most, write_results
+from pnc.data import ImageSet, class_subset, images_as_float, relabel
 from pnc.errors import PNCError
 from pnc.libraries import distinct
 from pnc.models import LoadedModel, load_model
@@ -37,27 +39,49 @@ SPEC = "zoo:resnet20"
 RECIPE = Recipe(epochs=30, crop_padding=4, precision="bfloat16")
 TARGET_SIZE = 32
 N_BASE_CLASSES, N_NEW_CLASSES = 50, 10
-TUNING = "fine-tuning with replay"
-COLUMNS = ("method", "base_accuracy", "new_accuracy", "average_accuracy", "conditional_kl", "leak", "seconds", "bytes")
+BUDGET = Budget()
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Train or load the target, compare over the seeds, write the results."""
+    """Train or load the target, make the cells that are missing, write the report."""
     parser = make_parser()
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        facts = compare(options)
+        images = load_data(options.data, "train"), load_data(options.data, "test")
+        target = small_target(*images, options.runs)
+        source = public_source(images[0].input_shape, options.source_size)
+        new = [name for name in images[0].classes[N_BASE_CLASSES:] if name in source.classes][:N_NEW_CLASSES]
+        cells = Cells(options.out / "tiny_imagenet.jsonl", {}, compare.KEYS)
+        n_new, n_base = parse_support(options.support)
+        setting = compare.Setting(
+            *(source, target, *images),
+            data="Tiny-ImageNet",
+            n_new=n_new,
+            n_base=n_base,
+            flip=True,
+            group=", ".join(new),
+            budget=BUDGET,
+        )
+        compare.run(setting, choose_methods(options.methods), range(options.seeds), cells, progress=report)
+        facts = {
+            "new": new,
+            "target_accuracy": accuracy(target, class_subset(images[1], target.classes)),
+            "source_accuracy": accuracy(source, relabel(class_subset(images[1], new), source.classes)),
+            "source_bytes": sum(t.numel() * t.element_size() for t in source.module.state_dict().values()),
+            "rows": compare_report.means(cells.rows),
+            "made_by": compare_report.made_by(cells.rows),
+        }
         command = (
             f"python examples/tiny_imagenet.py --data parquet:PATH --support {options.support} --seeds {options.seeds} "
             f"--source-size {options.source_size} --threads {options.threads}"
         )
-        name = f"tiny_imagenet_{options.support.replace('/', '_')}"
-        write_results(options.out, name, command, facts, claims(facts), markdown(facts))
+        text = markdown(facts, cells.rows)
+        write_results(options.out, "tiny_imagenet", command, facts, claims(facts, cells.rows), text)
     except PNCError as error:
         parser.error(str(error))
-    print(markdown(facts))
+    print(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -65,45 +89,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="parquet:PATH or hf:NAME")
     parser.add_argument("--support", default="20/5", help="images per new and per base class")
+    parser.add_argument(
+        "--methods", help="names of methods, separated by commas, as in `pnc bench compare`; all of them"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many supports: seeds 0, 1, ...")
     parser.add_argument("--source-size", type=int, default=224, help="height and width that the source sees")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the results")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder where the trained target is kept")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for torch")
     return parser
-
-
-def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the clone and its rivals for every seed; rows that are there already are not made again."""
-    train, test = load_data(options.data, "train"), load_data(options.data, "test")
-    target, source = small_target(train, test, options.runs), public_source(train.input_shape, options.source_size)
-    base = target.classes
-    new = [name for name in train.classes[N_BASE_CLASSES:] if name in source.classes][:N_NEW_CLASSES]
-    n_new, n_base = parse_support(options.support)
-    settings = {"support": options.support, "source_size": options.source_size, "new": new}
-    path = options.out / f"tiny_imagenet_{options.support.replace('/', '_')}.jsonl"
-    cells = Cells(path, settings, ["seed"])
-    for seed in range(options.seeds):
-        if {"seed": seed} in cells:
-            continue
-        job = main_job.Job(
-            source=source,
-            target=target,
-            support=draw_support(train, new, base, n_new, n_base, torch.Generator().manual_seed(seed)),
-            test=relabel(class_subset(test, [*base, *new]), [*base, *new]),
-            flip=True,
-            seed=seed,
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            cells.add({"seed": seed, **main_job.run(job, list(main_job.RIVALS), Path(folder), progress=report)})
-    return {
-        **settings,
-        "seeds": options.seeds,
-        "target_accuracy": accuracy(target, class_subset(test, base)),
-        "source_accuracy": accuracy(source, relabel(class_subset(test, new), source.classes)),
-        "source_bytes": sum(t.numel() * t.element_size() for t in source.module.state_dict().values()),
-        "cells": [row for row in cells.rows if row["seed"] < options.seeds],
-    }
 
 
 def small_target(train: ImageSet, test: ImageSet, runs: Path) -> LoadedModel:
@@ -140,12 +134,12 @@ def public_source(input_shape: tuple[int, int, int], size: int) -> LoadedModel:
     network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     names = [description.split(",")[0].strip() for description in ImageNetInfo().label_descriptions()]
     wrapped = pnc.Preprocessed(network, (3, size, size), mean=127 / 255, std=128 / 255).eval()
-    return LoadedModel(wrapped, "efficientnet-lite0", distinct(names), input_shape)
+    return LoadedModel(wrapped, f"efficientnet-lite0?size={size}", distinct(names), input_shape)
 
 
 def accuracy(model: LoadedModel, data: ImageSet) -> float:
     """Share of images whose class has the highest logit of all that the network knows."""
-    return float((main_job.predict(model.module, data.images).argmax(1) == data.labels).double().mean())
+    return float((predict(model.module, data.images).argmax(1) == data.labels).double().mean())
 
 
 def report(what: str, done: int, total: int) -> None:
@@ -153,61 +147,29 @@ def report(what: str, done: int, total: int) -> None:
     print(f"{what} {done}/{total}", file=sys.stderr)
 
 
-def by_method(facts: dict[str, Any], column: str) -> dict[str, list[float]]:
-    """The values of a column over the seeds, for every method."""
-    values: dict[str, list[float]] = {}
-    for cell in facts["cells"]:
-        for row in cell["rows"]:
-            if column in row:
-                values.setdefault(row["method"], []).append(row[column])
-    return values
-
-
-def claims(facts: dict[str, Any]) -> list[Claim]:
-    """What was asked for, beside what was measured."""
-    average = {method: statistics.mean(values) for method, values in by_method(facts, "average_accuracy").items()}
-    share = max(cell["clone"]["file_bytes"] for cell in facts["cells"]) / facts["source_bytes"]
-    found = [
-        at_least(f"average accuracy above {TUNING}", 0.1, average[main_job.CLONE] - average[TUNING]),
-        at_most("size of the thin file as a share of the source's weights", 0.02, share),
+def claims(facts: dict[str, Any], rows: Sequence[compare_report.Row]) -> list[Claim]:
+    """Those of every comparison, and the size of the clone's file."""
+    sizes = [
+        at_most(
+            f"{regime.title}: size of the thin file as a share of the source's weights",
+            0.02,
+            regime.mean(CLONE, "bytes") / facts["source_bytes"],
+        )
+        for regime in compare_report.regimes(rows)
+        if CLONE in regime.methods
     ]
-    promises = facts["cells"][0]["verified"]
-    kept = {name: all(cell["verified"][name] for cell in facts["cells"]) for name in promises}
-    return found + [Claim(name.replace("_", " "), "true", value, value) for name, value in kept.items()]
+    return [*compare_report.claims(rows), *sizes]
 
 
-def markdown(facts: dict[str, Any]) -> str:
-    """The means over the seeds as a table, with what they stand on."""
-    columns = {column: by_method(facts, column) for column in COLUMNS[1:]}
-    rows = [
-        [method, *(statistics.mean(columns[column][method]) for column in COLUMNS[1:])]
-        for method in columns["average_accuracy"]
-    ]
-    spread = {
-        method: (max(values) - min(values)) / 2 for method, values in columns["average_accuracy"].items() if values
-    }
-    clones = [cell["clone"] for cell in facts["cells"]]
-    return "\n".join(
+def markdown(facts: dict[str, Any], rows: Sequence[compare_report.Row]) -> str:
+    """What it stands on, then the tables."""
+    return "\n\n".join(
         [
-            f"EfficientNet-Lite0 (ImageNet, 1000 classes, at {facts['source_size']}x{facts['source_size']}) gives "
-            f"{len(facts['new'])} classes of Tiny-ImageNet ({', '.join(facts['new'])}) to a ResNet-20 for 32x32 that "
-            f"knows {N_BASE_CLASSES} others. Support {facts['support']} images per new/base class with mirror images, "
-            f"means of {facts['seeds']} seeds. Alone the target is right on {facts['target_accuracy']:.3f} of its own "
-            f"classes, the source on {facts['source_accuracy']:.3f} of the new ones among its 1000.",
-            "",
-            table(COLUMNS, rows),
-            "",
-            "Half the range of the average accuracy over the seeds: "
-            + ", ".join(f"{method} {value:.3f}" for method, value in spread.items())
-            + ".",
-            "",
-            "The clone adds "
-            + ", ".join(
-                f"{clone['added_macs_share']:.0%} of the source's multiply-accumulates ({clone['file_bytes']:,} bytes, "
-                f"from {clone['position']['source_cut']})"
-                for clone in clones
-            )
-            + ".",
+            f"EfficientNet-Lite0 (ImageNet, 1000 classes) gives {len(facts['new'])} classes of Tiny-ImageNet "
+            f"({', '.join(facts['new'])}) to a ResNet-20 for {TARGET_SIZE}x{TARGET_SIZE} that knows {N_BASE_CLASSES} "
+            f"others. Alone the target is right on {facts['target_accuracy']:.3f} of its own classes, the source on "
+            f"{facts['source_accuracy']:.3f} of the new ones among its 1000.",
+            compare_report.markdown(rows),
         ]
     )
 

@@ -142,7 +142,7 @@ def test_the_tiny_imagenet_example_goes_on_over_seeds_and_counts_its_claims(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     example = module_of("tiny_imagenet")
-    fast_tuning(monkeypatch)
+    monkeypatch.setattr(example, "BUDGET", Budget(1, 1, 2, 1))
     monkeypatch.setattr(example, "SPEC", "zoo:cnn?width=0.25")
     monkeypatch.setattr(example, "RECIPE", Recipe(epochs=2, batch_size=64, crop_padding=1, flip=False))
     monkeypatch.setattr(example, "TARGET_SIZE", 6)
@@ -150,23 +150,29 @@ def test_the_tiny_imagenet_example_goes_on_over_seeds_and_counts_its_claims(
     monkeypatch.setattr(example, "N_NEW_CLASSES", 3)
     monkeypatch.setattr(example, "public_source", lambda shape, size: pair().source)
     words = ["--data", "digits", "--support", "8/4", "--out", str(tmp_path), "--runs", str(tmp_path), "--threads", "1"]
+    words += ["--methods", "clone,fine-tuning with replay,direct ensemble"]
     example.main([*words, "--seeds", "1"])
-    first = json.loads((tmp_path / "tiny_imagenet_8_4.json").read_text())["cells"]
+    first = (tmp_path / "tiny_imagenet.jsonl").read_text()
     example.main([*words, "--seeds", "2"])
-    facts = json.loads((tmp_path / "tiny_imagenet_8_4.json").read_text())
-    assert facts["cells"][:1] == first, "a seed that is there is not run again"
-    assert (facts["new"], [cell["seed"] for cell in facts["cells"]]) == (["5", "6", "7"], [0, 1])
-    assert facts["source_accuracy"] > 0.9
-    rows = [row for cell in facts["cells"] for row in cell["rows"]]
-    means = {
+    everything = (tmp_path / "tiny_imagenet.jsonl").read_text()
+    assert everything.startswith(first), "cells that are there are not made again"
+    rows = [json.loads(line) for line in everything.splitlines() if "method" in json.loads(line)]
+    assert [row["seed"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    facts = json.loads((tmp_path / "tiny_imagenet.json").read_text())
+    assert facts["new"] == ["5", "6", "7"] and facts["source_accuracy"] > 0.9
+    averages = {
         method: sum(row["average_accuracy"] for row in rows if row["method"] == method) / 2
         for method in ("clone", "fine-tuning with replay")
     }
+    title = f"Tiny-ImageNet, 8/4, 5 and 2 others, zoo:cnn?width=0.25 from {pair().source.spec}"
     found = {claim["claim"]: claim for claim in facts["claims"]}
-    gain = found["average accuracy above fine-tuning with replay"]
-    assert gain["value"] == pytest.approx(means["clone"] - means["fine-tuning with replay"])
-    assert found["target unchanged"]["holds"] and found["removed equal"]["holds"]
-    assert "means of 2 seeds" in (tmp_path / "tiny_imagenet_8_4.md").read_text()
+    gain = found[f"{title}: average accuracy above fine-tuning with replay, the best tuning rival"]
+    assert gain["value"] == pytest.approx(averages["clone"] - averages["fine-tuning with replay"])
+    sizes = [row["bytes"] for row in rows if row["method"] == "clone"]
+    share = found[f"{title}: size of the thin file as a share of the source's weights"]
+    assert share["value"] == pytest.approx(sum(sizes) / 2 / facts["source_bytes"])
+    assert found["target unchanged in each of 6 cells"]["holds"] and found["removal exact in each of 2 cells"]["holds"]
+    assert "seeds 0, 1" in (tmp_path / "tiny_imagenet.md").read_text()
 
 
 def test_the_targets_small_images_are_those_that_preprocessing_makes() -> None:

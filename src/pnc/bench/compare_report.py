@@ -59,7 +59,9 @@ class Regime:
         """In words."""
         facts = self.facts
         networks = " from ".join(str(facts[role]).split()[0] for role in ("target", "source"))
-        return f"{facts['data']}, {facts['support']}, {facts['group']}, {networks}"
+        first, *others = str(facts["group"]).split(", ")
+        group = f"{first} and {len(others)} others" if others else first
+        return f"{facts['data']}, {facts['support']}, {group}, {networks}"
 
     @property
     def is_heterogeneous(self) -> bool:
