@@ -18,6 +18,7 @@ from pnc.cloning import Clone, fit
 from pnc.composite import attach
 from pnc.data import ImageSet, Support, images_as_float
 from pnc.errors import InputError
+from pnc.images import to_device
 from pnc.integrity import differences, evaluating, snapshot
 from pnc.metrics import evaluate
 from pnc.models import LoadedModel
@@ -107,7 +108,7 @@ def run(job: Job, rivals: Sequence[str], folder: Path, progress: Progress | None
     return {"rows": rows, "clone": {"file_bytes": n_bytes, **facts}, "verified": verified}
 
 
-def predict(model: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
+def predict(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
     """Run a network in eval mode, batch by batch.
 
     Args:
@@ -119,7 +120,7 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 250) -> Tensor:
     """
     like = next(model.parameters(), torch.empty(0))
     with evaluating(model):
-        batches = (images_as_float(batch).to(like.device, like.dtype) for batch in images.split(batch_size))
+        batches = (to_device(images_as_float(batch).to(like.dtype), like.device) for batch in images.split(batch_size))
         return torch.cat([model(batch).cpu() for batch in batches])
 
 
