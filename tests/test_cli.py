@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support, write_images
-from pnc import arguments, cli, pretraining
+from pnc import arguments, cli, clone_cli, pretraining
 from pnc.files import read_tensors, write_tensors
 from pnc.metrics import evaluate
 from pnc.models import save_model
@@ -439,7 +439,12 @@ def test_what_can_be_known_at_once_is_refused_before_any_work(
     def work(*arguments: Any, **settings: Any) -> None:
         pytest.fail("work was done first")
 
-    for module, name in ((cli, "load_data"), (arguments, "load_model"), (cli.demonstration, "run_demo")):
+    for module, name in (
+        (cli, "load_data"),
+        (clone_cli, "load_data"),
+        (arguments, "load_model"),
+        (cli.demonstration, "run_demo"),
+    ):
         monkeypatch.setattr(module, name, work)
     assert command(words, d=tmp_path).complaint
 

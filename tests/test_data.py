@@ -9,17 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
+from pnc.class_names import check_class_names, class_ids, listed, parse_classes
 from pnc.data import (
     ImageSet,
     Support,
     as_support,
-    check_class_names,
-    class_ids,
     class_subset,
     draw_support,
     images_as_float,
-    listed,
-    parse_classes,
     relabel,
     sample_per_class,
     select,

@@ -5,19 +5,9 @@ import torch
 from sklearn.linear_model import Ridge
 
 from pnc.cuts import CutPoint
+from pnc.grids import from_grid, grid_size, pool, resize, to_grid
 from pnc.regression import PENALTIES
-from pnc.stitching import (
-    MAX_CHANNELS_3X3,
-    Adapter,
-    AdapterFitter,
-    Stitched,
-    from_grid,
-    grid_size,
-    kernel_size,
-    pool,
-    resize,
-    to_grid,
-)
+from pnc.stitching import MAX_CHANNELS_3X3, Adapter, AdapterFitter, Stitched, kernel_size
 
 
 def cut(name: str, *shape: int, channel_dim: int = 1, n_prefix_tokens: int = 0) -> CutPoint:

@@ -31,7 +31,8 @@ from pnc.bench import localize as localize_bench
 from pnc.bench import positions as positions_bench
 from pnc.bench.protocols import GROUPS, choose_methods, trained_network
 from pnc.bench.results import Cells, Claim, write_results
-from pnc.data import ImageSet, listed, parse_classes, sample_per_class
+from pnc.class_names import listed, parse_classes
+from pnc.data import ImageSet, sample_per_class
 from pnc.errors import InputError
 from pnc.models import LoadedModel
 from pnc.plots import draw_comparison, draw_curves

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pnc.branch import Scalars, against_rivals
+from pnc.class_names import listed
 from pnc.composite import Composite
-from pnc.data import Support, as_images, as_support, images_as_float, listed
+from pnc.data import Support, as_images, as_support, images_as_float
 from pnc.errors import ClassNameError, InputError
 from pnc.heads import HeadSamples, balanced_weights, choose_shrinkage, fit_discriminant
 

@@ -2,10 +2,8 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +14,6 @@ from pnc import checkpoint, cloning, parallel, positions, pretraining
 from pnc import demo as demonstration
 from pnc.arguments import (
     ModelOptions,
-    attach_clones,
     check_different,
     check_images,
     check_outputs,
@@ -32,19 +29,33 @@ from pnc.arguments import (
     read_device,
     use_threads,
 )
-from pnc.bench import main_job
 from pnc.bench_cli import bench
+from pnc.class_names import parse_classes
+from pnc.clone_cli import evaluate_clones, inspect_clone, predict_images, verify_clone
 from pnc.cuts import cut_points, gaps
-from pnc.data import class_subset, listed, parse_classes, relabel
-from pnc.errors import FileFormatError, InputError, PNCError
-from pnc.files import write_file
+from pnc.data import class_subset
+from pnc.errors import PNCError
 from pnc.images import GIB, MEMORY
-from pnc.metrics import evaluate
+from pnc.options import (
+    Data,
+    Device,
+    Flip,
+    Json,
+    MaxBytes,
+    MaxMacs,
+    Memory,
+    Names,
+    Seed,
+    Source,
+    Target,
+    Threads,
+    Weights,
+    write_json,
+)
 from pnc.plots import check_plot, draw_scan
-from pnc.proof import Check, prove
-from pnc.readers import load_data, load_images
+from pnc.readers import load_data
 from pnc.scale_cli import measure_scale
-from pnc.screen import complain, progress, say, show_clone, show_facts, show_job, show_scan, show_table, shown
+from pnc.screen import complain, progress, say, show_clone, show_job, show_scan, show_table
 from pnc.selection import Method
 from pnc.speed_cli import measure_speed
 from pnc.task import Precision, prepare_task, read_network
@@ -62,25 +73,6 @@ app = typer.Typer(
 bench.command("scale")(measure_scale)
 bench.command("speed")(measure_speed)
 app.add_typer(bench, name="bench")
-
-Json = Annotated[Path | None, typer.Option("--json", help="Write the same facts here as JSON.")]
-Seed = Annotated[int, typer.Option(help="Of every random choice.", min=0, max=2**63 - 1)]
-Threads = Annotated[int | None, typer.Option(help="Threads for torch; its own default if not given.", min=1)]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
-Source = Annotated[
-    str, typer.Option(help="Network that knows the classes: a file of `pnc pretrain`, timm:..., hf:..., ...")
-]
-Sources = Annotated[list[str], typer.Option("--source", help="Source of each clone, in order; one serves for all.")]
-Target = Annotated[str, typer.Option(help="Network that shall get them, or has got them: likewise.")]
-Weights = Annotated[Path | None, typer.Option(help="Its weights: .safetensors or a state-dict checkpoint.")]
-Names = Annotated[str | None, typer.Option(help="Names of its outputs, in order, separated by commas.")]
-Data = Annotated[str, typer.Option(help="Images: digits, parquet:PATH, folder:PATH, hf:NAME.")]
-MaxMacs = Annotated[float | None, typer.Option(help="Bound on added MACs, as a share of the source's.", min=0)]
-MaxBytes = Annotated[int | None, typer.Option(help="Bound on the bytes of a thin clone file.", min=0)]
-Flip = Annotated[bool, typer.Option(help="Use mirror images too: right for photographs, wrong for digits.")]
-Memory = Annotated[
-    float, typer.Option(help="GiB that may be kept of the images; what is beyond goes to a temporary file.", min=0.001)
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -112,7 +104,7 @@ def demo(
             progress=bar.step,
             trained=lambda role, report: bar.step(f"training the {role}", report.epoch, report.epochs),
         )
-    _write_json(json_path, facts)
+    write_json(json_path, facts)
     say("A target that knows digits 0-4 gets 5-9 from a source,")
     say("by 20 images of each new digit and 5 of each old one.")
     say()
@@ -177,7 +169,7 @@ def pretrain(
         "test_accuracy": model.facts["test_accuracy"],
         "seconds_per_epoch": [epoch.seconds for epoch in reports],
     }
-    _write_json(json_path, facts)
+    write_json(json_path, facts)
     made = "" if reports else "made before, with the same arguments: "
     say(f"{out}: {made}{spec}, {len(names)} classes, test accuracy {facts['test_accuracy']:.3f}")
 
@@ -279,7 +271,7 @@ def clone(
             return
     checkpoint.save(made, out, kind)
     facts = read_clone_facts(out)
-    _write_json(json_path, {"out": str(out), "seconds": seconds, **facts.all})
+    write_json(json_path, {"out": str(out), "seconds": seconds, **facts.all})
     show_clone(facts)
     say(f"{out}: written after {seconds:.1f} s of cloning")
 
@@ -338,157 +330,16 @@ def scan(
         found = positions.scan(task, max_cuts=max_cuts, exhaustive=exhaustive, progress=bar.step)
     chosen = found.choose(max_macs, max_bytes)
     facts = {"positions": found.facts(chosen), "n_pairs": len(found.adapter_errors)}
-    _write_json(json_path, facts)
+    write_json(json_path, facts)
     if plot is not None:
         draw_scan(found, chosen, plot)
     show_scan(facts)
 
 
-@app.command("eval")
-def evaluate_clones(
-    clones: Annotated[list[Path], typer.Argument(help="Clone files to attach, one or more.")],
-    source: Sources,
-    target: Target,
-    data: Data,
-    source_weights: Weights = None,
-    target_weights: Weights = None,
-    source_classes: Names = None,
-    target_classes: Names = None,
-    device: Device = "cpu",
-    threads: Threads = None,
-    json_path: Json = None,
-) -> None:
-    """Attach clones and measure them on the test split.
-
-    Accuracy on base and on new classes, and how much the target's own answers moved.
-    """
-    asked = ModelOptions("target", target, target_weights, target_classes, device)
-    sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
-    check_outputs({"json": json_path}, [*clones, asked.file, *(one.file for one in sources), data_file(data)])
-    check_trained(asked, *sources)
-    read_device(device)
-    known = [read_clone_facts(path) for path in clones]
-    images = load_data(data, "test")
-    model = load_network(asked, known[0].base_classes, images.input_shape)
-    check_images(images, model)
-    net = attach_clones(known, sources, model)
-    there = [name for name, count in images.counts().items() if count and name in net.classes]
-    if not set(there) & set(model.classes) or set(there) <= set(model.classes):
-        raise InputError(
-            f"data: images of base and of new classes are needed; of {listed(net.classes)} "
-            f"there are images of {listed(there)} only"
-        )
-    test = relabel(class_subset(images, there), net.classes)
-    with use_threads(threads):
-        logits, target_logits = main_job.predict(net, test.images), main_job.predict(model.module, test.images)
-    facts = {
-        "clones": list(net.clones),
-        "classes": list(net.classes),
-        "classes_without_images": [name for name in net.classes if name not in there],
-        "n_images": len(test),
-        **vars(evaluate(logits, test.labels, target_logits)),
-        "base_logits_equal": torch.equal(logits[:, : len(model.classes)], target_logits),
-    }
-    _write_json(json_path, facts)
-    show_facts({key.replace("_", " "): shown(value) for key, value in facts.items()})
-
-
-@app.command()
-def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files; cropped and resized to what the target takes.")],
-    clones: Annotated[list[Path], typer.Option("--clone", help="Clone file to attach; may be given again.")],
-    source: Sources,
-    target: Target,
-    source_weights: Weights = None,
-    target_weights: Weights = None,
-    source_classes: Names = None,
-    target_classes: Names = None,
-    top: Annotated[int, typer.Option(help="Classes to show for each image.", min=1)] = 3,
-    device: Device = "cpu",
-    json_path: Json = None,
-) -> None:
-    """Say what is on images, with clones attached."""
-    asked = ModelOptions("target", target, target_weights, target_classes, device)
-    sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
-    check_outputs({"json": json_path}, [*images, *clones, asked.file, *(one.file for one in sources)])
-    check_trained(asked, *sources)
-    read_device(device)
-    known = [read_clone_facts(path) for path in clones]
-    model = load_network(asked, known[0].base_classes, known[0].input_shape)
-    pixels = load_images(images, model.input_shape)
-    net = attach_clones(known, sources, model)
-    best = main_job.predict(net, pixels).float().softmax(1).topk(min(top, len(net.classes)), dim=1)
-    facts = [
-        {
-            "image": str(path),
-            "classes": [
-                {"class": net.classes[index], "probability": probability}
-                for probability, index in zip(row.tolist(), ids.tolist(), strict=True)
-            ],
-        }
-        for path, row, ids in zip(images, best.values, best.indices, strict=True)
-    ]
-    _write_json(json_path, {"predictions": facts})
-    for fact in facts:
-        answers: Any = fact["classes"]
-        say(f"{fact['image']}: " + ", ".join(f"{a['class']} ({a['probability']:.2f})" for a in answers))
-
-
-@app.command()
-def inspect(file: Annotated[Path, typer.Argument(help="Clone file.")], json_path: Json = None) -> None:
-    """Say what a clone file holds.
-
-    Classes, position, cost; with --json also which networks it belongs to.
-    """
-    check_outputs({"json": json_path}, [file])
-    facts = read_clone_facts(file)
-    show_clone(facts)
-    _write_json(json_path, facts.all)
-
-
-@app.command()
-def verify(
-    file: Annotated[Path, typer.Argument(help="Clone file.")],
-    target: Target,
-    source: Annotated[
-        str | None, typer.Option(help="Network that the clone was made from; without it nothing is attached.")
-    ] = None,
-    source_weights: Weights = None,
-    target_weights: Weights = None,
-    source_classes: Names = None,
-    target_classes: Names = None,
-    device: Device = "cpu",
-    json_path: Json = None,
-) -> None:
-    """Prove that a clone file is whole, belongs to these networks, and changes nothing of the target.
-
-    Attaches the clone, compares the target's own logits bit for bit, detaches it, and compares everything. Exits with 0
-    if all is well and with 1 if something is not.
-    """
-    asked = [ModelOptions("target", target, target_weights, target_classes, device)]
-    if source is not None:
-        asked.append(ModelOptions("source", source, source_weights, source_classes, device))
-    check_outputs({"json": json_path}, [file, *(one.file for one in asked)])
-    if not file.is_file():
-        raise InputError(f"file: there is no file {file}")
-    check_trained(*asked)
-    read_device(device)
-    try:
-        known = read_clone_facts(file)
-    except FileFormatError as error:
-        checks: tuple[Check, ...] = (Check("file", False, str(error)),)
-    else:
-        names = (known.base_classes, None)
-        models = [load_network(one, own, known.input_shape).module for one, own in zip(asked, names, strict=False)]
-        checks = prove(file, *models)
-    ok = all(check.ok for check in checks)
-    _write_json(json_path, {"file": str(file), "ok": ok, "checks": [dataclasses.asdict(check) for check in checks]})
-    if checks[0].ok:
-        show_facts({check.what: check.found for check in checks if check.ok})
-    if not ok:
-        say(f"FAILED: {checks[-1].what}: {checks[-1].found}")
-        raise typer.Exit(1)
-    say(f"verified: {file}")
+app.command("eval")(evaluate_clones)
+app.command("predict")(predict_images)
+app.command("inspect")(inspect_clone)
+app.command("verify")(verify_clone)
 
 
 @app.command()
@@ -529,7 +380,7 @@ def cuts(
         "features": network.head.features.name,
         "classifier": network.head.module,
     }
-    _write_json(json_path, facts)
+    write_json(json_path, facts)
     show_table(
         ("cut", "kind", "shape", "MACs", "params", "in module"),
         [
@@ -561,11 +412,6 @@ def main() -> None:
     if code == INTERRUPTED:
         complain("stopped")
     sys.exit(code)
-
-
-def _write_json(path: Path | None, facts: Mapping[str, Any]) -> None:
-    if path is not None:
-        write_file(path, json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from pnc.branch import Branch
+from pnc.class_names import check_class_names, class_ids
 from pnc.cuts import CutPoint
-from pnc.data import check_class_names, class_ids
 from pnc.errors import InputError
 from pnc.files import canonical_json
 from pnc.heads import Head

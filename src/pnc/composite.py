@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from pnc.branch import Branch, Scalars
+from pnc.class_names import unknown_name
 from pnc.cloning import Clone
 from pnc.cuts import LOGITS, extract
-from pnc.data import unknown_name
 from pnc.errors import ClassNameError, InputError
 from pnc.fusion import FusedComposite
 from pnc.graph import Recording, record

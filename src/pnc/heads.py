@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pnc.discriminants import WithinClassSpectrum
+
 SHRINKAGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 0.9)
 RIDGE = 1.0
 """Penalty on the squared mixing weights, of terms of unit variance, against the sum of all samples' log-losses."""
-ABSENT = -1e6
-"""Bias of the discriminant of a base class without any sample: it takes no part."""
 
 
 @dataclass(frozen=True)
@@ -331,7 +331,7 @@ def fit_discriminant(samples: HeadSamples, shrinkage: float) -> DiscriminantHead
     Source: Friedman, Regularized Discriminant Analysis, JASA 84 (1989); features are scaled to unit within-class
         variance before shrinking.
     """
-    spectrum = _within_class_spectrum(samples)
+    spectrum = _spectrum(samples)
     weight, bias = spectrum.discriminants(shrinkage)
     head = DiscriminantHead(samples.n_base, samples.n_classes, weight.shape[1])
     head.weight.copy_(weight)
@@ -364,7 +364,7 @@ def choose_shrinkage(samples: HeadSamples) -> tuple[float, Tensor]:
     logits = torch.zeros(len(tried), len(samples.labels), samples.n_classes, dtype=torch.float64)
     for fold in range(n_folds):
         held_out = samples.folds == fold
-        spectrum = _within_class_spectrum(samples.select(~held_out if n_folds > 1 else held_out))
+        spectrum = _spectrum(samples.select(~held_out if n_folds > 1 else held_out))
         for index, shrinkage in enumerate(tried):
             weight, bias = spectrum.discriminants(shrinkage)
             scores = features[held_out] @ weight.T + bias
@@ -377,54 +377,6 @@ def choose_shrinkage(samples: HeadSamples) -> tuple[float, Tensor]:
     return tried[best], logits[best]
 
 
-@dataclass(frozen=True)
-class _Spectrum:
-    """Class means and within-class correlation of one training set, ready for any shrinkage.
-
-    Attributes:
-        means: (K, D); zeros for a class without samples.
-        present: Which classes have samples, (K,) bool.
-        scale: Standard deviations within classes, (D,).
-        eigenvalues: Of the correlation matrix, (R,).
-        eigenvectors: (D, R).
-    """
-
-    means: Tensor
-    present: Tensor
-    scale: Tensor
-    eigenvalues: Tensor
-    eigenvectors: Tensor
-
-    def discriminants(self, shrinkage: float) -> tuple[Tensor, Tensor]:
-        """Weight (K, D) and bias (K,) of the linear discriminants."""
-        centre = self.means[self.present].mean(0)
-        means = torch.where(self.present[:, None], (self.means - centre) / self.scale, 0.0)
-        gain = 1 / (shrinkage + (1 - shrinkage) * self.eigenvalues) - 1 / shrinkage
-        weight = means / shrinkage + (means @ self.eigenvectors * gain) @ self.eigenvectors.T
-        bias = -0.5 * (means * weight).sum(1)
-        weight = weight / self.scale
-        return weight, torch.where(self.present, bias - weight @ centre, ABSENT)
-
-
-def _within_class_spectrum(samples: HeadSamples) -> _Spectrum:
-    features = torch.cat([samples.target_features, samples.clone_features], 1).double()
-    counts = samples.labels.bincount(minlength=samples.n_classes)
-    means = features.new_zeros(samples.n_classes, features.shape[1]).index_add(0, samples.labels, features)
-    means = means / counts.clamp_min(1)[:, None]
-    centred = features - means[samples.labels]
-    scale = centred.square().mean(0).sqrt()
-    scale = scale.clamp_min(1e-6 * float(scale.max()) + 1e-12)  # features that never move carry no information
-    eigenvalues, eigenvectors = _eigen(centred / scale)
-    return _Spectrum(means, counts > 0, scale, eigenvalues, eigenvectors)
-
-
-def _eigen(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues above rounding and eigenvectors (columns) of the rows' covariance, by the smaller Gram matrix."""
-    n, n_features = rows.shape
-    if n_features <= n:
-        eigenvalues, vectors = torch.linalg.eigh(rows.T @ rows / n)
-    else:
-        eigenvalues, left = torch.linalg.eigh(rows @ rows.T / n)
-        vectors = rows.T @ (left / (eigenvalues.clamp_min(1e-12) * n).sqrt())
-    kept = eigenvalues > 1e-10
-    return eigenvalues[kept], vectors[:, kept]
+def _spectrum(samples: HeadSamples) -> WithinClassSpectrum:
+    features = torch.cat([samples.target_features, samples.clone_features], 1)
+    return WithinClassSpectrum.of(features.double(), samples.labels, samples.n_classes)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pnc.data import unknown_name
+from pnc.class_names import unknown_name
 from pnc.errors import InputError, PNCError
 from pnc.preprocessing import Interpolation, Preprocessed
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pnc.data import check_class_names, listed, unknown_name
+from pnc.class_names import check_class_names, listed, unknown_name
 from pnc.errors import InputError, MismatchError, RecordingError
 from pnc.files import write_tensors
 from pnc.graph import pick_logits

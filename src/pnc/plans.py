@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from pnc.branch import Branch
+from pnc.class_names import unknown_name
 from pnc.cloning import Clone
 from pnc.cuts import CutPoint, cut_points, find_head
-from pnc.data import unknown_name
 from pnc.errors import InputError, MismatchError
 from pnc.graph import Recording
+from pnc.grids import pool
 from pnc.integrity import fingerprint, first_difference
 from pnc.remembered import last_norm
-from pnc.stitching import pool
 
 Rows = Sequence[str | Collection[str] | None]
 """For each image of a batch the clones that are wanted: a name, several or none of them, or None for all enabled."""

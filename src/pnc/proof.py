@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from pnc.checkpoint import load, read_clone_file
+from pnc.class_names import listed
 from pnc.composite import attach
-from pnc.data import listed
 from pnc.integrity import first_difference
 from pnc.verification import BATCH_SIZES, Report, snapshot
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pnc.data import ImageSet, listed, unknown_name
+from pnc.class_names import listed, unknown_name
+from pnc.data import ImageSet
 from pnc.errors import InputError
 
 Split = Literal["train", "test"]

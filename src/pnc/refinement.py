@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pnc.cuts import LOGITS, CutPoint, extract
+from pnc.grids import pool
 from pnc.heads import Head, HeadSamples, SourceHead
 from pnc.judging import features_seen, fit_head, judge, outcome_of, run_parts
 from pnc.parallel import ALONE, Team
 from pnc.resuming import NO_STEPS, Steps
-from pnc.stitching import Adapter, CrossFitted, Stitched, pool
+from pnc.stitching import Adapter, CrossFitted, Stitched
 from pnc.task import CloneTask, Progress
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pnc.cuts import CutPoint
+from pnc.discriminants import ABSENT
 from pnc.graph import Recording
-from pnc.heads import ABSENT, DiscriminantHead, HeadSamples, SourceHead, StackedHead, shortened
+from pnc.heads import DiscriminantHead, HeadSamples, SourceHead, StackedHead, shortened
 from pnc.tracing import info
 
 SHRINKAGE, TRUST = 0.7, 0.5

@@ -19,6 +19,7 @@ from pnc.compaction import compact, own_copy
 from pnc.cuts import LOGITS, extract
 from pnc.errors import InputError
 from pnc.gates import learn_gates
+from pnc.grids import pool
 from pnc.heads import HeadSamples, fit_discriminant
 from pnc.judging import source_body
 from pnc.localization import one_shot_ranking
@@ -26,7 +27,7 @@ from pnc.masks import ChannelMasks
 from pnc.norms import Batch, reestimate_statistics, tune_norms
 from pnc.resuming import NO_STEPS, Steps
 from pnc.sequential import Part
-from pnc.stitching import Adapter, pool
+from pnc.stitching import Adapter
 from pnc.surrogate import Neighbourhoods, neighbourhoods, surrogate_loss
 from pnc.task import CloneTask, Progress
 

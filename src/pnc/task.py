@@ -7,8 +7,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from pnc.class_names import check_class_names, class_ids
 from pnc.cuts import Head, find_head
-from pnc.data import ImageSet, StoredSupport, check_class_names, class_ids, stored_support
+from pnc.data import ImageSet, StoredSupport, stored_support
 from pnc.errors import ClassNameError, InputError, RecordingError
 from pnc.graph import Recording, info, record
 from pnc.images import MEMORY, check_images, to_device

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pnc.data import listed
+from pnc.class_names import listed
 from pnc.errors import FileFormatError, InputError, MismatchError
 from pnc.files import METADATA_KEY, read_tensors
 from pnc.preprocessing import shape_text

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pnc.cuts import CutPoint, extract
-from pnc.stitching import pool
+from pnc.grids import pool
 from pnc.task import CloneTask, Network
 
 Role = Literal["target", "source"]

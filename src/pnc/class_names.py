@@ -1,0 +1,102 @@
+"""Class names: checked, looked up, read from a command line, and listed in messages."""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from pnc.errors import ClassNameError
+
+
+def check_class_names(names: Sequence[str], argument: str) -> tuple[str, ...]:
+    """Return `names` as a tuple after checking that there is one at least, that all are non-empty strings and differ.
+
+    Raises:
+        ClassNameError: the message names `argument`.
+    """
+    if isinstance(names, str):
+        raise ClassNameError(
+            f"{argument}: expected a sequence of class names, got the one string {names!r}; put it in a list"
+        )
+    names = tuple(names)
+    wrong = [name for name in names if not isinstance(name, str) or not name]
+    if wrong:
+        raise ClassNameError(f"{argument}: class names are non-empty strings, got {wrong[0]!r}; pass names, not ids")
+    if not names:
+        raise ClassNameError(f"{argument}: expected at least one class name, got none")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ClassNameError(f"{argument}: {listed(twice)} given twice; every class needs a name of its own")
+    return names
+
+
+def class_ids(names: Sequence[str], known: Sequence[str], argument: str = "classes") -> list[int]:
+    """Return the place of each name within `known`, in the order of `names`.
+
+    Raises:
+        ClassNameError: a name is given twice or unknown; the message lists what exists.
+    """
+    place = {name: index for index, name in enumerate(known)}
+    names = check_class_names(names, argument)
+    for name in names:
+        if name not in place:
+            raise ClassNameError(f"{argument}: {unknown_name(name, known)}")
+    return [place[name] for name in names]
+
+
+def parse_classes(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Read a list of classes as it is written on the command line.
+
+    Items are separated by commas. An item is a name of `known`, which may hold commas itself; or, where no name reads
+    like that, an index or a range of indices into `known`, both ends included. Where a name is a whole number, numbers
+    and ranges mean names, never indices: among the classes 5 to 9, "4" is unknown and not the last one.
+
+    Raises:
+        ClassNameError: an item is neither, a class comes twice, or the list is empty; the message lists what exists.
+
+    >>> parse_classes("0-1,dog", ["cat", "cow", "dog"])
+    ('cat', 'cow', 'dog')
+    """
+    parts, names = text.split(","), set(known)
+    reach = 1 + max((name.count(",") for name in known), default=0)
+    found: list[str] = []
+    while parts:
+        sizes = range(min(reach, len(parts)), 0, -1)
+        size = next((size for size in sizes if ",".join(parts[:size]).strip() in names), 1)
+        item = ",".join(parts[:size]).strip()
+        del parts[:size]
+        if item in names:
+            found.append(item)
+        elif span := re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", item):
+            found.extend(_span(item, int(span[1]), int(span[2] or span[1]), known))
+        elif item:
+            raise ClassNameError(f"classes: {unknown_name(item, known)}")
+    return check_class_names(found, "classes")
+
+
+def _span(item: str, first: int, last: int, known: Sequence[str]) -> Sequence[str]:
+    """Return the classes from the one numbered `first` to the one numbered `last`; `item` is how that was written."""
+    if any(name.isdecimal() for name in known):
+        wanted = [str(number) for number in range(first, min(last, first + len(known)) + 1)] or [item]
+        missing = [name for name in wanted if name not in known]
+        if missing:
+            raise ClassNameError(f"classes: {unknown_name(missing[0], known)}")
+        return wanted
+    if not first <= last < len(known):
+        raise ClassNameError(
+            f"classes: {item!r} is no range within 0-{len(known) - 1}; the classes are {listed(known)}"
+        )
+    return known[first : last + 1]
+
+
+def unknown_name(name: str, known: Sequence[str], what: str = "class") -> str:
+    """Say that there is no such name, which one is like it, and which ones there are."""
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"there is no {what} {name!r}{hint}; there are {listed(known)}"
+
+
+def listed(names: Sequence[str], limit: int = 20) -> str:
+    """Join names for a message; of more than `limit` the first ones and the number of all."""
+    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more if names else "none"
