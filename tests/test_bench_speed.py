@@ -61,7 +61,9 @@ def test_everything_stands_side_by_side_and_is_measured_once(folder, monkeypatch
     assert set(job_times.FORMS) == {form for case, form in rows if case == "seed 0"}
     once, search = rows["seed 0", job_times.TUNED], rows["seed 0", job_times.SEARCH]
     assert once["chosen"] == search["chosen"] and once["seconds"] < search["seconds"]
-    assert len(rows["seed 0", job_times.CLOSED]["all_seconds"]) == 2
+    closed = rows["seed 0", job_times.CLOSED]
+    assert len(closed["all_seconds"]) == 2
+    assert closed["n_macs"] > closed["once_macs"] > 0 and once["n_macs"] > 0
     claims = {claim["claim"]: claim for claim in facts["claims"]}
     share = rows[one, "density 0.5"]["n_macs"] / whole["n_macs"]
     assert share == pytest.approx(rows["one clone, batch 1", "density 0.5"]["n_macs"] / whole["n_macs"])

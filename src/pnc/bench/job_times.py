@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from pnc.baselines.finetuning import WITH_REPLAY
 from pnc.baselines.protocol import Budget
@@ -17,7 +18,8 @@ from pnc.bench.positions import Setting
 from pnc.bench.results import Cells
 from pnc.cloning import clone
 from pnc.data import class_subset, draw_support, images_as_float
-from pnc.models import build_model
+from pnc.integrity import evaluating
+from pnc.models import LoadedModel, build_model
 from pnc.pretraining import recipe_for
 from pnc.task import CloneTask, Progress, prepare_task
 
@@ -33,6 +35,8 @@ CLONES: Mapping[str, Mapping[str, Any]] = {
 FORMS = (*CLONES, SEARCH, TUNED, SCRATCH)
 N_REPEATS = {CLOSED: 3}
 """How often a form is timed for each seed, where more than once; the fastest way is the one that noise hits most."""
+COUNTED = (CLOSED, TUNED)
+"""Forms whose operations are counted too, in one more run."""
 N_STEPS = 8
 """Steps of training from scratch that are timed; the first one does not count."""
 
@@ -59,6 +63,10 @@ def _row(setting: Setting, seed: int, form: str, cells: Cells) -> dict[str, Any]
         start = time.perf_counter()
         _, peak = peak_memory(work)
         seconds.append(time.perf_counter() - start)
+    if form in COUNTED:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        found["n_macs"] = counter.get_total_flops() // 2
     return {"seconds": median(seconds), "all_seconds": seconds, "peak_bytes": peak, **found}
 
 
@@ -73,7 +81,12 @@ def _work(setting: Setting, seed: int, form: str, cells: Cells, found: dict[str,
 
     def make() -> None:
         made = clone(source.module, target.module, support, **CLONES[form], **settings)
-        found.update(macs_share=made.recipe["macs_share"], held_out_score=made.recipe["score"])
+        n_samples = len(support) * (2 if setting.flip else 1)
+        found.update(
+            macs_share=made.recipe["macs_share"],
+            held_out_score=made.recipe["score"],
+            once_macs=n_samples * sum(_network_macs(one) for one in (source, target)),
+        )
 
     def task() -> CloneTask:
         return prepare_task(source.module, target.module, support, **settings)
@@ -89,6 +102,12 @@ def _work(setting: Setting, seed: int, form: str, cells: Cells, found: dict[str,
         found["chosen"] = chosen
 
     return make if form in CLONES else search if form == SEARCH else tune
+
+
+def _network_macs(model: LoadedModel) -> int:
+    with FlopCounterMode(display=False) as counter, evaluating(model.module):
+        model.module(torch.zeros(1, *model.input_shape))
+    return int(counter.get_total_flops()) // 2
 
 
 def _scratch(setting: Setting, seed: int) -> dict[str, Any]:

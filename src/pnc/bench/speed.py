@@ -1,6 +1,7 @@
 """Speed, side by side in one run: making a clone, running it, and attaching it; what was asked for, beside it."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from pnc.bench import job_times, latency
@@ -114,7 +115,8 @@ def markdown(rows: Rows, setting: Setting, data: str) -> str:
     ]
     job = [row for row in rows if row["part"] == "job"]
     if job:
-        lines += ["", "## Making", "", _table(("form", "case", "seconds", "peak_bytes", "estimated"), job), "", _MAKING]
+        lines += ["", "## Making", "", _table(("form", "case", "seconds", "n_macs", "peak_bytes", "estimated"), job)]
+        lines += ["", _MAKING, *_least(job)]
     speed = [row for row in rows if row["part"] == "latency"]
     if speed:
         lines += ["", "## Running", "", _RUNNING]
@@ -131,6 +133,21 @@ def markdown(rows: Rows, setting: Setting, data: str) -> str:
     return "\n".join(lines)
 
 
+def _least(job: Rows) -> list[str]:
+    """What no fine-tuning can be beaten by: one pass of the support through both networks."""
+    once = [row["once_macs"] for row in job if row["form"] == CLOSED]
+    tuned = [row["n_macs"] for row in job if row["form"] == TUNED]
+    if not once or not tuned:
+        return []
+    ratio = fmean(tuned) / fmean(once)
+    return [
+        "",
+        f"The support through both networks once, which is the least that a clone needs, takes {fmean(once):.3g} "
+        f"multiply-accumulates: one fine-tuning takes {ratio:.1f} times as many. `{CLOSED}` also runs what follows "
+        "each position that it scores.",
+    ]
+
+
 _SPREAD = ("form", "median_ms", "lower_ms", "upper_ms")
 
 
@@ -142,7 +159,8 @@ _MAKING = (
     "Seconds from two loaded networks and the support on: recording, all positions, the fit. "
     f"`{SEARCH}`: every training of the search and the one with what it chose; `{TUNED}`: that one alone. "
     f"`{job_times.SCRATCH}`: a network like the source, on all training images of its classes, estimated: the "
-    "time of a step, times the steps of `pnc pretrain`."
+    "time of a step, times the steps of `pnc pretrain`. `n_macs`: multiply-accumulates of the whole job, "
+    "backward passes included, as torch's counter knows them."
 )
 _RUNNING = (
     "Milliseconds for one batch: median and quartiles over rounds in which all forms of a case run in turn. "
