@@ -13,6 +13,7 @@ where the hub can be reached. The target is trained once (about five minutes on 
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> None:
             n_base=n_base,
             flip=True,
             group=", ".join(new),
-            budget=BUDGET,
+            budget=dataclasses.replace(BUDGET, precision=options.precision),
         )
         compare.run(setting, choose_methods(options.methods), range(options.seeds), cells, progress=report)
         facts = {
@@ -75,7 +76,7 @@ def main(words: Sequence[str] | None = None) -> None:
         }
         command = (
             f"python examples/tiny_imagenet.py --data parquet:PATH --support {options.support} --seeds {options.seeds} "
-            f"--source-size {options.source_size} --threads {options.threads}"
+            f"--source-size {options.source_size} --precision {options.precision} --threads {options.threads}"
         )
         text = markdown(facts, cells.rows)
         write_results(options.out, "tiny_imagenet", command, facts, claims(facts, cells.rows), text)
@@ -96,6 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--source-size", type=int, default=224, help="height and width that the source sees")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the results")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder where the trained target is kept")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="of rivals that train")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for torch")
     return parser
 
