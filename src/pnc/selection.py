@@ -42,6 +42,8 @@ SURROGATE_IMAGES = 4
 
 MARGIN = 3.0
 """Nats by which the logits of classes that are not cloned shall stay below those of the cloned ones."""
+LOGITS_WEIGHT = 0.3
+"""Of the cloned classes' logits, beside the features, in what a part shall give."""
 SHRINKAGE = 0.2
 
 _STEP = "localized"
@@ -171,10 +173,12 @@ class _Choice:
 class _Aim:
     """What a part shall give for the support: the source's features, where they matter, and no class but the cloned.
 
-    Three terms of equal weight: the squared distance from the source's own features in units of their variance; the
-    same along the discriminants of the classes at hand; and, where the source knows classes that are not cloned, what
-    their logits lack to stay by `MARGIN` below what the source itself says of the cloned ones. The last one makes the
-    part forget the others. It asks nothing of the cloned classes' logits, by which base images are told too.
+    Four terms: the squared distance from the source's own features in units of their variance, but for a shift that all
+    samples share, which heads make up for; the same along the discriminants of the classes at hand; the squared
+    distance of the cloned classes' logits, likewise in units; and, where the source knows classes that are not cloned,
+    what their logits lack to stay by `MARGIN` below what the source itself says of the cloned ones. The last one makes
+    the part forget the others, for which the free shift leaves it room: where the shift counted, half the channels for
+    two of five classes kept .975 of the accuracy, not .984, and forgot less.
     """
 
     def __init__(self, task: CloneTask) -> None:
@@ -183,22 +187,27 @@ class _Aim:
 
         def answers(images: Tensor) -> tuple[Tensor, Tensor]:
             features, logits = teacher(images)
-            return pool(features, self._features), logits[:, task.source_ids].logsumexp(1)
+            return pool(features, self._features), logits[:, task.source_ids]
 
-        (self._wanted, self._level), _ = task.run(answers, task.source.device)
+        (self._wanted, self._logits), _ = task.run(answers, task.source.device)
         self._scale = _above_zero(self._wanted.var(0, correction=0)).sqrt()
+        self._logit_scale = _above_zero(self._logits.var(0, correction=0)).mean().sqrt()
         discriminants = _discriminants(self._wanted, task.samples.labels)
         self._discriminants = discriminants / _above_zero((self._wanted @ discriminants).var(correction=0)).sqrt()
-        self._others = [place for place in range(len(task.source.classes)) if place not in task.source_ids]
+        self._cloned = task.source_ids
+        self._others = [place for place in range(len(task.source.classes)) if place not in self._cloned]
         self._classifier = extract(task.source.recording, self._features, [LOGITS])
 
     def loss(self, outputs: Tensor, rows: Tensor) -> Tensor:
         """The mean over a batch of outputs, for these rows of the support."""
         missed = pool(outputs, self._features) - self._wanted[rows]
-        loss = (missed / self._scale).square().mean() + (missed @ self._discriminants).square().mean()
+        missed = missed - missed.mean(0)
+        logits, wanted = self._classifier(outputs), self._logits[rows]
+        loss: Tensor = (missed / self._scale).square().mean() + (missed @ self._discriminants).square().mean()
+        loss = loss + LOGITS_WEIGHT * ((logits[:, self._cloned] - wanted) / self._logit_scale).square().mean()
         if self._others:
-            others = self._classifier(outputs)[:, self._others].logsumexp(1)
-            loss = loss + F.softplus(others + MARGIN - self._level[rows]).mean()
+            others = logits[:, self._others].logsumexp(1)
+            loss = loss + F.softplus(others + MARGIN - wanted.logsumexp(1)).mean()
         return loss
 
 
