@@ -4,7 +4,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
 
+from pnc import heads
 from pnc.heads import (
     SHRINKAGES,
     HeadSamples,
@@ -12,9 +14,11 @@ from pnc.heads import (
     choose_shrinkage,
     choose_stacking,
     fit_discriminant,
+    fit_scores,
     fit_stacked,
     source_head,
 )
+from pnc.logistic import PENALTY
 
 N_BASE, N_NEW = 3, 2
 
@@ -178,7 +182,7 @@ def test_a_stacked_head_gives_what_was_chosen_and_keeps_the_targets_conditional_
     inputs = samples.target_features, samples.clone_features, samples.base_logits
     new = head(*inputs)
     fitted, sources = head.discriminants(*inputs), own(*inputs)
-    exact = fit_discriminant(samples, stacking.shrinkage).weight
+    exact = fit_scores(samples).weight
     torch.testing.assert_close(head.discriminants.weight, exact, atol=1e-6, rtol=1e-3)  # eleven bits
     assert torch.equal(head.discriminants.weight.half().float(), head.discriminants.weight)
     base = samples.base_logits.logsumexp(1)
@@ -194,8 +198,8 @@ def test_mixing_weights_do_not_depend_on_how_many_samples_a_class_has():
     samples = informed(draw(), own=2.0, fitted=1.0)
     once = choose_stacking(samples)
     more = samples.select(torch.cat([torch.arange(200), (samples.labels == 4).nonzero().flatten().repeat(3)]))
-    # The discriminants see the same means; their covariance weighs samples, so the weights move a little.
-    assert float((choose_stacking(more).odds_weight - once.odds_weight).abs().max()) < 0.3
+    # The penalty is one against the sum over samples, so the weights move a little.
+    assert float((choose_stacking(more).odds_weight - once.odds_weight).abs().max()) < 0.4
 
 
 def test_base_and_new_samples_weigh_the_same_and_so_do_the_classes_of_either_kind():
@@ -204,6 +208,32 @@ def test_base_and_new_samples_weigh_the_same_and_so_do_the_classes_of_either_kin
     sums = torch.zeros(5, dtype=torch.float64).index_add(0, labels, weights)
     torch.testing.assert_close(sums, torch.tensor([0.5, 0.0, 0.5, 0.5, 0.5], dtype=torch.float64))
     assert balanced_weights(labels[4:], 3).sum() == 1
+
+
+def test_fitted_scores_are_those_of_scikit_learn() -> None:
+    samples = draw(n_per_class=60)
+    more = samples.select(torch.cat([torch.arange(300), (samples.labels == 4).nonzero().flatten()]))
+    features = torch.cat([more.target_features, more.clone_features], 1).double()
+    mean, scale = features.mean(0), features.std(0, correction=0)
+    weights = balanced_weights(more.labels, N_BASE)
+    model = LogisticRegression(C=1 / PENALTY, max_iter=1000, tol=1e-8)
+    model.fit(((features - mean) / scale).numpy(), more.labels.numpy(), (weights / weights.mean()).numpy())
+    expected = model.predict_log_proba(((features - mean) / scale).numpy())
+    head = fit_scores(more)
+    found = F.linear(features.float(), head.weight, head.bias).log_softmax(1)
+    # thirty steps in float32 beside scikit-learn's minimum
+    torch.testing.assert_close(found, torch.from_numpy(expected).float(), atol=0.02, rtol=0.02)
+
+
+def test_each_sample_is_judged_by_scores_that_were_fitted_without_its_fold() -> None:
+    samples = draw()
+    held_out = samples.folds == 2
+    labels = samples.labels.clone()
+    labels[held_out] = labels[held_out].flip(0)  # as many of each class, so that the weights stay
+    odds, with_others = heads._held_out_odds(samples), heads._held_out_odds(replace(samples, labels=labels))
+    # the regressions share their steps, so those of other folds reach this one by rounding and lengths of steps
+    torch.testing.assert_close(odds[held_out], with_others[held_out], atol=0.05, rtol=0.05)
+    assert float((odds - with_others)[~held_out].abs().max()) > 0.5
 
 
 def test_with_one_fold_the_discriminants_cannot_be_judged_and_are_left_out():

@@ -296,7 +296,7 @@ def fit(
         judged = judged.lowered(nats)
         facts |= {"base_priority": nats, "max_base_drop": max_base_drop}
     head, outcome = fit_head(task, samples, judged), outcome_of(judged.correct, seen)
-    facts |= {"adapter_error": error, "shrinkage": judged.stacking and judged.stacking.shrinkage}
+    facts |= {"adapter_error": error}
     return _made(task, copy.deepcopy(fitted.adapter), part, head, outcome, name, method, facts)
 
 

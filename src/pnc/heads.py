@@ -8,7 +8,7 @@ classes only. From any posterior over base and new classes it makes
 so that softmax([z_base, z_new]) gives the new classes exactly that posterior and keeps, among the base classes, exactly
 the target's own distribution.
 
-Two posteriors are at hand: linear discriminants fitted on the support, and both networks' own classifiers. The first
+Two posteriors are at hand: a logistic regression fitted on the support, and both networks' own classifiers. The first
 knows base and new samples side by side but has seen few of them, the second saw many but never both kinds. A handful of
 weights that mix them is fitted on held-out samples (stacking: Wolpert, Neural Networks 5, 1992).
 """
@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pnc.discriminants import WithinClassSpectrum
+from pnc.discriminants import ABSENT, WithinClassSpectrum
+from pnc.logistic import logistic_regressions
 
 SHRINKAGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 0.9)
 RIDGE = 1.0
@@ -91,7 +92,7 @@ class HeadSamples:
 
 
 class DiscriminantHead(nn.Module):
-    """Linear discriminants over the features of both networks.
+    """Linear scores of all classes over the features of both networks.
 
     Args:
         n_base: K_base.
@@ -147,10 +148,10 @@ class SourceHead(nn.Module):
 
 
 class StackedHead(nn.Module):
-    """Linear discriminants and both networks' own logits, mixed: for when base samples are at hand.
+    """Fitted scores and both networks' own logits, mixed: for when base samples are at hand.
 
-    The log-odds of new against base are a weighted sum of the discriminants' log-odds, the logsumexp of the source's
-    logits and that of the target's, plus a constant; among the new classes, the discriminants' logits and the source's
+    The log-odds of new against base are a weighted sum of those of the fitted scores, the logsumexp of the source's
+    logits and that of the target's, plus a constant; among the new classes, the fitted scores and the source's logits
     are summed with two other weights.
 
     Args:
@@ -181,7 +182,7 @@ def mixed_logits(fitted: Tensor, own: Tensor, level: Tensor, odds_weight: Tensor
     """Logits of the new classes, (B, K_new), as `StackedHead` makes them.
 
     Args:
-        fitted: The discriminants' log-odds of each new class against the base, (B, K_new).
+        fitted: Log-odds of each new class against the base by the fitted scores, (B, K_new).
         own: The source's logits, (B, K_new).
         level: The logsumexp of the target's logits, (B, 1).
         odds_weight: (4,), of the terms of `_odds_terms`, and a constant.
@@ -205,14 +206,12 @@ class Stacking:
     """How a `StackedHead` is to be made, chosen on held-out samples.
 
     Attributes:
-        shrinkage: Of the discriminants' covariance.
         odds_weight: (4,), as in `StackedHead`.
         class_weight: (2,), likewise.
-        logits: The composite's logits, (N, K_base + K_new), of each sample by discriminants fitted without its fold.
+        logits: The composite's logits, (N, K_base + K_new), of each sample by scores fitted without its fold.
         n_base: K_base.
     """
 
-    shrinkage: float
     odds_weight: Tensor
     class_weight: Tensor
     logits: Tensor
@@ -223,24 +222,23 @@ class Stacking:
         n_base, logits, odds = self.n_base, self.logits.clone(), self.odds_weight.clone()
         logits[:, n_base:] -= nats
         odds[3] -= nats
-        return Stacking(self.shrinkage, odds, self.class_weight, logits, n_base)
+        return Stacking(odds, self.class_weight, logits, n_base)
 
 
 def choose_stacking(samples: HeadSamples) -> Stacking:
-    """Choose shrinkage and mixing weights by cross-validation over the samples' folds.
+    """Choose mixing weights by cross-validation over the samples' folds.
 
     In the weights' log-loss base and new samples weigh the same, as in the average accuracy, and so do the classes of
-    either kind. Where there is one fold only, the discriminants cannot be
-    judged: then both networks' own classifiers are mixed without them, unless the source has none that is linear.
+    either kind. Where there is one fold only, fitted scores cannot be judged: then both networks' own classifiers are
+    mixed without them, unless the source has none that is linear.
 
     Args:
-        samples: As for `choose_shrinkage`.
+        samples: With at least one sample of every new class and of some base class; the others take no part.
     """
-    shrinkage, logits = choose_shrinkage(samples)
     n_base, is_new = samples.n_base, samples.labels >= samples.n_base
     base, own = samples.base_logits.double(), samples.own_logits.double()
     level = base.logsumexp(1, keepdim=True)
-    fitted = logits[:, n_base:] - level
+    fitted = _held_out_odds(samples).double()
     odds, classes = _odds_terms(fitted, own, level), torch.stack([fitted, own], 2)
     if int(samples.folds.max()) == 0 and bool(own.any()):
         odds[:, 0], classes[:, :, 0] = 0, 0
@@ -248,7 +246,7 @@ def choose_stacking(samples: HeadSamples) -> Stacking:
     odds_weight = _fit_odds(odds, is_new, weights)
     class_weight = _fit_classes(classes[is_new], samples.labels[is_new] - n_base, weights[is_new])
     mixed = mixed_logits(fitted, own, level, odds_weight, class_weight)
-    return Stacking(shrinkage, odds_weight, class_weight, torch.cat([base, mixed], 1), n_base)
+    return Stacking(odds_weight, class_weight, torch.cat([base, mixed], 1), n_base)
 
 
 def balanced_weights(labels: Tensor, n_base: int) -> Tensor:
@@ -307,11 +305,49 @@ def _minimize(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 
 
 def fit_stacked(samples: HeadSamples, stacking: Stacking, own: SourceHead) -> StackedHead:
-    """Fit the discriminants on all samples, and mix them with the source's own classifier as was chosen."""
-    head = StackedHead(shortened(fit_discriminant(samples, stacking.shrinkage)), own)
+    """Fit scores on all samples, and mix them with the source's own classifier as was chosen."""
+    head = StackedHead(shortened(fit_scores(samples)), own)
     head.odds_weight.copy_(stacking.odds_weight)
     head.class_weight.copy_(stacking.class_weight)
     return head
+
+
+def fit_scores(samples: HeadSamples) -> DiscriminantHead:
+    """Fit a logistic regression on all samples; in its log-loss they weigh as `balanced_weights` says."""
+    weight, bias = _regressions(samples, torch.ones(len(samples.labels), 1))
+    head = DiscriminantHead(samples.n_base, samples.n_classes, weight.shape[2])
+    head.weight.copy_(weight[0])
+    head.bias.copy_(bias[0])
+    return head
+
+
+def _held_out_odds(samples: HeadSamples) -> Tensor:
+    """Log-odds of each new class against the base, (N, K_new), of each sample by scores fitted without its fold.
+
+    Where there is one fold only nothing is held out.
+    """
+    n_folds, n_base = int(samples.folds.max()) + 1, samples.n_base
+    others = 1 - F.one_hot(samples.folds, n_folds) if n_folds > 1 else torch.ones(len(samples.folds), 1)
+    weight, bias = _regressions(samples, others)
+    odds = torch.empty(len(samples.folds), samples.n_classes - n_base)
+    for fold in range(n_folds):
+        rows = samples.folds == fold
+        scores = F.linear(_features(samples)[rows], weight[fold], bias[fold])
+        odds[rows] = scores[:, n_base:] - scores[:, :n_base].logsumexp(1, keepdim=True)
+    return odds
+
+
+def _regressions(samples: HeadSamples, taking_part: Tensor) -> tuple[Tensor, Tensor]:
+    """One logistic regression for each column of `taking_part` (N, R); classes without samples score `ABSENT`."""
+    present = samples.labels.bincount(minlength=samples.n_classes) > 0
+    weights = balanced_weights(samples.labels, samples.n_base)
+    weights = (weights / weights.mean())[:, None] * taking_part
+    weight, bias = logistic_regressions(_features(samples), samples.labels, weights, present)
+    return weight, torch.where(present, bias, ABSENT)
+
+
+def _features(samples: HeadSamples) -> Tensor:
+    return torch.cat([samples.target_features, samples.clone_features], 1).float()
 
 
 def shortened(head: DiscriminantHead) -> DiscriminantHead:
@@ -357,7 +393,7 @@ def choose_shrinkage(samples: HeadSamples) -> tuple[float, Tensor]:
         The shrinkage of lowest held-out log-loss, base and new samples weighing the same, and the composite's logits
         (N, K_base + K_new) of each sample when it was held out.
     """
-    features = torch.cat([samples.target_features, samples.clone_features], 1).double()
+    features = _features(samples).double()
     base_logits, n_base = samples.base_logits.double(), samples.n_base
     n_folds = int(samples.folds.max()) + 1
     tried = SHRINKAGES if n_folds > 1 else SHRINKAGES[-1:]
@@ -378,5 +414,4 @@ def choose_shrinkage(samples: HeadSamples) -> tuple[float, Tensor]:
 
 
 def _spectrum(samples: HeadSamples) -> WithinClassSpectrum:
-    features = torch.cat([samples.target_features, samples.clone_features], 1)
-    return WithinClassSpectrum.of(features.double(), samples.labels, samples.n_classes)
+    return WithinClassSpectrum.of(_features(samples).double(), samples.labels, samples.n_classes)
