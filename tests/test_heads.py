@@ -4,7 +4,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import LogisticRegression
 
 from pnc import heads
 from pnc.heads import (
@@ -18,7 +17,6 @@ from pnc.heads import (
     fit_stacked,
     source_head,
 )
-from pnc.logistic import PENALTY
 
 N_BASE, N_NEW = 3, 2
 
@@ -208,21 +206,6 @@ def test_base_and_new_samples_weigh_the_same_and_so_do_the_classes_of_either_kin
     sums = torch.zeros(5, dtype=torch.float64).index_add(0, labels, weights)
     torch.testing.assert_close(sums, torch.tensor([0.5, 0.0, 0.5, 0.5, 0.5], dtype=torch.float64))
     assert balanced_weights(labels[4:], 3).sum() == 1
-
-
-def test_fitted_scores_are_those_of_scikit_learn() -> None:
-    samples = draw(n_per_class=60)
-    more = samples.select(torch.cat([torch.arange(300), (samples.labels == 4).nonzero().flatten()]))
-    features = torch.cat([more.target_features, more.clone_features], 1).double()
-    mean, scale = features.mean(0), features.std(0, correction=0)
-    weights = balanced_weights(more.labels, N_BASE)
-    model = LogisticRegression(C=1 / PENALTY, max_iter=1000, tol=1e-8)
-    model.fit(((features - mean) / scale).numpy(), more.labels.numpy(), (weights / weights.mean()).numpy())
-    expected = model.predict_log_proba(((features - mean) / scale).numpy())
-    head = fit_scores(more)
-    found = F.linear(features.float(), head.weight, head.bias).log_softmax(1)
-    # thirty steps in float32 beside scikit-learn's minimum
-    torch.testing.assert_close(found, torch.from_numpy(expected).float(), atol=0.02, rtol=0.02)
 
 
 def test_each_sample_is_judged_by_scores_that_were_fitted_without_its_fold() -> None:
