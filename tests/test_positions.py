@@ -23,10 +23,10 @@ def found(n_base: int = 5):
     return pnc.scan(task(n_base))
 
 
-def test_positions_are_sorted_by_score_and_cost_what_their_parts_cost():
+def test_positions_are_sorted_by_log_loss_and_cost_what_their_parts_cost():
     scan, source = found(), task().source
-    scores = [position.score for position in scan.positions]
-    assert scores == sorted(scores, reverse=True)
+    losses = [position.log_loss for position in scan.positions]
+    assert losses == sorted(losses) and losses[0] > 0
     for position in scan.positions:
         adapter = scan.adapter(position).adapter
         assert (adapter.target_cut, adapter.source_cut) == (position.target_cut, position.source_cut)
@@ -46,9 +46,9 @@ def test_the_whole_source_is_chosen_where_parts_of_it_are_worse_and_no_bound_for
     worse = dict(scan.outcomes)
     for position in scan.positions:
         if position.macs_share < 1:
-            hits = torch.zeros_like(scan.outcomes[position.names].hits)
-            worse[position.names] = replace(scan.outcomes[position.names], hits=hits)
-    positions = tuple(replace(p, score=p.score if p in whole else 0.0) for p in scan.positions)
+            values = torch.full_like(scan.outcomes[position.names].values, -9.0)
+            worse[position.names] = replace(scan.outcomes[position.names], values=values)
+    positions = tuple(replace(p, log_loss=p.log_loss if p in whole else 9.0) for p in scan.positions)
     assert replace(scan, positions=positions, outcomes=worse).choose().macs_share >= 1
     assert replace(scan, positions=positions, outcomes=worse).choose(max_macs=0.9).macs_share <= 0.9
 
@@ -77,10 +77,10 @@ def test_the_shortlist_takes_the_best_target_cut_for_each_source_cut_and_a_close
 def test_the_front_is_not_beaten():
     front = found().front()
     assert [p.n_macs for p in front] == sorted({p.n_macs for p in front})
-    assert [p.score for p in front] == sorted({p.score for p in front})
-    assert front[-1].score == found().positions[0].score
+    assert [p.log_loss for p in front] == sorted({p.log_loss for p in front}, reverse=True)
+    assert front[-1].log_loss == found().positions[0].log_loss
     for position in found().positions:
-        assert any(p.n_macs <= position.n_macs and p.score >= position.score for p in front)
+        assert any(p.n_macs <= position.n_macs and p.log_loss <= position.log_loss for p in front)
 
 
 def test_the_choice_is_the_cheapest_within_standard_errors_and_bounds():
@@ -90,7 +90,7 @@ def test_the_choice_is_the_cheapest_within_standard_errors_and_bounds():
         losses = {p: scan.loss_against(p, best) for p in scan.positions}
         as_good = [p for p, (loss, error) in losses.items() if loss <= n_errors * error + 1e-12]  # rounding
         assert scan.choose(n_errors=n_errors).n_macs == min(p.n_macs for p in as_good)
-    assert scan.choose(n_errors=0.0).score == best.score
+    assert scan.choose(n_errors=0.0).log_loss == best.log_loss
     assert scan.choose(n_errors=1e9).n_macs == min(p.n_macs for p in scan.positions if losses[p][1] > 0 or p is best)
     assert scan.choose(max_macs=0.3).macs_share <= 0.3
     with pytest.raises(InputError, match=r"max_macs=0\.0: the cheapest position adds"):
@@ -113,10 +113,10 @@ def test_positions_are_compared_on_the_same_images():
     scan = found()
     best, worst = scan.positions[0], scan.positions[-1]
     loss, error = scan.loss_against(worst, best)
-    assert loss == pytest.approx(best.score - worst.score)
-    hits = [scan.outcomes[position.names].hits for position in (best, worst)]
+    assert loss == pytest.approx(worst.log_loss - best.log_loss)
+    likelihoods = [scan.outcomes[position.names].values for position in (best, worst)]
     is_base = scan.outcomes[best.names].is_base
-    parts = [(hits[0] - hits[1])[rows] for rows in (is_base, ~is_base)]
+    parts = [(likelihoods[0] - likelihoods[1])[rows] for rows in (is_base, ~is_base)]
     assert error == pytest.approx(sum(part.var(correction=0) / len(part) / 4 for part in parts) ** 0.5)
     assert scan.loss_against(best, best) == (0, 0)
 

@@ -25,24 +25,25 @@ class Outcome:
     """How each image of the support fared when it was held out.
 
     Attributes:
-        hits: Share of the image's copies that were classified right, (I,), float64.
+        values: What was measured of the image's copies, such as whether they were classified right: the mean, (I,),
+            float64.
         is_base: Whether it shows a base class, (I,), bool.
     """
 
-    hits: Tensor
+    values: Tensor
     is_base: Tensor
 
     @property
     def average(self) -> tuple[float, float]:
-        """Mean of the accuracies on base and on new images, and its standard error; of one kind where it is alone."""
-        kinds = [part for part in (self.hits[self.is_base], self.hits[~self.is_base]) if len(part)]
+        """Mean of the means over base and over new images, and its standard error; of one kind where it is alone."""
+        kinds = [part for part in (self.values[self.is_base], self.values[~self.is_base]) if len(part)]
         mean = sum(float(part.mean()) for part in kinds) / len(kinds)
         variance = sum(float(part.var(correction=0)) / len(part) for part in kinds) / len(kinds) ** 2
         return mean, variance**0.5
 
     def minus(self, other: "Outcome") -> tuple[float, float]:
         """Difference of both averages and its standard error, which is small: they are of the same images."""
-        return replace(self, hits=self.hits - other.hits).average
+        return replace(self, values=self.values - other.values).average
 
 
 def source_body(task: CloneTask, cut: CutPoint) -> fx.GraphModule:
@@ -119,6 +120,11 @@ class Judged:
         """Which samples are classified right when they are held out, (N,) bool."""
         return self.logits.argmax(1) == self.labels
 
+    @property
+    def log_likelihoods(self) -> Tensor:
+        """Logarithm of the probability of each sample's own class when it is held out, (N,)."""
+        return -F.cross_entropy(self.logits, self.labels, reduction="none")
+
     def lowered(self, nats: float) -> "Judged":
         """The same with all new logits lowered by so many nats; only with base samples."""
         assert self.stacking is not None
@@ -148,23 +154,23 @@ def features_seen(task: CloneTask) -> CutPoint:
     return task.target.head.features if norm is None else norm.cut
 
 
-def outcome_of(correct: Tensor, task: CloneTask, rows: Tensor | None = None) -> Outcome:
-    """Sum up which samples are right, image by image: copies of one image are one observation.
+def outcome_of(measured: Tensor, task: CloneTask, rows: Tensor | None = None) -> Outcome:
+    """Sum up what was measured of samples, image by image: copies of one image are one observation.
 
     Args:
-        correct: (M,) bool.
+        measured: (M,), such as whether they were classified right.
         task: Whose support it is.
-        rows: The samples that `correct` speaks of, (N,) bool; None for all.
+        rows: The samples that `measured` speaks of, (N,) bool; None for all.
     """
     labels, groups = task.samples.labels, task.samples.groups
     if rows is not None:
         labels, groups = labels[rows], groups[rows]
     images, index = groups.unique(return_inverse=True)
-    hits = torch.zeros(len(images), dtype=torch.float64)
-    hits.scatter_reduce_(0, index, correct.double(), "mean", include_self=False)
+    values = torch.zeros(len(images), dtype=torch.float64)
+    values.scatter_reduce_(0, index, measured.double(), "mean", include_self=False)
     is_base = torch.zeros(len(images), dtype=torch.bool)
     is_base[index] = labels < task.n_base
-    return Outcome(hits, is_base)
+    return Outcome(values, is_base)
 
 
 def own_head(task: CloneTask) -> SourceHead:

@@ -22,7 +22,7 @@ def check_plot(path: Path) -> None:
 
 
 def draw_scan(found: Scan, chosen: Position, path: Path) -> None:
-    """Draw score against cost of all scanned positions, with the Pareto front and the choice, as a PNG file.
+    """Draw log-loss against cost of all scanned positions, with the Pareto front and the choice, as a PNG file.
 
     Args:
         found: From `scan`.
@@ -33,21 +33,21 @@ def draw_scan(found: Scan, chosen: Position, path: Path) -> None:
     """
     check_plot(path)
     figure = _figure()
-    axes = figure.add_subplot(xlabel="added MACs, share of the source's", ylabel="accuracy on held-out support")
-    shares, scores = ([getattr(p, name) for p in found.positions] for name in ("macs_share", "score"))
-    axes.errorbar(shares, scores, [p.standard_error for p in found.positions], fmt=".", color="0.7", label="positions")
+    axes = figure.add_subplot(xlabel="added MACs, share of the source's", ylabel="log-loss on held-out support, nats")
+    shares, losses = ([getattr(p, name) for p in found.positions] for name in ("macs_share", "log_loss"))
+    axes.plot(shares, losses, ".", color="0.7", label="positions")
     front = found.front()
-    axes.plot([p.macs_share for p in front], [p.score for p in front], "o-", label="front")
+    axes.plot([p.macs_share for p in front], [p.log_loss for p in front], "o-", label="front")
     for position in front:
         axes.annotate(
             f"{position.target_cut.name} > {position.source_cut.name}",
-            (position.macs_share, position.score),
+            (position.macs_share, position.log_loss),
             xytext=(4, -8),
             textcoords="offset points",
             fontsize=6,
         )
-    axes.plot(chosen.macs_share, chosen.score, "o", markersize=14, fillstyle="none", color="C3", label="chosen")
-    axes.legend(loc="lower right")
+    axes.plot(chosen.macs_share, chosen.log_loss, "o", markersize=14, fillstyle="none", color="C3", label="chosen")
+    axes.legend(loc="upper right")
     _write(figure, path)
 
 

@@ -57,11 +57,12 @@ class Position:
         adapter_error: Held-out share of the variance of the source's tensor that the adapter misses.
         score: Average accuracy on held-out support; without base samples the accuracy among the new classes alone.
         standard_error: Of `score`, from the number of held-out samples.
+        log_loss: On the same samples, in nats; base and new ones weigh the same.
         n_macs: Multiply-accumulates added to the target per sample, without the head.
         n_params: Parameters of the adapter and of the source's part.
         n_bytes: Of the clone's thin file, an upper estimate: the source's weights are not in it.
         macs_share: `n_macs` as a share of the whole source's.
-        n_images: How many images of the support `score` was measured on.
+        n_images: How many images of the support these were measured on.
     """
 
     target_cut: CutPoint
@@ -69,6 +70,7 @@ class Position:
     adapter_error: float
     score: float
     standard_error: float
+    log_loss: float
     n_macs: int
     n_params: int
     n_bytes: int
@@ -86,9 +88,9 @@ class Scan:
     """What `scan` found.
 
     Attributes:
-        positions: The scored positions, best first.
+        positions: The scored positions, by log-loss, best first.
         adapters: The fitted adapters of each, by the names of its two cuts, with what was seen behind them.
-        outcomes: How the images of the support fared at each, by the names of its two cuts.
+        outcomes: Log-likelihoods of the images of the support at each, by the names of its two cuts.
         adapter_errors: The adapters' errors of all pairs of cuts, scored or not, by the names of the two cuts.
     """
 
@@ -102,18 +104,18 @@ class Scan:
         return self.adapters[position.names]
 
     def loss_against(self, position: Position, other: Position) -> tuple[float, float]:
-        """What `position` gives up in score against `other`, and the standard error of that difference.
+        """By how much the log-loss of `position` is above that of `other`, and the standard error of that difference.
 
-        Both were measured on the same images, so the error is far below that of either score; their `n_images` must
-        be the same.
+        Both were measured on the same images, so the error is far below that of either; their `n_images` must be the
+        same.
         """
         return self.outcomes[other.names].minus(self.outcomes[position.names])
 
     def front(self) -> tuple[Position, ...]:
-        """List the positions that no other one beats in both score and added MACs, cheapest first."""
+        """List the positions that no other one beats in both log-loss and added MACs, cheapest first."""
         front: list[Position] = []
-        for position in sorted(self.positions, key=lambda p: (p.n_macs, -p.score)):
-            if not front or position.score > front[-1].score:
+        for position in sorted(self.positions, key=lambda p: (p.n_macs, p.log_loss)):
+            if not front or position.log_loss < front[-1].log_loss:
                 front.append(position)
         return tuple(front)
 
@@ -134,9 +136,10 @@ class Scan:
     def choose(
         self, max_macs: float | None = None, max_bytes: int | None = None, n_errors: float = N_ERRORS
     ) -> Position:
-        """Choose the cheapest position whose score lies within half a standard error of the best one's.
+        """Choose the cheapest position whose log-loss lies within half a standard error of the best one's.
 
-        It is the error of the difference between both, on the same images (`loss_against`).
+        It is the error of the difference between both, on the same images (`loss_against`). The log-loss of few images
+        tells positions apart far better than the accuracy, see docs/method.md.
         Of those within the bounds, the ones that were scored on most images count.
 
         Without base samples nothing tells what an adapter does to images of base classes, which it was not fitted on: a
@@ -165,13 +168,13 @@ class Scan:
         if unchanged:
             return min(unchanged, key=lambda p: p.n_macs)
         allowed = [p for p in allowed if p.n_images == max(q.n_images for q in allowed)]
-        best = max(allowed, key=lambda p: p.score)
+        best = min(allowed, key=lambda p: p.log_loss)
         as_good = []
         for position in allowed:
             loss, error = self.loss_against(position, best)
             if loss <= n_errors * error + ROUNDING:
                 as_good.append(position)
-        return min(as_good, key=lambda p: (p.n_macs, -p.score))
+        return min(as_good, key=lambda p: (p.n_macs, p.log_loss))
 
 
 def scan(
@@ -227,8 +230,10 @@ def _scored(
 
     def score(scored: CloneTask, found: Mapping[tuple[str, str], HeadSamples]) -> None:
         for pair, samples in found.items():
-            outcomes[pair] = outcome_of(judge(samples).correct, scored)
-            positions[pair] = _position(task, adapters[pair], outcomes[pair], samples)
+            judged = judge(samples)
+            outcomes[pair] = outcome_of(judged.log_likelihoods, scored)
+            score, likelihood = outcome_of(judged.correct, scored), outcomes[pair]
+            positions[pair] = _position(task, adapters[pair], score, likelihood, samples)
             if len(samples.labels) == len(task.samples.labels):
                 seen[pair] = replace(adapters[pair], samples=samples)
 
@@ -247,14 +252,14 @@ def _scored(
         score(first, found)
         finalists = run(rest, _finalists(positions, outcomes))
         score(whole, {pair: found[pair].joined(samples, rows) for pair, samples in finalists.items()})
-    return tuple(sorted(positions.values(), key=lambda p: (-p.score, p.n_macs))), seen, outcomes
+    return tuple(sorted(positions.values(), key=lambda p: (p.log_loss, p.n_macs))), seen, outcomes
 
 
 def _finalists(
     positions: Mapping[tuple[str, str], Position], outcomes: Mapping[tuple[str, str], Outcome]
 ) -> list[tuple[str, str]]:
     """The positions that the choice may fall on, judged by the first round: the best ones, and none far behind."""
-    ranked = sorted(positions, key=lambda pair: (-positions[pair].score, positions[pair].n_macs))
+    ranked = sorted(positions, key=lambda pair: (positions[pair].log_loss, positions[pair].n_macs))
     losses = [(pair, *outcomes[ranked[0]].minus(outcomes[pair])) for pair in ranked]
     return [pair for pair, loss, error in losses if loss <= N_ERRORS_FINAL * error + ROUNDING][:N_FINALISTS]
 
@@ -331,22 +336,25 @@ def _gather_moments(
     fitter.share(task.team, task.samples.n_folds)
 
 
-def _position(task: CloneTask, fitted: CrossFitted, outcome: Outcome, samples: HeadSamples) -> Position:
+def _position(
+    task: CloneTask, fitted: CrossFitted, hits: Outcome, likelihoods: Outcome, samples: HeadSamples
+) -> Position:
     adapter = fitted.adapter
     target_cut, source_cut, features = adapter.target_cut, adapter.source_cut, task.source.head.features
     n_macs = _added_macs(task, adapter)
-    score, standard_error = outcome.average
+    score, standard_error = hits.average
     return Position(
         target_cut=target_cut,
         source_cut=source_cut,
         adapter_error=fitted.error,
         score=score,
         standard_error=standard_error,
+        log_loss=-likelihoods.average[0],
         n_macs=n_macs,
         n_params=adapter.n_params + features.n_params - source_cut.n_params,
         n_bytes=_file_bytes(task, adapter, samples),
         macs_share=n_macs / task.source.n_macs,
-        n_images=len(outcome.hits),
+        n_images=len(hits.values),
     )
 
 
