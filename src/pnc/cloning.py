@@ -136,8 +136,9 @@ def clone(
 ) -> Clone:
     """Clone what the source knows about some classes, for the target; both networks stay as they are.
 
-    Scans all positions in closed form, takes the cheapest whose log-loss is within half a standard error of the best, localizes channels
-    if `density` asks for it, and fits the head. It is the one verb that most users need, hence its arguments.
+    Scans all positions in closed form, takes the cheapest whose held-out log-loss is within half a standard error of
+    the best, localizes channels if `density` asks for it, and fits the head. It is the one verb that most users need,
+    hence its arguments.
 
     Args:
         source: Classifier that knows the classes, (B, C, H, W) to (B, K).
