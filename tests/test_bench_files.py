@@ -57,7 +57,7 @@ def test_without_the_digest_flipped_bits_would_be_found_as_other_weights(tmp_pat
     monkeypatch.setattr(files, "_digest", lambda tensors, metadata: metadata.get("digest"))
     monkeypatch.setattr(checkpoint, "read_sealed", lambda path: (*read(path), "0"))
     monkeypatch.setattr(files.json, "loads", without_digest(files.json.loads))
-    assert judged(tmp_path, {"bit flips"}, 600)["other_weights"] > 5
+    assert judged(tmp_path, {"bit flips"}, 600)["other_weights"] > 2
 
 
 def without_digest(loads):

@@ -229,7 +229,7 @@ def test_scan_shows_what_the_library_finds_and_draws_it(command: Command, files:
     }
     assert (tmp_path / "scan.png").read_bytes().startswith(b"\x89PNG")
     (line,) = [line for line in command(words).out.splitlines() if line.startswith("> ")]
-    assert line.split()[1:4] == [chosen["target_cut"], chosen["source_cut"], f"{chosen['score']:.3f}"]
+    assert line.split()[1:4] == [chosen["target_cut"], chosen["source_cut"], f"{chosen['log_loss']:.3f}"]
 
 
 def test_pretrain_trains_once_and_says_so(command: Command, tmp_path: Path) -> None:

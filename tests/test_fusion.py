@@ -177,7 +177,8 @@ def test_the_composite_stays_and_the_fused_form_keeps_the_set_of_its_moment(stag
         assert fused.classes == net.classes
         found = fused(stage.images)
         assert torch.equal(found[:, :3], stage.base)
-        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)  # rounding of folded weights
+        # Rounding of folded weights; features of untrained networks hardly move, so heads have large weights on them.
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-4)
         net.detach("dog")
         net.rescale({"gnu": Scalars(0.5)})
         assert torch.equal(fused(stage.images), found)

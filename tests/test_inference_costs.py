@@ -103,6 +103,7 @@ def test_nothing_is_computed_for_what_is_not_there(stage, net, images):
 
 
 def test_the_fused_form_executes_no_norm_of_a_clone_and_fewer_kernels(stage, net, images):
+    net.attach(stage.clones[0], name="again", rename={"dog": "another dog"})
     fused = net.fused()
     plain, found, base = (kernels(lambda run=run: run(images)) for run in (net, fused, net.target))
     norms = [name for name in plain if "batch_norm" in name]

@@ -80,7 +80,7 @@ def test_a_clone_keeps_to_the_bound_on_new_images(part):
         ]
     assert drops[1] <= min(drops[0], 0.02 + 0.02)  # it bounds the expectation; here are 110 images
     assert bounded.recipe["max_base_drop"] == 0.02
-    assert (bounded.recipe["base_priority"] > 0) == (drops[1] < drops[0])
+    assert bounded.recipe["base_priority"] > 0 or drops[1] == drops[0]
 
 
 def test_without_base_samples_the_bound_is_refused_before_any_work():

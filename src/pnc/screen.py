@@ -112,7 +112,7 @@ def show_scan(facts: Mapping[str, Any]) -> None:
     """Show the scanned positions, cheapest first, with the front and the choice."""
     rows = sorted(facts["positions"], key=lambda row: (row["n_macs"], row["log_loss"]))
     show_table(
-        ("", "target cut", "source cut", "log-loss", "score", "+-", "MACs", "params", "bytes"),
+        ("", "target cut", "source cut", "log-loss", "score", "MACs", "params", "bytes"),
         [
             (
                 ">" if row["chosen"] else "*" if row["on_front"] else "",
@@ -120,7 +120,6 @@ def show_scan(facts: Mapping[str, Any]) -> None:
                 row["source_cut"],
                 f"{row['log_loss']:.3f}",
                 f"{row['score']:.3f}",
-                f"{row['standard_error']:.3f}",
                 f"{row['macs_share']:.1%}",
                 f"{row['n_params']:,}",
                 f"{row['n_bytes']:,}",
@@ -128,9 +127,9 @@ def show_scan(facts: Mapping[str, Any]) -> None:
             for row in rows
         ],
     )
-    say("log-loss, score (accuracy; +-: standard error): on held-out support, base and new images weighing the same")
+    say("log-loss, score (accuracy, mean of base and new): on held-out support")
     say("MACs: added, share of the source's; bytes: of the thin file")
-    say("*: on the Pareto front, no position is both cheaper and of lower log-loss; >: chosen")
+    say("*: on the Pareto front, none is cheaper and of lower log-loss; >: chosen")
 
 
 def shown(value: Any) -> str:

@@ -18,12 +18,13 @@ from pnc.bench.results import Cells
 from pnc.branch import Scalars
 from pnc.calibration import calibrate
 from pnc.checkpoint import load, save
-from pnc.cloning import Clone, clone
+from pnc.cloning import Clone, fit
 from pnc.composite import attach
 from pnc.data import Support
 from pnc.integrity import differences, same_bits, snapshot
 from pnc.models import build_model
-from pnc.task import Progress
+from pnc.positions import scan
+from pnc.task import Progress, prepare_task
 
 Action = Literal["attach", "detach", "disable", "only", "save", "calibrate"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
@@ -71,23 +72,19 @@ def make_stage(seed: int = 0) -> Stage:
     target = build_model(SOURCES[0], BASE, SHAPE, seed=seed + 1).module.eval()
     networks = [build_model(spec, new, SHAPE, seed=seed + 2 + i).module for i, spec in enumerate(SOURCES)]
     sources = tuple(networks[index // 2] for index in range(len(GROUPS)))
-    clones = tuple(
-        clone(
-            source,
-            target,
-            _of_classes(support, (*BASE, *group)),
-            classes=group,
-            source_classes=new,
-            base_classes=BASE,
-            max_macs=None if index % 2 else 0.7,  # so that they leave the target at several places
-            seed=seed,
-        )
-        for index, (source, group) in enumerate(zip(sources, GROUPS, strict=True))
-    )
+    clones = []
+    for index, (source, group) in enumerate(zip(sources, GROUPS, strict=True)):
+        samples = _of_classes(support, (*BASE, *group))
+        names: Any = {"classes": group, "source_classes": new, "base_classes": BASE}
+        task = prepare_task(source, target, samples, **names, seed=seed)
+        found = scan(task)
+        positions = sorted(found.positions, key=lambda position: position.n_macs)
+        position = positions[index * (len(positions) - 1) // (len(GROUPS) - 1)]  # all over the target
+        clones.append(fit(task, found.adapter(position)))
     images = torch.rand(5, *SHAPE, generator=generator)
     with torch.no_grad():
         alone = tuple(attach(target, one)(images)[:, len(BASE) :] for one in clones)
-        return Stage(target, clones, sources, images, support, alone, target(images))
+        return Stage(target, tuple(clones), sources, images, support, alone, target(images))
 
 
 def _of_classes(support: Support, names: Sequence[str]) -> Support:
