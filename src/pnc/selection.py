@@ -177,8 +177,8 @@ class _Aim:
     samples share, which heads make up for; the same along the discriminants of the classes at hand; the squared
     distance of the cloned classes' logits, likewise in units; and, where the source knows classes that are not cloned,
     what their logits lack to stay by `MARGIN` below what the source itself says of the cloned ones. The last one makes
-    the part forget the others, for which the free shift leaves it room: where the shift counted, half the channels for
-    two of five classes kept .975 of the accuracy, not .984, and forgot less.
+    the part forget the others, for which the free shift leaves it room: where the shift counts, the part keeps
+    less and forgets less.
     """
 
     def __init__(self, task: CloneTask) -> None:
