@@ -1,18 +1,13 @@
 from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from pnc import heads
 from pnc.heads import (
-    SHRINKAGES,
     HeadSamples,
     balanced_weights,
-    choose_shrinkage,
     choose_stacking,
-    fit_discriminant,
     fit_scores,
     fit_stacked,
     source_head,
@@ -40,37 +35,9 @@ def draw(n_per_class: int = 40, n_target: int = 6, n_clone: int = 5, seed: int =
     )
 
 
-def test_discriminants_are_those_of_scikit_learn():
+def test_the_composite_keeps_the_targets_conditional_distribution_and_gives_the_scores_posterior_to_the_new_classes():
     samples = draw()
-    features = torch.cat([samples.target_features, samples.clone_features], 1).double()
-    # scikit-learn shrinks towards a multiple of the identity; on features of unit within-class variance that is ours
-    means = torch.stack([features[samples.labels == k].mean(0) for k in range(5)])
-    scale = (features - means[samples.labels]).square().mean(0).sqrt()
-    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1, priors=np.full(5, 0.2))
-    model.fit((features / scale).numpy(), samples.labels.numpy())
-    expected = torch.from_numpy(model.predict_log_proba((features / scale).numpy()))
-    head = fit_discriminant(samples, 0.1)
-    scores = (features @ head.weight.double().T + head.bias.double()).log_softmax(1)
-    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)  # our head is stored in float32
-
-
-def test_more_features_than_samples_give_the_same_discriminants_as_a_direct_solve():
-    samples = draw(n_per_class=4, n_target=30, n_clone=20)
-    features = torch.cat([samples.target_features, samples.clone_features], 1).double()
-    means = torch.stack([features[samples.labels == k].mean(0) for k in range(5)])
-    centred = features - means[samples.labels]
-    scale = centred.square().mean(0).sqrt()
-    correlation = (centred / scale).T @ (centred / scale) / len(features)
-    covariance = 0.8 * correlation + 0.2 * torch.eye(50, dtype=torch.float64)
-    rows = (means - means.mean(0)) / scale
-    weight = torch.linalg.solve(covariance, rows.T).T / scale
-    head = fit_discriminant(samples, 0.2)
-    torch.testing.assert_close(head.weight.double(), weight, atol=1e-5, rtol=1e-4)  # stored in float32
-
-
-def test_the_composite_keeps_the_targets_conditional_distribution_and_gives_lda_to_the_new_classes():
-    samples = draw()
-    head = fit_discriminant(samples, 0.05)
+    head = fit_scores(samples)
     new = head(samples.target_features, samples.clone_features, samples.base_logits)
     probabilities = torch.cat([samples.base_logits, new], 1).double().softmax(1)
     features = torch.cat([samples.target_features, samples.clone_features], 1)
@@ -80,44 +47,15 @@ def test_the_composite_keeps_the_targets_conditional_distribution_and_gives_lda_
     torch.testing.assert_close(conditional, samples.base_logits.double().softmax(1), atol=1e-6, rtol=1e-5)
 
 
-def test_held_out_logits_come_from_heads_that_did_not_see_the_image():
-    samples = draw(n_per_class=20)
-    twice = samples.select(torch.arange(len(samples.labels)).repeat(2))
-    shrinkage, logits = choose_shrinkage(twice)
-    assert shrinkage in SHRINKAGES
-    # Both copies of an image are held out together, so both get the very same answer, and it is not the training fit's.
-    assert torch.equal(logits[: len(samples.labels)], logits[len(samples.labels) :])
-    head = fit_discriminant(twice, shrinkage)
-    fitted = head(twice.target_features, twice.clone_features, twice.base_logits)
-    assert not torch.allclose(fitted.double(), logits[:, 3:], atol=1e-3)
-
-
-def test_each_fold_is_judged_by_the_discriminants_of_the_others():
-    samples = draw()
-    shrinkage, logits = choose_shrinkage(samples)
-    for fold in range(5):
-        held_out = samples.folds == fold
-        head, part = fit_discriminant(samples.select(~held_out), shrinkage), samples.select(held_out)
-        new = head(part.target_features, part.clone_features, part.base_logits)
-        torch.testing.assert_close(logits[held_out, 3:].float(), new, atol=1e-3, rtol=1e-4)  # float64 against float32
-
-
-def test_a_single_fold_takes_the_strongest_shrinkage():
-    samples = replace(draw(n_per_class=1), folds=torch.zeros(5, dtype=torch.long))
-    shrinkage, logits = choose_shrinkage(samples)
-    assert shrinkage == SHRINKAGES[-1]
-    assert logits.isfinite().all()
-
-
 def test_base_classes_without_samples_take_no_part():
     samples = draw()
     kept = samples.select(samples.labels != 1)
-    head = fit_discriminant(kept, 0.1)
+    head = fit_scores(kept)
     assert head.weight[1].abs().sum() == 0
     two = replace(
         kept, labels=kept.labels - (kept.labels > 1).long(), base_logits=kept.base_logits[:, [0, 2]], n_classes=4
     )
-    smaller = fit_discriminant(two, 0.1)
+    smaller = fit_scores(two)
     assert torch.equal(head.weight[[0, 2, 3, 4]], smaller.weight)
     new = head(kept.target_features, kept.clone_features, kept.base_logits)
     expected = smaller(kept.target_features, kept.clone_features, kept.base_logits)
@@ -152,18 +90,24 @@ def log_loss(logits: torch.Tensor, samples: HeadSamples) -> float:
     return float(F.cross_entropy(logits, samples.labels))
 
 
+def fitted_alone(samples: HeadSamples) -> torch.Tensor:
+    """The composite's logits of each sample by scores fitted without its fold, before they are mixed with anything."""
+    level = samples.base_logits.logsumexp(1, keepdim=True)
+    return torch.cat([samples.base_logits, heads._held_out_odds(samples) + level], 1)
+
+
 def test_stacking_keeps_to_the_networks_own_logits_where_the_discriminants_know_nothing():
     samples = informed(draw(), own=4.0, fitted=0.0)
     stacking = choose_stacking(samples)
     ensemble = torch.cat([samples.base_logits, samples.own_logits], 1).double()
     assert log_loss(stacking.logits, samples) < log_loss(ensemble, samples) + 0.03
-    assert log_loss(stacking.logits, samples) < log_loss(choose_shrinkage(samples)[1], samples) - 0.2
+    assert log_loss(stacking.logits, samples) < log_loss(fitted_alone(samples), samples) - 0.2
 
 
 def test_stacking_keeps_to_the_discriminants_where_the_source_knows_nothing():
     samples = replace(draw(), own_logits=torch.zeros(200, N_NEW))
     stacking = choose_stacking(samples)
-    _, fitted = choose_shrinkage(samples)
+    fitted = fitted_alone(samples)
     is_new = samples.labels >= N_BASE
     found, expected = (((logits.argmax(1) >= N_BASE) == is_new).double().mean() for logits in (stacking.logits, fitted))
     assert found >= expected - 0.01

@@ -15,7 +15,6 @@ problem is convex and small. The target's logits take no part in it, so the dist
 the target's own.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,8 +27,9 @@ from pnc.branch import Scalars, against_rivals
 from pnc.class_names import listed
 from pnc.composite import Composite
 from pnc.data import Support, as_images, as_support, images_as_float
+from pnc.discriminants import choose_shrinkage, fit_discriminants
 from pnc.errors import ClassNameError, InputError
-from pnc.heads import HeadSamples, balanced_weights, choose_shrinkage, fit_discriminant
+from pnc.heads import balanced_weights
 
 SCALE_SPREAD = 0.1
 OFFSET_SPREAD = 0.3
@@ -205,23 +205,14 @@ def _against_rivals(features: Tensor, labels: Tensor, is_own: Tensor) -> tuple[T
     if not len(others) or n_folds < 2:
         return nothing
     place = torch.cat([others, own]).argsort()[labels[is_new]]
-    samples = HeadSamples(
-        target_features=features[is_new, :0],
-        clone_features=features[is_new],
-        base_logits=features.new_zeros(len(place), len(others)),
-        own_logits=features.new_zeros(len(place), len(own)),
-        labels=place,
-        folds=_number_within_class(place) % n_folds,
-        n_classes=len(is_own),
-    )
-    shrinkage, held_out = choose_shrinkage(samples)
-    # Those are the logits of own classes beside others whose logits are all zero.
-    log_odds = held_out[:, len(others) :].logsumexp(1, keepdim=True) - math.log(len(others))
+    rows, folds = features[is_new], _number_within_class(place) % n_folds
+    shrinkage, odds = choose_shrinkage(rows, place, folds, len(others))
+    log_odds = odds.logsumexp(1, keepdim=True)
     sureness = _sureness(log_odds, place >= len(others))
     if sureness == 0:
         return nothing
-    head = fit_discriminant(samples, shrinkage)
-    rivals = sureness * torch.cat([head.weight, head.bias[:, None]], 1)
+    weight, bias = fit_discriminants(rows, place, len(is_own), shrinkage)
+    rivals = sureness * torch.cat([weight, bias[:, None]], 1)
     against = against_rivals(features, rivals.double(), len(own))
     against[is_new] = sureness * log_odds
     return F.logsigmoid(against), tuple(map(tuple, rivals.tolist()))

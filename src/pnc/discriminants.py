@@ -1,17 +1,69 @@
-"""Linear discriminants of one training set at any shrinkage, from one eigendecomposition."""
+"""Linear discriminant analysis with a shrunk covariance: any shrinkage from one eigendecomposition.
+
+Source: Friedman, Regularized Discriminant Analysis, JASA 84 (1989); one pooled covariance and equal class priors, and
+features are scaled to unit within-class variance before shrinking.
+"""
 
 from dataclasses import dataclass
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+SHRINKAGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 0.9)
 ABSENT = -1e6
 """Bias of the discriminant of a class without any sample: it takes no part."""
 
 
+def fit_discriminants(features: Tensor, labels: Tensor, n_classes: int, shrinkage: float) -> tuple[Tensor, Tensor]:
+    """Fit linear discriminants.
+
+    Args:
+        features: (N, D).
+        labels: Class ids, (N,), in [0, K); a class without samples takes no part.
+        n_classes: K.
+        shrinkage: Weight of the identity against the within-class correlation matrix, in (0, 1].
+    Returns:
+        Weight (K, D) and bias (K,), float32.
+    """
+    weight, bias = _Spectrum.of(features.double(), labels, n_classes).discriminants(shrinkage)
+    return weight.float(), bias.float()
+
+
+def choose_shrinkage(features: Tensor, labels: Tensor, folds: Tensor, n_rest: int) -> tuple[float, Tensor]:
+    """Choose the shrinkage that tells some classes apart from the rest, and from each other, on held-out samples.
+
+    Args:
+        features: (N, D).
+        labels: Class ids, (N,): the rest first.
+        folds: (N,), the fold in which each is held out; where there is one only, the strongest shrinkage is taken and
+            nothing is held out.
+        n_rest: Number of classes of the rest.
+    Returns:
+        The shrinkage of lowest log-loss, the rest and the other samples weighing the same; and the log-odds of each
+        other class against the rest, (N, K - n_rest), float64, of each sample when it was held out.
+    """
+    n_folds, n_classes = int(folds.max()) + 1, int(labels.max()) + 1
+    tried = SHRINKAGES if n_folds > 1 else SHRINKAGES[-1:]
+    rows = features.double()
+    odds = rows.new_zeros(len(tried), len(labels), n_classes - n_rest)
+    for fold in range(n_folds):
+        held_out = folds == fold
+        seen = ~held_out if n_folds > 1 else held_out
+        spectrum = _Spectrum.of(rows[seen], labels[seen], n_classes)
+        for index, shrinkage in enumerate(tried):
+            weight, bias = spectrum.discriminants(shrinkage)
+            scores = rows[held_out] @ weight.T + bias
+            odds[index, held_out] = scores[:, n_rest:] - scores[:, :n_rest].logsumexp(1, keepdim=True)
+    is_rest, places = labels < n_rest, (labels - n_rest + 1).clamp_min(0)
+    losses = [F.cross_entropy(F.pad(one, (1, 0)), places, reduction="none") for one in odds]
+    best = min(range(len(tried)), key=lambda i: float(losses[i][is_rest].mean() + losses[i][~is_rest].mean()))
+    return tried[best], odds[best]
+
+
 @dataclass(frozen=True)
-class WithinClassSpectrum:
+class _Spectrum:
     """Class means and within-class correlation of one training set, ready for any shrinkage.
 
     Attributes:

@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pnc.discriminants import ABSENT, WithinClassSpectrum
+from pnc.discriminants import ABSENT
 from pnc.logistic import logistic_regressions
 
-SHRINKAGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 0.9)
 RIDGE = 1.0
 """Penalty on the squared mixing weights, of terms of unit variance, against the sum of all samples' log-losses."""
 
@@ -358,60 +357,9 @@ def shortened(head: DiscriminantHead) -> DiscriminantHead:
     return head
 
 
-def fit_discriminant(samples: HeadSamples, shrinkage: float) -> DiscriminantHead:
-    """Fit linear discriminant analysis with one pooled, shrunk covariance and equal class priors.
-
-    Args:
-        samples: With at least one sample of every new class and of some base class; the others take no part.
-        shrinkage: Weight of the identity against the within-class correlation matrix, in (0, 1].
-    Source: Friedman, Regularized Discriminant Analysis, JASA 84 (1989); features are scaled to unit within-class
-        variance before shrinking.
-    """
-    spectrum = _spectrum(samples)
-    weight, bias = spectrum.discriminants(shrinkage)
-    head = DiscriminantHead(samples.n_base, samples.n_classes, weight.shape[1])
-    head.weight.copy_(weight)
-    head.bias.copy_(bias)
-    return head
-
-
 def source_head(weight: Tensor, bias: Tensor) -> SourceHead:
     """Make the head of a support without base samples from the source's classifier: (K_new, D_s) and (K_new,)."""
     head = SourceHead(*weight.shape)
     head.weight.copy_(weight)
     head.bias.copy_(bias)
     return head
-
-
-def choose_shrinkage(samples: HeadSamples) -> tuple[float, Tensor]:
-    """Choose the shrinkage of `fit_discriminant` by cross-validation over the samples' folds.
-
-    Args:
-        samples: As for `fit_discriminant`, without any of the folds; where there is one fold only, the strongest
-            shrinkage is taken and nothing is held out.
-    Returns:
-        The shrinkage of lowest held-out log-loss, base and new samples weighing the same, and the composite's logits
-        (N, K_base + K_new) of each sample when it was held out.
-    """
-    features = _features(samples).double()
-    base_logits, n_base = samples.base_logits.double(), samples.n_base
-    n_folds = int(samples.folds.max()) + 1
-    tried = SHRINKAGES if n_folds > 1 else SHRINKAGES[-1:]
-    logits = torch.zeros(len(tried), len(samples.labels), samples.n_classes, dtype=torch.float64)
-    for fold in range(n_folds):
-        held_out = samples.folds == fold
-        spectrum = _spectrum(samples.select(~held_out if n_folds > 1 else held_out))
-        for index, shrinkage in enumerate(tried):
-            weight, bias = spectrum.discriminants(shrinkage)
-            scores = features[held_out] @ weight.T + bias
-            new = scores[:, n_base:] - scores[:, :n_base].logsumexp(1, keepdim=True)
-            new = new + base_logits[held_out].logsumexp(1, keepdim=True)
-            logits[index, held_out] = torch.cat([base_logits[held_out], new], 1)
-    is_base = samples.labels < n_base
-    losses = [F.cross_entropy(one, samples.labels, reduction="none") for one in logits]
-    best = min(range(len(tried)), key=lambda i: float(losses[i][is_base].mean() + losses[i][~is_base].mean()))
-    return tried[best], logits[best]
-
-
-def _spectrum(samples: HeadSamples) -> WithinClassSpectrum:
-    return WithinClassSpectrum.of(_features(samples).double(), samples.labels, samples.n_classes)

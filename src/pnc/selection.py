@@ -17,10 +17,10 @@ from pnc.budgets import Costs, masks_within
 from pnc.channels import channel_spaces
 from pnc.compaction import compact, own_copy
 from pnc.cuts import LOGITS, extract
+from pnc.discriminants import fit_discriminants
 from pnc.errors import InputError
 from pnc.gates import learn_gates
 from pnc.grids import pool
-from pnc.heads import HeadSamples, fit_discriminant
 from pnc.judging import source_body
 from pnc.localization import one_shot_ranking
 from pnc.masks import ChannelMasks
@@ -214,9 +214,7 @@ class _Aim:
 def _discriminants(features: Tensor, labels: Tensor) -> Tensor:
     """Directions of features (N, D) that tell classes apart, one for each class that there is, (D, K)."""
     classes, places = labels.unique(return_inverse=True)
-    nothing = torch.zeros(len(labels), 0)
-    samples = HeadSamples(nothing, features.cpu(), nothing, nothing, places, torch.zeros_like(labels), len(classes))
-    weight = fit_discriminant(samples, SHRINKAGE).weight
+    weight, _ = fit_discriminants(features.cpu(), places, len(classes), SHRINKAGE)
     return (weight - weight.mean(0)).T.to(features)
 
 
