@@ -56,10 +56,12 @@ def head_of(kind, n_base, n_new, n_target, n_source, generator):
     return head
 
 
-def make_branch(target, source, places=(0, 0), rectify=False, head="stacked", n_new=2, scalars=None, seed=0):
+def make_branch(
+    target, source, places=(0, 0), rectify=False, is_identity=False, head="stacked", n_new=2, scalars=None, seed=0
+):
     """What a clone between two cuts inserts; `places` are indices into the cut points of target and source."""
     generator = torch.Generator().manual_seed(seed)
-    adapter = Adapter(target.cuts[places[0]], source.cuts[places[1]], rectify)
+    adapter = Adapter(target.cuts[places[0]], source.cuts[places[1]], rectify, is_identity)
     for buffer in adapter.buffers():
         buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
     body = own_copy(extract(source.recording, source.cuts[places[1]], [source.features]))

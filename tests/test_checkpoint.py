@@ -32,7 +32,7 @@ def logits(clone):
         return pnc.attach(pair().target.module, clone)(held_out_images().images[:50])
 
 
-@pytest.mark.parametrize("settings", [{}, {"density": 0.5}, {"n_base": 0}], ids=str)
+@pytest.mark.parametrize("settings", [{"max_macs": 0.9}, {"density": 0.5}, {"n_base": 0}], ids=str)
 @pytest.mark.parametrize("kind", ["thin", "full"])
 def test_a_loaded_clone_gives_the_same_bits_and_saves_to_the_same_file(tmp_path, settings, kind):
     clone = made(**settings)
@@ -53,6 +53,15 @@ def test_thin_files_are_small_and_full_ones_carry_the_weights(tmp_path):
     assert full >= thin + body
     assert pnc.inspect(tmp_path / "thin")["classes"] == list(NEW)
     assert pnc.inspect(tmp_path / "thin")["n_bytes"] == thin
+
+
+def test_an_adapter_that_passes_on_what_it_gets_takes_no_room_and_costs_nothing(tmp_path):
+    clone = made(n_base=0)  # the whole source
+    assert clone.branch.stitched.adapter.is_identity
+    pnc.save(clone, tmp_path / "f")
+    assert not any(name.startswith("adapter.") for name in load_file(tmp_path / "f"))
+    loaded = pnc.load(tmp_path / "f", source=pair().source.module)
+    assert loaded.branch.stitched.adapter.is_identity
 
 
 def test_same_seed_twice_gives_the_same_file(tmp_path):
@@ -107,6 +116,7 @@ def edited(path, change):
         (lambda t, f: f.update(head="other"), FileFormatError, "damaged"),
         (lambda t, f: f.update(source=None), FileFormatError, "damaged"),
         (lambda t, f: t.pop("head.own.weight"), FileFormatError, "damaged"),
+        (lambda t, f: t.pop("adapter.weight"), FileFormatError, "'adapter.weight' is missing"),
         (lambda t, f: t.update({"head.own.bias": t["head.own.bias"][:-1]}), FileFormatError, "damaged"),
         (lambda t, f: t.update({"adapter.weight": t["adapter.weight"].double()}), FileFormatError, "damaged"),
         (
@@ -136,7 +146,7 @@ def edited(path, change):
     ],
 )
 def test_damaged_or_foreign_files_are_refused(tmp_path, change, error, words):
-    pnc.save(made(), tmp_path / "f")
+    pnc.save(made(max_macs=0.9), tmp_path / "f")  # not the whole source, so that there is an adapter
     edited(tmp_path / "f", change)
     with pytest.raises(error, match=words):
         pnc.load(tmp_path / "f", source=pair().source.module)
@@ -244,7 +254,7 @@ def test_files_of_others_are_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights", {METADATA_KEY: json.dumps({"format": "pnc-model"})})
     with pytest.raises(FileFormatError, match="no clone file"):
         pnc.inspect(tmp_path / "weights")
-    pnc.save(made(), tmp_path / "f")
+    pnc.save(made(max_macs=0.9), tmp_path / "f")
     assert set(load_file(tmp_path / "f")) >= {"adapter.weight", "head.own.weight"}, "any safetensors reader can open it"
 
 

@@ -78,7 +78,10 @@ def test_it_equals_the_composite_wherever_the_source_is_cut(name):
         make_branch(target, source, (at, into), rectify, seed=into)
         for at, into, rectify in [*((0, into, False) for into in places), (3, places[1], True), (3, places[-1], False)]
     ]
-    assert_fused(plan_of(target, branches), zoo.images(3, seed=5))
+    branches.append(make_branch(target, source, (0, 0), is_identity=True))
+    images = zoo.images(3, seed=5)
+    assert_fused(plan_of(target, branches), images)
+    assert torch.equal(images, zoo.images(3, seed=5))
 
 
 @pytest.mark.parametrize("spec", ["zoo:resnet20?width=0.5", "zoo:vit_tiny", "zoo:mobilenetv2?width=0.5"])

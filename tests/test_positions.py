@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 from functools import cache
 
@@ -6,7 +7,9 @@ import torch
 
 import pnc
 from digits import NEW, pair, support
+from pnc.cuts import extract
 from pnc.errors import InputError
+from pnc.grids import pool
 from pnc.judging import outcome_of, run_parts, source_body
 from pnc.positions import shortlist
 
@@ -63,6 +66,30 @@ def test_all_pairs_have_an_error_but_few_are_run():
     assert len(everything.positions) == len(scan.adapter_errors)
     best = {(p.target_cut.name, p.source_cut.name): p.score for p in everything.positions}
     assert all(best[p.target_cut.name, p.source_cut.name] == p.score for p in scan.positions)
+
+
+def test_a_trunk_that_both_networks_share_is_not_run_twice():
+    """As after fine-tuning the last layers of the target on other classes."""
+    nets = pair()
+    target = copy.deepcopy(nets.source.module)
+    names = {"classes": NEW, "source_classes": NEW, "base_classes": nets.target.classes}
+    changed = list(target.parameters())[-4:]
+    with torch.no_grad():
+        for parameter in changed:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    shared = pnc.prepare_task(nets.source.module, target, support(), **names)
+    scan = pnc.scan(shared)
+    kept = [position for position in scan.positions if scan.adapter(position).adapter.is_identity]
+    assert len(kept) >= 3 and all(position.target_cut.name == position.source_cut.name for position in kept)
+    deepest = min(kept, key=lambda position: position.n_macs)
+    assert deepest.macs_share < 0.3 and deepest.adapter_error == 0
+    clone = pnc.fit(shared, scan.adapter(deepest))
+    trunk = extract(shared.target.recording, None, [deepest.target_cut])
+    teacher = extract(shared.source.recording, None, [shared.source.head.features])
+    with torch.no_grad():
+        features = clone.branch.stitched(trunk(support().images))
+        expected = pool(teacher(support().images), shared.source.head.features)
+    torch.testing.assert_close(features, expected)
 
 
 def test_the_shortlist_takes_the_best_target_cut_for_each_source_cut_and_a_close_second():

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -143,6 +144,26 @@ def test_a_tensor_that_is_never_negative_is_rectified():
     adapter, _ = solved(fitter, MAP, cut("s", 5, 8, 8))
     assert adapter.rectify
     assert (adapter(tensor_at(MAP) * 100) >= 0).all()
+
+
+@pytest.mark.parametrize("where", CUTS, ids=lambda c: c.name)
+def test_one_and_the_same_tensor_is_passed_on(where):
+    source, other = dataclasses.replace(where, name="s"), dataclasses.replace(where, name="o")
+    fitter = AdapterFitter([where], [source, other], 24, torch.Generator())
+    for fold in range(3):
+        x = tensor_at(where, 8, fold)
+        nearly = x.clone()
+        if fold == 2:
+            nearly.view(-1)[-1] += 1e-3
+        fitter.update(fold, {where.name: x}, {"s": x.clone(), "o": nearly})
+    fitted = fitter.solve(where, source)
+    assert (fitted.adapter.n_macs, fitted.adapter.n_params, fitted.error) == (0, 0, 0)
+    assert fitter.error(where, source) == 0
+    for adapter in [fitted.adapter, *fitted.held_out]:
+        assert torch.equal(adapter(x), x)
+    assert len(fitted.held_out) == 3
+    affine, _ = solved(fitter, where, other)
+    assert not affine.is_identity and affine.n_macs > 0
 
 
 def test_prefix_tokens_come_from_the_class_token_or_from_the_mean():

@@ -134,7 +134,7 @@ def load(path: str | Path, *, source: nn.Module, allow_mismatch: bool = False) -
             "allow_mismatch=True if you know better"
         )
     body, masks, features = _body(path, source, manifest, tensors)
-    branch = _skeleton(path, manifest, tensors, Stitched(Adapter(*_adapter_arguments(manifest)), body, features)).cpu()
+    branch = _skeleton(path, manifest, tensors, Stitched(_adapter(manifest, tensors), body, features)).cpu()
     for name, tensor in _fitted(branch).items():
         if name in tensors:
             tensor.copy_(tensors[name])
@@ -166,8 +166,7 @@ def read_clone_file(path: str | Path) -> tuple[dict[str, Tensor], Manifest]:
     if digest is None:
         raise FileFormatError(f"the metadata of {path} is damaged: it names no digest of the content")
     with torch.device("meta"):
-        adapter = Adapter(*_adapter_arguments(manifest))
-        stitched = Stitched(adapter, fx.GraphModule({}, fx.Graph()), manifest.source_cut)
+        stitched = Stitched(_adapter(manifest, tensors), fx.GraphModule({}, fx.Graph()), manifest.source_cut)
         expected = _fitted(_skeleton(path, manifest, tensors, stitched))
     for name in expected:
         optional = name.startswith(_CALIBRATION) or not expected[name].numel()
@@ -195,8 +194,11 @@ def read_clone_file(path: str | Path) -> tuple[dict[str, Tensor], Manifest]:
     return tensors, manifest
 
 
-def _adapter_arguments(manifest: Manifest) -> tuple[CutPoint, CutPoint, bool]:
-    return manifest.target_cut, manifest.source_cut, manifest.rectify
+def _adapter(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Adapter:
+    """The adapter, with no values yet: between cuts that are alike, one without weights in the file is the identity."""
+    cuts = manifest.target_cut, manifest.source_cut
+    is_identity = cuts[0].is_alike(cuts[1]) and not any(name.startswith(_ADAPTER) for name in tensors)
+    return Adapter(*cuts, manifest.rectify, is_identity)
 
 
 def _skeleton(path: str | Path, manifest: Manifest, tensors: Mapping[str, Tensor], stitched: Stitched) -> Branch:

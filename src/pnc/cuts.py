@@ -70,10 +70,14 @@ class CutPoint:
         """Whether there is one position only, so that it is as good as a vector."""
         return self.size == self.n_channels
 
+    def is_alike(self, other: "CutPoint") -> bool:
+        """Whether both tensors are read in the same way, so that one could stand for the other."""
+        keys = ("kind", "shape", "channel_dim", "n_prefix_tokens")
+        return all(getattr(self, key) == getattr(other, key) for key in keys)
+
     def is_same_place(self, other: "CutPoint") -> bool:
         """Whether both are the same tensor, read in the same way; costs and order do not matter."""
-        keys = ("name", "kind", "shape", "channel_dim", "n_prefix_tokens")
-        return all(getattr(self, key) == getattr(other, key) for key in keys)
+        return self.name == other.name and self.is_alike(other)
 
 
 @dataclass(frozen=True, eq=False)

@@ -153,7 +153,7 @@ def _fold_into_adapter(part: Part, layers: _Layers) -> bool:
     given = next(iter(part.body.graph.nodes))
     adapter, cut = part.adapter, part.adapter.source_cut
     is_plain = (cut.kind == "map" and cut.channel_dim == 1) or cut.kind == "vector"
-    if adapter.rectify or not is_plain or grows(adapter) or len(given.users) != 1:
+    if adapter.is_identity or adapter.rectify or not is_plain or grows(adapter) or len(given.users) != 1:
         return False
     node = next(iter(given.users))
     layer = layers.of(node)

@@ -105,7 +105,7 @@ class FusedComposite(nn.Module):
 
 
 class _Stem(nn.Module):
-    """Adapters that read one tensor of the target with one geometry, as one convolution.
+    """Adapters that read one tensor of the target with one geometry, as one convolution; or those that pass it on.
 
     Attributes:
         tap: Which of the trunk's tensors it reads.
@@ -123,6 +123,7 @@ class _Stem(nn.Module):
         self._padding, self._grows = first.adapter.kernel_size // 2, grows(first.adapter)
         self._sizes = [len(part.adapter.bias) for part in parts]
         self._rectified = [part.adapter.rectify for part in parts]
+        self._is_identity = first.adapter.is_identity
         layout = torch.channels_last if first.channels_last else torch.contiguous_format
         weight = torch.cat([part.adapter.weight for part in parts])
         self.register_buffer("weight", weight.contiguous(memory_format=layout))
@@ -133,6 +134,8 @@ class _Stem(nn.Module):
 
     def forward(self, tensor: Tensor) -> list[Tensor]:
         """What each body is given, from the target's tensor."""
+        if self._is_identity:
+            return [tensor for _ in self.places]
         grid, prefix = to_grid(tensor, self._cut)
         made = grid if self._grows else resize(grid, self._size)
         made = F.conv2d(made, self.weight, self.bias, self._stride, self._padding)
@@ -153,7 +156,8 @@ def _stems(parts: Sequence[Part]) -> list[_Stem]:
     groups: dict[Any, list[int]] = {}
     for place, part in enumerate(parts):
         adapter = part.adapter
-        key = part.tap, grid_size(adapter.source_cut), adapter.kernel_size, part.stride, part.channels_last
+        geometry = grid_size(adapter.source_cut), adapter.kernel_size, part.stride, part.channels_last
+        key = part.tap, adapter.is_identity, geometry
         groups.setdefault(key, []).append(place)
     return [_Stem(places, [parts[place] for place in places]) for places in groups.values()]
 

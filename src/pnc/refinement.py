@@ -185,6 +185,8 @@ def refined(
 ) -> Refined:
     """Tune the adapters of a position by gradient, and keep what held-out images gain by.
 
+    An adapter that passes on what it gets has nothing to tune, and is kept.
+
     Args:
         task: From `prepare_task`.
         fitted: The position's adapters in closed form.
@@ -192,6 +194,8 @@ def refined(
         steps: Where what was trained is kept, and found again.
         progress: Called after each training.
     """
+    if fitted.adapter.is_identity:
+        return Refined(fitted, 0, 0.0)
     task = bounded(task, fitted.adapter.target_cut)
     data = views(task, fitted.adapter.target_cut)
     (samples,) = run_parts(task, [(fitted, part)])

@@ -4,7 +4,8 @@ Every cut tensor is read as a grid of positions with channels, (B, C, H, W), plu
 is its own grid, tokens form a square grid where their number is a square, a vector is a grid of one position. The
 adapter is one convolution with resizing: 3x3 where neighbours help and cost little (`kernel_size`), 1x1 elsewhere.
 Each prefix token of the source has a matrix of its own, fed by the target's class token or, where it has none, by the
-mean of its grid. So every kind fits to every other kind.
+mean of its grid. So every kind fits to every other kind. Where both networks have one and the same tensor, as at their
+inputs or behind a trunk that they share, the adapter passes it on.
 """
 
 import math
@@ -55,13 +56,19 @@ class Adapter(nn.Module):
         target_cut: Where the input comes from.
         source_cut: Which tensor the output stands for.
         rectify: Clamp the grid at zero, as the source does with this tensor.
+        is_identity: Pass on what comes, with no weights at all; the cuts must be alike.
     """
 
-    def __init__(self, target_cut: CutPoint, source_cut: CutPoint, rectify: bool) -> None:
+    def __init__(
+        self, target_cut: CutPoint, source_cut: CutPoint, rectify: bool = False, is_identity: bool = False
+    ) -> None:
         super().__init__()
         self.target_cut, self.source_cut, self.rectify = target_cut, source_cut, rectify
+        self.is_identity = is_identity
         self.kernel_size = kernel_size(target_cut, grid_size(source_cut))
         n_in, n_out, n_prefix = target_cut.n_channels, source_cut.n_channels, source_cut.n_prefix_tokens
+        if is_identity:
+            n_in = n_out = n_prefix = 0
         self.register_buffer("weight", torch.zeros(n_out, n_in, self.kernel_size, self.kernel_size))
         self.register_buffer("bias", torch.zeros(n_out))
         self.register_buffer("prefix_weight", torch.zeros(n_prefix, n_out, n_in))
@@ -84,6 +91,8 @@ class Adapter(nn.Module):
 
     def forward(self, tensor: Tensor) -> Tensor:
         """Map the target's tensor, (B, *target_cut.shape), to (B, *source_cut.shape)."""
+        if self.is_identity:
+            return tensor
         grid, prefix = to_grid(tensor, self.target_cut)
         made = self.prefix_tokens(grid, prefix)
         size = grid_size(self.source_cut)
@@ -178,8 +187,11 @@ class AdapterFitter:
         self._max_positions = max(4, n_rows // n_images)
         self._forms = list(dict.fromkeys(form for cut in source_cuts for form, _ in _outputs_of(cut)))
         self._columns: dict[tuple[str, Form], dict[tuple[str, int], slice]] = {}
+        self._equal: dict[tuple[str, str], bool] = {}  # of pairs that are alike: whether their tensors were, so far
         for t, s in [(t, s) for t in target_cuts for s in source_cuts] if pairs is None else pairs:
             self._assign_columns(t, s)
+            if t.is_alike(s):
+                self._equal[t.name, s.name] = True
         self._seen: dict[tuple[str, Form], dict[int, Moments | Rows]] = {}
         self._regressions: dict[tuple[str, Form], Regression] = {}
         self._lowest = dict.fromkeys((cut.name for cut in source_cuts), math.inf)
@@ -211,6 +223,8 @@ class AdapterFitter:
         The first batch says about which point moments are summed; where it is not `counted`, it does nothing else.
         """
         self._device = next(iter(target_tensors.values())).device
+        for (t, s), equal in self._equal.items():
+            self._equal[t, s] = equal and _is_equal(target_tensors[t], source_tensors[s])
         outputs: dict[tuple[str, int], Tensor] = {}
         for cut in self._source_cuts:
             grid, prefix = to_grid(source_tensors[cut.name], cut)
@@ -243,11 +257,14 @@ class AdapterFitter:
             for fold in range(n_folds):
                 folds.setdefault(fold, type(first)(first.x_pivot, first.y_pivot)).share(team)
             self._seen[key] = {fold: folds[fold] for fold in range(n_folds)}
-        lowest = team.least(torch.tensor(list(self._lowest.values())))
-        self._lowest = dict(zip(self._lowest, lowest.tolist(), strict=True))
+        lowest = team.least(torch.tensor([*self._lowest.values(), *map(float, self._equal.values())])).tolist()
+        self._lowest = dict(zip(self._lowest, lowest, strict=False))
+        self._equal = dict(zip(self._equal, map(bool, lowest[len(self._lowest) :]), strict=True))
 
     def error(self, target_cut: CutPoint, source_cut: CutPoint) -> float:
         """Held-out share of the variance of the source's tensor that the adapter of a pair misses."""
+        if self._equal.get((target_cut.name, source_cut.name)):
+            return 0.0
         form = grid_size(source_cut)
         columns = self._columns[target_cut.name, form][source_cut.name, -1]
         return self._regression(target_cut, form).best(columns)[1]
@@ -256,6 +273,9 @@ class AdapterFitter:
         """Fit the adapters of a pair."""
         form = grid_size(source_cut)
         n_folds = len(self._seen[target_cut.name, form])
+        if self._equal.get((target_cut.name, source_cut.name)):
+            same = Adapter(target_cut, source_cut, is_identity=True).to(self._device)
+            return CrossFitted(same, (same,) * n_folds, 0.0)
         rectify = self._lowest[source_cut.name] >= 0
         adapters = [Adapter(target_cut, source_cut, rectify).to(self._device) for _ in range(n_folds + 1)]
         regression, columns = (
@@ -324,6 +344,10 @@ class AdapterFitter:
 def _outputs_of(source_cut: CutPoint) -> list[tuple[Form, int]]:
     """What is fitted for a source cut, and in which form: its grid (-1), and each of its prefix tokens (p)."""
     return [(grid_size(source_cut), -1), *((PREFIX, p) for p in range(source_cut.n_prefix_tokens))]
+
+
+def _is_equal(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.dtype == other.dtype and torch.equal(tensor, other)
 
 
 def _is_vector(cut: CutPoint, form: Form) -> bool:
