@@ -6,13 +6,13 @@ from torch.nn.modules.batchnorm import _NormBase
 
 import pnc
 import zoo
+from pnc.adapters import Adapter, Stitched
 from pnc.branch import Branch, Scalars
 from pnc.compaction import own_copy
 from pnc.cuts import cut_points, extract, find_head
 from pnc.graph import record
 from pnc.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.integrity import fingerprint
-from pnc.stitching import Adapter, Stitched
 
 
 class Bottleneck(nn.Module):

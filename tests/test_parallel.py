@@ -14,6 +14,7 @@ import pnc
 from channel_zoo import NormInBetween
 from digits import NEW, pair, support
 from pnc import gates, norms, parallel, selection
+from pnc.adapters import Stitched
 from pnc.budgets import Costs
 from pnc.channels import channel_spaces
 from pnc.errors import InputError
@@ -21,7 +22,6 @@ from pnc.judging import own_head, source_body
 from pnc.models import save_model
 from pnc.parallel import ALONE, Team
 from pnc.refinement import Schedule, feature_loss, train, views
-from pnc.stitching import Stitched
 from segments import network, segment_of
 
 N_PROCESSES = 2

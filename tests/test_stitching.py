@@ -5,10 +5,11 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
+from pnc.adapters import MAX_CHANNELS_3X3, Adapter, Stitched, kernel_size
 from pnc.cuts import CutPoint
 from pnc.grids import from_grid, grid_size, pool, resize, to_grid
 from pnc.regression import PENALTIES
-from pnc.stitching import MAX_CHANNELS_3X3, Adapter, AdapterFitter, Stitched, kernel_size
+from pnc.stitching import AdapterFitter
 
 
 def cut(name: str, *shape: int, channel_dim: int = 1, n_prefix_tokens: int = 0) -> CutPoint:

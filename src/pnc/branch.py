@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from pnc.adapters import Stitched
 from pnc.errors import InputError
 from pnc.heads import DiscriminantHead, Head, StackedHead
-from pnc.stitching import Stitched
 from pnc.tracing import info
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pnc.adapters import Adapter, Stitched
 from pnc.branch import Branch
 from pnc.channels import channel_spaces
 from pnc.cloning import Clone
@@ -23,7 +24,6 @@ from pnc.heads import DiscriminantHead, Head, SourceHead, StackedHead
 from pnc.integrity import dtype_name, fingerprint, first_difference
 from pnc.manifest import Kind, Manifest, read_manifest
 from pnc.masks import ChannelMasks
-from pnc.stitching import Adapter, Stitched
 
 __all__ = ["Kind", "inspect", "load", "read_clone_file", "save"]
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from pnc.adapters import Adapter, Stitched
 from pnc.branch import Branch
 from pnc.class_names import check_class_names, class_ids
 from pnc.cuts import CutPoint
@@ -29,7 +30,7 @@ from pnc.refinement import refined
 from pnc.resuming import NO_STEPS, Steps
 from pnc.selection import Method, localize
 from pnc.sequential import Part, search
-from pnc.stitching import Adapter, CrossFitted, Stitched
+from pnc.stitching import CrossFitted
 from pnc.task import CloneTask, Precision, Progress, prepare_task
 from pnc.tracing import info
 

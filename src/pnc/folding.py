@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from pnc.adapters import Adapter, Stitched
 from pnc.channel_rules import has_hooks
 from pnc.compaction import own_copy
 from pnc.grids import grid_size
 from pnc.merging import flattened
-from pnc.stitching import Adapter, Stitched
 from pnc.tracing import info
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

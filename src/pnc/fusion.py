@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from pnc.adapters import Adapter
 from pnc.branch import Branch, against_rivals
 from pnc.errors import InputError, PNCError
 from pnc.folding import Part, folded_part, grows
 from pnc.grids import from_grid, grid_size, pool, resize, to_grid
 from pnc.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.plans import Plan
-from pnc.stitching import Adapter
 
 TOLERANCE = 1e-4
 """Largest accepted difference of new logits, relative to the largest, on the probe that every fused form is tried on:

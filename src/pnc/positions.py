@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from pnc.adapters import Adapter
 from pnc.cuts import LOGITS, CutPoint, candidate_cuts, extract
 from pnc.errors import InputError
 from pnc.heads import HeadSamples
 from pnc.images import to_device
 from pnc.judging import Outcome, batches, judge, outcome_of, run_parts, source_body
 from pnc.remembered import last_norm
-from pnc.stitching import N_ROWS, Adapter, AdapterFitter, CrossFitted
+from pnc.stitching import N_ROWS, AdapterFitter, CrossFitted
 from pnc.task import CloneTask, Progress
 
 MAX_CUTS = 12

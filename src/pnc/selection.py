@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from pnc.adapters import Adapter
 from pnc.budgets import Costs, masks_within
 from pnc.channels import channel_spaces
 from pnc.compaction import compact, own_copy
@@ -27,7 +28,6 @@ from pnc.masks import ChannelMasks
 from pnc.norms import Batch, reestimate_statistics, tune_norms
 from pnc.resuming import NO_STEPS, Steps
 from pnc.sequential import Part
-from pnc.stitching import Adapter
 from pnc.surrogate import Neighbourhoods, neighbourhoods, surrogate_loss
 from pnc.task import CloneTask, Progress
 

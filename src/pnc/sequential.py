@@ -21,6 +21,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx
 
+from pnc.adapters import Adapter, Stitched
 from pnc.compaction import own_copy
 from pnc.cuts import CutPoint, candidate_cuts, extract
 from pnc.heads import DiscriminantHead, Head
@@ -28,7 +29,6 @@ from pnc.judging import Outcome, outcome_of, own_head, source_body
 from pnc.masks import ChannelMasks
 from pnc.positions import MAX_CUTS
 from pnc.refinement import Schedule, Views, bounded, refining_loss, train, views
-from pnc.stitching import Adapter, Stitched
 from pnc.task import CloneTask, Network, Progress
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pnc.adapters import Adapter, Stitched
 from pnc.bench.coverage import peak_memory
 from pnc.bench.positions import Setting
 from pnc.bench.results import Cells
@@ -34,7 +35,6 @@ from pnc.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.integrity import fingerprint
 from pnc.models import LoadedModel, build_model
 from pnc.positions import scan
-from pnc.stitching import Adapter, Stitched
 from pnc.task import Network, Progress, prepare_task, read_network
 
 BATCHES = (1, 8, 64)

@@ -1,0 +1,115 @@
+"""Adapters: affine maps, fitted in closed form, from a tensor of the target to the one that a source has at a cut.
+
+Every cut tensor is read as a grid of positions with channels, (B, C, H, W), plus prefix tokens (B, P, C): a map
+is its own grid, tokens form a square grid where their number is a square, a vector is a grid of one position. The
+adapter is one convolution with resizing: 3x3 where neighbours help and cost little (`kernel_size`), 1x1 elsewhere.
+Each prefix token of the source has a matrix of its own, fed by the target's class token or, where it has none, by the
+mean of its grid. So every kind fits to every other kind. Where both networks have one and the same tensor, as at their
+inputs or behind a trunk that they share, the adapter passes it on.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pnc.cuts import CutPoint
+from pnc.grids import from_grid, grid_size, pool, prefix_summary, resize, to_grid
+
+MAX_CHANNELS_3X3 = 128
+
+
+def kernel_size(target_cut: CutPoint, size: tuple[int, int]) -> int:
+    """Side of the convolution that maps the tensor at `target_cut` to a grid of `size`.
+
+    3 where the grid does not grow and the channels are few, else 1. On ResNets of CIFAR size, 3x3 adapters halve the
+    error of 1x1 ones and gain 1 to 6 points of accuracy for 5% of the source's MACs; beyond `MAX_CHANNELS_3X3` channels
+    their file and their fit would no longer be small.
+    """
+    grid = grid_size(target_cut)
+    grows = size[0] > grid[0] or size[1] > grid[1]
+    return 1 if grows or min(size) < 3 or target_cut.n_channels > MAX_CHANNELS_3X3 else 3
+
+
+class Adapter(nn.Module):
+    """Turn the target's tensor at one cut into what the source expects at another.
+
+    Args:
+        target_cut: Where the input comes from.
+        source_cut: Which tensor the output stands for.
+        rectify: Clamp the grid at zero, as the source does with this tensor.
+        is_identity: Pass on what comes, with no weights at all; the cuts must be alike.
+    """
+
+    def __init__(
+        self, target_cut: CutPoint, source_cut: CutPoint, rectify: bool = False, is_identity: bool = False
+    ) -> None:
+        super().__init__()
+        self.target_cut, self.source_cut, self.rectify = target_cut, source_cut, rectify
+        self.is_identity = is_identity
+        self.kernel_size = kernel_size(target_cut, grid_size(source_cut))
+        n_in, n_out, n_prefix = target_cut.n_channels, source_cut.n_channels, source_cut.n_prefix_tokens
+        if is_identity:
+            n_in = n_out = n_prefix = 0
+        self.register_buffer("weight", torch.zeros(n_out, n_in, self.kernel_size, self.kernel_size))
+        self.register_buffer("bias", torch.zeros(n_out))
+        self.register_buffer("prefix_weight", torch.zeros(n_prefix, n_out, n_in))
+        self.register_buffer("prefix_bias", torch.zeros(n_prefix, n_out))
+        self.weight: Tensor
+        self.bias: Tensor
+        self.prefix_weight: Tensor
+        self.prefix_bias: Tensor
+
+    @property
+    def n_macs(self) -> int:
+        """Multiply-accumulates for one sample."""
+        sizes = grid_size(self.target_cut), grid_size(self.source_cut)
+        return self.weight.numel() * min(map(math.prod, sizes)) + self.prefix_weight.numel()
+
+    @property
+    def n_params(self) -> int:
+        """Number of fitted values."""
+        return sum(buffer.numel() for buffer in self.buffers())
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Map the target's tensor, (B, *target_cut.shape), to (B, *source_cut.shape)."""
+        if self.is_identity:
+            return tensor
+        grid, prefix = to_grid(tensor, self.target_cut)
+        made = self.prefix_tokens(grid, prefix)
+        size = grid_size(self.source_cut)
+        if math.prod(size) <= math.prod(grid_size(self.target_cut)):
+            grid = self._convolve(resize(grid, size))
+        else:  # 1x1: commutes with a resize, whose weights sum to one, and is cheaper on the smaller grid
+            grid = resize(self._convolve(grid), size)
+        if self.rectify:
+            grid = F.relu(grid)
+        return from_grid(grid, made, self.source_cut)
+
+    def prefix_tokens(self, grid: Tensor, prefix: Tensor) -> Tensor | None:
+        """The source's prefix tokens (B, P, C); None where it has none."""
+        if not self.source_cut.n_prefix_tokens:
+            return None
+        return torch.einsum("bi,poi->bpo", prefix_summary(grid, prefix), self.prefix_weight) + self.prefix_bias
+
+    def _convolve(self, grid: Tensor) -> Tensor:
+        return F.conv2d(grid, self.weight, self.bias, padding=self.kernel_size // 2)
+
+
+class Stitched(nn.Module):
+    """A part of the source behind an adapter: the target's tensor at one cut in, the source's penultimate features out.
+
+    Args:
+        adapter: From the target's cut to the source's.
+        body: The source from its cut to its penultimate features.
+        features: The cut of those features.
+    """
+
+    def __init__(self, adapter: Adapter, body: nn.Module, features: CutPoint) -> None:
+        super().__init__()
+        self.adapter, self.body, self.features = adapter, body, features
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Map (B, *target_cut.shape) to pooled features (B, D_s)."""
+        return pool(self.body(self.adapter(tensor)), self.features)
