@@ -74,8 +74,10 @@ def main(words: Sequence[str] | None = None) -> None:
             "rows": compare_report.means(cells.rows),
             "made_by": compare_report.made_by(cells.rows),
         }
+        methods = f'--methods "{options.methods}" ' if options.methods else ""
         command = (
             f"python examples/tiny_imagenet.py --data parquet:PATH --support {options.support} --seeds {options.seeds} "
+            f"{methods}"
             f"--source-size {options.source_size} --precision {options.precision} --threads {options.threads}"
         )
         text = markdown(facts, cells.rows)
