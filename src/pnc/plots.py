@@ -14,7 +14,7 @@ def check_plot(path: Path) -> None:
     """Check that a picture can be drawn to `path`: before the work, not after it.
 
     Raises:
-        InputError: the name ends otherwise than in .png, or matplotlib is not installed.
+        InputError: the name ends otherwise than in .png, or matplotlib or adjustText is not installed.
     """
     if path.suffix.lower() != ".png":
         raise InputError(f"plot: pictures are PNG files, so the name must end in .png; got {path}")
@@ -38,16 +38,10 @@ def draw_scan(found: Scan, chosen: Position, path: Path) -> None:
     axes.plot(shares, losses, ".", color="0.7", label="positions")
     front = found.front()
     axes.plot([p.macs_share for p in front], [p.log_loss for p in front], "o-", label="front")
-    for position in front:
-        axes.annotate(
-            f"{position.target_cut.name} > {position.source_cut.name}",
-            (position.macs_share, position.log_loss),
-            xytext=(4, -8),
-            textcoords="offset points",
-            fontsize=6,
-        )
+    names = {f"{p.target_cut.name} > {p.source_cut.name}": (p.macs_share, p.log_loss) for p in front}
     axes.plot(chosen.macs_share, chosen.log_loss, "o", markersize=14, fillstyle="none", color="C3", label="chosen")
     axes.legend(loc="upper right")
+    _label(axes, names)
     _write(figure, path)
 
 
@@ -86,9 +80,8 @@ def draw_comparison(title: str, points: Mapping[str, tuple[str, float, float]], 
     for place, kind in enumerate(kinds):
         chosen = {name: where for name, (own, *where) in points.items() if own == kind}
         axes.plot(*zip(*chosen.values(), strict=True), "o", color=f"C{place}", label=kind)
-        for name, where in chosen.items():
-            axes.annotate(name, where, xytext=(4, 3), textcoords="offset points", fontsize=6)
     axes.legend()
+    _label(axes, {name: (x, y) for name, (_, x, y) in points.items()})
     _write(figure, path)
 
 
@@ -113,6 +106,16 @@ def draw_curves(title: str, curves: Mapping[str, Sequence[tuple[float, float]]],
     _write(figure, path)
 
 
+def _label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Put names beside points where none hides another."""
+    from adjustText import adjust_text
+
+    texts = [axes.text(x, y, name, fontsize=6) for name, (x, y) in points.items()]
+    places = dict(zip("xy", zip(*points.values(), strict=True), strict=True))
+    line = {"arrowstyle": "-", "color": "0.7", "linewidth": 0.5}
+    adjust_text(texts, **places, ax=axes, expand=(1.1, 1.6), iter_lim=300, arrowprops=line)
+
+
 def _write(figure: Any, path: Path) -> None:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=150, metadata={"Software": "pnc"})
@@ -122,7 +125,8 @@ def _write(figure: Any, path: Path) -> None:
 def _figure() -> Any:
     """An empty figure of matplotlib, apart from its global state."""
     try:
+        import adjustText  # noqa: F401 # so that it is missed before any work
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError('plot: matplotlib is needed for this; pip install "pnc[plots]"') from error
+        raise InputError(f'plot: {error.name} is needed for this; pip install "pnc[plots]"') from error
     return Figure(figsize=(8, 5), layout="constrained")
