@@ -19,10 +19,16 @@ from pnc.bench.results import Cells
 from pnc.files import write_tensors
 from pnc.models import save_model
 from pnc.parallel import Team
+from pnc.positions import Position, Scan
 from pnc.refinement import Schedule
 from pnc.resuming import Steps
 
 LONG_STEPS = ("learning gates", "tuning norms", "refining adapters")
+
+
+def costliest_with_an_adapter(found: Scan, *_: Any) -> Position:
+    """Where there are channels to remove and something to refine."""
+    return max((p for p in found.positions if not p.is_exact), key=lambda p: p.n_macs)
 
 
 def make(nets: Any, out: Path, resume: Path | None, progress: Any = None, **settings: Any) -> None:
@@ -32,6 +38,7 @@ def make(nets: Any, out: Path, resume: Path | None, progress: Any = None, **sett
         patch.setattr(selection, "GATES_STEPS", 4)
         patch.setattr(selection, "NORMS_STEPS", 4)
         patch.setattr(refinement, "SCHEDULE", Schedule(0.001, 6, 3))
+        patch.setattr(Scan, "choose", costliest_with_an_adapter)
         made = pnc.clone(nets.source.module, nets.target.module, support(), **nets.names(), **given)
     pnc.save(made, out)
 

@@ -5,6 +5,7 @@ gathers the moments from which the adapter of every pair is solved; the second r
 adapters of the promising pairs, fits the head and measures it on held-out folds.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,6 +44,8 @@ N_ERRORS_FINAL = 2.0
 """Standard errors of the difference to the best by which a position may lie behind after the first round."""
 N_ERRORS = 0.5
 """Standard errors of the difference to the best that are given up for lower cost; see docs/method.md."""
+COST_STEP = 0.1
+"""Share of the source's multiply-accumulates by which costs must differ to count as different."""
 ROUNDING = 1e-12
 NO_ERROR = 1e-6
 """Share of the variance that an adapter may miss which only passes on what it gets."""
@@ -77,6 +80,11 @@ class Position:
     n_bytes: int
     macs_share: float
     n_images: int
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether its adapter changes nothing, or only units: the clone sees what the source would."""
+        return self.adapter_error <= NO_ERROR
 
     @property
     def names(self) -> tuple[str, str]:
@@ -139,6 +147,8 @@ class Scan:
     ) -> Position:
         """Choose the cheapest position whose log-loss lies within half a standard error of the best one's.
 
+        Of those that cost nearly as little, by less than a tenth of the source's MACs, one whose adapter changes
+        nothing goes first, as it is exact also on images unlike those of the support; then the lowest log-loss.
         It is the error of the difference between both, on the same images (`loss_against`). The log-loss of few images
         tells positions apart far better than the accuracy, see docs/method.md.
         Of those within the bounds, the ones that were scored on most images count.
@@ -165,9 +175,9 @@ class Scan:
             allowed = [p for p in allowed if p.n_bytes <= max_bytes]
             if not allowed:
                 raise InputError(f"max_bytes={max_bytes}: the smallest file of such a clone has {smallest} bytes")
-        unchanged = [p for p in allowed if p.adapter_error <= NO_ERROR and not has_base]
-        if unchanged:
-            return min(unchanged, key=lambda p: p.n_macs)
+        exact = [p for p in allowed if p.is_exact]
+        if exact and not has_base:
+            return min(exact, key=lambda p: p.n_macs)
         allowed = [p for p in allowed if p.n_images == max(q.n_images for q in allowed)]
         best = min(allowed, key=lambda p: p.log_loss)
         as_good = []
@@ -175,7 +185,8 @@ class Scan:
             loss, error = self.loss_against(position, best)
             if loss <= n_errors * error + ROUNDING:
                 as_good.append(position)
-        return min(as_good, key=lambda p: (p.n_macs, p.log_loss))
+        bound = min(p.macs_share for p in as_good) + COST_STEP
+        return min((p for p in as_good if p.macs_share <= bound), key=lambda p: (not p.is_exact, p.log_loss, p.n_macs))
 
 
 def scan(
@@ -206,6 +217,8 @@ def scan(
         errors = {(t.name, s.name): fitter.error(t, s) for t, s in chosen}
         chosen = chosen if exhaustive else shortlist(*cuts, errors)
     adapters = {(t.name, s.name): fitter.solve(t, s) for t, s in chosen}
+    if not exhaustive:
+        adapters = _undominated(task, adapters)
     del fitter  # its moments are the largest thing here
     return Scan(*_scored(whole, adapters, source_cuts, progress), errors)
 
@@ -282,6 +295,15 @@ def shortlist(
         bound = runner_up * errors[ranked[0].name, s.name]
         chosen += [(t, s) for t in ranked[:2] if t is ranked[0] or errors[t.name, s.name] <= bound]
     return chosen
+
+
+def _undominated(
+    task: CloneTask, adapters: Mapping[tuple[str, str], CrossFitted]
+) -> dict[tuple[str, str], CrossFitted]:
+    """Leave out what costs more than a position whose adapter passes on what it gets: nothing can be gained there."""
+    costs = {pair: _added_macs(task, fitted.adapter) for pair, fitted in adapters.items()}
+    bound = min((costs[pair] for pair, fitted in adapters.items() if fitted.adapter.is_identity), default=math.inf)
+    return {pair: fitted for pair, fitted in adapters.items() if costs[pair] <= bound}
 
 
 def _fitter(
