@@ -20,12 +20,12 @@ from pnc.files import canonical_json
 from pnc.heads import Head
 from pnc.images import MEMORY
 from pnc.integrity import Fingerprint, fingerprint, value_digests
-from pnc.joint import joint_front, worth_trying
+from pnc.joint import TOLERANCE, joint_front, worth_trying
 from pnc.judging import Outcome, features_seen, fit_head, judge, outcome_of, run_parts
 from pnc.masks import ChannelMasks
 from pnc.operating_point import check_base_drop, check_promise, least_priority
 from pnc.parallel import ALONE, Team
-from pnc.positions import TOLERANCE, scan
+from pnc.positions import scan
 from pnc.refinement import refined
 from pnc.resuming import NO_STEPS, Steps
 from pnc.selection import Method, localize

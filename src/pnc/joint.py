@@ -7,7 +7,7 @@ from pnc.budgets import Costs
 from pnc.channels import channel_spaces
 from pnc.errors import InputError
 from pnc.judging import source_body
-from pnc.positions import TOLERANCE, Position, Scan
+from pnc.positions import Position, Scan
 from pnc.task import CloneTask
 
 DENSITIES = (1.0, 0.7, 0.5, 0.35, 0.25)
@@ -16,6 +16,8 @@ LOSS = 0.02
 """Accuracy taken to be lost at density 1/2, and in proportion to 1 / density - 1 elsewhere. A rough figure: it only
 decides what is tried; the choice is by held-out score."""
 N_TRIED = 3
+TOLERANCE = 0.005
+"""Accuracy that may be given up for lower cost where there is no standard error of the difference to go by."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,8 +23,6 @@ from pnc.stitching import N_ROWS, AdapterFitter, CrossFitted
 from pnc.task import CloneTask, Progress
 
 MAX_CUTS = 12
-TOLERANCE = 0.005
-"""Accuracy that may be given up for lower cost where there is no standard error of the difference to go by."""
 DIGEST_BYTES = 16
 """In a clone's file, of the fingerprint of one tensor."""
 FACTS_BYTES = 3000
