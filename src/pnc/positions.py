@@ -145,11 +145,11 @@ class Scan:
     ) -> Position:
         """Choose the cheapest position whose log-loss lies within half a standard error of the best one's.
 
-        Of those that cost nearly as little, by less than a tenth of the source's MACs, one whose adapter changes
-        nothing goes first, as it is exact also on images unlike those of the support; then the lowest log-loss.
         It is the error of the difference between both, on the same images (`loss_against`). The log-loss of few images
-        tells positions apart far better than the accuracy, see docs/method.md.
-        Of those within the bounds, the ones that were scored on most images count.
+        tells positions apart far better than the accuracy, see docs/method.md. Where costs differ by less than a tenth
+        of the source's MACs, a position whose adapter changes nothing goes first, as it is exact also on images unlike
+        those of the support; then the lowest log-loss. Of positions within the bounds, those that were scored on most
+        images count.
 
         Without base samples nothing tells what an adapter does to images of base classes, which it was not fitted on: a
         position whose adapter changes nothing, the whole source from its input on, then goes before all others.
