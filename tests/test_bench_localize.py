@@ -15,7 +15,7 @@ from pnc.positions import Scan
 def folder(tmp_path, monkeypatch):
     for name in ("GATES_STEPS", "NORMS_STEPS", "SURROGATE_STEPS"):
         monkeypatch.setattr(selection, name, 4)
-    monkeypatch.setattr(Scan, "choose", lambda found: max(found.positions, key=lambda p: p.n_params))
+    monkeypatch.setattr(Scan, "choose", lambda found: next(p for p in found.positions if p.is_exact))
     for name, classes in (("t", "01234"), ("s", "56789")):
         save_model(network(tuple(classes)), tmp_path / f"{name}.safetensors", {})
     return tmp_path

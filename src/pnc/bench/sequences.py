@@ -36,6 +36,8 @@ CHUNK = 50
 SHAPE = (1, 8, 8)
 BASE = ("ant", "bee", "cat")
 GROUPS = (("dog",), ("elk", "fox"), ("gnu",), ("hen", "ibis"))
+CUTS = ("input", "block1_2", "block2_2", "block2_2")
+"""Where in the target the clones of these groups are: all over it, and two at one cut."""
 SOURCES = ("zoo:cnn?width=0.25", "zoo:resnet20?width=0.25")
 """The first two groups come from the first source, the others from the second."""
 
@@ -78,9 +80,8 @@ def make_stage(seed: int = 0) -> Stage:
         names: Any = {"classes": group, "source_classes": new, "base_classes": BASE}
         task = prepare_task(source, target, samples, **names, seed=seed)
         found = scan(task)
-        positions = sorted(found.positions, key=lambda position: position.n_macs)
-        position = positions[index * (len(positions) - 1) // (len(GROUPS) - 1)]  # all over the target
-        clones.append(fit(task, found.adapter(position)))
+        here = [position for position in found.positions if position.target_cut.name == CUTS[index]]
+        clones.append(fit(task, found.adapter(max(here, key=lambda position: position.n_macs))))
     images = torch.rand(5, *SHAPE, generator=generator)
     with torch.no_grad():
         alone = tuple(attach(target, one)(images)[:, len(BASE) :] for one in clones)
