@@ -9,7 +9,8 @@ and the report is made of all rows that are there.
     python examples/tiny_imagenet.py --data parquet:PATH --support 20/5
 
 PATH is a folder with train.parquet and test.parquet in the image layout of Hugging Face `datasets`; `hf:NAME` works
-where the hub can be reached. The target is trained once (about five minutes on one core) and kept in `--runs`.
+where the hub can be reached. The target is trained once (about five minutes on one core) and kept in `--runs`; that
+of the committed results is in results/networks, with which `--out results --runs results/networks` goes on.
 """
 
 import argparse
