@@ -62,6 +62,9 @@ def test_an_adapter_that_passes_on_what_it_gets_takes_no_room_and_costs_nothing(
     assert not any(name.startswith("adapter.") for name in load_file(tmp_path / "f"))
     loaded = pnc.load(tmp_path / "f", source=pair().source.module)
     assert loaded.branch.stitched.adapter.is_identity
+    edited(tmp_path / "f", lambda _, facts: facts["position"].update(rectify=True))
+    with pytest.raises(FileFormatError, match="'adapter.weight' is missing"):
+        pnc.inspect(tmp_path / "f")
 
 
 def test_same_seed_twice_gives_the_same_file(tmp_path):

@@ -197,7 +197,8 @@ def read_clone_file(path: str | Path) -> tuple[dict[str, Tensor], Manifest]:
 def _adapter(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Adapter:
     """The adapter, with no values yet: between cuts that are alike, one without weights in the file is the identity."""
     cuts = manifest.target_cut, manifest.source_cut
-    is_identity = cuts[0].is_alike(cuts[1]) and not any(name.startswith(_ADAPTER) for name in tensors)
+    may_be = cuts[0].is_alike(cuts[1]) and not manifest.rectify
+    is_identity = may_be and not any(name.startswith(_ADAPTER) for name in tensors)
     return Adapter(*cuts, manifest.rectify, is_identity)
 
 

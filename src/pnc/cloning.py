@@ -244,13 +244,18 @@ def clone(
         if density == "auto":
             tried = worth_trying(joint_front(task, found, max_macs, max_bytes))
             made = [fit_one(found.adapter(one.position), density=one.density) for one in tried]
-            best = max(one.recipe["score"] for one in made)
-            good = [one for one in made if one.recipe["score"] >= best - TOLERANCE]
-            chosen = min(good, key=lambda one: one.recipe["macs_share"])
+            chosen = _cheapest_good(made)
         else:
             chosen = fit_one(found.adapter(found.choose(max_macs, max_bytes)), density=density)
         steps.finish()
         return chosen
+
+
+def _cheapest_good(made: Sequence[Clone]) -> Clone:
+    """The cheapest clone whose held-out accuracy is as good as the best one's but for a tolerance."""
+    best = max(one.recipe["score"] for one in made)
+    good = [one for one in made if one.recipe["score"] >= best - TOLERANCE]
+    return min(good, key=lambda one: one.recipe["macs_share"])
 
 
 def fit(

@@ -12,6 +12,7 @@ from pnc.adapters import Adapter, kernel_size
 from pnc.cuts import CutPoint
 from pnc.grids import grid_size, grows_to, prefix_summary, resize, to_grid
 from pnc.heads import HeadSamples
+from pnc.integrity import same_bits
 from pnc.parallel import Team
 from pnc.regression import Moments, Regression, Rows
 
@@ -120,7 +121,7 @@ class AdapterFitter:
         """
         self._device = next(iter(target_tensors.values())).device
         for (t, s), equal in self._equal.items():
-            self._equal[t, s] = equal and _is_equal(target_tensors[t], source_tensors[s])
+            self._equal[t, s] = equal and same_bits(target_tensors[t], source_tensors[s])
         outputs: dict[tuple[str, int], Tensor] = {}
         for cut in self._source_cuts:
             grid, prefix = to_grid(source_tensors[cut.name], cut)
@@ -153,13 +154,14 @@ class AdapterFitter:
             for fold in range(n_folds):
                 folds.setdefault(fold, type(first)(first.x_pivot, first.y_pivot)).share(team)
             self._seen[key] = {fold: folds[fold] for fold in range(n_folds)}
-        lowest = team.least(torch.tensor([*self._lowest.values(), *map(float, self._equal.values())])).tolist()
-        self._lowest = dict(zip(self._lowest, lowest, strict=False))
-        self._equal = dict(zip(self._equal, map(bool, lowest[len(self._lowest) :]), strict=True))
+        lowest = team.least(torch.tensor(list(self._lowest.values())))
+        self._lowest = dict(zip(self._lowest, lowest.tolist(), strict=True))
+        equal = team.least(torch.tensor(list(self._equal.values()), dtype=torch.int64))
+        self._equal = dict(zip(self._equal, map(bool, equal.tolist()), strict=True))
 
     def error(self, target_cut: CutPoint, source_cut: CutPoint) -> float:
         """Held-out share of the variance of the source's tensor that the adapter of a pair misses."""
-        if self._equal.get((target_cut.name, source_cut.name)):
+        if self._is_identity(target_cut, source_cut):
             return 0.0
         form = grid_size(source_cut)
         columns = self._columns[target_cut.name, form][source_cut.name, -1]
@@ -169,7 +171,7 @@ class AdapterFitter:
         """Fit the adapters of a pair."""
         form = grid_size(source_cut)
         n_folds = len(self._seen[target_cut.name, form])
-        if self._equal.get((target_cut.name, source_cut.name)):
+        if self._is_identity(target_cut, source_cut):
             same = Adapter(target_cut, source_cut, is_identity=True).to(self._device)
             return CrossFitted(same, (same,) * n_folds, 0.0)
         rectify = self._lowest[source_cut.name] >= 0
@@ -188,6 +190,10 @@ class AdapterFitter:
                 adapter.prefix_weight[p].copy_(weight)
                 adapter.prefix_bias[p].copy_(bias)
         return CrossFitted(adapters[-1], tuple(adapters[:-1]), regression.best(columns)[1])
+
+    def _is_identity(self, target_cut: CutPoint, source_cut: CutPoint) -> bool:
+        """Whether both tensors of a pair were one and the same on all images."""
+        return self._equal.get((target_cut.name, source_cut.name), False)
 
     def _add(self, fold: int, cut: CutPoint, form: Form, x: Tensor, y: Tensor, counted: bool) -> None:
         folds = self._seen.setdefault((cut.name, form), {})
@@ -240,10 +246,6 @@ class AdapterFitter:
 def _outputs_of(source_cut: CutPoint) -> list[tuple[Form, int]]:
     """What is fitted for a source cut, and in which form: its grid (-1), and each of its prefix tokens (p)."""
     return [(grid_size(source_cut), -1), *((PREFIX, p) for p in range(source_cut.n_prefix_tokens))]
-
-
-def _is_equal(tensor: Tensor, other: Tensor) -> bool:
-    return tensor.dtype == other.dtype and torch.equal(tensor, other)
 
 
 def _is_vector(cut: CutPoint, form: Form) -> bool:
