@@ -5,7 +5,7 @@ its public ImageNet weights, 1000 classes at 224x224. Each network sees the 64x6
 its own. The clone is compared with the rivals of `pnc bench compare`, cell by cell: a stopped run goes on where it was,
 and the report is made of all rows that are there.
 
-    pip install "pnc[bench]"
+    pip install ".[bench]"
     python examples/tiny_imagenet.py --data parquet:PATH --support 20/5
 
 PATH is a folder with train.parquet and test.parquet in the image layout of Hugging Face `datasets`; `hf:NAME` works

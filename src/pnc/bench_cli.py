@@ -106,13 +106,13 @@ def measure_positions(
     cells = Cells(rows_path, facts, ("strategy", "seed"))
     with use_threads(threads), progress() as bar:
         rows = positions_bench.run(setting, range(seeds), cells, bar.step)
-    command = (
-        f"pnc bench positions --source {source} --target {target} --data {data_name or data} --support {support} "
-        f"--{'' if flip else 'no-'}flip --seeds {seeds} --threads {threads}"
-    )
-    found = positions_bench.claims(rows)
-    text = positions_bench.markdown(rows, setting, data_name or data)
-    write_results(out, "positions", command, {**facts, "rows": rows}, found, text)
+        command = (
+            f"pnc bench positions --source {source} --target {target} --data {data_name or data} --support {support} "
+            f"--{'' if flip else 'no-'}flip --seeds {seeds} --threads {threads}"
+        )
+        found = positions_bench.claims(rows)
+        text = positions_bench.markdown(rows, setting, data_name or data)
+        write_results(out, "positions", command, {**facts, "rows": rows}, found, text)
     show_claims(found, out / "positions.md")
 
 
@@ -142,14 +142,14 @@ def measure_localization(
     cells = Cells(rows_path, {**facts, "n_test": n_test}, localize_bench.KEYS)
     with use_threads(threads), progress() as bar:
         rows = localize_bench.run(setting, groups, range(seeds), cells, bar.step)
-    command = (
-        f"pnc bench localize --source {source} --target {target} --data {data_name or data} --some {some} "
-        f"--support {support} --{'' if flip else 'no-'}flip --seeds {seeds} --threads {threads}"
-        + (f" --n-test {n_test}" if n_test else "")
-    )
-    found = localize_bench.claims(rows)
-    text = localize_bench.markdown(rows, setting, data_name or data)
-    write_results(out, "localize", command, {**facts, "n_test": n_test, "rows": rows}, found, text)
+        command = (
+            f"pnc bench localize --source {source} --target {target} --data {data_name or data} --some {some} "
+            f"--support {support} --{'' if flip else 'no-'}flip --seeds {seeds} --threads {threads}"
+            + (f" --n-test {n_test}" if n_test else "")
+        )
+        found = localize_bench.claims(rows)
+        text = localize_bench.markdown(rows, setting, data_name or data)
+        write_results(out, "localize", command, {**facts, "n_test": n_test, "rows": rows}, found, text)
     show_claims(found, out / "localize.md")
 
 
@@ -170,14 +170,14 @@ def attack_files(
     cells = Cells(rows_path, settings, files_bench.KEYS)
     with use_threads(1), progress() as bar:
         rows = files_bench.run(files, kills, seed, cells, bar.step)
-    command = f"pnc bench files --files {files} --kills {kills} --seed {seed}"
-    found = files_bench.claims(rows)
-    facts = {
-        **settings,
-        "rows": files_bench.summary(rows),
-        "bad": [number for row in rows for number in row.get("bad", [])],
-    }
-    write_results(out, "files", command, facts, found, files_bench.markdown(rows))
+        command = f"pnc bench files --files {files} --kills {kills} --seed {seed}"
+        found = files_bench.claims(rows)
+        facts = {
+            **settings,
+            "rows": files_bench.summary(rows),
+            "bad": [number for row in rows for number in row.get("bad", [])],
+        }
+        write_results(out, "files", command, facts, found, files_bench.markdown(rows))
     show_claims(found, out / "files.md")
 
 
@@ -226,15 +226,15 @@ def measure_lifecycle(
     with use_threads(threads), progress() as bar:
         lives = sequences.run(n_sequences, cells, bar.step)
         rows = lifecycle_bench.run(setting, range(seeds), cells, bar.step)
-    command = (
-        f"pnc bench lifecycle --source {source[0]} --source {source[1]} --target {target} --data {data_name or data} "
-        f"--support {support} --{'' if flip else 'no-'}flip --seeds {seeds} --sequences {n_sequences} "
-        f"--threads {threads}" + (f" --n-test {n_test}" if n_test else "")
-    )
-    found = lifecycle_bench.claims(rows, lives)
-    text = lifecycle_bench.markdown(rows, lives, setting, data_name or data, n_test)
-    measured = {**facts, "n_test": n_test, "lives": lives, "rows": rows}
-    write_results(json_path.parent, json_path.stem, command, measured, found, text)
+        command = (
+            f"pnc bench lifecycle --source {source[0]} --source {source[1]} --target {target} "
+            f"--data {data_name or data} --support {support} --{'' if flip else 'no-'}flip --seeds {seeds} "
+            f"--sequences {n_sequences} --threads {threads}" + (f" --n-test {n_test}" if n_test else "")
+        )
+        found = lifecycle_bench.claims(rows, lives)
+        text = lifecycle_bench.markdown(rows, lives, setting, data_name or data, n_test)
+        measured = {**facts, "n_test": n_test, "lives": lives, "rows": rows}
+        write_results(json_path.parent, json_path.stem, command, measured, found, text)
     show_claims(found, outputs[".md"])
 
 
@@ -249,7 +249,7 @@ def measure_comparison(
     data: Annotated[str, typer.Option(help="Images: digits, parquet:PATH, folder:PATH, hf:NAME.")],
     support: Annotated[str, typer.Option(help="Images per new / per base class.")] = "100/20",
     classes: Annotated[str, typer.Option(help="all, single (one cell for each), fifth, or names of classes.")] = "all",
-    methods: Annotated[str | None, typer.Option(help="Names, separated by commas; rivals: all but the clone.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Names, separated by commas; rivals: all but the bound.")] = None,
     again: Annotated[str | None, typer.Option(help="Methods whose cells are made anew though they are there.")] = None,
     flip: Annotated[bool, typer.Option(help="Use mirror images too.")] = True,
     seeds: Annotated[int, typer.Option(help="How many supports, seeds 0, 1, ...", min=1)] = 3,
@@ -261,7 +261,7 @@ def measure_comparison(
     epochs: Annotated[int | None, typer.Option(help="Of networks that are trained here.", min=1)] = None,
     runs: Annotated[Path, typer.Option(help="Where networks that are trained here are kept.")] = Path("runs"),
     precision: Annotated[
-        Precision, typer.Option(help="Of training; bfloat16 is faster where there is it.")
+        Precision, typer.Option(help="Of training; bfloat16 is faster where the processor has it.")
     ] = "float32",
     threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 1,
 ) -> None:

@@ -69,7 +69,7 @@ class Branch(nn.Module):
 
         Args:
             tensor: The target's tensor at its cut.
-            target_features: Its penultimate features, (B, D_t).
+            target_features: Its features that the head reads, (B, D_t).
             base_logits: Its logits, (B, K_base).
         """
         features = self.stitched(tensor)

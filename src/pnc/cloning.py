@@ -148,7 +148,8 @@ def clone(
             an ImageSet. Labels are class names, or ids of base classes followed by new ones. Samples of base classes
             are optional; with some the new classes are told from the old ones better, also where only some of the base
             classes have any.
-        classes: Names of the classes to clone; None takes all of the source's that the target lacks.
+        classes: Names of the classes to clone; None takes all of the source's that the target lacks. The support has
+            images of these and of base classes only.
         source_classes: Names of the source's outputs, in order.
         base_classes: Names of the target's outputs, in order.
         background: Unlabelled images that the target is used on, with none or few of the new classes among them: a
@@ -166,7 +167,8 @@ def clone(
         max_macs: Bound on the added MACs as a share of the source's.
         max_bytes: Bound on the size of the thin file at full density.
         max_base_drop: Bound on the accuracy that base images may lose, in (0, 1), such as 0.02: the new logits are
-            lowered until held-out base images keep it. It needs 1 / max_base_drop of these. None takes base and new
+            lowered until held-out base images keep it. It takes 1 / max_base_drop - 1 of these, 49
+            for 0.02. None takes base and new
             images for equally likely.
         strategy: How the position is found. "sequential" is the reference to compare with: the paper's search, trained
             by gradient; it knows no bounds and takes minutes.

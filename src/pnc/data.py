@@ -1,6 +1,6 @@
 """Labelled images, and the support that a clone is made from."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -333,12 +333,12 @@ def _batches(data: Any) -> Iterator[tuple[Tensor, list[Any]]]:
     """Images (B, C, H, W) and their labels, of a pair, dataset or loader."""
     if isinstance(data, DataLoader):
         for images, labels in _pairs(data):
-            yield _image_tensor(images), list(labels)
+            yield _image_tensor(images), _label_list(labels)
     elif isinstance(data, Dataset):
         for image, label in _pairs(_items(data)):
             yield _image_tensor(image)[None], [label]
     elif isinstance(data, tuple | list) and len(data) == 2:
-        yield _image_tensor(data[0]), list(data[1])
+        yield _image_tensor(data[0]), _label_list(data[1])
     else:
         kind = type(data).__name__
         raise InputError(
@@ -365,6 +365,14 @@ def _image_tensor(image: Any) -> Tensor:
     if not isinstance(image, Tensor):
         raise InputError(f"support: images must be tensors, got {type(image).__name__}; add a transform that makes one")
     return image.detach().cpu()
+
+
+def _label_list(labels: Any) -> list[Any]:
+    if isinstance(labels, str | Mapping) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0:
+        raise InputError(
+            f"support: expected a sequence of labels beside the images, one for each; got {type(labels).__name__}"
+        )
+    return list(labels)
 
 
 def _concatenated(images: list[Tensor]) -> Tensor:

@@ -32,7 +32,8 @@ class HeadSamples:
     """What heads are fitted on, sample by sample.
 
     Attributes:
-        target_features: The target's penultimate features, (N, D_t).
+        target_features: The target's penultimate features, or, without base samples, those of which it remembers the
+            mean, (N, D_t).
         clone_features: The clone's penultimate features, (N, D_s).
         base_logits: The target's logits, (N, K_base).
         own_logits: The source's own logits of the new classes, from the clone's features, (N, K_new); all zeros where
@@ -122,7 +123,7 @@ class DiscriminantHead(nn.Module):
 
 
 class SourceHead(nn.Module):
-    """The source's own logits of the new classes, for when no base sample is at hand.
+    """The source's own logits of the new classes, for when nothing is known of the base classes.
 
     Softmax over both networks' logits then is the direct ensemble.
 
@@ -147,7 +148,7 @@ class SourceHead(nn.Module):
 
 
 class StackedHead(nn.Module):
-    """Fitted scores and both networks' own logits, mixed: for when base samples are at hand.
+    """Fitted scores and both networks' own logits, mixed.
 
     The log-odds of new against base are a weighted sum of those of the fitted scores, the logsumexp of the source's
     logits and that of the target's, plus a constant; among the new classes, the fitted scores and the source's logits

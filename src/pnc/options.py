@@ -14,15 +14,17 @@ Seed = Annotated[int, typer.Option(help="Of every random choice.", min=0, max=2*
 Threads = Annotated[int | None, typer.Option(help="Threads for torch; its own default if not given.", min=1)]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 Source = Annotated[
-    str, typer.Option(help="Network that knows the classes: a file of `pnc pretrain`, timm:..., hf:..., ...")
+    str, typer.Option(help="Network that knows the new classes: a file of `pnc pretrain`, timm:..., hf:..., ...")
 ]
 Sources = Annotated[list[str], typer.Option("--source", help="Source of each clone, in order; one serves for all.")]
-Target = Annotated[str, typer.Option(help="Network that shall get them, or has got them: likewise.")]
-Weights = Annotated[Path | None, typer.Option(help="Its weights: .safetensors or a state-dict checkpoint.")]
-Names = Annotated[str | None, typer.Option(help="Names of its outputs, in order, separated by commas.")]
+Target = Annotated[
+    str, typer.Option(help="Network that gets the new classes: a file of `pnc pretrain`, timm:..., hf:..., ...")
+]
+Weights = Annotated[Path | None, typer.Option(help="Weights of that network: .safetensors or a state-dict checkpoint.")]
+Names = Annotated[str | None, typer.Option(help="Names of that network's outputs, in order, separated by commas.")]
 Data = Annotated[str, typer.Option(help="Images: digits, parquet:PATH, folder:PATH, hf:NAME.")]
 MaxMacs = Annotated[float | None, typer.Option(help="Bound on added MACs, as a share of the source's.", min=0)]
-MaxBytes = Annotated[int | None, typer.Option(help="Bound on the bytes of a thin clone file.", min=0)]
+MaxBytes = Annotated[int | None, typer.Option(help="Bound on the bytes of a thin clone file at density 1.", min=0)]
 Flip = Annotated[bool, typer.Option(help="Use mirror images too: right for photographs, wrong for digits.")]
 Memory = Annotated[
     float, typer.Option(help="GiB that may be kept of the images; what is beyond goes to a temporary file.", min=0.001)

@@ -10,8 +10,8 @@ from pnc.errors import InputError
 from pnc.task import CloneTask, Precision
 
 Kind = Literal["ensemble", "features", "tuning", "clone", "bound"]
-"""Both networks side by side; a classifier on the target's frozen features; parameters of the target trained; a part of
-the source put in, as by `pnc` but without its search; or no rival but a bound: it sees what the others do not."""
+"""Both networks side by side; a classifier on one network's frozen features; parameters of the target trained; a part
+of the source put in, as by `pnc` but without its search; or no rival but a bound: it sees what the others do not."""
 
 
 @dataclass(frozen=True)

@@ -331,6 +331,6 @@ the one number that is added to all new logits suits the test images best; what 
 balance of old and new. `added_macs_share`: multiply-accumulates beyond the target's, as a share of the source's.
 `bytes`: what must be sent to somebody who has both networks. `seconds`: from two loaded networks and the support to the
 method's network, its search included; `cpu_seconds`: of the processor, which other programs do not lengthen.
-`calibration_error`: expected, 15 bins, over all test images. `kind`: `tuning`
-trains parameters of the target, `features` a classifier on its frozen features, `clone` inserts a part of the source,
-`ensemble` runs both networks, `bound` sees all training images."""
+`calibration_error`: expected, 15 bins, over all test images. `kind`: `tuning` trains parameters of the target,
+`features` a classifier on the frozen features of one network, `clone` inserts a part of the source, `ensemble` runs
+both networks, `bound` sees all training images."""
