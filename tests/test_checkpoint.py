@@ -45,6 +45,25 @@ def test_a_loaded_clone_gives_the_same_bits_and_saves_to_the_same_file(tmp_path,
     assert loaded.classes == NEW
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["thin", "full"])
+@pytest.mark.parametrize("settings", [{"max_macs": 0.9}, {"density": 0.5}], ids=str)
+def test_a_clone_of_a_composite_that_was_cast_can_be_saved_and_read(tmp_path, settings, kind, dtype):
+    clone = made(**settings)
+    net = pnc.attach(copy.deepcopy(pair().target.module), clone).to(dtype)
+    pnc.save(net.clone(clone.name), tmp_path / "a", kind)
+    loaded = pnc.load(tmp_path / "a", source=pair().source.module)
+    # Half precision keeps 8 or 11 bits of each weight, and layers behind each other round them further.
+    scale = logits(clone).abs().max()
+    assert float((logits(loaded) - logits(clone)).abs().max() / scale) <= (1e-6 if dtype == torch.float64 else 0.1)
+
+
+def test_a_kind_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(InputError, match="kind: expected thin or full, got 'small'"):
+        pnc.save(made(), tmp_path / "a", "small")
+    assert not any(tmp_path.iterdir())
+
+
 def test_thin_files_are_small_and_full_ones_carry_the_weights(tmp_path):
     clone = made()
     thin, full = (pnc.save(clone, tmp_path / kind, kind) for kind in ("thin", "full"))

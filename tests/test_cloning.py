@@ -109,7 +109,40 @@ def test_densities_out_of_range_are_refused(density):
         clone(density=density)
 
 
-@pytest.mark.parametrize("name", ["", "a\nb"])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"round_to": 0}, "round_to"),
+        ({"round_to": 1.5}, "round_to"),
+        ({"max_macs": "half"}, "max_macs: expected a number"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(settings, words):
+    with pytest.raises(InputError, match=words):
+        clone(**settings)
+
+
+def test_what_the_caller_has_set_in_torch_changes_nothing(tmp_path):
+    def saved():
+        made = clone(max_macs=0.9, refine=True, density=0.7, method="taylor")
+        pnc.save(made, tmp_path / "clone")
+        return (tmp_path / "clone").read_bytes()
+
+    expected = saved()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert saved() == expected
+        assert torch.is_autocast_enabled("cpu")
+    with torch.inference_mode():
+        assert saved() == expected
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert saved() == expected
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "n" * 1001])
 def test_names_must_be_printable(name):
     with pytest.raises(InputError, match="name must be printable"):
         clone(name=name)

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +110,69 @@ def test_a_clone_is_copied_when_attached():
     for tensor in [*net.branches.parameters(), *net.branches.buffers()]:
         tensor.data.zero_()
     assert clone.branch.head.own.weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "came"),
+    [
+        (lambda x: torch.nn.functional.interpolate(x, (16, 16)), r"\(1, 16, 16\) float32"),
+        (lambda x: x.double(), r"\(1, 8, 8\) float64"),
+        (lambda x: (x * 255).byte(), r"\(1, 8, 8\) uint8"),
+        (lambda x: x[0], r"\(8, 8\) float32"),
+    ],
+)
+def test_images_that_the_target_may_treat_otherwise_are_refused(change, came):
+    wrapped = pnc.Preprocessed(target(), (1, 8, 8))  # takes any size, and resizes where it must
+    nets = pair()
+    clone = pnc.clone(nets.source.module, wrapped, support(), **nets.names())
+    net = pnc.attach(wrapped, clone)
+    fast, other = net.fused(), change(images(4))
+    for call in (net, fast, net.log_odds):
+        with pytest.raises(InputError, match=f"like those that its clones were made with.*{came}"):
+            call(other)
+    if other.dtype == torch.float32:
+        with pytest.raises(InputError, match="like those|non-empty tensor"):
+            pnc.calibrate(net, (other, ["5", "6", "7", "8"]))
+    with net.disabled(), pytest.raises(InputError, match="images"):
+        net(other)
+    assert torch.equal(net(images(4))[:, :5], wrapped(images(4)))
+
+
+def test_what_is_no_network_or_no_clone_is_refused():
+    clone = clone_of(("5", "6"))
+    with pytest.raises(InputError, match=r"target must be a torch.nn.Module.*LoadedModel; give its .module"):
+        pnc.attach(pair().target, clone)
+    with pytest.raises(InputError, match="clones: expected what pnc.clone or pnc.load gives, one by one; got list"):
+        pnc.attach(target(), [clone])
+    with pytest.raises(InputError, match="net: expected a composite"):
+        pnc.calibrate(target(), support())
+    with pytest.raises(InputError, match="target must be"):
+        pnc.snapshot(pair().target)
+
+
+def test_clones_must_call_the_targets_classes_alike():
+    other = replace(clone_of(("7",)), base_classes=("1", "0", "2", "3", "4"))
+    net = pnc.attach(target(), clone_of(("5", "6")))
+    with pytest.raises(ClassNameError, match="calls the target's outputs 1, 0, 2, 3, 4, here they are 0, 1, 2, 3, 4"):
+        net.attach(other)
+    assert net.clones == ("5+6",)
+
+
+def test_a_shallow_copy_comes_and_goes_on_its_own():
+    net = pnc.attach(target(), clone_of(("5", "6")))
+    twin = copy.copy(net)
+    twin.detach("5+6")
+    assert twin.classes == BASE and net.classes == (*BASE, "5", "6")
+    net.attach(clone_of(("7",)))
+    assert len(net.status()) == 2 and twin.status() == ()
+
+
+def test_the_callers_autocast_does_not_reach_the_fused_form():
+    net, x = pnc.attach(target(), clone_of(NEW)), images(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = net.fused()
+    with torch.no_grad():
+        assert torch.equal(fast(x), net.fused()(x))
 
 
 def test_attaching_to_other_weights_names_the_tensor_that_differs():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from pnc.class_names import check_class_names, class_ids, listed, parse_classes
 from pnc.data import (
@@ -282,8 +282,15 @@ def test_names_as_labels_need_no_list_of_names() -> None:
 
 def test_ids_of_a_dataset_that_names_its_classes_mean_those_names() -> None:
     dataset = Pairs([0, 1, 1, 0], classes=["zebra", "yak"])
-    for data in (dataset, DataLoader(dataset, batch_size=2), Subset(dataset, [0, 1])):
+    joined = ConcatDataset([dataset, Subset(dataset, [0, 1])])
+    for data in (dataset, DataLoader(dataset, batch_size=2), Subset(dataset, [0, 1]), joined, DataLoader(joined)):
         assert as_support(data, NAMES).names == ("zebra", "yak")
+
+
+def test_joined_datasets_whose_ids_mean_different_classes_are_refused() -> None:
+    for other in (Pairs([0, 1], classes=["yak", "zebra"]), Pairs([0, 1])):
+        with pytest.raises(InputError, match="joined datasets do not have the same classes"):
+            as_support(ConcatDataset([Pairs([0, 1], classes=["zebra", "yak"]), other]), NAMES)
 
 
 def test_reading_a_loader_leaves_the_global_random_state_alone() -> None:
@@ -299,7 +306,7 @@ class Sizeless(Dataset[Any]):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (IMAGES, "expected a pair (images, labels), an ImageSet, a Dataset or a DataLoader, got Tensor"),
+        (IMAGES, "an ImageSet, or a Dataset or DataLoader of torch.utils.data, got torch.Tensor"),
         ((IMAGES, IDS, IDS), "got tuple"),
         ((IMAGES[0], IDS), "expected a non-empty tensor (N, C, H, W), got (1, 1, 2)"),
         ((IMAGES.numpy(), IDS), "images must be tensors, got ndarray"),

@@ -47,13 +47,14 @@ def plan_of(target, branches, **settings) -> Plan:
             "calibrated": tuple(not branch.scalars.is_identity for branch in branches),
             "classes": (*NAMES, *(f"{n}{k}" for n, b in zip(names, branches, strict=True) for k in b.offset.tolist())),
             "base_priority": 0.0,
+            "probe": target.recording.probe,
             **settings,
         }
     )
 
 
 def assert_fused(plan, images) -> FusedComposite:
-    fused = FusedComposite(plan, images)
+    fused = FusedComposite(plan)
     with torch.no_grad():
         expected, found = plan.logits(images), fused(images)
     assert found.shape == expected.shape

@@ -107,6 +107,16 @@ def test_the_front_is_not_beaten():
         assert any(p.n_macs <= position.n_macs and p.log_loss <= position.log_loss for p in front)
 
 
+def test_the_front_within_a_bound_on_bytes_is_of_what_that_allows():
+    bytes_of = sorted({p.n_bytes for p in found().positions})
+    for bound in bytes_of:
+        front = found().front(bound)
+        allowed = [p for p in found().positions if p.n_bytes <= bound]
+        assert front[0].n_macs == min(p.n_macs for p in allowed)
+        assert front[-1].log_loss == min(p.log_loss for p in allowed)
+    assert found().front(bytes_of[0] - 1) == ()
+
+
 def test_the_choice_is_the_cheapest_within_standard_errors_and_bounds():
     scan = found()
     best = scan.positions[0]
@@ -123,7 +133,7 @@ def test_the_choice_is_the_cheapest_within_standard_errors_and_bounds():
         scan.choose(max_macs=0.0)
     smallest = min(p.n_bytes for p in scan.positions)
     assert scan.choose(max_bytes=smallest).n_bytes == smallest
-    with pytest.raises(InputError, match=f"max_bytes={smallest - 1}: the smallest file .* has {smallest} bytes"):
+    with pytest.raises(InputError, match=f"max_bytes={smallest - 1}: the smallest file .* may have {smallest} bytes"):
         scan.choose(max_bytes=smallest - 1)
 
 

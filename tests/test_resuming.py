@@ -128,6 +128,8 @@ def test_a_file_of_something_else_is_refused_and_stays(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     with pytest.raises(pnc.InputError, match=r"resume: expected a path that ends in \.safetensors"):
         Steps(tmp_path / "steps.pt", "a")
+    with pytest.raises(pnc.InputError, match="resume: there is no folder"):
+        Steps(tmp_path / "missing" / "steps.safetensors")
     path.write_bytes(before[:-1])
     with pytest.raises(pnc.FileFormatError):
         Steps(path, "a")

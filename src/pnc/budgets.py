@@ -98,8 +98,8 @@ def masks_within(costs: Costs, ranking: Mapping[str, Tensor], n_macs: int, round
     least = costs.n_macs(blocks.kept(blocks.first))
     if least > n_macs:
         raise InputError(
-            f"n_macs: {n_macs} multiply-accumulates are too few, the fewest channels that can stay "
-            f"(round_to={round_to}) cost {least} already; allow more"
+            f"n_macs: {n_macs} multiply-accumulates are too few, the fewest channels that can stay with "
+            f"round_to={round_to} cost {least} already; allow more, or take a smaller round_to"
         )
     kept = blocks.kept(_filled(costs, blocks, _best_prefix(costs, blocks, n_macs), n_macs))
     return ChannelMasks({s.name: kept[s.start : s.start + s.size].clone() for s in spaces.spaces})

@@ -30,6 +30,7 @@ from pnc.data import Support, as_images, as_support, images_as_float
 from pnc.discriminants import choose_shrinkage, fit_discriminants
 from pnc.errors import ClassNameError, InputError
 from pnc.heads import balanced_weights
+from pnc.integrity import undisturbed
 
 SCALE_SPREAD = 0.1
 OFFSET_SPREAD = 0.3
@@ -132,6 +133,7 @@ class _Problem:
         return gradient, torch.cat([torch.cat([in_scales, mixed.T], 1), torch.cat([mixed, in_offsets], 1)])
 
 
+@undisturbed()
 def calibrate(net: Composite, support: Any, *, background: Any = None, batch_size: int = 128) -> Calibration:
     """Fit the scalars of all enabled clones together, and set them in the composite; takes seconds.
 
@@ -149,10 +151,12 @@ def calibrate(net: Composite, support: Any, *, background: Any = None, batch_siz
             classes that the target itself sees in them.
         batch_size: Images that go through the network at a time.
     Raises:
-        InputError: no clone is enabled, a new class has no sample, or the background images are none, or of another
-            shape.
+        InputError: `net` is no composite, no clone is enabled, a new class has no sample, or the background images are
+            none, or of another shape.
         ClassNameError: the support has samples of a class that the composite does not know.
     """
+    if not isinstance(net, Composite):
+        raise InputError(f"net: expected a composite, what pnc.attach gives; got {type(net).__name__}")
     names, base = net.classes, net.base_classes
     if len(names) == len(base):
         raise InputError("net: no clone is enabled; attach one, or leave the block of disabled()")

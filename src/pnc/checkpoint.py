@@ -6,7 +6,7 @@ A `thin` file leaves the source's weights out: loading it takes them from the so
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +21,7 @@ from pnc.errors import FileFormatError, InputError, MismatchError
 from pnc.files import read_sealed, write_tensors
 from pnc.graph import record
 from pnc.heads import DiscriminantHead, Head, SourceHead, StackedHead
-from pnc.integrity import dtype_name, fingerprint, first_difference
+from pnc.integrity import check_module, dtype_name, fingerprint, first_difference
 from pnc.manifest import Kind, Manifest, read_manifest
 from pnc.masks import ChannelMasks
 
@@ -42,8 +42,11 @@ def save(clone: Clone, path: str | Path, kind: Kind = "thin") -> int:
     Returns:
         The size of the file in bytes.
     Raises:
-        InputError: the path cannot be written to, a value is not finite, or a name is not printable.
+        InputError: the kind is unknown, the path cannot be written to, a value is not finite, or a name is not
+            printable.
     """
+    if kind not in get_args(Kind):
+        raise InputError(f"kind: expected {' or '.join(get_args(Kind))}, got {kind!r}")
     tensors = {name: _short(name, tensor) for name, tensor in _fitted(clone.branch).items() if tensor.numel()}
     if clone.branch.scalars.is_identity:  # which is what a file without them stands for
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CALIBRATION)}
@@ -126,6 +129,7 @@ def load(path: str | Path, *, source: nn.Module, allow_mismatch: bool = False) -
             tensors do not fit to it.
         RecordingError: `source` cannot be recorded.
     """
+    check_module(source, "source")
     tensors, manifest = read_clone_file(path)
     difference = first_difference(source, manifest.source, structure_only=manifest.kind == "full")
     if difference is not None and not allow_mismatch:

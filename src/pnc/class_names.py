@@ -7,6 +7,14 @@ from collections.abc import Sequence
 
 from pnc.errors import ClassNameError
 
+MAX_TEXT = 1000
+"""Characters that a name or another text in a file may have."""
+
+
+def is_name(value: object) -> bool:
+    """Whether a file can hold it as a name: printable text, not empty and not too long."""
+    return isinstance(value, str) and 1 <= len(value) <= MAX_TEXT and value.isprintable()
+
 
 def check_class_names(names: Sequence[str], argument: str) -> tuple[str, ...]:
     """Return `names` as a tuple after checking that there is one at least, that all are non-empty strings and differ.

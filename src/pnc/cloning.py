@@ -13,13 +13,13 @@ from torch import nn
 
 from pnc.adapters import Adapter, Stitched
 from pnc.branch import Branch
-from pnc.class_names import check_class_names, class_ids
+from pnc.class_names import MAX_TEXT, check_class_names, class_ids, is_name
 from pnc.cuts import CutPoint
 from pnc.errors import InputError
 from pnc.files import canonical_json
 from pnc.heads import Head
 from pnc.images import MEMORY
-from pnc.integrity import Fingerprint, fingerprint, value_digests
+from pnc.integrity import Fingerprint, fingerprint, undisturbed, value_digests
 from pnc.joint import TOLERANCE, joint_front, worth_trying
 from pnc.judging import Outcome, features_seen, fit_head, judge, outcome_of, run_parts
 from pnc.masks import ChannelMasks
@@ -108,6 +108,7 @@ class Clone:
         return replace(self, name=self.name if name is None else name, classes=names)
 
 
+@undisturbed()
 def clone(
     source: nn.Module,
     target: nn.Module,
@@ -204,6 +205,11 @@ def clone(
             "leave them out"
         )
     check_name(name)
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise InputError(f"round_to: expected a number of channels, at least 1, got {round_to!r}")
+    for bound, value in (("max_macs", max_macs), ("max_bytes", max_bytes)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise InputError(f"{bound}: expected a number or None, got {value!r}")
     task = prepare_task(
         source,
         target,
@@ -260,6 +266,7 @@ def _cheapest_good(made: Sequence[Clone]) -> Clone:
     return min(good, key=lambda one: one.recipe["macs_share"])
 
 
+@undisturbed()
 def fit(
     task: CloneTask,
     fitted: CrossFitted,
@@ -309,6 +316,7 @@ def fit(
     return _made(task, copy.deepcopy(fitted.adapter), part, head, outcome, name, method, facts)
 
 
+@undisturbed()
 def fit_sequential(
     task: CloneTask,
     *,
@@ -386,9 +394,9 @@ def _identity(task: CloneTask, settings: Mapping[str, Any]) -> str:
 
 
 def check_name(name: str | None) -> None:
-    """Refuse a name of a clone that is no printable text; None, for a default, is fine."""
-    if name is not None and (not isinstance(name, str) or not name or not name.isprintable()):
-        raise InputError(f"name must be printable text; got {name!r}")
+    """Refuse a name of a clone that no file can hold; None, for a default, is fine."""
+    if name is not None and not is_name(name):
+        raise InputError(f"name must be printable text of at most {MAX_TEXT} characters; got {name!r:.100}")
 
 
 def _default_name(classes: Sequence[str]) -> str:

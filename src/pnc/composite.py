@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from pnc.branch import Branch, Scalars
-from pnc.class_names import unknown_name
+from pnc.class_names import listed, unknown_name
 from pnc.cloning import Clone
 from pnc.cuts import LOGITS, extract
 from pnc.errors import ClassNameError, InputError
 from pnc.fusion import FusedComposite
 from pnc.graph import Recording, record
-from pnc.integrity import Snapshot
+from pnc.integrity import Snapshot, check_module, undisturbed
 from pnc.merging import flattened
 from pnc.plans import CloneStatus, Places, Plan, Rows, check_places, check_target, status_of
 from pnc.task import HasClones
@@ -32,11 +32,11 @@ _RECORDED = "_plan", "_places", "_recording", "_trunks"
 class Composite(HasClones):
     """A target and its clones. Made by `attach`.
 
-    It takes what the target takes, (B, C, H, W), and gives logits (B, K_base + K_new): the target's, then each clone's
-    in the order of attachment; `classes` names them. The target is neither copied nor changed: the composite runs the
-    target's recorded forward pass over the target's own weights, always in eval mode, and reads the tensors that the
-    clones need. Moving or casting the composite moves or casts the target with it, as with any module inside another;
-    move the composite, not the target behind its back.
+    It takes images (B, C, H, W) of the size and type that its clones were made with, and gives logits (B, K_base +
+    K_new): the target's, then each clone's in the order of attachment; `classes` names them. The target is neither
+    copied nor changed: the composite runs the target's recorded forward pass over the target's own weights, always
+    in eval mode, and reads the tensors that the clones need. Moving or casting the composite moves or casts the
+    target with it, as with any module inside another; move the composite, not the target behind its back.
 
     Threads may call it while another one attaches, detaches or calibrates: a call sees all of the old set or all of
     the new one. Moving, casting and loading weights are for one thread alone, as with any module.
@@ -100,13 +100,15 @@ class Composite(HasClones):
     def clone(self, name: str) -> Clone:
         """Give an attached clone as it is here, calibration and weights included, as a value of its own: to be saved.
 
+        It is float32, on the CPU, whatever the composite was cast to.
+
         Raises:
             InputError: no clone of that name is attached.
         """
         with _LOCK:
             self._check_names([name])
             found, branch = next(pair for pair in self._pairs() if pair[0].name == name)
-        return replace(found, branch=copy.deepcopy(branch).cpu())
+        return replace(found, branch=copy.deepcopy(branch).cpu().float())
 
     # -------------------------------------------------------------------------------------------------- come and go
     def attach(
@@ -193,12 +195,13 @@ class Composite(HasClones):
         """Give logits (B, K_base + K_new) for images (B, C, H, W).
 
         Args:
-            images: All of them go through the target, once.
+            images: Of the clones' `input_shape`, in the target's dtype; all of them go through the target, once.
             only: For each image the clones that are wanted: a name, several or none of them, or None for all that are
                 enabled. A clone runs on those images alone that want it; for the others its logits are -inf, which is
                 a probability of 0.
         Raises:
-            InputError: `only` has not one entry for each image, or names a clone that is not enabled.
+            InputError: the images are of another size or dtype; `only` has not one entry for each image, or names a
+                clone that is not enabled.
         """
         return self._plan.logits(images, only)
 
@@ -211,8 +214,8 @@ class Composite(HasClones):
         Raises:
             PNCError: on a batch of random images it differs by more than rounding.
         """
-        with torch.inference_mode(False):
-            return FusedComposite(self._plan, self._recording.probe)
+        with undisturbed():
+            return FusedComposite(self._plan)
 
     def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Give what calibration starts from: the target's logits, and what the enabled clones say against the base.
@@ -246,7 +249,7 @@ class Composite(HasClones):
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles would copy the recording's weights apart from the target's, and blocks that never end.
         kept = {name: value for name, value in self.__dict__.items() if name not in _RECORDED}
-        return {**kept, "_blocks": ()}
+        return {**kept, "_blocks": (), "_modules": dict(self._modules)}  # a shallow copy has modules of its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -284,6 +287,11 @@ class Composite(HasClones):
             raise ClassNameError(
                 f"clone {clone.name!r}: the composite has a class {clash[0]!r} already; "
                 f"attach it with rename={{{clash[0]!r}: ...}}, or attach clone.renamed(...)"
+            )
+        if clone.base_classes != self._base_classes:
+            raise ClassNameError(
+                f"clone {clone.name!r} calls the target's outputs {listed(clone.base_classes)}, here they are "
+                f"{listed(self._base_classes)}; clone with the same base_classes"
             )
         if not allow_mismatch:
             check_target(self.target, [clone])
@@ -332,6 +340,7 @@ class Composite(HasClones):
             calibrated=tuple(not branch.scalars.is_identity for _, branch in pairs),
             classes=(*self._base_classes, *(name for clone, _ in pairs for name in clone.classes)),
             base_priority=self._base_priority,
+            probe=self._recording.probe,
         )
         # Past Module.__setattr__: the trunk shares the target's weights, registered it would list each of them twice.
         self.__dict__["_plan"] = plan
@@ -361,11 +370,15 @@ def attach(target: nn.Module, *clones: Clone, allow_mismatch: bool = False) -> C
     Raises:
         InputError: no clone is given, two have one name, or the target is a composite.
         MismatchError: a clone was made for another target; with `allow_mismatch`, it does not fit to this one.
-        ClassNameError: two classes have one name.
+        ClassNameError: two classes have one name, or two clones call the target's outputs differently.
         RecordingError: the target cannot be recorded.
     """
+    check_module(target, "target")
     if not clones:
         raise InputError("clones: give at least one")
+    wrong = next((one for one in clones if not isinstance(one, Clone)), None)
+    if wrong is not None:
+        raise InputError(f"clones: expected what pnc.clone or pnc.load gives, one by one; got {type(wrong).__name__}")
     if isinstance(target, Composite):
         raise InputError("target is a composite already; use its method attach, composite.attach(clone)")
     if not allow_mismatch:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
 from pnc.class_names import check_class_names, class_ids, listed
 from pnc.errors import ClassNameError, InputError
@@ -322,11 +322,23 @@ def draw_support(
 
 
 def _own_names(data: Any) -> Sequence[str] | None:
-    """Return `classes` of the dataset at the bottom of a loader or of subsets, which is what its ids point into."""
+    """Return `classes` of the dataset at the bottom of a loader, of subsets or of joined datasets: what ids point into.
+
+    Raises:
+        InputError: joined datasets have different ones.
+    """
     while isinstance(data, DataLoader | Subset):
         data = data.dataset
-    names: Sequence[str] | None = getattr(data, "classes", None)
-    return names
+    if not isinstance(data, ConcatDataset | ChainDataset):
+        names: Sequence[str] | None = getattr(data, "classes", None)
+        return names
+    found = {None if names is None else tuple(names) for names in map(_own_names, data.datasets)}
+    if len(found) > 1:
+        raise InputError(
+            "support: the joined datasets do not have the same classes, so an id means different ones; "
+            "let them give class names as labels"
+        )
+    return found.pop()
 
 
 def _batches(data: Any) -> Iterator[tuple[Tensor, list[Any]]]:
@@ -340,9 +352,10 @@ def _batches(data: Any) -> Iterator[tuple[Tensor, list[Any]]]:
     elif isinstance(data, tuple | list) and len(data) == 2:
         yield _image_tensor(data[0]), _label_list(data[1])
     else:
-        kind = type(data).__name__
+        kind = f"{type(data).__module__.partition('.')[0]}.{type(data).__name__}".removeprefix("builtins.")
         raise InputError(
-            f"support: expected a pair (images, labels), an ImageSet, a Dataset or a DataLoader, got {kind}"
+            "support: expected a pair (images, labels), an ImageSet, or a Dataset or DataLoader of torch.utils.data, "
+            f"got {kind}"
         )
 
 

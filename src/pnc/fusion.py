@@ -25,7 +25,7 @@ from pnc.errors import InputError, PNCError
 from pnc.folding import Part, folded_part, grows
 from pnc.grids import from_grid, grid_size, pool, resize, to_grid
 from pnc.heads import DiscriminantHead, SourceHead, StackedHead
-from pnc.plans import Plan
+from pnc.plans import Plan, check_like
 
 TOLERANCE = 1e-4
 """Largest accepted difference of new logits, relative to the largest, on the probe that every fused form is tried on:
@@ -44,9 +44,10 @@ class FusedComposite(nn.Module):
 
     _trunk: fx.GraphModule
 
-    def __init__(self, plan: Plan, probe: Tensor) -> None:
+    def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.classes, self._features = plan.classes, plan.features
+        self._like = plan.probe.new_empty(0, *plan.probe.shape[1:])
         self.__dict__["_trunk"] = plan.trunk  # the target's tensors, not listed among its own, whose flags may be set
         parts = [folded_part(tap, branch.stitched) for tap, branch in zip(plan.taps, plan.branches, strict=True)]
         self.stems = nn.ModuleList(_stems(parts))
@@ -57,10 +58,11 @@ class FusedComposite(nn.Module):
         for module in self.modules():
             module.training = False
         self.requires_grad_(False)
-        self._check(plan, probe)
+        self._check(plan)
 
     def forward(self, images: Tensor) -> Tensor:
         """Give logits (B, K_base + K_new) for images (B, C, H, W)."""
+        check_like(images, self._like)
         made = self._trunk(images)
         if not self._n_clones:
             return cast(Tensor, made)
@@ -88,7 +90,8 @@ class FusedComposite(nn.Module):
         )
 
     @torch.no_grad()
-    def _check(self, plan: Plan, probe: Tensor) -> None:
+    def _check(self, plan: Plan) -> None:
+        probe = plan.probe
         n_base = len(self.classes) - sum(len(branch.offset) for branch in plan.branches)
         expected, found = plan.logits(probe)[:, n_base:].float(), self(probe)[:, n_base:].float()
         if not expected.numel() or probe.element_size() < 4:  # 16 bits round too much to tell

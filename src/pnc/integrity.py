@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pnc.errors import InputError
+
 DTYPES = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float64),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
@@ -19,6 +21,33 @@ DTYPES = (
 
 _BYTES_FOR_THREADS = 1 << 24
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
+
+
+def check_module(value: object, argument: str) -> None:
+    """Refuse what is no network, such as the `LoadedModel` around one."""
+    if not isinstance(value, nn.Module):
+        hint = "; give its .module" if hasattr(value, "module") else ""
+        raise InputError(
+            f"{argument} must be a torch.nn.Module that maps images to logits; got {type(value).__name__}{hint}"
+        )
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Compute as if torch had its defaults: no autocast, no inference mode, float32, whatever the caller has set."""
+    default = torch.get_default_dtype()
+    if default != torch.float32:
+        torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
+    finally:
+        if default != torch.float32:
+            torch.set_default_dtype(default)
 
 
 @contextmanager

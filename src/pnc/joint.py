@@ -53,8 +53,7 @@ def joint_front(
     Raises:
         InputError: no combination is within the bounds.
     """
-    positions = [p for p in found.front() if max_bytes is None or p.n_bytes <= max_bytes]
-    made = [one for position in positions for one in _densities(task, position, max_macs)]
+    made = [one for position in found.front(max_bytes) for one in _densities(task, position, max_macs)]
     if not made:
         raise InputError(
             f"max_macs={max_macs}, max_bytes={max_bytes}: no position reaches them, even at density {LEAST_DENSITY}; "

@@ -12,6 +12,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, Literal, Never, cast, get_args
 
+from pnc.class_names import MAX_TEXT, is_name
 from pnc.cuts import CutPoint
 from pnc.errors import FileFormatError, InputError
 from pnc.heads import DiscriminantHead, SourceHead, StackedHead
@@ -20,9 +21,6 @@ from pnc.integrity import Fingerprint
 FORMAT = "pnc-clone"
 VERSION = 1
 Kind = Literal["thin", "full"]
-
-MAX_TEXT = 1000
-"""Characters that a name or another text may have."""
 
 MAX_IMAGE = 1 << 24
 """Values that one image may have: 3x2048x2048 and more."""
@@ -211,7 +209,7 @@ def _recipe(whole: "_Object", fail: Fail) -> dict[str, Any]:
 def _is_plain(value: Any, depth: int) -> bool:
     """Whether it is a finite number, a short printable text, or a shallow collection of such."""
     if isinstance(value, str):
-        return len(value) <= MAX_TEXT and value.isprintable()
+        return value == "" or is_name(value)
     if isinstance(value, list | tuple):
         return depth > 0 and all(_is_plain(part, depth - 1) for part in value)
     if isinstance(value, Mapping):
@@ -260,14 +258,14 @@ class _Object:
     def text(self, key: str, least: int = 1) -> str:
         """A printable text, not too long."""
         value = str(self.get(key, str, "a text"))
-        if not least <= len(value) <= MAX_TEXT or not value.isprintable():
+        if not (is_name(value) or (value == "" and least == 0)):
             self.refuse(key, f"a printable text of {least} to {MAX_TEXT} characters", value)
         return value
 
     def names(self, key: str) -> tuple[str, ...]:
         """At least one printable name, none of them twice."""
         values = self.get(key, list, "a list of names")
-        wrong = [v for v in values if not isinstance(v, str) or not 1 <= len(v) <= MAX_TEXT or not v.isprintable()]
+        wrong = [value for value in values if not is_name(value)]
         if wrong:
             self.refuse(key, f"printable names of 1 to {MAX_TEXT} characters", wrong[0])
         if not values or len(set(values)) < len(values):

@@ -27,7 +27,10 @@ MaxMacs = Annotated[float | None, typer.Option(help="Bound on added MACs, as a s
 MaxBytes = Annotated[int | None, typer.Option(help="Bound on the bytes of a thin clone file at density 1.", min=0)]
 Flip = Annotated[bool, typer.Option(help="Use mirror images too: right for photographs, wrong for digits.")]
 Memory = Annotated[
-    float, typer.Option(help="GiB that may be kept of the images; what is beyond goes to a temporary file.", min=0.001)
+    float,
+    typer.Option(
+        help="GiB that may be kept of the images; what is beyond goes to a temporary file.", min=0.001, max=1e6
+    ),
 ]
 
 

@@ -13,7 +13,7 @@ from pnc.cuts import CutPoint, cut_points, find_head
 from pnc.errors import InputError, MismatchError
 from pnc.graph import Recording
 from pnc.grids import pool
-from pnc.integrity import fingerprint, first_difference
+from pnc.integrity import dtype_name, fingerprint, first_difference
 from pnc.remembered import last_norm
 
 Rows = Sequence[str | Collection[str] | None]
@@ -82,6 +82,7 @@ class Plan:
         calibrated: For each of them whether its scalars do anything; where not, they are not looked at.
         classes: Names of all logits.
         base_priority: Nats that are taken off the new logits.
+        probe: Images like those that the target was recorded with.
     """
 
     trunk: fx.GraphModule
@@ -93,6 +94,7 @@ class Plan:
     calibrated: tuple[bool, ...]
     classes: tuple[str, ...]
     base_priority: float
+    probe: Tensor
 
     def logits(self, images: Tensor, only: Rows | None = None) -> Tensor:
         """Give logits (B, K_base + K_new) for images (B, C, H, W): `Composite.forward`."""
@@ -149,6 +151,7 @@ class Plan:
 
     def _run(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """For each branch the tensor and the pooled features that it reads; and the target's logits."""
+        check_like(images, self.probe)
         found = self.trunk(images)
         if not self.branches:
             return [], found
@@ -156,6 +159,16 @@ class Plan:
         n_taps = len(tensors) - len(self.features)
         pooled = [pool(tensor, cut) for tensor, cut in zip(tensors[n_taps:], self.features, strict=True)]
         return [(tensors[tap], pooled[view]) for tap, view in zip(self.taps, self.views, strict=True)], logits
+
+
+def check_like(images: Tensor, probe: Tensor) -> None:
+    """Refuse images of another size or type than the target was recorded with: it may do other things with these."""
+    if images.shape[1:] != probe.shape[1:] or images.dtype != probe.dtype:
+        expected, came = (f"{tuple(one.shape[1:])} {dtype_name(one.dtype)}" for one in (probe, images))
+        raise InputError(
+            f"images: a composite takes images like those that its clones were made with, (B, C, H, W) with {expected} "
+            f"each; got {came}"
+        )
 
 
 def check_target(target: nn.Module, clones: Iterable[Clone]) -> None:

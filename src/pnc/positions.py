@@ -17,6 +17,7 @@ from pnc.cuts import LOGITS, CutPoint, candidate_cuts, extract
 from pnc.errors import InputError
 from pnc.heads import HeadSamples
 from pnc.images import to_device
+from pnc.integrity import undisturbed
 from pnc.judging import Outcome, batches, judge, outcome_of, run_parts, source_body
 from pnc.remembered import last_norm
 from pnc.stitching import N_ROWS, AdapterFitter, CrossFitted
@@ -118,10 +119,15 @@ class Scan:
         """
         return self.outcomes[other.names].minus(self.outcomes[position.names])
 
-    def front(self) -> tuple[Position, ...]:
-        """List the positions that no other one beats in both log-loss and added MACs, cheapest first."""
+    def front(self, max_bytes: int | None = None) -> tuple[Position, ...]:
+        """List the positions that no other one beats in both log-loss and added MACs, cheapest first.
+
+        Args:
+            max_bytes: Only of those whose thin file is no larger; None for all.
+        """
+        allowed = [p for p in self.positions if max_bytes is None or p.n_bytes <= max_bytes]
         front: list[Position] = []
-        for position in sorted(self.positions, key=lambda p: (p.n_macs, p.log_loss)):
+        for position in sorted(allowed, key=lambda p: (p.n_macs, p.log_loss)):
             if not front or position.log_loss < front[-1].log_loss:
                 front.append(position)
         return tuple(front)
@@ -172,7 +178,7 @@ class Scan:
             smallest = min(p.n_bytes for p in allowed)
             allowed = [p for p in allowed if p.n_bytes <= max_bytes]
             if not allowed:
-                raise InputError(f"max_bytes={max_bytes}: the smallest file of such a clone has {smallest} bytes")
+                raise InputError(f"max_bytes={max_bytes}: the smallest file of such a clone may have {smallest} bytes")
         exact = [p for p in allowed if p.is_exact]
         if exact and not has_base:
             return min(exact, key=lambda p: p.n_macs)
@@ -187,6 +193,7 @@ class Scan:
         return min((p for p in as_good if p.macs_share <= bound), key=lambda p: (not p.is_exact, p.log_loss, p.n_macs))
 
 
+@undisturbed()
 def scan(
     task: CloneTask, *, max_cuts: int = MAX_CUTS, exhaustive: bool = False, progress: Progress | None = None
 ) -> Scan:

@@ -35,6 +35,8 @@ class Steps:
             return
         if path.suffix != ".safetensors":
             raise InputError(f"resume: expected a path that ends in .safetensors, got {path}")
+        if not path.parent.is_dir():
+            raise InputError(f"resume: there is no folder {path.parent}; make it first")
         there = path.exists()
         if there:
             tensors, facts = read_tensors(path)

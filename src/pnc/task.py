@@ -7,12 +7,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pnc.class_names import check_class_names, class_ids
+from pnc.class_names import MAX_TEXT, check_class_names, class_ids, is_name
 from pnc.cuts import Head, find_head
 from pnc.data import ImageSet, StoredSupport, stored_support
 from pnc.errors import ClassNameError, InputError, RecordingError
 from pnc.graph import Recording, info, record
 from pnc.images import MEMORY, check_images, to_device
+from pnc.integrity import check_module, dtype_name, undisturbed
 from pnc.parallel import ALONE, Team
 from pnc.samples import Samples, samples_of
 
@@ -163,8 +164,13 @@ def read_network(model: nn.Module, example: Tensor, classes: Sequence[str], argu
         RecordingError: the network cannot be recorded, or cannot take such images.
         ClassNameError: the names do not fit to the outputs.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{argument} must be a torch.nn.Module that maps images to logits; got {type(model).__name__}")
+    check_module(model, argument)
+    other = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
+    if other is not None:
+        raise InputError(
+            f"{argument} has parameters in {dtype_name(other)}, and clones are made in float32: give "
+            f"copy.deepcopy({argument}).float() here (precision='bfloat16' is faster), and cast the composite"
+        )
     names = check_class_names(classes, f"{argument} classes")
     parameter = next(model.parameters(), None)
     if parameter is not None:
@@ -184,6 +190,7 @@ def read_network(model: nn.Module, example: Tensor, classes: Sequence[str], argu
     return Network(model, recording, head, names)
 
 
+@undisturbed()
 def prepare_task(
     source: nn.Module,
     target: nn.Module,
@@ -233,8 +240,8 @@ def prepare_task(
             "target is a composite, whose classes come and go; clone into the network in it (composite.target), "
             "attach that clone to the composite too, and calibrate them together"
         )
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1; got {batch_size}")
+    _check_whole("batch_size", batch_size, 1)
+    _check_whole("seed", seed, 0)
     if precision not in get_args(Precision):
         raise InputError(f"precision: expected {' or '.join(get_args(Precision))}, got {precision!r}")
     if memory < LEAST_MEMORY:
@@ -242,6 +249,11 @@ def prepare_task(
     base = check_class_names(base_classes, "base_classes")
     known = check_class_names(source_classes, "source_classes")
     new = _new_classes(classes, known, base)
+    unwritable = next((name for name in (*base, *new) if not is_name(name)), None)
+    if unwritable is not None:
+        raise ClassNameError(
+            f"classes: {unwritable!r:.100} is no printable text of at most {MAX_TEXT} characters; rename it"
+        )
     given = stored_support(support, (*base, *new), int(IMAGES_SHARE * memory))
     labels, store = _places(given, base, new), given.images
     n_given = len(store)
@@ -267,6 +279,11 @@ def prepare_task(
     )
     _check_team(task)
     return task
+
+
+def _check_whole(argument: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+        raise InputError(f"{argument} must be a whole number, at least {least}; got {value!r}")
 
 
 def _widened(tensor: Tensor) -> Tensor:

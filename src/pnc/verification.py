@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from pnc import integrity
 from pnc.errors import InputError
 from pnc.graph import pick_logits
-from pnc.integrity import Fingerprint, Snapshot, differences, evaluating, first_difference, same_bits
+from pnc.integrity import (
+    Fingerprint,
+    Snapshot,
+    check_module,
+    differences,
+    evaluating,
+    first_difference,
+    same_bits,
+)
 
 BATCH_SIZES = (1, 3, 4)
 """Sizes of the batches on which a composite is compared with its target: kernels may depend on them."""
@@ -48,6 +56,7 @@ def snapshot(target: nn.Module, images: Tensor | None = None) -> Snapshot:
         images: A probe batch, as the network takes it: its logits, in eval mode, are kept and compared too. None leaves
             them out.
     """
+    check_module(target, "target")
     logits = None if images is None else _logits(target, images)
     kept = None if images is None else images.detach().clone()
     return dataclasses.replace(integrity.snapshot(target), images=kept, logits=logits)
