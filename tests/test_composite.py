@@ -126,13 +126,13 @@ def test_images_that_the_target_may_treat_otherwise_are_refused(change, came):
     nets = pair()
     clone = pnc.clone(nets.source.module, wrapped, support(), **nets.names())
     net = pnc.attach(wrapped, clone)
-    fast, other = net.fused(), change(images(4))
+    fast, other = net.fused(), change(images(5))
     for call in (net, fast, net.log_odds):
         with pytest.raises(InputError, match=f"like those that its clones were made with.*{came}"):
             call(other)
     if other.dtype == torch.float32:
         with pytest.raises(InputError, match="like those|non-empty tensor"):
-            pnc.calibrate(net, (other, ["5", "6", "7", "8"]))
+            pnc.calibrate(net, (other, NEW))
     with net.disabled(), pytest.raises(InputError, match="images"):
         net(other)
     assert torch.equal(net(images(4))[:, :5], wrapped(images(4)))
