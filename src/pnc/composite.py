@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pnc.branch import Branch, Scalars
+from pnc.calls import called_directly, flattened
 from pnc.class_names import listed, unknown_name
 from pnc.cloning import Clone
 from pnc.cuts import LOGITS, extract
@@ -19,7 +20,6 @@ from pnc.errors import ClassNameError, InputError
 from pnc.fusion import FusedComposite
 from pnc.graph import Recording, record
 from pnc.integrity import Snapshot, check_module, undisturbed
-from pnc.merging import flattened
 from pnc.plans import CloneStatus, Places, Plan, Rows, check_places, check_target, status_of
 from pnc.task import HasClones
 from pnc.verification import BATCH_SIZES, Report, verify_composite
@@ -348,7 +348,7 @@ class Composite(HasClones):
     def _trunk(self, cuts: tuple[str, ...]) -> fx.GraphModule:
         """The target up to its logits, with the tensors at `cuts`; kept, so that compiled code of it stays of use."""
         if cuts not in self._trunks:
-            self._trunks[cuts] = flattened(extract(self._recording, None, [*cuts, LOGITS]))
+            self._trunks[cuts] = called_directly(flattened(extract(self._recording, None, [*cuts, LOGITS])))
         return self._trunks[cuts]
 
 

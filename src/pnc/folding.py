@@ -12,10 +12,10 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from pnc.adapters import Adapter, Stitched
+from pnc.calls import called_directly, flattened, reusing_memory
 from pnc.channel_rules import has_hooks
 from pnc.compaction import own_copy
 from pnc.grids import grid_size
-from pnc.merging import flattened
 from pnc.tracing import info
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -75,9 +75,9 @@ def folded_part(tap: int, stitched: Stitched) -> Part:
     part = Part(tap, adapter, (1, 1), body)
     while _fold_into_adapter(part, layers):
         pass
-    body.delete_all_unused_submodules()
     body.recompile()
     _lay_out(part)
+    reusing_memory(called_directly(body))
     return part
 
 

@@ -211,22 +211,6 @@ def eval_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphMo
     return module
 
 
-def flattened(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph over the same modules and tensors, by names without dots: Python finds them in less time.
-
-    It does not write to the given module; in eval mode.
-    """
-    graph, root = fx.Graph(), dict[str, Any]()
-    names: dict[str, str] = {}
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        copies[node] = copied = graph.node_copy(node, copies.__getitem__)
-        if node.op in ("call_module", "get_attr"):
-            copied.target = names.setdefault(node.target, f"part{len(names)}")
-            root[copied.target] = operator.attrgetter(node.target)(module)
-    return eval_module(root, graph)
-
-
 class _Twins:
     """Shallow copies: module objects of their own with aliases of the same tensors, each original copied once."""
 

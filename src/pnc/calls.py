@@ -1,0 +1,138 @@
+"""Graphs that run with less of Python around the kernels: what small networks spend most of their time on."""
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from pnc.channel_rules import has_hooks
+from pnc.merging import eval_module
+from pnc.tracing import info
+
+
+def flattened(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph over the same modules and tensors, by names without dots: Python finds them in less time.
+
+    It does not write to the given module; in eval mode.
+    """
+    graph, root = fx.Graph(), dict[str, Any]()
+    names: dict[str, str] = {}
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        copies[node] = copied = graph.node_copy(node, copies.__getitem__)
+        if node.op in ("call_module", "get_attr"):
+            copied.target = names.setdefault(node.target, f"part{len(names)}")
+            root[copied.target] = operator.attrgetter(node.target)(module)
+    return eval_module(root, graph)
+
+
+def called_directly(module: fx.GraphModule) -> fx.GraphModule:
+    """Call plain layers of a flattened graph as functions, in place: the same kernels on the same tensors, same bits.
+
+    A module's own call costs as much as a kernel that is given one image. Layers with hooks, of subclasses, or with a
+    forward that somebody replaced are called as they were.
+    """
+    graph = module.graph
+    for node in list(graph.nodes):
+        layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if layer is None or type(layer) not in (*_CALLS, *_NOTHING) or len(node.args) != 1 or node.kwargs:
+            continue
+        is_plain = getattr(layer, "padding_mode", "zeros") == "zeros" and not layer.training
+        if not is_plain or has_hooks(layer) or "forward" in vars(layer):
+            continue
+        if isinstance(layer, _NOTHING):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            continue
+        function, tensors, settings = _CALLS[type(layer)](layer)
+        with graph.inserting_before(node):
+            named = {name: _attribute(module, node, name, layer) for name in tensors}
+            made = graph.call_function(function, (node.args[0],), {**named, **settings})
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return module
+
+
+def reusing_memory(module: fx.GraphModule) -> fx.GraphModule:
+    """Let additions and ReLUs write over what they alone read and no gradient needs; the graph is changed in place.
+
+    For graphs whose results nobody else sees: of the tensors between its layers some hold other values then.
+    """
+    for node in module.graph.nodes:
+        given = node.args[0] if node.args else None
+        if not isinstance(given, fx.Node) or len(given.users) > 1 or given.target not in (*_FRESH, "add", "add_"):
+            continue
+        if node.target is torch.relu:
+            node.target = torch.relu_
+        elif node.op == "call_method" and node.target == "add" and _same_kind(node, given):
+            node.target = "add_"
+    module.recompile()
+    return module
+
+
+def _same_kind(node: fx.Node, given: fx.Node) -> bool:
+    return (info(node).shape, info(node).dtype) == (info(given).shape, info(given).dtype)
+
+
+def _attribute(module: fx.GraphModule, node: fx.Node, name: str, layer: nn.Module) -> fx.Node | None:
+    """A node for a tensor of a layer; None where the layer has none of that name."""
+    tensor = getattr(layer, name)
+    if tensor is None:
+        return None
+    own = f"{node.target}_{name}"
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(own, tensor)
+    else:
+        module.register_buffer(own, tensor)
+    return node.graph.get_attr(own)
+
+
+_Call = tuple[Callable[..., Any], tuple[str, ...], Mapping[str, Any]]
+"""A function of one tensor, the layer's tensors that it takes by name, and its other arguments."""
+
+
+def _convolution(layer: Any) -> _Call:
+    settings = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+    return torch.conv2d, ("weight", "bias"), settings
+
+
+def _batch_norm(layer: Any) -> _Call:
+    factor = 0.0 if layer.momentum is None else layer.momentum  # of no use in eval mode
+    settings = {"training": layer.running_mean is None, "momentum": factor, "eps": layer.eps}
+    return F.batch_norm, ("running_mean", "running_var", "weight", "bias"), settings
+
+
+def _linear(layer: Any) -> _Call:
+    return F.linear, ("weight", "bias"), {}
+
+
+def _relu(layer: Any) -> _Call:
+    return torch.relu_ if layer.inplace else torch.relu, (), {}
+
+
+def _layer_norm(layer: Any) -> _Call:
+    return F.layer_norm, ("weight", "bias"), {"normalized_shape": layer.normalized_shape, "eps": layer.eps}
+
+
+def _gelu(layer: Any) -> _Call:
+    return F.gelu, (), {"approximate": layer.approximate}
+
+
+_CALLS: Mapping[Any, Callable[[Any], _Call]] = {
+    nn.Conv2d: _convolution,
+    nn.BatchNorm2d: _batch_norm,
+    nn.Linear: _linear,
+    nn.LayerNorm: _layer_norm,
+    nn.ReLU: _relu,
+    nn.GELU: _gelu,
+}
+_FRESH = torch.conv2d, F.linear, F.batch_norm
+"""Functions whose results are memory of their own, which their gradients do not read."""
+_NOTHING = nn.Identity, nn.Dropout
+"""Layers that give what they get, in eval mode."""
