@@ -185,6 +185,14 @@ def test_attaching_to_other_weights_names_the_tensor_that_differs():
         pnc.attach(network(BASE, "zoo:cnn?width=0.5").module, clone_of(NEW))
 
 
+def test_a_target_that_changed_since_is_noticed_when_a_further_clone_comes():
+    model = copy.deepcopy(target())
+    net = pnc.attach(model, clone_of(("5", "6")))
+    list(model.parameters())[-1].data.view(-1)[0] += 1e-3
+    with pytest.raises(MismatchError, match="another target: the values of"):
+        net.attach(clone_of(("7",)))
+
+
 def test_names_that_clash_or_are_unknown_are_errors():
     net = pnc.attach(target(), clone_of(("5", "6")))
     with pytest.raises(InputError, match=r"'5\+6' is attached already"):

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from pnc.integrity import differences, evaluating, fingerprint, first_difference, same_bits, snapshot
+from pnc import integrity
+from pnc.integrity import KnownFingerprint, differences, evaluating, fingerprint, first_difference, same_bits, snapshot
 
 
 def network() -> nn.Module:
@@ -140,3 +141,39 @@ def test_large_networks_are_digested_by_threads_to_the_same_digests(monkeypatch)
     expected = fingerprint(model)
     monkeypatch.setattr("pnc.integrity._BYTES_FOR_THREADS", 0)
     assert fingerprint(model) == expected
+
+
+def exchange(tensor):
+    tensor.copy_(tensor.flip(0))
+
+
+def write_past_the_count(tensor):
+    tensor.data.view(-1)[0] += 1e-3
+
+
+def write_by_numpy(tensor):
+    tensor.detach().numpy().reshape(-1)[-1] = 7
+
+
+@pytest.mark.parametrize("change", [lambda t: t.add_(1e-3), exchange, write_past_the_count, write_by_numpy])
+@pytest.mark.parametrize("name", ["0.weight", "1.running_mean", "4.bias"])
+def test_a_known_fingerprint_is_computed_anew_where_a_tensor_has_changed(monkeypatch, change, name):
+    model, known, calls = network(), KnownFingerprint(), []
+    model[1].running_mean.copy_(torch.arange(4.0))
+    monkeypatch.setattr(integrity, "fingerprint", lambda module: calls.append(module) or fingerprint(module))
+    first = known.of(model)
+    assert known.of(model) == first == fingerprint(model) and len(calls) == 1
+    with torch.no_grad():
+        change(model.state_dict()[name])
+    assert known.of(model) == fingerprint(model) and known.of(model) != first and len(calls) == 2
+
+
+def test_a_known_fingerprint_follows_tensors_that_were_replaced_and_odd_places_in_memory():
+    model, known = network(), KnownFingerprint()
+    first = known.of(model)
+    model[4].bias = nn.Parameter(torch.arange(7.0)[3:5])  # not at a multiple of eight bytes
+    assert known.of(model) == fingerprint(model) != first
+    with torch.inference_mode():
+        model[4].bias = nn.Parameter(torch.ones(2))
+    assert known.of(model) == fingerprint(model)
+    assert known.of(copy.deepcopy(model)) == fingerprint(model)

@@ -19,7 +19,7 @@ from pnc.cuts import LOGITS, extract
 from pnc.errors import ClassNameError, InputError
 from pnc.fusion import FusedComposite
 from pnc.graph import Recording, record
-from pnc.integrity import Snapshot, check_module, undisturbed
+from pnc.integrity import KnownFingerprint, Snapshot, check_module, undisturbed
 from pnc.plans import CloneStatus, Places, Plan, Rows, check_places, check_target, status_of
 from pnc.task import HasClones
 from pnc.verification import BATCH_SIZES, Report, verify_composite
@@ -46,10 +46,11 @@ class Composite(HasClones):
     _recording: Recording
     _places: Places
 
-    def __init__(self, target: nn.Module, clone: Clone) -> None:
+    def __init__(self, target: nn.Module, clone: Clone, known: KnownFingerprint) -> None:
         super().__init__()
         self.target = target
         self.branches = nn.ModuleList()
+        self._known = known
         self._base_classes = clone.base_classes
         self._input_shape = clone.input_shape
         self._clones: dict[str, Clone] = {}  # never changed in place, like the list of branches: readers need no lock
@@ -294,7 +295,7 @@ class Composite(HasClones):
                 f"{listed(self._base_classes)}; clone with the same base_classes"
             )
         if not allow_mismatch:
-            check_target(self.target, [clone])
+            check_target(self.target, [clone], self._known)
         check_places(self._places, clone)
 
     def _check_names(self, names: list[str] | tuple[str, ...]) -> None:
@@ -381,9 +382,10 @@ def attach(target: nn.Module, *clones: Clone, allow_mismatch: bool = False) -> C
         raise InputError(f"clones: expected what pnc.clone or pnc.load gives, one by one; got {type(wrong).__name__}")
     if isinstance(target, Composite):
         raise InputError("target is a composite already; use its method attach, composite.attach(clone)")
+    known = KnownFingerprint()
     if not allow_mismatch:
-        check_target(target, clones)
-    composite = Composite(target, clones[0])
+        check_target(target, clones, known)
+    composite = Composite(target, clones[0], known)
     for clone in clones:
         composite.attach(clone, allow_mismatch=True)  # the weights, which take longest, were compared once for all
     return composite

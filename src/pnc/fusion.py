@@ -7,7 +7,7 @@ mix channels are folded into their neighbours, and what several clones do alike 
 - an adapter goes into the 1x1 convolution or linear layer behind it, where nothing stands between them and the product
   multiplies less;
 - adapters that read one tensor of the target with one geometry are one convolution;
-- convolutions work channels last;
+- convolutions work channels last, and what follows them writes over their results where nobody else reads these;
 - heads with equally many classes are one batch of matrices, and their mixing weights are folded into these.
 """
 

@@ -13,7 +13,7 @@ from pnc.cuts import CutPoint, cut_points, find_head
 from pnc.errors import InputError, MismatchError
 from pnc.graph import Recording
 from pnc.grids import pool
-from pnc.integrity import dtype_name, fingerprint, first_difference
+from pnc.integrity import KnownFingerprint, dtype_name, first_difference
 from pnc.remembered import last_norm
 
 Rows = Sequence[str | Collection[str] | None]
@@ -171,9 +171,9 @@ def check_like(images: Tensor, probe: Tensor) -> None:
         )
 
 
-def check_target(target: nn.Module, clones: Iterable[Clone]) -> None:
+def check_target(target: nn.Module, clones: Iterable[Clone], known: KnownFingerprint) -> None:
     """Raise a `MismatchError` unless all clones were made for `target` with the weights that it has now."""
-    found = fingerprint(target)
+    found = known.of(target)
     for clone in clones:
         difference = first_difference(target, clone.target, found)
         if difference is not None:
