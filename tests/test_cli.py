@@ -353,7 +353,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         ),
         ("scan --source {t} --target {t} --data digits", "same network"),
         (f"scan {NETWORKS} --data digits --plot {{d}}/a.jpg", "plot: .* must end in .png"),
-        (f"scan {NETWORKS} --data digits --max-bytes 100", "max_bytes=100: the smallest file .* has [0-9]+ bytes"),
+        (f"scan {NETWORKS} --data digits --max-bytes 100", "max_bytes=100: the smallest file .* may have [0-9]+ bytes"),
         ("clone --source {t} --target {t} --data digits --out {d}/c", "same network"),
         ("clone --source zoo:cnn --source-weights {t} --target {t} --data digits --out {d}/c", "same network"),
         ("clone --source {f}/../{f.name}/t.safetensors --target {t} --data digits --out {d}/c", "same network"),

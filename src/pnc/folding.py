@@ -75,6 +75,7 @@ def folded_part(tap: int, stitched: Stitched) -> Part:
     part = Part(tap, adapter, (1, 1), body)
     while _fold_into_adapter(part, layers):
         pass
+    body.delete_all_unused_submodules()
     body.recompile()
     _lay_out(part)
     reusing_memory(called_directly(body))
