@@ -76,7 +76,9 @@ def test_a_tensor_that_others_read_is_not_written_over():
         def forward(self, x):
             made = self.conv(x)
             wide = self.conv(x[:, :, :1, :1]).add(made)  # of another shape than what is added to
-            return self.tail(torch.relu(made).add(made) + wide)
+            other = self.conv(x)
+            written = torch.relu(other.add_(made))  # `other` is read once more, under its own name
+            return self.tail(torch.relu(made).add(made) + wide + written + other)
 
     network, images = Network(Shared()), zoo.images(3)
     again = reusing_memory(called_directly(flattened(network.recording.module)))

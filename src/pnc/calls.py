@@ -64,20 +64,21 @@ def reusing_memory(module: fx.GraphModule) -> fx.GraphModule:
 
     For graphs whose results nobody else sees: of the tensors between its layers some hold other values then.
     """
+    free = {node for node in module.graph.nodes if node.target in _FRESH or _is_addition(node)}
     for node in module.graph.nodes:
         given = node.args[0] if node.args else None
-        if not isinstance(given, fx.Node) or len(given.users) > 1 or given.target not in (*_FRESH, "add", "add_"):
+        if not isinstance(given, fx.Node) or given not in free or len(given.users) > 1:
             continue
         if node.target is torch.relu:
             node.target = torch.relu_
-        elif node.op == "call_method" and node.target == "add" and _same_kind(node, given):
-            node.target = "add_"
+        elif _is_addition(node) and (info(node).shape, info(node).dtype) == (info(given).shape, info(given).dtype):
+            node.target = "add_"  # what it gives is still nobody else's
     module.recompile()
     return module
 
 
-def _same_kind(node: fx.Node, given: fx.Node) -> bool:
-    return (info(node).shape, info(node).dtype) == (info(given).shape, info(given).dtype)
+def _is_addition(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target == "add"
 
 
 def _attribute(module: fx.GraphModule, node: fx.Node, name: str, layer: nn.Module) -> fx.Node | None:
