@@ -144,7 +144,7 @@ def test_spaces_smaller_than_the_step_stay_whole():
     ("ranking", "options", "message"),
     [
         ({"first": torch.ones(8)}, {"n_macs": 1}, "n_macs: 1 multiply-accumulates are too few"),
-        ({"first": torch.ones(8)}, {"round_to": 0}, "round_to: expected a number of channels, at least 1, got 0"),
+        ({"first": torch.ones(8)}, {"round_to": 0}, "round_to: expected a whole number, at least 1; got 0"),
         ({}, {}, "ranking['first']: expected 8 finite numbers, got nothing"),
         ({"first": torch.ones(7)}, {}, "ranking['first']: expected 8 finite numbers, got shape (7,)"),
         ({"first": torch.full((8,), torch.nan)}, {}, "values that are not finite"),

@@ -140,13 +140,13 @@ def test_images_that_the_target_may_treat_otherwise_are_refused(change, came):
 
 def test_what_is_no_network_or_no_clone_is_refused():
     clone = clone_of(("5", "6"))
-    with pytest.raises(InputError, match=r"target must be a torch.nn.Module.*LoadedModel; give its .module"):
+    with pytest.raises(InputError, match=r"target: expected a torch.nn.Module, got LoadedModel; give its .module"):
         pnc.attach(pair().target, clone)
     with pytest.raises(InputError, match="clones: expected what pnc.clone or pnc.load gives, one by one; got list"):
         pnc.attach(target(), [clone])
     with pytest.raises(InputError, match="net: expected a composite"):
         pnc.calibrate(target(), support())
-    with pytest.raises(InputError, match="target must be"):
+    with pytest.raises(InputError, match="target: expected"):
         pnc.snapshot(pair().target)
 
 

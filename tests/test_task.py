@@ -97,9 +97,9 @@ def test_a_support_without_base_samples_is_one():
         ({"support": lambda: support(classes=("5",))}, InputError, "no sample of 6, 7, 8, 9"),
         ({"classes": ("5",)}, ClassNameError, "6, 7, 8, 9"),
         ({"batch_size": 0}, InputError, "batch_size"),
-        ({"batch_size": 2.5}, InputError, "batch_size must be a whole number, at least 1; got 2.5"),
-        ({"seed": 1.5}, InputError, "seed must be a whole number"),
-        ({"seed": 2**64}, InputError, "seed must be a whole number"),
+        ({"batch_size": 2.5}, InputError, "batch_size: expected a whole number, at least 1; got 2.5"),
+        ({"seed": 1.5}, InputError, "seed: expected a whole number"),
+        ({"seed": 2**64}, InputError, "seed: expected a whole number"),
         ({"base_classes": ("0", "1", "2", "3", "a\u00a0b")}, ClassNameError, "no printable text"),
         (
             {"target": lambda: copy.deepcopy(pair().target.module).half()},
@@ -112,7 +112,7 @@ def test_a_support_without_base_samples_is_one():
             "source has parameters in float64",
         ),
         ({"support": "photos"}, InputError, "support"),
-        ({"source": "resnet"}, InputError, "source must be a torch.nn.Module"),
+        ({"source": "resnet"}, InputError, "source: expected a torch.nn.Module, got str"),
     ],
 )
 def test_every_doubt_is_settled_at_the_door(changes, error, words):

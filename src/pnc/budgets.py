@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from pnc.channels import ChannelSpace, ChannelSpaces
+from pnc.checks import check_whole
 from pnc.errors import InputError
 from pnc.masks import ChannelMasks
 from pnc.opening import opened
@@ -86,8 +87,7 @@ def masks_within(costs: Costs, ranking: Mapping[str, Tensor], n_macs: int, round
         InputError: ranks are missing, of another shape or not finite; `round_to` is below 1; the bound is below what
             the fewest channels cost.
     """
-    if round_to < 1:
-        raise InputError(f"round_to: expected a number of channels, at least 1, got {round_to}")
+    check_whole(round_to, "round_to", 1)
     spaces = costs.spaces
     for space in spaces.spaces:
         ranks = ranking.get(space.name)

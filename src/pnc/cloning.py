@@ -13,6 +13,7 @@ from torch import nn
 
 from pnc.adapters import Adapter, Stitched
 from pnc.branch import Branch
+from pnc.checks import check_bound, check_whole
 from pnc.class_names import MAX_TEXT, check_class_names, class_ids, is_name
 from pnc.cuts import CutPoint
 from pnc.errors import InputError
@@ -168,9 +169,8 @@ def clone(
         max_macs: Bound on the added MACs as a share of the source's.
         max_bytes: Bound on the size of the thin file at full density.
         max_base_drop: Bound on the accuracy that base images may lose, in (0, 1), such as 0.02: the new logits are
-            lowered until held-out base images keep it. It takes 1 / max_base_drop - 1 of these, 49
-            for 0.02. None takes base and new
-            images for equally likely.
+            lowered until held-out base images keep it. It takes 1 / max_base_drop - 1 of these, 49 for 0.02. None
+            takes base and new images for equally likely.
         strategy: How the position is found. "sequential" is the reference to compare with: the paper's search, trained
             by gradient; it knows no bounds and takes minutes.
         refine: Tune the adapter by gradient, and keep what held-out images gain by; takes minutes.
@@ -195,21 +195,13 @@ def clone(
         raise InputError(
             f"density must be in (0, 1], the share of prunable MACs that is kept, or 'auto'; got {density!r}"
         )
-    if strategy not in get_args(Strategy):
-        raise InputError(f"strategy: expected one of {', '.join(get_args(Strategy))}, got {strategy!r}")
     check_base_drop(max_base_drop)
     bounded = any(bound is not None for bound in (max_macs, max_bytes, max_base_drop)) or density == "auto"
-    if strategy == "sequential" and (bounded or refine):
-        raise InputError(
-            "strategy: the sequential search takes no max_macs, max_bytes, max_base_drop, refine or density='auto'; "
-            "leave them out"
-        )
+    _check_strategy(strategy, is_plain=not bounded and not refine)
     check_name(name)
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise InputError(f"round_to: expected a number of channels, at least 1, got {round_to!r}")
-    for bound, value in (("max_macs", max_macs), ("max_bytes", max_bytes)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise InputError(f"{bound}: expected a number or None, got {value!r}")
+    check_whole(round_to, "round_to", 1)
+    check_bound(max_macs, "max_macs")
+    check_bound(max_bytes, "max_bytes")
     task = prepare_task(
         source,
         target,
@@ -257,6 +249,16 @@ def clone(
             chosen = fit_one(found.adapter(found.choose(max_macs, max_bytes)), density=density)
         steps.finish()
         return chosen
+
+
+def _check_strategy(strategy: str, is_plain: bool) -> None:
+    if strategy not in get_args(Strategy):
+        raise InputError(f"strategy: expected one of {', '.join(get_args(Strategy))}, got {strategy!r}")
+    if strategy == "sequential" and not is_plain:
+        raise InputError(
+            "strategy: the sequential search takes no max_macs, max_bytes, max_base_drop, refine or density='auto'; "
+            "leave them out"
+        )
 
 
 def _cheapest_good(made: Sequence[Clone]) -> Clone:

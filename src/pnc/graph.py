@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from pnc.checks import check_module
 from pnc.errors import InputError, RecordingError
 from pnc.integrity import same_bits
 from pnc.merging import bind, merge
@@ -115,8 +116,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _check(network: nn.Module, example: Tensor) -> None:
-    if not isinstance(network, nn.Module):
-        raise InputError(f"model: expected a torch.nn.Module, got {type(network).__name__}")
+    check_module(network, "model")
     if not isinstance(example, Tensor) or example.dim() != 4 or not example.is_floating_point() or not len(example):
         what = f"{tuple(example.shape)} {example.dtype}" if isinstance(example, Tensor) else type(example).__name__
         raise InputError(f"example: expected a floating-point batch of images (B, C, H, W) with B >= 1, got {what}")

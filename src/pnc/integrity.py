@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pnc.errors import InputError
-
 DTYPES = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float64),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
@@ -21,15 +19,6 @@ DTYPES = (
 
 _BYTES_FOR_THREADS = 1 << 24
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
-
-
-def check_module(value: object, argument: str) -> None:
-    """Refuse what is no network, such as the `LoadedModel` around one."""
-    if not isinstance(value, nn.Module):
-        hint = "; give its .module" if hasattr(value, "module") else ""
-        raise InputError(
-            f"{argument} must be a torch.nn.Module that maps images to logits; got {type(value).__name__}{hint}"
-        )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pnc.checks import check_module
 from pnc.errors import InputError
 from pnc.networks import Shape
 
@@ -64,8 +65,7 @@ class Preprocessed(nn.Module):
         blue_first: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(network, nn.Module):
-            raise InputError(f"network: expected a torch.nn.Module, got {type(network).__name__}")
+        check_module(network, "network")
         known = get_args(Interpolation)
         if interpolation not in known:
             raise InputError(f"interpolation: expected one of {', '.join(known)}; got {interpolation!r}")

@@ -7,13 +7,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from pnc.checks import check_module, check_whole
 from pnc.class_names import MAX_TEXT, check_class_names, class_ids, is_name
 from pnc.cuts import Head, find_head
 from pnc.data import ImageSet, StoredSupport, stored_support
 from pnc.errors import ClassNameError, InputError, RecordingError
 from pnc.graph import Recording, info, record
 from pnc.images import MEMORY, check_images, to_device
-from pnc.integrity import check_module, dtype_name, undisturbed
+from pnc.integrity import dtype_name, undisturbed
 from pnc.parallel import ALONE, Team
 from pnc.samples import Samples, samples_of
 
@@ -240,8 +241,8 @@ def prepare_task(
             "target is a composite, whose classes come and go; clone into the network in it (composite.target), "
             "attach that clone to the composite too, and calibrate them together"
         )
-    _check_whole("batch_size", batch_size, 1)
-    _check_whole("seed", seed, 0)
+    check_whole(batch_size, "batch_size", 1)
+    check_whole(seed, "seed", 0)
     if precision not in get_args(Precision):
         raise InputError(f"precision: expected {' or '.join(get_args(Precision))}, got {precision!r}")
     if memory < LEAST_MEMORY:
@@ -279,11 +280,6 @@ def prepare_task(
     )
     _check_team(task)
     return task
-
-
-def _check_whole(argument: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
-        raise InputError(f"{argument} must be a whole number, at least {least}; got {value!r}")
 
 
 def _widened(tensor: Tensor) -> Tensor:

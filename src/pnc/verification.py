@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from pnc import integrity
+from pnc.checks import check_module
 from pnc.errors import InputError
 from pnc.graph import pick_logits
 from pnc.integrity import (
     Fingerprint,
     Snapshot,
-    check_module,
     differences,
     evaluating,
     first_difference,
