@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "MIN_ROUNDS", 2)
     monkeypatch.setattr(latency, "N_DISTINCT", 1)
     for bench in (latency, job_times):
-        monkeypatch.setattr(bench, "peak_memory", lambda work: (work(), 7))
+        monkeypatch.setattr(bench, "peak_memory", lambda work, _: (work(), 7))
     monkeypatch.setattr(latency, "BATCHES", (1, 64))
     monkeypatch.setattr(job_times, "N_REPEATS", {job_times.CLOSED: 2})
     monkeypatch.setattr(latency, "LARGE", "zoo:cnn?width=0.25")

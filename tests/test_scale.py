@@ -1,17 +1,14 @@
 """What the work of a scan grows with, by counts that no machine changes; and the two shortcuts of large jobs."""
 
-import copy
 from dataclasses import dataclass, field, replace
 
 import pytest
-import torch
 
 import pnc
 from digits import NEW, pair, support
 from pnc import judging, positions, regression
 from pnc.adapters import Stitched
 from pnc.cuts import candidate_cuts, extract
-from pnc.integrity import fingerprint
 from pnc.positions import shortlist
 from pnc.regression import PENALTIES
 from pnc.stitching import AdapterFitter
@@ -157,25 +154,3 @@ def test_a_large_support_is_scored_on_a_part(monkeypatch):
     assert counts.source_samples == 50
     made = pnc.fit(task, found.adapter(found.choose()))
     assert made.recipe["n_new_samples"] == 60
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("density", [1.0, 0.5])
-def test_the_job_and_its_promises_on_a_gpu(tmp_path, density):
-    nets = pair()
-    source, target = (copy.deepcopy(one.module).cuda() for one in (nets.source, nets.target))
-    assert fingerprint(target) == fingerprint(nets.target.module)
-    images = support().images.cuda()
-    with torch.no_grad():
-        expected = target.eval()(images)
-    clone = pnc.clone(source, target, support(), density=density, **nets.names())
-    net = pnc.attach(target, clone)
-    with torch.no_grad():
-        assert torch.equal(net(images)[:, :5], expected)
-        net.detach(clone.name)
-        assert torch.equal(net(images), expected)
-    pnc.save(clone, tmp_path / "clone")
-    again = pnc.attach(target, pnc.load(tmp_path / "clone", source=source))
-    with torch.no_grad():
-        assert torch.equal(again(images), pnc.attach(target, clone)(images))

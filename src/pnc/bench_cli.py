@@ -19,6 +19,7 @@ from pnc.arguments import (
     data_file,
     load_network,
     parse_support,
+    read_device,
     use_threads,
 )
 from pnc.baselines.protocol import Budget
@@ -375,12 +376,20 @@ def _logged(step: Progress) -> Progress:
 
 
 def setting_of(
-    source: str, target: str, data: str, support: str, flip: bool, out: Path, n_test: int | None = None
+    source: str,
+    target: str,
+    data: str,
+    support: str,
+    flip: bool,
+    out: Path,
+    n_test: int | None = None,
+    device: str = "cpu",
 ) -> positions_bench.Setting:
     """Check and load what the options of a comparison name; `out` is the file that its rows go to."""
-    asked = ModelOptions("source", source, None, None), ModelOptions("target", target, None, None)
+    asked = ModelOptions("source", source, None, None, device), ModelOptions("target", target, None, None, device)
     check_different(*asked)
     check_trained(*asked)
+    read_device(device)
     n_new, n_base = parse_support(support)
     if not n_new or not n_base:
         raise InputError(f"support: numbers of images above 0 of new and of base classes are needed; got {support!r}")

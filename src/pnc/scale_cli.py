@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
-from pnc.arguments import check_outputs
+from pnc.arguments import check_outputs, read_device
 from pnc.bench import scale
 from pnc.bench.results import Cells, write_results
 from pnc.errors import InputError
+from pnc.options import Device
 from pnc.plots import draw_growth
 from pnc.screen import progress, say
 
@@ -19,6 +21,7 @@ def measure_scale(
     many: Annotated[int, typer.Option(help="Images of 32x32 for the memory of a scan.", min=100)] = 5_000,
     plot: Annotated[bool, typer.Option(help="Draw a picture too; needs the extra `plots`.")] = True,
     out: Annotated[Path, typer.Option(help="Folder for scale.json, .md, .png and .jsonl.")] = Path("results"),
+    device: Device = "cpu",
     threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 2,
 ) -> None:
     """Time and memory as supports and networks grow, and in two processes.
@@ -27,17 +30,18 @@ def measure_scale(
     """
     if 0 < large < 100:
         raise InputError(f"large: expected 0, for no ResNet-50 pair, or at least 100 images; got {large}")
+    read_device(device)
     paths = {suffix: out / f"scale.{suffix}" for suffix in ("json", "md", "jsonl", "png")}
     check_outputs(dict(paths))
-    kept = Cells(paths["jsonl"], {"threads": threads}, scale.KEYS)
+    kept = Cells(paths["jsonl"], {"threads": threads, "device": device}, scale.KEYS)
     with progress() as bar:
-        rows = scale.run(scale.cells(stream, large, many), threads, kept, bar.step)
+        rows = scale.run(scale.cells(stream, large, many, device), threads, kept, bar.step, device)
     if plot:
         draw_growth({cell: scale.points(rows, cell) for cell in scale.GROWTH}, paths["png"])
-    command = f"pnc bench scale --stream {stream} --large {large} --many {many} --threads {threads}"
+    command = f"pnc bench scale --stream {stream} --large {large} --many {many} --device {device} --threads {threads}"
     found = scale.claims(rows)
     text = scale.markdown(rows, threads, paths["png"].name if plot else None)
-    write_results(out, "scale", command, {"rows": rows}, found, text)
+    write_results(out, "scale", command, {"rows": rows}, found, text, torch.device(device))
     for one in found:
         say(f"{'holds' if one.holds else 'FAILS'}: {one.claim} {one.must}: {one.value:.3g}")
     say(f"{paths['md']}: written")

@@ -11,6 +11,7 @@ from pnc.bench import speed as speed_bench
 from pnc.bench.results import Cells, write_results
 from pnc.bench_cli import setting_of, show_claims
 from pnc.errors import InputError
+from pnc.options import Device
 from pnc.screen import progress
 
 
@@ -31,6 +32,7 @@ def measure_speed(
     json_path: Annotated[Path, typer.Option("--json", help="Results; the table goes beside it.")] = Path(
         "results/speed.json"
     ),
+    device: Device = "cpu",
     threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 1,
 ) -> None:
     """Time to make a clone, to run it and to attach it, beside whole networks, the paper's search and fine-tuning.
@@ -42,19 +44,20 @@ def measure_speed(
     check_outputs(dict(outputs))
     chosen = _chosen("parts", parts, ("latency", "job"))
     others = _chosen("layouts", layouts, latency.LAYOUTS[1:])
-    setting = setting_of(source, target, data, support, flip, outputs[".jsonl"])
+    setting = setting_of(source, target, data, support, flip, outputs[".jsonl"], device=device)
     facts = {"source": source, "target": target, "data": data_name or data, "support": support, "flip": flip}
-    cells = Cells(outputs[".jsonl"], {**facts, "threads": threads}, speed_bench.KEYS)
+    cells = Cells(outputs[".jsonl"], {**facts, "threads": threads, "device": device}, speed_bench.KEYS)
     wanted = [*chosen, "life"] if "latency" in chosen else chosen
     with use_threads(threads), progress() as bar:
         rows = speed_bench.run(setting, wanted, [latency.LAYOUTS[0], *others], range(seeds), cells, bar.step)
         command = (
             f"pnc bench speed --source {source} --target {target} --data {data_name or data} --support {support} "
-            f"--{'' if flip else 'no-'}flip --seeds {seeds} --parts {parts} --layouts '{layouts}' --threads {threads}"
+            f"--{'' if flip else 'no-'}flip --seeds {seeds} --parts {parts} --layouts '{layouts}' "
+            f"--device {device} --threads {threads}"
         )
         found = speed_bench.claims(rows)
         text = speed_bench.markdown(rows, setting, data_name or data)
-        write_results(json_path.parent, json_path.stem, command, {**facts, "rows": rows}, found, text)
+        write_results(json_path.parent, json_path.stem, command, {**facts, "rows": rows}, found, text, setting.device)
     show_claims(found, outputs[".md"])
 
 

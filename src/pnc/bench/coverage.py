@@ -1,9 +1,7 @@
 """Whether the classifiers that users bring can be recorded, cut, shrunk, cloned and exported: one row per model."""
 
-import ctypes
 import gc
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from pnc.bench.classifiers import CLASSIFIERS, N_CLASSES, SHARES, build, check_libraries, family, prepared
+from pnc.bench.measuring import peak_memory
 from pnc.bench.results import Cells, Claim, at_least, at_most, commit, table
 from pnc.channels import KEPT, ChannelSpaces, channel_spaces
 from pnc.checkpoint import load, save
@@ -59,7 +58,6 @@ T = TypeVar("T")
 _N_NEW, _N_BASE = 4, 2
 _SCAN_CUTS = 3
 _EXPORT_TOLERANCE = 1e-4
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def run(models: Sequence[str], cells: Cells, progress: Progress | None = None) -> list[dict[str, Any]]:
@@ -279,33 +277,6 @@ def _export(row: dict[str, Any], net: Composite, shape: Sequence[int]) -> None:
     difference = float((found - expected).abs().max() / expected.abs().max())
     assert difference <= _EXPORT_TOLERANCE, f"the exported program differs by {difference:.2g}"
     row["export_ok"] = True
-
-
-def peak_memory(work: Callable[[], T]) -> tuple[T, int | None]:
-    """Run `work`; also give by how many bytes the process grew at most meanwhile, None where that cannot be known.
-
-    In a process that has run for long this is too much rather than too little: gaps that large tensors have left in the
-    heap are used again, and stay in use by the page.
-    """
-    gc.collect()
-    if not sys.platform.startswith("linux"):
-        return work(), None
-    libc = ctypes.CDLL(None)
-    libc.malloc_trim(0)  # what was freed before goes back, so that its use counts again
-    libc.mallopt(_MMAP_THRESHOLD, 2**17)  # and so does, at once, what is freed meanwhile: gaps in the heap are no use
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: proc(5)
-    before = _status("VmRSS")
-    try:
-        result = work()
-        return result, max(0, _status("VmHWM") - before)
-    finally:
-        libc.mallopt(_MMAP_THRESHOLD, 2**25)  # where glibc's own ends up after large tensors
-        libc.mallopt(_TRIM_THRESHOLD, 2**26)
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
 
 
 # ------------------------------------------------------------------------------------------------------------ results

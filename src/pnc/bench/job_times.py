@@ -13,7 +13,7 @@ from pnc.baselines.finetuning import WITH_REPLAY
 from pnc.baselines.protocol import Budget
 from pnc.baselines.tuning import Method, train_once
 from pnc.baselines.tuning import Setting as TuningSetting
-from pnc.bench.coverage import peak_memory
+from pnc.bench.measuring import finish, peak_memory
 from pnc.bench.positions import Setting
 from pnc.bench.results import Cells
 from pnc.cloning import clone
@@ -61,7 +61,7 @@ def _row(setting: Setting, seed: int, form: str, cells: Cells) -> dict[str, Any]
     seconds: list[float] = []
     for _ in range(N_REPEATS.get(form, 1)):
         start = time.perf_counter()
-        _, peak = peak_memory(work)
+        _, peak = peak_memory(work, setting.device)
         seconds.append(time.perf_counter() - start)
     if form in COUNTED:
         with FlopCounterMode(display=False) as counter:
@@ -85,7 +85,7 @@ def _work(setting: Setting, seed: int, form: str, cells: Cells, found: dict[str,
         found.update(
             macs_share=made.recipe["macs_share"],
             held_out_score=made.recipe["score"],
-            once_macs=n_samples * sum(_network_macs(one) for one in (source, target)),
+            once_macs=n_samples * sum(_network_macs(one, setting.device) for one in (source, target)),
         )
 
     def task() -> CloneTask:
@@ -104,9 +104,9 @@ def _work(setting: Setting, seed: int, form: str, cells: Cells, found: dict[str,
     return make if form in CLONES else search if form == SEARCH else tune
 
 
-def _network_macs(model: LoadedModel) -> int:
+def _network_macs(model: LoadedModel, device: torch.device) -> int:
     with FlopCounterMode(display=False) as counter, evaluating(model.module):
-        model.module(torch.zeros(1, *model.input_shape))
+        model.module(torch.zeros(1, *model.input_shape, device=device))
     return int(counter.get_total_flops()) // 2
 
 
@@ -116,8 +116,10 @@ def _scratch(setting: Setting, seed: int) -> dict[str, Any]:
     new = [name for name in source.classes if name not in setting.target.classes]
     images = class_subset(setting.train, new)
     recipe = recipe_for(source.spec)
-    model = build_model(source.spec, new, source.input_shape, seed=seed).module.train()
-    batch = images_as_float(images.images[: recipe.batch_size]), images.labels[: recipe.batch_size]
+    device = setting.device
+    model = build_model(source.spec, new, source.input_shape, seed=seed).module.train().to(device)
+    first = slice(recipe.batch_size)
+    batch = images_as_float(images.images[first]).to(device), images.labels[first].to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     seconds = []
     for _ in range(N_STEPS):
@@ -126,6 +128,7 @@ def _scratch(setting: Setting, seed: int) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        finish(device)
         seconds.append(time.perf_counter() - start)
     n_steps = recipe.epochs * max(1, len(images.labels) // recipe.batch_size)
     step = median(seconds[1:])

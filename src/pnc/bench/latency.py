@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pnc.adapters import Adapter, Stitched
-from pnc.bench.coverage import peak_memory
+from pnc.bench.measuring import finish, peak_memory
 from pnc.bench.positions import Setting
 from pnc.bench.results import Cells
 from pnc.branch import Branch
@@ -38,6 +38,8 @@ from pnc.positions import scan
 from pnc.task import Network, Progress, prepare_task, read_network
 
 BATCHES = (1, 8, 64)
+GPU_BATCHES = (*BATCHES, 1024)
+"""On GPUs, which smaller batches do not fill."""
 DENSITIES = (1.0, 0.5, 0.3)
 ALIGNED = "0.5, multiples of 8"
 """The density at which channels are kept in groups of 8 too, which convolutions on CPUs take at a time."""
@@ -56,6 +58,8 @@ LARGE = "timm:resnet50?pretrained=false"
 SECONDS = 8.0
 """Time for the rounds of one case, about."""
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+N_WARM = 3
+"""Rounds that do not count: the first ones compile, choose kernels and record what a GPU shall do."""
 
 _RECIPE = ("score", "standard_error", "macs_share", "n_new_samples", "n_base_samples")
 
@@ -87,9 +91,14 @@ class Bench:
         self._clones: dict[str, Clone] = {}
 
     @property
+    def batches(self) -> tuple[int, ...]:
+        """Sizes of batches, the largest one last."""
+        return GPU_BATCHES if self._setting.device.type == "cuda" else BATCHES
+
+    @property
     def images(self) -> Tensor:
-        """As many test images as the largest batch has."""
-        return images_as_float(self._setting.test.images[: max(BATCHES)])
+        """As many test images as the largest batch has, where the networks are."""
+        return images_as_float(self._setting.test.images[: self.batches[-1]]).to(self._setting.device)
 
     @cached_property
     def one(self) -> Forms:
@@ -123,7 +132,7 @@ class Bench:
         forms["density 0.5, fused"] = net.fused()
         if layout == "compiled":
             del forms["density 0.5"]
-            return {name: torch.compile(form, dynamic=False) for name, form in forms.items()}  # type: ignore[misc]
+            forms = {name: _compiled(form) for name, form in forms.items()}
         return forms
 
     def _clone(self, name: str) -> Clone:
@@ -157,12 +166,18 @@ class Bench:
     def _plumbing(self) -> Clone:
         target, shape = self._setting.target, self._setting.target.input_shape
         source = build_model("zoo:cnn?width=0.125", ("something new",), shape)
+        source.module.to(self._setting.device)
         return untrained_clone(source, target, self.images[:2])
 
 
 def several(number: int) -> str:
     """What so many whole sources beside the target are called."""
     return f"target + {number} sources"
+
+
+def _compiled(form: nn.Module) -> nn.Module:
+    made: nn.Module = torch.compile(form, dynamic=False, mode="reduce-overhead")  # type: ignore[assignment]
+    return made
 
 
 def _both(net: Composite, name: str) -> dict[str, nn.Module]:
@@ -198,14 +213,14 @@ def untrained_clone(source: LoadedModel, target: LoadedModel, example: Tensor) -
 # ----------------------------------------------------------------------------------------------------------- latency
 
 
-def cases(layouts: Sequence[str]) -> list[tuple[str, int, str]]:
+def cases(batches: Sequence[int], layouts: Sequence[str]) -> list[tuple[str, int, str]]:
     """(name, batch size, layout) of all cases; one clone and many ones as they are, and one in the other layouts.
 
     Compiled for the smallest batch only: it takes half a minute for each form.
     """
-    found = [(f"{what}, batch {batch}", batch, what) for batch in BATCHES for what in ("one clone", "many clones")]
-    others = [(f"{layout}, batch {batch}", batch, layout) for layout in layouts[1:] for batch in BATCHES]
-    return found + [one for one in others if one[2] != "compiled" or one[1] == BATCHES[0]]
+    found = [(f"{what}, batch {batch}", batch, what) for batch in batches for what in ("one clone", "many clones")]
+    others = [(f"{layout}, batch {batch}", batch, layout) for layout in layouts[1:] for batch in batches]
+    return found + [one for one in others if one[2] != "compiled" or one[1] == batches[0]]
 
 
 def run_case(bench: Bench, case: str, batch: int, what: str) -> Iterator[dict[str, Any]]:
@@ -217,7 +232,7 @@ def run_case(bench: Bench, case: str, batch: int, what: str) -> Iterator[dict[st
         images = images.to(memory_format=torch.channels_last)
     with torch.inference_mode():
         try:
-            times = measure({name: partial(form, images) for name, form in forms.items()}, SECONDS)
+            times = measure({name: partial(form, images) for name, form in forms.items()}, images.device, SECONDS)
         except RuntimeError as error:  # whatever torch's compiler says of the machine's
             if what != "compiled":
                 raise
@@ -226,7 +241,7 @@ def run_case(bench: Bench, case: str, batch: int, what: str) -> Iterator[dict[st
         seconds = time.perf_counter() - start
         for name, values in times.items():
             whole = times.get(_reference(name))
-            costs = {} if what == "compiled" else _costs(forms[name], images, weigh=batch == max(BATCHES))
+            costs = {} if what == "compiled" else _costs(forms[name], images, weigh=batch == len(bench.images))
             yield {
                 "part": "latency",
                 "case": case,
@@ -251,16 +266,20 @@ def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
     return median(a / b for a, b in zip(seconds, others, strict=True))
 
 
-def measure(calls: Mapping[str, Callable[[], Any]], seconds: float, most: int = MAX_ROUNDS) -> dict[str, list[float]]:
-    """Time every call in every round, in seconds, after a round that does not count; for `seconds` or `most` rounds."""
-    for call in calls.values():
+def measure(
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float, most: int = MAX_ROUNDS
+) -> dict[str, list[float]]:
+    """Time every call in every round, in seconds, after rounds that do not count; for `seconds` or `most` rounds."""
+    for call in [*calls.values()] * N_WARM:
         call()
+    finish(device)
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     for number in range(most):
         for name, call in calls.items():
             start = time.perf_counter()
             call()
+            finish(device)
             times[name].append(time.perf_counter() - start)
         if number + 1 >= MIN_ROUNDS and time.perf_counter() > end:
             break
@@ -277,7 +296,7 @@ def _costs(form: nn.Module, images: Tensor, weigh: bool) -> dict[str, Any]:
     with FlopCounterMode(display=False) as counter:
         form(images)
     costs: dict[str, Any] = {"n_macs": counter.get_total_flops() // (2 * len(images))}
-    return {**costs, "peak_bytes": peak_memory(lambda: form(images))[1]} if weigh else costs
+    return {**costs, "peak_bytes": peak_memory(lambda: form(images), images.device)[1]} if weigh else costs
 
 
 # ----------------------------------------------------------------------------------------------- coming and going
@@ -291,13 +310,15 @@ def run_life(setting: Setting, case: str) -> Iterator[dict[str, Any]]:
         except InputError as error:  # without timm
             yield {"part": "life", "case": case, "form": "attach", "skipped": str(error)}
             return
+        for model in models:
+            model.module.to(setting.device)
         example = torch.rand(2, *models[0].input_shape, generator=torch.Generator().manual_seed(0))
     else:
         models = [setting.source, setting.target]
         example = images_as_float(setting.test.images[:2])
     classes = tuple(f"new {number}" for number in range(len(models[0].classes)))
     source = LoadedModel(models[0].module, models[0].spec, classes, models[0].input_shape)
-    made = untrained_clone(source, models[1], example)
+    made = untrained_clone(source, models[1], example.to(setting.device))
     other = made.renamed("other", {name: f"other {name}" for name in made.classes})
     net = attach(models[1].module, made)
     with TemporaryDirectory() as folder:
@@ -311,14 +332,14 @@ def run_life(setting: Setting, case: str) -> Iterator[dict[str, Any]]:
             "load": lambda: load(path, source=source.module),
             "fingerprint": lambda: fingerprint(models[1].module),
         }
-        for name, values in measure(calls, seconds=4, most=MIN_ROUNDS).items():
+        for name, values in measure(calls, setting.device, seconds=4, most=MIN_ROUNDS).items():
             yield {"part": "life", "case": case, "form": name, **_spread(values)}
 
 
 def run(setting: Setting, seed: int, layouts: Sequence[str], cells: Cells, progress: Progress | None = None) -> None:
     """Measure every case that is not in `cells` yet, latency first; keys: part, case and form."""
     bench = Bench(setting, seed)
-    wanted = [("latency", case, batch, what) for case, batch, what in cases(layouts)]
+    wanted = [("latency", case, batch, what) for case, batch, what in cases(bench.batches, layouts)]
     wanted += [("life", case, 0, "") for case in ("pair", LARGE)]
     for done, (part, case, batch, what) in enumerate(wanted):
         if progress is not None:

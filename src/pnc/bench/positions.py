@@ -54,6 +54,11 @@ class Setting:
     n_base: int
     flip: bool
 
+    @property
+    def device(self) -> torch.device:
+        """Where both networks are."""
+        return next(self.target.module.parameters()).device
+
 
 def run(setting: Setting, seeds: Sequence[int], cells: Cells, progress: Progress | None = None) -> list[dict[str, Any]]:
     """Make a clone by each strategy for each seed, and measure it on all test images.

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from pnc.bench.measuring import CPU
 from pnc.errors import FileFormatError, InputError
 from pnc.files import canonical_json, write_file
 
@@ -52,11 +53,11 @@ def over_seeds(claim: str, relation: Literal[">=", "<="], bound: float, values: 
     return Claim(claim, f"{relation} {bound:g}", mean, holds, spread)
 
 
-def environment() -> dict[str, Any]:
-    """Versions, threads and device: what numbers depend on beside the code."""
+def environment(device: torch.device = CPU) -> dict[str, Any]:
+    """Versions, threads and the name of the device: what numbers depend on beside the code."""
     versions = {name: importlib.metadata.version(name) for name in ("pnc", "torch", "numpy", "safetensors")}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {"python": platform.python_version(), **versions, "threads": torch.get_num_threads(), "device": device}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"python": platform.python_version(), **versions, "threads": torch.get_num_threads(), "device": name}
 
 
 def commit() -> str | None:
@@ -130,6 +131,7 @@ def write_results(
     facts: Mapping[str, Any],
     claims: Sequence[Claim],
     markdown: str,
+    device: torch.device = CPU,
 ) -> None:
     """Write `name.json` and `name.md` into `folder`.
 
@@ -140,10 +142,11 @@ def write_results(
         facts: What was measured; `rows` among them.
         claims: Computed from the rows.
         markdown: The rows as a table, with whatever must be said.
+        device: Where it was measured.
     Raises:
         InputError: the folder is not there or cannot be written to.
     """
-    made_by, settings = commit(), environment()
+    made_by, settings = commit(), environment(device)
     where = {"command": command, "commit": made_by, "environment": settings}
     whole = {**where, **facts, "claims": [asdict(claim) for claim in claims]}
     write_file(folder / f"{name}.json", json.dumps(whole, indent=2) + "\n")

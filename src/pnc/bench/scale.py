@@ -11,6 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.utils.data import Dataset
 
-from pnc.bench.coverage import peak_memory
+from pnc.bench.measuring import finish, peak_memory
 from pnc.bench.results import Cells, Claim, at_most, commit, table
 from pnc.checkpoint import save
 from pnc.cloning import clone, fit
@@ -29,11 +30,12 @@ from pnc.integrity import fingerprint
 from pnc.networks import resnet
 from pnc.parallel import ALONE, Team, joined
 from pnc.positions import scan
-from pnc.task import Progress, prepare_task
+from pnc.task import Precision, Progress, prepare_task
 
 SAMPLES = (64, 256, 1024)
 CUTS = (2, 8, 32)
 KEYS = ("cell", "n")
+LARGE, LARGE_HALF = "clone, ResNet-50", "clone, ResNet-50, bfloat16"
 N_CLASSES = 10
 """Of base classes, and of new ones; both networks of 32x32 know as many, ResNet-50 as a source knows 1000."""
 GROWTH = {"scan, samples": "n", "scan, cuts": "cuts"}
@@ -93,20 +95,28 @@ def _layer(n_in: int, n_out: int, kernel: int, stride: int) -> tuple[nn.Module, 
 # ----------------------------------------------------------------------------------------------------------- the cells
 
 
-def cells(n_stream: int, n_large: int, n_scan: int) -> list[dict[str, Any]]:
-    """What is measured: names of cells, and how many samples, cuts or processes; no ResNet-50 where `n_large` is 0."""
+def cells(n_stream: int, n_large: int, n_scan: int, device: str = "cpu") -> list[dict[str, Any]]:
+    """What is measured: names of cells, and how many samples, cuts or processes.
+
+    There is no ResNet-50 where `n_large` is 0; processes have a GPU each.
+    """
+    most_processes = torch.cuda.device_count() if torch.device(device).type == "cuda" else 2
     return [
         *({"cell": "scan, samples", "n": n} for n in SAMPLES),
         *({"cell": "scan, cuts", "n": n} for n in CUTS),
-        *({"cell": "clone, processes", "n": n} for n in (1, 2)),
+        *({"cell": "clone, processes", "n": n} for n in (1, 2) if n <= most_processes),
         {"cell": "scan, 32x32", "n": n_scan},
         {"cell": "clone, streaming", "n": n_stream},
-        *({"cell": "clone, ResNet-50", "n": n} for n in (n_large,) if n),
+        *({"cell": cell, "n": n_large} for cell in (LARGE, LARGE_HALF) if n_large),
     ]
 
 
 def run(
-    wanted: Sequence[Mapping[str, Any]], threads: int, kept: Cells, progress: Progress | None = None
+    wanted: Sequence[Mapping[str, Any]],
+    threads: int,
+    kept: Cells,
+    progress: Progress | None = None,
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Measure the cells that are not there yet, one after the other, each in a process of its own.
 
@@ -115,6 +125,7 @@ def run(
         threads: For torch, in each process; the cells of several processes take one each.
         kept: Where rows are kept, by `KEYS`.
         progress: Called with the cell, the cells done, and the cells in all.
+        device: Where networks are.
     """
     for done, cell in enumerate(wanted):
         if progress is not None:
@@ -124,7 +135,7 @@ def run(
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "row.pt"
             processes = cell["n"] if cell["cell"] == "clone, processes" else 1
-            spawn(_measure, (dict(cell), processes, threads, _free_port(), str(out)), processes)
+            spawn(_measure, (dict(cell), processes, threads, device, _free_port(), str(out)), processes)
             kept.add({**cell, **torch.load(out), "commit": commit()})
     rows = {(row["cell"], row["n"]): row for row in kept.rows}
     return [rows[cell["cell"], cell["n"]] for cell in wanted]
@@ -137,29 +148,31 @@ def _free_port() -> int:
     return port
 
 
-def _measure(rank: int, cell: Mapping[str, Any], processes: int, threads: int, port: int, out: str) -> None:
+def _measure(
+    rank: int, cell: Mapping[str, Any], processes: int, threads: int, device: str, port: int, out: str
+) -> None:
     """Measure one cell, in a process of its own."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(processes))
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1 if cell["cell"] == "clone, processes" else threads)
     torch.manual_seed(0)
-    with joined() as (team, _):
-        row = _CELLS[cell["cell"]](cell["n"], team)
+    with joined(device) as (team, own_device):
+        row = _CELLS[cell["cell"]](cell["n"], team, own_device)
         if team.is_main:
             torch.save(row, out)
 
 
-def _timed(work: Any) -> dict[str, Any]:
+def _timed(work: Any, device: torch.device) -> dict[str, Any]:
     """Time of this process, by the clock and by what it used, and its peak memory above what it had; and the result."""
     started, used = time.perf_counter(), time.process_time()
-    made, peak = peak_memory(work)
+    made, peak = peak_memory(work, device)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"made": made, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_gib": (peak or most) / GIB}
 
 
-def _pair(n_blocks: int, width: float = 1.0) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
-    source, target = (resnet((3, 32, 32), N_CLASSES, n_blocks, width).eval() for _ in range(2))
+def _pair(device: torch.device, n_blocks: int, width: float = 1.0) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    source, target = (resnet((3, 32, 32), N_CLASSES, n_blocks, width).eval().to(device) for _ in range(2))
     return source, target, _names(N_CLASSES)
 
 
@@ -180,50 +193,57 @@ def _scan(source: nn.Module, target: nn.Module, names: Mapping[str, Any], data: 
         finally:
             task.close()
 
-    row = _timed(work)
+    row = _timed(work, _device_of(target))
     found = row.pop("made")
     n_cuts = len({names[1] for names in found.adapter_errors})
     return {**row, "positions": len(found.positions), "cuts": n_cuts, "macs_share": None}
 
 
-def _scan_samples(n: int, team: Team) -> dict[str, Any]:
-    return _scan(*_pair(3), Noise(n, 32), 12)
+def _device_of(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
 
 
-def _scan_cuts(n: int, team: Team) -> dict[str, Any]:
-    return _scan(*_pair(11, 0.5), Noise(48, 32), n)
+def _scan_samples(n: int, team: Team, device: torch.device) -> dict[str, Any]:
+    return _scan(*_pair(device, 3), Noise(n, 32), 12)
+
+
+def _scan_cuts(n: int, team: Team, device: torch.device) -> dict[str, Any]:
+    return _scan(*_pair(device, 11, 0.5), Noise(48, 32), n)
 
 
 def _clone(source: nn.Module, target: nn.Module, names: Mapping[str, Any], data: Any, team: Team) -> dict[str, Any]:
-    row = _timed(lambda: clone(source, target, data, team=team, **names))
+    row = _timed(lambda: clone(source, target, data, team=team, **names), _device_of(target))
     made = row.pop("made")
     return {**row, "positions": None, "cuts": None, "macs_share": made.recipe["macs_share"]}
 
 
-def _clone_streaming(n: int, team: Team) -> dict[str, Any]:
-    return _clone(*_pair(3), Noise(n, 32), ALONE)
+def _clone_streaming(n: int, team: Team, device: torch.device) -> dict[str, Any]:
+    return _clone(*_pair(device, 3), Noise(n, 32), ALONE)
 
 
-def _clone_processes(n: int, team: Team) -> dict[str, Any]:
-    return _clone(*_pair(3), Noise(512, 32), team)
+def _clone_processes(n: int, team: Team, device: torch.device) -> dict[str, Any]:
+    return _clone(*_pair(device, 3), Noise(512, 32), team)
 
 
-def _clone_resnet50(n: int, team: Team) -> dict[str, Any]:
-    source, target, names = resnet50(1000), resnet50(N_CLASSES), _names(1000)
-    task = prepare_task(source, target, Noise(n, 224), **names)
-    scanned = _timed(lambda: scan(task))
+def _clone_resnet50(n: int, team: Team, device: torch.device, precision: Precision = "float32") -> dict[str, Any]:
+    source, target, names = resnet50(1000).to(device), resnet50(N_CLASSES).to(device), _names(1000)
+    task = prepare_task(source, target, Noise(n, 224), precision=precision, **names)
+    scanned = _timed(lambda: scan(task), device)
     found = scanned.pop("made")
-    fitted = _timed(lambda: fit(task, found.adapter(found.choose())))
+    fitted = _timed(lambda: fit(task, found.adapter(found.choose())), device)
     made = fitted.pop("made")
     task.close()
     net = attach(target, made)
-    laps = [(_shortest(lambda: net.detach(made.name), 1), _shortest(lambda: net.attach(made), 1)) for _ in range(5)]
+    laps = [
+        (_shortest(lambda: net.detach(made.name), device, 1), _shortest(lambda: net.attach(made), device, 1))
+        for _ in range(5)
+    ]
     detach_seconds, attach_again_seconds = map(min, zip(*laps, strict=True))
     times = {
-        "fingerprint_seconds": _shortest(lambda: fingerprint(target)),
+        "fingerprint_seconds": _shortest(lambda: fingerprint(target), device),
         "detach_seconds": detach_seconds,
         "attach_again_seconds": attach_again_seconds,
-        "attach_seconds": _shortest(lambda: attach(target, made)),
+        "attach_seconds": _shortest(lambda: attach(target, made), device),
     }
     with tempfile.TemporaryDirectory() as folder:
         times["file_bytes"] = save(made, Path(folder) / "clone.safetensors")
@@ -240,23 +260,25 @@ def _clone_resnet50(n: int, team: Team) -> dict[str, Any]:
     }
 
 
-def _shortest(work: Callable[[], object], n: int = 3) -> float:
+def _shortest(work: Callable[[], object], device: torch.device, n: int = 3) -> float:
     """Seconds of the shortest of some runs: what else the machine does only adds to one."""
     laps = []
     for _ in range(n):
         started = time.perf_counter()
         work()
+        finish(device)
         laps.append(time.perf_counter() - started)
     return min(laps)
 
 
-_CELLS: Mapping[str, Callable[[int, Team], dict[str, Any]]] = {
+_CELLS: Mapping[str, Callable[[int, Team, torch.device], dict[str, Any]]] = {
     "scan, samples": _scan_samples,
     "scan, cuts": _scan_cuts,
     "scan, 32x32": _scan_samples,
     "clone, streaming": _clone_streaming,
     "clone, processes": _clone_processes,
-    "clone, ResNet-50": _clone_resnet50,
+    LARGE: _clone_resnet50,
+    LARGE_HALF: partial(_clone_resnet50, precision="bfloat16"),
 }
 
 
@@ -286,7 +308,7 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
         at_most(f"scan of {many['n']} samples of 32x32, GiB", 2, many["peak_gib"]),
         at_most(f"clone of {stream['n']} samples of 32x32 by streaming, GiB", 1.5, stream["peak_gib"]),
     ]
-    large = at.get("clone, ResNet-50")
+    large = at.get(LARGE)
     if large is None:
         return found
     return [
@@ -304,7 +326,7 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
 def markdown(rows: Sequence[Mapping[str, Any]], threads: int, picture: str | None) -> str:
     """The rows as a table, with what must be said."""
     shown = [["" if row[key] is None else row[key] for key in COLUMNS] for row in rows]
-    large = next((row for row in rows if row["cell"] == "clone, ResNet-50"), None)
+    large = next((row for row in rows if row["cell"] == LARGE), None)
     last = "The ResNet-50 pair was not measured."
     if large is not None:
         last = (
@@ -322,7 +344,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], threads: int, picture: str | Non
             *drawn,
             "`n`: samples, cuts asked for, or processes. `seconds`: by the clock, which other work on the machine "
             "makes longer; `cpu_seconds`: of all threads of the (first) process. `peak_gib`: peak memory above what "
-            "the process had with its networks in memory.",
+            "the process had with its networks in memory; on a GPU, of the GPU.",
             "",
             last,
         ]
