@@ -110,6 +110,7 @@ def test_a_composite_moves_to_a_gpu_and_back(stage):
         before = net(stage.images)
         there = net.cuda()(stage.images.cuda())
         assert there.is_cuda and torch.allclose(there.cpu(), before, atol=0.01)  # convolutions in TF32
+        assert torch.equal(torch.nn.DataParallel(net)(stage.images), there)
         assert torch.equal(net.cpu()(stage.images), before)
 
 

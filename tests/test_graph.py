@@ -180,8 +180,8 @@ def test_wrappers_are_taken_off_and_nothing_is_compiled():
     inner.layers[1] = torch.compile(inner.layers[1], backend=refuse_to_compile)
     inner.layers[2].compile(backend=refuse_to_compile)
     inner.stem.forward = torch.compile(inner.stem.forward, backend=refuse_to_compile)
-    wrapped = [nn.DataParallel(network), torch.compile(network, backend=refuse_to_compile), inner]
-    wrapped.append(torch.compile(nn.DataParallel(wrapped[1]), backend=refuse_to_compile))
+    wrapped = [zoo.data_parallel(network), torch.compile(network, backend=refuse_to_compile), inner]
+    wrapped.append(torch.compile(zoo.data_parallel(wrapped[1]), backend=refuse_to_compile))
     for model in wrapped:
         recording = record(model, zoo.images(2))
         with torch.no_grad():

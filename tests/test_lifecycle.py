@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pnc
+import zoo
 from pnc.bench import sequences
 from pnc.bench.sequences import ACTIONS, BASE, GROUPS, Life
 from pnc.branch import Scalars
@@ -312,7 +313,7 @@ def test_inference_mode_leaves_nothing_behind(stage, logits):
 
 
 def test_data_parallel_with_one_device_and_a_refusal_of_more(stage, net, logits):
-    assert same(nn.DataParallel(net), stage.images, logits)
+    assert same(zoo.data_parallel(net), stage.images, logits)
     with pytest.raises(InputError, match="cannot be spread over several devices by DataParallel"):
         net._replicate_for_data_parallel()
 

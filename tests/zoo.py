@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -27,6 +28,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {}
 
 def images(n, seed=0):
     return torch.randn((n, 3, 8, 8), generator=torch.Generator().manual_seed(seed))
+
+
+def data_parallel(network):
+    """Wrapped as on a machine without GPUs: where there is one, the wrapper would move the network there."""
+    with patch("torch.nn.parallel.data_parallel._get_available_device_type", lambda: None):
+        return nn.DataParallel(network)
 
 
 def build(factory):
@@ -596,7 +603,7 @@ class ParallelPart(Around):
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.DataParallel(self.stem)
+        self.stem = data_parallel(self.stem)
 
 
 @torch.library.custom_op("zoo::doubled", mutates_args=())

@@ -27,9 +27,10 @@ from pnc.grids import from_grid, grid_size, pool, resize, to_grid
 from pnc.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.plans import Plan, check_like
 
-TOLERANCE = 1e-4
+TOLERANCE, GPU_TOLERANCE = 1e-4, 1e-2
 """Largest accepted difference of new logits, relative to the largest, on the probe that every fused form is tried on:
-ten times what other orders of summation make of float32, far below what a wrong rule would."""
+ten times what other orders of summation make of float32, far below what a wrong rule would. On GPUs products may be
+rounded to eleven bits (TF32)."""
 
 
 class FusedComposite(nn.Module):
@@ -97,7 +98,8 @@ class FusedComposite(nn.Module):
         if not expected.numel() or probe.element_size() < 4:  # 16 bits round too much to tell
             return
         difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
-        if not difference <= TOLERANCE * max(scale, 1.0):
+        tolerance = TOLERANCE if probe.device.type == "cpu" else GPU_TOLERANCE
+        if not difference <= tolerance * max(scale, 1.0):
             raise PNCError(
                 f"the fused form differs from the composite by {difference:.2g} (largest logit {scale:.2g}); please "
                 "report the networks, and use the composite itself meanwhile"
