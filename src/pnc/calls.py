@@ -125,6 +125,14 @@ def _gelu(layer: Any) -> _Call:
     return F.gelu, (), {"approximate": layer.approximate}
 
 
+def _adaptive_pool(layer: Any) -> _Call:
+    return F.adaptive_avg_pool2d, (), {"output_size": layer.output_size}
+
+
+def _flatten(layer: Any) -> _Call:
+    return torch.flatten, (), {"start_dim": layer.start_dim, "end_dim": layer.end_dim}
+
+
 _CALLS: Mapping[Any, Callable[[Any], _Call]] = {
     nn.Conv2d: _convolution,
     nn.BatchNorm2d: _batch_norm,
@@ -132,6 +140,8 @@ _CALLS: Mapping[Any, Callable[[Any], _Call]] = {
     nn.LayerNorm: _layer_norm,
     nn.ReLU: _relu,
     nn.GELU: _gelu,
+    nn.AdaptiveAvgPool2d: _adaptive_pool,
+    nn.Flatten: _flatten,
 }
 _FRESH = torch.conv2d, F.linear, F.batch_norm
 """Functions whose results are memory of their own, which their gradients do not read."""

@@ -14,12 +14,14 @@ from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 from pnc.adapters import Adapter, Stitched
 from pnc.calls import called_directly, flattened, reusing_memory
 from pnc.channel_rules import has_hooks
-from pnc.compaction import own_copy
+from pnc.compaction import filled, own_copy
 from pnc.grids import grid_size
 from pnc.tracing import info
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_LANES = 16
+"""Channels that processors take at a time."""
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Part:
         adapter: Its own copy; `weight` and `bias` may have taken in what comes behind them.
         stride: Of the adapter's convolution.
         body: The source's part.
-        channels_last: Its convolutions' weights lie channels last, and so do the maps that it is given and makes.
+        channels_last: Whether it can be given maps that lie channels last.
     """
 
     tap: int
@@ -61,6 +63,7 @@ def _fold(body: fx.GraphModule, given: Tensor) -> "_Layers":
         ShapeProp(body).propagate(given)
     layers = _Layers(body)
     _fold_norms(body, layers)
+    _fold_fills(body, layers)
     body.delete_all_unused_submodules()
     body.recompile()
     return layers
@@ -77,29 +80,24 @@ def folded_part(tap: int, stitched: Stitched) -> Part:
         pass
     body.delete_all_unused_submodules()
     body.recompile()
-    _lay_out(part)
+    part.channels_last = _takes_channels_last(part)
     reusing_memory(called_directly(body))
     return part
 
 
-def _lay_out(part: Part) -> None:
-    """Let convolutions work channels last, which takes a quarter less time on a CPU, where the part can."""
-    convolutions = [layer for layer in part.body.modules() if isinstance(layer, nn.Conv2d)]
+def _takes_channels_last(part: Part) -> bool:
+    """Whether the part has convolutions, and nothing that only takes the usual layout."""
     given = next(node for node in part.body.graph.nodes if node.op == "placeholder")
     shape = given.meta["tensor_meta"].shape
-    if not convolutions or len(shape) != 4:
-        return
+    if len(shape) != 4 or not any(isinstance(layer, nn.Conv2d) for layer in part.body.modules()):
+        return False
     tensor = torch.zeros(shape, dtype=part.adapter.weight.dtype, device=part.adapter.weight.device)
-    formats = torch.contiguous_format, torch.channels_last
-    for layer in convolutions:
-        layer.weight.data = layer.weight.data.contiguous(memory_format=formats[1])
     try:
         with torch.no_grad():
-            part.body(tensor.contiguous(memory_format=formats[1]))
-        part.channels_last = True
-    except RuntimeError:  # a view of a map that is written to, which only the usual layout allows
-        for layer in convolutions:
-            layer.weight.data = layer.weight.data.contiguous(memory_format=formats[0])
+            part.body(tensor.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:  # a view of a map that is written to
+        return False
+    return True
 
 
 class _Layers:
@@ -136,6 +134,30 @@ def _fold_norms(body: fx.GraphModule, layers: _Layers) -> None:
             continue
         weight = cast(nn.Conv2d, layer).weight
         body.set_submodule(str(source.target), fused.to(weight.device, weight.dtype))
+        _bypass(node, source)
+
+
+def _fold_fills(body: fx.GraphModule, layers: _Layers) -> None:
+    """Let convolutions give the zeros themselves that are filled in behind them for removed channels.
+
+    Where a processor computes these channels anyway, taking `_LANES` at a time, that saves two passes over the map.
+    """
+    for node in list(body.graph.nodes):
+        if node.target is not filled:
+            continue
+        source, dim, index, size = node.args
+        layer = layers.of(source)
+        if type(layer) is not nn.Conv2d or layer.groups > 1 or dim != 1 or len(source.users) > 1:
+            continue
+        if math.ceil(size / _LANES) > math.ceil(layer.out_channels / _LANES):
+            continue
+        wide, kept = copy.deepcopy(layer), getattr(body, index.target)
+        wide.out_channels = size
+        for name, tensor in layer.named_parameters():
+            full = tensor.new_zeros(size, *tensor.shape[1:]).index_copy(0, kept, tensor)
+            setattr(wide, name, nn.Parameter(full, requires_grad=False))
+        body.set_submodule(str(source.target), wide)
+        source.meta.update(node.meta)
         _bypass(node, source)
 
 

@@ -129,9 +129,8 @@ class _Stem(nn.Module):
         self._sizes = [len(part.adapter.bias) for part in parts]
         self._rectified = [part.adapter.rectify for part in parts]
         self._is_identity = first.adapter.is_identity
-        layout = torch.channels_last if first.channels_last else torch.contiguous_format
-        weight = torch.cat([part.adapter.weight for part in parts])
-        self.register_buffer("weight", weight.contiguous(memory_format=layout))
+        self._channels_last = first.channels_last
+        self.register_buffer("weight", torch.cat([part.adapter.weight for part in parts]))
         self.register_buffer("bias", torch.cat([part.adapter.bias for part in parts]))
         self.adapters = nn.ModuleList(part.adapter for part in parts)  # for their prefix tokens
         for part in parts:
@@ -140,13 +139,14 @@ class _Stem(nn.Module):
     def forward(self, tensor: Tensor) -> list[Tensor]:
         """What each body is given, from the target's tensor."""
         if self._is_identity:
-            return [tensor for _ in self.places]
+            return [self._laid_out(tensor)] * len(self.places)
         grid, prefix = to_grid(tensor, self._cut)
+        grid = self._laid_out(grid)
         made = grid if self._grows else resize(grid, self._size)
         made = F.conv2d(made, self.weight, self.bias, self._stride, self._padding)
         made = resize(made, self._size) if self._grows else made
         if all(self._rectified):
-            made = F.relu(made)
+            made = made.relu_()
         pieces = made.split(self._sizes, 1) if len(self._sizes) > 1 else (made,)
         if any(self._rectified) and not all(self._rectified):
             pieces = [F.relu(one) if flag else one for one, flag in zip(pieces, self._rectified, strict=True)]
@@ -154,6 +154,12 @@ class _Stem(nn.Module):
             from_grid(piece, adapter.prefix_tokens(grid, prefix), adapter.source_cut)
             for piece, adapter in zip(pieces, cast(Iterable[Adapter], self.adapters), strict=True)
         ]
+
+    def _laid_out(self, maps: Tensor) -> Tensor:
+        """Channels last where that pays: with clones that can take it, and more than one image."""
+        if not self._channels_last or maps.shape[0] == 1:
+            return maps
+        return maps.contiguous(memory_format=torch.channels_last)
 
 
 def _stems(parts: Sequence[Part]) -> list[_Stem]:

@@ -41,8 +41,8 @@ BATCHES = (1, 8, 64)
 GPU_BATCHES = (*BATCHES, 1024)
 """On GPUs, which smaller batches do not fill."""
 DENSITIES = (1.0, 0.5, 0.3)
-ALIGNED = "0.5, multiples of 8"
-"""The density at which channels are kept in groups of 8 too, which convolutions on CPUs take at a time."""
+ALIGNED, ALIGNED_SINGLES = "0.5, multiples of 8", "multiples of 8"
+"""Forms of which channels are kept in groups of 8 too, which convolutions on CPUs take at a time."""
 N_CLONES = (4, 16)
 """Numbers of clones beside one, of one class each, at the lowest density."""
 N_DISTINCT = 4
@@ -88,7 +88,7 @@ class Bench:
 
     def __init__(self, setting: Setting, seed: int = 0) -> None:
         self._setting, self._seed = setting, seed
-        self._clones: dict[str, Clone] = {}
+        self._clones: dict[tuple[str, int], Clone] = {}
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -119,6 +119,7 @@ class Bench:
         for number in N_CLONES:
             forms[several(number)] = SideBySide(target, *(copy.deepcopy(source) for _ in range(number)))
             forms |= _both(attach(target, *self._singles(number)), f"{number} clones")
+            forms |= _both(attach(target, *self._singles(number, 8)), f"{number} clones, {ALIGNED_SINGLES}")
         return forms
 
     def laid_out(self, layout: str) -> Forms:
@@ -135,8 +136,10 @@ class Bench:
             forms = {name: _compiled(form) for name, form in forms.items()}
         return forms
 
-    def _clone(self, name: str) -> Clone:
-        if name not in self._clones:
+    def _clone(self, name: str, round_to: int = 1) -> Clone:
+        """A clone of all classes at a density, or one of the class of that name."""
+        key = name, round_to
+        if key not in self._clones:
             source, target = self._setting.source, self._setting.target
             names = {"source_classes": source.classes, "base_classes": target.classes}
             settings: Any = {**names, "flip": self._setting.flip, "seed": self._seed}
@@ -145,23 +148,23 @@ class Bench:
             sizes = self._setting.n_new, self._setting.n_base
             if name in new:
                 support = draw_support(self._setting.train, [name], target.classes, *sizes, generator)
-                chosen: Any = {"classes": [name], "density": DENSITIES[-1], "method": "taylor"}
-                self._clones[name] = clone(source.module, target.module, support, **chosen, **settings)
+                chosen: Any = {"classes": [name], "density": DENSITIES[-1], "method": "taylor", "round_to": round_to}
+                self._clones[key] = clone(source.module, target.module, support, **chosen, **settings)
             else:
                 support = draw_support(self._setting.train, new, target.classes, *sizes, generator)
                 task = prepare_task(source.module, target.module, support, classes=new, **settings)
                 found = scan(task)
                 fitted = found.adapter(found.choose())
                 for density in DENSITIES:
-                    self._clones[f"{density:g}"] = fit(task, fitted, density=density, method="taylor")
-                self._clones[ALIGNED] = fit(task, fitted, density=0.5, method="taylor", round_to=8)
-        return self._clones[name]
+                    self._clones[f"{density:g}", 1] = fit(task, fitted, density=density, method="taylor")
+                self._clones[ALIGNED, 1] = fit(task, fitted, density=0.5, method="taylor", round_to=8)
+        return self._clones[key]
 
-    def _singles(self, number: int) -> list[Clone]:
+    def _singles(self, number: int, round_to: int = 1) -> list[Clone]:
         """Clones of one class each; of the source's first classes in turn, under other names."""
         new = [name for name in self._setting.source.classes if name not in self._setting.target.classes]
         chosen = [(n, new[n % min(len(new), N_DISTINCT)]) for n in range(number)]
-        return [self._clone(name).renamed(f"{name} {n}", {name: f"{name} {n}"}) for n, name in chosen]
+        return [self._clone(name, round_to).renamed(f"{name} {n}", {name: f"{name} {n}"}) for n, name in chosen]
 
     def _plumbing(self) -> Clone:
         target, shape = self._setting.target, self._setting.target.input_shape

@@ -6,7 +6,7 @@ from typing import Any
 
 from pnc.bench import job_times, latency
 from pnc.bench.job_times import CLOSED, GATES, SEARCH, SEQUENTIAL, TUNED
-from pnc.bench.latency import ALIGNED, LARGE, PLUMBING, WHOLE, several
+from pnc.bench.latency import ALIGNED, ALIGNED_SINGLES, LARGE, PLUMBING, WHOLE, several
 from pnc.bench.positions import Setting
 from pnc.bench.results import Cells, Claim, at_most, over_seeds, table
 from pnc.task import Progress
@@ -76,7 +76,7 @@ def _latency_claims(rows: Rows) -> list[Claim]:
     for batch, bound in ((1, 0.15), (64, 0.05)):
         case, many = f"one clone, batch {batch}", f"many clones, batch {batch}"
         for suffix in ("", ", fused"):
-            kind, all_of_them = f"composite{suffix}", made.get((many, f"16 clones{suffix}"))
+            kind = f"composite{suffix}"
             for density in ("0.5", ALIGNED):
                 half = made.get((case, f"density {density}{suffix}"))
                 if half:
@@ -84,11 +84,14 @@ def _latency_claims(rows: Rows) -> list[Claim]:
                     found.append(at_most(words, 0.85, half["of_whole"]))
                     share = half["n_macs"] / made[case, WHOLE]["n_macs"]
                     found.append(at_most(f"{kind} at density {density}, batch {batch}: MACs, likewise", 0.75, share))
-            if all_of_them:
-                words = f"{kind} of 16 clones at density .3, batch {batch}: latency as a share of target + 16 sources"
-                found.append(at_most(words, 0.4, all_of_them["of_whole"]))
-                share = all_of_them["n_macs"] / made[many, several(16)]["n_macs"]
-                found.append(at_most(f"{kind} of 16 clones, batch {batch}: MACs, likewise", 0.4, share))
+            for form in ("16 clones", f"16 clones, {ALIGNED_SINGLES}"):
+                all_of_them = made.get((many, form + suffix))
+                if all_of_them:
+                    words = f"{kind} of {form}, at density .3, batch {batch}"
+                    share = all_of_them["of_whole"]
+                    found.append(at_most(f"{words}: latency as a share of target + 16 sources", 0.4, share))
+                    share = all_of_them["n_macs"] / made[many, several(16)]["n_macs"]
+                    found.append(at_most(f"{words}: MACs, likewise", 0.4, share))
         if (case, PLUMBING) in made:
             words = f"plumbing at batch {batch}, as a share of the target's latency"
             found.append(at_most(words, bound, made[case, PLUMBING]["of_target"] - 1))
