@@ -63,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> None:
             n_new=n_new,
             n_base=n_base,
             flip=True,
-            group=", ".join(new),
+            group=", ".join(new[: options.new_classes]),
             budget=dataclasses.replace(BUDGET, precision=options.precision),
         )
         compare.run(setting, choose_methods(options.methods), range(options.seeds), cells, progress=report)
@@ -77,8 +77,8 @@ def main(words: Sequence[str] | None = None) -> None:
         }
         methods = f'--methods "{options.methods}" ' if options.methods else ""
         command = (
-            f"python examples/tiny_imagenet.py --data parquet:PATH --support {options.support} --seeds {options.seeds} "
-            f"{methods}"
+            f"python examples/tiny_imagenet.py --data parquet:PATH --support {options.support} "
+            f"--new-classes {options.new_classes} --seeds {options.seeds} {methods}"
             f"--source-size {options.source_size} --precision {options.precision} --threads {options.threads}"
         )
         text = markdown(facts, cells.rows)
@@ -93,6 +93,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="parquet:PATH or hf:NAME")
     parser.add_argument("--support", default="20/5", help="images per new and per base class")
+    parser.add_argument(
+        "--new-classes", type=int, default=N_NEW_CLASSES, help=f"how many of the {N_NEW_CLASSES}: 2 are a fifth of them"
+    )
     parser.add_argument(
         "--methods", help="names of methods, separated by commas, as in `pnc bench compare`; all of them"
     )
