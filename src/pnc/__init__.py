@@ -11,7 +11,7 @@ from pnc.calibration import Calibration, calibrate
 from pnc.checkpoint import inspect, load, save
 from pnc.cloning import Clone, clone, fit
 from pnc.composite import Composite, attach
-from pnc.data import ImageSet, Support, draw_support
+from pnc.data import ImageSet
 from pnc.errors import (
     ClassNameError,
     FileFormatError,
@@ -28,6 +28,7 @@ from pnc.plans import CloneStatus
 from pnc.positions import Position, Scan, scan
 from pnc.preprocessing import Preprocessed
 from pnc.readers import load_data
+from pnc.supports import Support, draw_support
 from pnc.task import CloneTask, prepare_task
 from pnc.verification import Report, snapshot, verify
 

@@ -26,11 +26,12 @@ from torch import Tensor
 from pnc.branch import Scalars, against_rivals
 from pnc.class_names import listed
 from pnc.composite import Composite
-from pnc.data import Support, as_images, as_support, images_as_float
+from pnc.data import images_as_float
 from pnc.discriminants import choose_shrinkage, fit_discriminants
 from pnc.errors import ClassNameError, InputError
 from pnc.heads import balanced_weights
 from pnc.integrity import undisturbed
+from pnc.supports import Support, as_images, as_support
 
 SCALE_SPREAD = 0.1
 OFFSET_SPREAD = 0.3

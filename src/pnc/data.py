@@ -1,20 +1,17 @@
-"""Labelled images, and the support that a clone is made from."""
+"""Labelled images of one size, and choices of them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
 from pnc.class_names import check_class_names, class_ids, listed
 from pnc.errors import ClassNameError, InputError
-from pnc.images import ImageStore, check_images
+from pnc.images import check_images
 
 
-# --------------------------------------------------------------------------------------------------- image sets
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Labelled images of one size, with the names of their classes.
@@ -42,7 +39,7 @@ class ImageSet:
                 f"images: floating-point pixels must lie in [0, 1], these lie in [{low:.3g}, {high:.3g}]; "
                 "pass them before any normalisation (networks hold their own)"
             )
-        _check_labels(self.labels, len(self.images), len(self.classes))
+        check_labels(self.labels, len(self.images), len(self.classes))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -141,145 +138,6 @@ def _pick(data: ImageSet, class_id: int, n_samples: int | None, pick: str, gener
     return indices[:n_samples] if pick == "first" else indices[-n_samples:]
 
 
-def _check_labels(labels: Tensor, n_images: int, n_classes: int) -> None:
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (n_images,):
-        came = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise InputError(f"labels: expected one int64 id per image, shape ({n_images},), got {came}")
-    if labels.min() < 0 or labels.max() >= n_classes:
-        raise InputError(
-            f"labels: ids must lie in 0-{n_classes - 1} ({n_classes} class names), "
-            f"these lie in {labels.min().item()}-{labels.max().item()}"
-        )
-
-
-# --------------------------------------------------------------------------------------------------- support
-@dataclass(frozen=True, eq=False)
-class Support:
-    """The few labelled samples that a clone is made from; made by `as_support` or `draw_support`.
-
-    Attributes:
-        images: (N, C, H, W), float32, as the networks take them.
-        labels: (N,), int64, each a place in `names`.
-        names: Class names, all different; a class may have no sample.
-    """
-
-    images: Tensor
-    labels: Tensor
-    names: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "names", check_class_names(self.names, "names"))
-        check_images(self.images, "support")
-        _check_labels(self.labels, len(self.images), len(self.names))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-
-def as_support(data: Any, names: Sequence[str] | None = None) -> Support:
-    """Turn whatever holds labelled samples into a `Support`; the global random state stays as it was.
-
-    Args:
-        data: A `Support`; an `ImageSet`; a pair (images, labels); a `Dataset` of such pairs, one sample each; or a
-            `DataLoader` of batches of them. Images are tensors, (C, H, W) each, uint8 (divided by 255) or floating
-            point (taken as they are). Labels are class names, or ids.
-        names: Class names. With ids it gives the name of each id, unless the data knows its names itself (a `Support`,
-            an `ImageSet`, a dataset with `classes`). With class names as labels it says which there are and in which
-            order; without it they are those that occur, sorted.
-
-    Raises:
-        InputError: no samples, samples of several shapes, NaN or infinite values, ids out of range or without names,
-            another kind of data.
-        ClassNameError: a label is not among `names`, or `names` has a name twice.
-    """
-    if isinstance(data, Support):
-        return data
-    if isinstance(data, ImageSet):
-        return Support(images_as_float(data.images), data.labels, data.classes)
-    images, labels = [], []
-    with torch.random.fork_rng(devices=[]):  # iterating a loader, even an unshuffled one, draws from the global state
-        for batch, column in _batches(data):
-            images.append(batch)
-            labels.extend(column)
-    ids, known = _named(data, labels, names)
-    return Support(images_as_float(_concatenated(images)), ids, known)
-
-
-@dataclass(frozen=True, eq=False)
-class StoredSupport:
-    """A support whose images may be too many for memory; made by `stored_support`.
-
-    Attributes:
-        images: Its N images.
-        labels: (N,), int64, each a place in `names`.
-        names: Class names, all different; a class may have no sample.
-    """
-
-    images: ImageStore
-    labels: Tensor
-    names: tuple[str, ...]
-
-
-def stored_support(data: Any, names: Sequence[str] | None, memory: int) -> StoredSupport:
-    """Read labelled samples once, and keep their images in memory or, beyond a bound, in a temporary file.
-
-    Args:
-        data: As for `as_support`. What a Dataset or a DataLoader gives is copied; other images stay where they are.
-        names: As for `as_support`.
-        memory: Bytes that copies may take in memory.
-    Raises:
-        InputError, ClassNameError: as `as_support`.
-    """
-    store = ImageStore(memory)
-    if isinstance(data, Support | ImageSet):
-        store.keep(data.images)
-        return StoredSupport(store, data.labels, data.names if isinstance(data, Support) else data.classes)
-    put = store.keep if isinstance(data, tuple | list) else store.add
-    labels: list[Any] = []
-    with torch.random.fork_rng(devices=[]):  # as in `as_support`
-        for batch, column in _batches(data):
-            put(batch)
-            labels.extend(column)
-    if not labels:
-        raise InputError("support: expected at least one sample, got none")
-    ids, known = _named(data, labels, names)
-    _check_labels(ids, len(store), len(known))
-    return StoredSupport(store, ids, known)
-
-
-def _named(data: Any, labels: list[Any], names: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
-    """The labels as ids, (N,), and the names that these are places in."""
-    column = _label_column(labels)
-    if not isinstance(column, Tensor):
-        there = sorted(set(column))
-        known = check_class_names(there if names is None else names, "names")
-        place = dict(zip(there, class_ids(there, known, "labels"), strict=True))
-        return torch.tensor([place[label] for label in column]), known
-    own = _own_names(data)
-    names = names if own is None else own
-    if names is None:
-        raise InputError("names: the labels are ids; give the name of each id as names=[...], or names as labels")
-    return column, check_class_names(names, "names")
-
-
-def as_images(data: Any, argument: str, like: Tensor) -> Tensor:
-    """Unlabelled images, (N, C, H, W), as floating point.
-
-    Args:
-        data: A tensor of images, uint8 (divided by 255) or floating point, or an `ImageSet`.
-        argument: What the message of an error calls it.
-        like: Images whose shape they must have.
-    Raises:
-        InputError: they are no images, none, or of another shape.
-    """
-    images = data.images if isinstance(data, ImageSet) else data
-    check_images(images, argument)
-    if images.shape[1:] != like.shape[1:]:
-        came, expected = tuple(images.shape[1:]), tuple(like.shape[1:])
-        raise InputError(f"{argument}: expected images {expected} like the support's, got {came}; resize them")
-    return images_as_float(images)
-
-
 def draw_images(
     data: ImageSet,
     new_classes: Sequence[str],
@@ -308,103 +166,13 @@ def draw_images(
     return ImageSet(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]), names)
 
 
-def draw_support(
-    data: ImageSet,
-    new_classes: Sequence[str],
-    base_classes: Sequence[str],
-    n_new: int | None,
-    n_base: int | None,
-    generator: torch.Generator,
-) -> Support:
-    """Draw a support as `draw_images` does, as float32."""
-    drawn = draw_images(data, new_classes, base_classes, n_new, n_base, generator)
-    return Support(images_as_float(drawn.images), drawn.labels, drawn.classes)
-
-
-def _own_names(data: Any) -> Sequence[str] | None:
-    """Return `classes` of the dataset at the bottom of a loader, of subsets or of joined datasets: what ids point into.
-
-    Raises:
-        InputError: joined datasets have different ones.
-    """
-    while isinstance(data, DataLoader | Subset):
-        data = data.dataset
-    if not isinstance(data, ConcatDataset | ChainDataset):
-        names: Sequence[str] | None = getattr(data, "classes", None)
-        return names
-    found = {None if names is None else tuple(names) for names in map(_own_names, data.datasets)}
-    if len(found) > 1:
+def check_labels(labels: Tensor, n_images: int, n_classes: int) -> None:
+    """Raise an `InputError` unless labels are ids of so many classes, one for each image."""
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (n_images,):
+        came = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise InputError(f"labels: expected one int64 id per image, shape ({n_images},), got {came}")
+    if labels.min() < 0 or labels.max() >= n_classes:
         raise InputError(
-            "support: the joined datasets do not have the same classes, so an id means different ones; "
-            "let them give class names as labels"
+            f"labels: ids must lie in 0-{n_classes - 1} ({n_classes} class names), "
+            f"these lie in {labels.min().item()}-{labels.max().item()}"
         )
-    return found.pop()
-
-
-def _batches(data: Any) -> Iterator[tuple[Tensor, list[Any]]]:
-    """Images (B, C, H, W) and their labels, of a pair, dataset or loader."""
-    if isinstance(data, DataLoader):
-        for images, labels in _pairs(data):
-            yield _image_tensor(images), _label_list(labels)
-    elif isinstance(data, Dataset):
-        for image, label in _pairs(_items(data)):
-            yield _image_tensor(image)[None], [label]
-    elif isinstance(data, tuple | list) and len(data) == 2:
-        yield _image_tensor(data[0]), _label_list(data[1])
-    else:
-        kind = f"{type(data).__module__.partition('.')[0]}.{type(data).__name__}".removeprefix("builtins.")
-        raise InputError(
-            "support: expected a pair (images, labels), an ImageSet, or a Dataset or DataLoader of torch.utils.data, "
-            f"got {kind}"
-        )
-
-
-def _items(dataset: Dataset[Any]) -> Iterable[Any]:
-    if isinstance(dataset, IterableDataset):
-        return dataset
-    if not hasattr(dataset, "__len__"):
-        raise InputError(f"support: {type(dataset).__name__} has no length; give it __len__, or pass a DataLoader")
-    return (dataset[index] for index in range(len(dataset)))
-
-
-def _pairs(items: Iterable[Any]) -> Iterable[tuple[Any, Any]]:
-    for item in items:
-        if not isinstance(item, tuple | list) or len(item) != 2:
-            raise InputError(f"support: every item must be a pair (image, label), got {type(item).__name__}")
-        yield item[0], item[1]
-
-
-def _image_tensor(image: Any) -> Tensor:
-    if not isinstance(image, Tensor):
-        raise InputError(f"support: images must be tensors, got {type(image).__name__}; add a transform that makes one")
-    return image.detach().cpu()
-
-
-def _label_list(labels: Any) -> list[Any]:
-    if isinstance(labels, str | Mapping) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0:
-        raise InputError(
-            f"support: expected a sequence of labels beside the images, one for each; got {type(labels).__name__}"
-        )
-    return list(labels)
-
-
-def _concatenated(images: list[Tensor]) -> Tensor:
-    if not images:
-        raise InputError("support: expected at least one sample, got none")
-    shapes = sorted({str(tuple(image.shape[1:])) for image in images})
-    if len(shapes) > 1:
-        raise InputError(f"support: the images have {len(shapes)} shapes, {listed(shapes, 3)}; give all one shape")
-    return torch.cat(images)
-
-
-def _label_column(labels: list[Any]) -> Tensor | list[str]:
-    values = [label.item() if isinstance(label, Tensor | np.generic) and label.ndim == 0 else label for label in labels]
-    names = [value for value in values if isinstance(value, str)]
-    ids = [value for value in values if isinstance(value, int)]
-    if len(ids) == len(values):
-        return torch.tensor(ids, dtype=torch.int64)
-    if len(names) == len(values):
-        return names
-    strange = [value for value in values if not isinstance(value, str | int)]
-    came = repr(strange[0]) if strange else "a mix of both"
-    raise InputError(f"support: labels must be all class names or all integer ids, got {came}")

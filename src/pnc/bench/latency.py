@@ -27,7 +27,7 @@ from pnc.cloning import Clone, clone, fit
 from pnc.compaction import own_copy
 from pnc.composite import Composite, attach
 from pnc.cuts import candidate_cuts, extract
-from pnc.data import draw_support, images_as_float
+from pnc.data import images_as_float
 from pnc.errors import InputError
 from pnc.folding import folded
 from pnc.graph import record
@@ -35,6 +35,7 @@ from pnc.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.integrity import fingerprint
 from pnc.models import LoadedModel, build_model
 from pnc.positions import scan
+from pnc.supports import draw_support
 from pnc.task import Network, Progress, prepare_task, read_network
 
 BATCHES = (1, 8, 64)

@@ -19,11 +19,12 @@ from pnc.calibration import calibrate, collect_log_odds
 from pnc.checkpoint import load, save
 from pnc.cloning import Clone, clone
 from pnc.composite import Composite, attach
-from pnc.data import ImageSet, Support, class_subset, draw_support, images_as_float, relabel
+from pnc.data import ImageSet, class_subset, images_as_float, relabel
 from pnc.errors import InputError
 from pnc.integrity import fingerprint, value_digests
 from pnc.metrics import evaluate
 from pnc.models import LoadedModel
+from pnc.supports import Support, draw_support
 from pnc.task import Progress
 
 ARRANGEMENTS = ("one", "two", "four")

@@ -14,12 +14,13 @@ from pnc.bench.results import Cells, Claim, over_seeds, table
 from pnc.cloning import Clone, fit
 from pnc.composite import attach
 from pnc.cuts import LOGITS, extract
-from pnc.data import ImageSet, class_subset, draw_support, images_as_float, relabel
+from pnc.data import ImageSet, class_subset, images_as_float, relabel
 from pnc.integrity import evaluating
 from pnc.metrics import evaluate
 from pnc.positions import scan
 from pnc.selection import Method
 from pnc.stitching import CrossFitted
+from pnc.supports import draw_support
 from pnc.task import CloneTask, Progress, prepare_task
 
 DENSITIES = (0.5, 0.3)

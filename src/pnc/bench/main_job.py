@@ -16,13 +16,14 @@ from pnc.baselines.protocol import Budget, Rival
 from pnc.checkpoint import load, save
 from pnc.cloning import Clone, fit
 from pnc.composite import attach
-from pnc.data import ImageSet, Support, images_as_float
+from pnc.data import ImageSet, images_as_float
 from pnc.errors import InputError
 from pnc.images import to_device
 from pnc.integrity import differences, evaluating, snapshot
 from pnc.metrics import evaluate
 from pnc.models import LoadedModel
 from pnc.positions import scan
+from pnc.supports import Support
 from pnc.task import CloneTask, Progress, prepare_task
 
 RIVALS: Mapping[str, Rival] = {rival.name: rival for rival in (ensemble.RIVAL, lda.ON_TARGET, finetuning.WITH_REPLAY)}

@@ -20,10 +20,10 @@ from pnc.calibration import calibrate
 from pnc.checkpoint import load, save
 from pnc.cloning import Clone, fit
 from pnc.composite import attach
-from pnc.data import Support
 from pnc.integrity import differences, same_bits, snapshot
 from pnc.models import build_model
 from pnc.positions import scan
+from pnc.supports import Support
 from pnc.task import Progress, prepare_task
 
 Action = Literal["attach", "detach", "disable", "only", "save", "calibrate"]
