@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import pnc
 from digits import BASE, NEW, network
-from pnc import bench_cli
+from pnc import compare_cli
 from pnc.baselines.protocol import Budget
 from pnc.bench import compare, compare_report
 from pnc.bench.compare import KEYS, SHIFTS, curve
@@ -26,7 +26,7 @@ METHODS_HERE = "clone,direct ensemble,nearest mean,fine-tuning with replay (head
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(bench_cli, "Budget", partial(Budget, 1, 2, 5, 1, 20))
+    monkeypatch.setattr(compare_cli, "Budget", partial(Budget, 1, 2, 5, 1, 20))
     for name, classes in (("t", BASE), ("s", NEW)):
         save_model(network(classes), tmp_path / f"{name}.safetensors", {})
     return tmp_path

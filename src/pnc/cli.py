@@ -49,10 +49,8 @@ from pnc.options import (
 )
 from pnc.plots import check_plot, draw_scan
 from pnc.readers import load_data
-from pnc.scale_cli import measure_scale
 from pnc.screen import complain, progress, say, show_clone, show_job, show_scan
 from pnc.selection import Method
-from pnc.speed_cli import measure_speed
 from pnc.task import Precision, prepare_task
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -65,8 +63,6 @@ app = typer.Typer(
     help="Partial network cloning: give a trained classifier classes of another one, without changing a bit of it.",
 )
 
-bench.command("scale")(measure_scale)
-bench.command("speed")(measure_speed)
 app.add_typer(bench, name="bench")
 
 

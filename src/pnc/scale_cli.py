@@ -9,10 +9,11 @@ import typer
 from pnc.arguments import check_outputs, read_device
 from pnc.bench import scale
 from pnc.bench.results import Cells, write_results
+from pnc.bench_options import show_claims
 from pnc.errors import InputError
 from pnc.options import Device
 from pnc.plots import draw_growth
-from pnc.screen import progress, say
+from pnc.screen import progress
 
 
 def measure_scale(
@@ -42,6 +43,4 @@ def measure_scale(
     found = scale.claims(rows)
     text = scale.markdown(rows, threads, paths["png"].name if plot else None)
     write_results(out, "scale", command, {"rows": rows}, found, text, torch.device(device))
-    for one in found:
-        say(f"{'holds' if one.holds else 'FAILS'}: {one.claim} {one.must}: {one.value:.3g}")
-    say(f"{paths['md']}: written")
+    show_claims(found, paths["md"])

@@ -1,4 +1,4 @@
-"""The `pnc bench` commands about speed; `cli.py` hangs them in."""
+"""The command `pnc bench speed`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,7 @@ from pnc.arguments import check_outputs, use_threads
 from pnc.bench import latency
 from pnc.bench import speed as speed_bench
 from pnc.bench.results import Cells, write_results
-from pnc.bench_cli import setting_of, show_claims
+from pnc.bench_options import setting_of, show_claims
 from pnc.errors import InputError
 from pnc.options import Device
 from pnc.screen import progress

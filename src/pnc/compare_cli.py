@@ -1,0 +1,170 @@
+"""The commands `pnc bench compare` and `pnc bench compare-report`."""
+
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pnc.arguments import (
+    ModelOptions,
+    check_different,
+    check_images,
+    check_outputs,
+    check_trained,
+    data_file,
+    load_network,
+    parse_support,
+    use_threads,
+)
+from pnc.baselines.protocol import Budget
+from pnc.bench import compare as compare_bench
+from pnc.bench import compare_report
+from pnc.bench.protocols import GROUPS, choose_methods, trained_network
+from pnc.bench.results import Cells, write_results
+from pnc.bench_options import show_claims
+from pnc.class_names import listed, parse_classes
+from pnc.data import ImageSet, sample_per_class
+from pnc.errors import InputError
+from pnc.models import LoadedModel
+from pnc.plots import draw_comparison, draw_curves
+from pnc.pretraining import recipe_for
+from pnc.readers import load_data
+from pnc.screen import complain, progress, say
+from pnc.task import Precision, Progress
+
+
+def measure_comparison(
+    source: Annotated[
+        str, typer.Option(help="File of `pnc pretrain`, or zoo:...: trained on the second half of classes.")
+    ],
+    target: Annotated[
+        str, typer.Option(help="File of `pnc pretrain`, or zoo:...: trained on the first half of classes.")
+    ],
+    data: Annotated[str, typer.Option(help="Images: digits, parquet:PATH, folder:PATH, hf:NAME.")],
+    support: Annotated[str, typer.Option(help="Images per new / per base class.")] = "100/20",
+    classes: Annotated[str, typer.Option(help="all, single (one cell for each), fifth, or names of classes.")] = "all",
+    methods: Annotated[str | None, typer.Option(help="Names, separated by commas; rivals: all but the bound.")] = None,
+    again: Annotated[str | None, typer.Option(help="Methods whose cells are made anew though they are there.")] = None,
+    flip: Annotated[bool, typer.Option(help="Use mirror images too.")] = True,
+    seeds: Annotated[int, typer.Option(help="How many supports, seeds 0, 1, ...", min=1)] = 3,
+    n_test: Annotated[int | None, typer.Option(help="Test images per class, the first ones; all by default.")] = None,
+    data_name: Annotated[str | None, typer.Option(help="What the results call the images.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the rows, one file of JSON lines for each data.")] = Path(
+        "results/compare"
+    ),
+    epochs: Annotated[int | None, typer.Option(help="Of networks that are trained here.", min=1)] = None,
+    runs: Annotated[Path, typer.Option(help="Where networks that are trained here are kept.")] = Path("runs"),
+    precision: Annotated[
+        Precision, typer.Option(help="Of training; bfloat16 is faster where the processor has it.")
+    ] = "float32",
+    threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 1,
+) -> None:
+    """Clone and rivals on the same samples, cell by cell; `pnc bench compare-report` makes tables of the rows.
+
+    Every rival that trains takes about a minute for each support, so all of them some 20; cells that are there are not
+    made again.
+    """
+    asked = ModelOptions("source", source, None, None), ModelOptions("target", target, None, None)
+    if not all(one.spec.startswith("zoo:") for one in asked):  # one spec, trained on other classes, is another network
+        check_different(*asked)
+    n_new, n_base = parse_support(support)
+    chosen, remade = choose_methods(methods), choose_methods(again) if again else []
+    foreign = [one for one in remade if one not in chosen]
+    if foreign:
+        raise InputError(f"again: {listed(foreign)} is no method of this run; name it in --methods too")
+    name = data_name or data
+    path = out / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.jsonl"
+    out.mkdir(parents=True, exist_ok=True)
+    check_outputs({"out": path}, [*(one.file for one in asked), data_file(data)])
+    with use_threads(threads), progress() as bar:
+        images = load_data(data, "train"), load_data(data, "test")
+        half = len(images[0].classes) // 2
+        halves = images[0].classes[half:], images[0].classes[:half]
+        step = _logged(bar.step)
+        models = [
+            _network(one, names, images, runs, (epochs, flip, precision), step)
+            for one, names in zip(asked, halves, strict=True)
+        ]
+        check_images(images[0], *models)
+        new = [known for known in models[0].classes if known not in models[1].classes]
+        group = classes if classes in GROUPS else ", ".join(parse_classes(classes, new))
+        setting = compare_bench.Setting(
+            source=models[0],
+            target=models[1],
+            train=images[0],
+            test=images[1] if n_test is None else sample_per_class(images[1], n_test, "first"),
+            data=name,
+            n_new=n_new,
+            n_base=n_base,
+            flip=flip,
+            group=group,
+            budget=Budget(precision=precision),
+            n_test=n_test,
+        )
+        cells = Cells(path, {}, compare_bench.KEYS)
+        rows = compare_bench.run(setting, chosen, range(seeds), cells, remade, step)
+    say(compare_report.summary(rows))
+    say(f"{path}: {len(cells.rows)} rows")
+
+
+def report_comparison(
+    folder: Annotated[Path, typer.Argument(help="Folder with the rows of `pnc bench compare`.")] = Path(
+        "results/compare"
+    ),
+    plots: Annotated[bool, typer.Option(help="Draw pictures too; needs the extra `plots`.")] = True,
+) -> None:
+    """Tables, claims and pictures of all rows in a folder: FOLDER.json and FOLDER.md, pictures in the folder."""
+    rows = compare_report.read_rows(folder)
+    check_outputs({"json": folder.with_suffix(".json"), "md": folder.with_suffix(".md")})
+    found, pictures = compare_report.claims(rows), []
+    if plots:
+        for regime in compare_report.regimes(rows):
+            stem = folder / regime.slug
+            draw_comparison(regime.title, regime.points(), stem.with_suffix(".png"))
+            draw_curves(regime.title, regime.curves(), Path(f"{stem}-curves.png"))
+            pictures += [f"{folder.name}/{stem.name}.png", f"{folder.name}/{stem.name}-curves.png"]
+    text = compare_report.markdown(rows, pictures)
+    facts = {"rows": compare_report.means(rows), "made_by": compare_report.made_by(rows)}
+    write_results(folder.parent, folder.name, f"pnc bench compare-report {folder}", facts, found, text)
+    show_claims(found, folder.with_suffix(".md"))
+
+
+def _network(
+    asked: ModelOptions,
+    classes: Sequence[str],
+    images: tuple[ImageSet, ImageSet],
+    runs: Path,
+    recipe: tuple[int | None, bool, Precision],
+    step: Progress,
+) -> LoadedModel:
+    """Load a network, or train it where it is a spec with random weights."""
+    if not asked.spec.startswith("zoo:"):
+        check_trained(asked)
+        return load_network(asked, input_shape=images[0].input_shape)
+    epochs, flip, precision = recipe
+    usual = recipe_for(asked.spec)
+    wanted = replace(usual, epochs=epochs or usual.epochs, flip=flip, precision=precision)
+    return trained_network(
+        asked.spec,
+        classes,
+        images,
+        wanted,
+        runs,
+        lambda epoch: step(f"training the {asked.role}, accuracy {epoch.test_accuracy:.3f}", epoch.epoch, epoch.epochs),
+    )
+
+
+def _logged(step: Progress) -> Progress:
+    """Also write a line for each step where nobody sees the bar, so that a log tells how far it is."""
+
+    def both(what: str, done: int, total: int) -> None:
+        step(what, done, total)
+        if not sys.stderr.isatty():
+            complain(f"{time.strftime('%H:%M')} {done}/{total} {what}")
+
+    return both
