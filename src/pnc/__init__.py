@@ -9,7 +9,8 @@ net.detach(clone.name)                  # and the target is alone again, bit for
 from pnc.branch import Scalars
 from pnc.calibration import Calibration, calibrate
 from pnc.checkpoint import inspect, load, save
-from pnc.cloning import Clone, clone, fit
+from pnc.clones import Clone
+from pnc.cloning import clone, fit
 from pnc.composite import Composite, attach
 from pnc.data import ImageSet
 from pnc.errors import (

@@ -15,7 +15,7 @@ from pnc.adapters import Adapter, Stitched
 from pnc.branch import Branch
 from pnc.channels import channel_spaces
 from pnc.checks import check_module
-from pnc.cloning import Clone
+from pnc.clones import Clone
 from pnc.compaction import compact, own_copy
 from pnc.cuts import CutPoint, cut_points, extract, find_head
 from pnc.errors import FileFormatError, InputError, MismatchError

@@ -4,7 +4,6 @@ import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,16 +13,14 @@ from torch import nn
 from pnc.adapters import Adapter, Stitched
 from pnc.branch import Branch
 from pnc.checks import check_bound, check_whole
-from pnc.class_names import MAX_TEXT, check_class_names, class_ids, is_name
-from pnc.cuts import CutPoint
+from pnc.clones import Clone, check_name
 from pnc.errors import InputError
 from pnc.files import canonical_json
 from pnc.heads import Head
 from pnc.images import MEMORY
-from pnc.integrity import Fingerprint, fingerprint, undisturbed, value_digests
+from pnc.integrity import fingerprint, undisturbed, value_digests
 from pnc.joint import TOLERANCE, joint_front, worth_trying
 from pnc.judging import Outcome, features_seen, fit_head, judge, outcome_of, run_parts
-from pnc.masks import ChannelMasks
 from pnc.operating_point import check_base_drop, check_promise, least_priority
 from pnc.parallel import ALONE, Team
 from pnc.positions import scan
@@ -40,73 +37,6 @@ Strategy = Literal["scan", "sequential"]
 
 MAX_NAME = 60
 """Characters up to which a clone is named after all of its classes."""
-
-
-@dataclass(frozen=True, eq=False)
-class Clone:
-    """A part of a source that gives a target new classes. Made by `clone` or read by `load`; put to work by `attach`.
-
-    Attributes:
-        name: By which it is detached again.
-        classes: The new classes, in the order of its logits.
-        base_classes: The classes of the target that it was made for.
-        branch: The inserted module; holds its own copies of all weights.
-        masks: Which channels of the source's part were kept; None for all.
-        source: Fingerprint of the source.
-        target: Fingerprint of the target.
-        input_shape: Of the target's images, (C, H, W).
-        source_input_shape: Of the source's.
-        target_features: The cut of the target's features that the head reads: the penultimate ones, or, without base
-            samples, the input of its last BatchNorm layer.
-        recipe: How it was made and what it promises: plain values.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    base_classes: tuple[str, ...]
-    branch: Branch
-    masks: ChannelMasks | None
-    source: Fingerprint
-    target: Fingerprint
-    input_shape: tuple[int, ...]
-    source_input_shape: tuple[int, ...]
-    target_features: CutPoint
-    recipe: Mapping[str, Any]
-
-    @property
-    def target_cut(self) -> CutPoint:
-        """Where it leaves the target."""
-        return self.branch.stitched.adapter.target_cut
-
-    @property
-    def source_cut(self) -> CutPoint:
-        """Where it enters the source."""
-        return self.branch.stitched.adapter.source_cut
-
-    @property
-    def n_params(self) -> int:
-        """Number of values that it adds to the target."""
-        tensors = [*self.branch.parameters(), *self.branch.buffers()]
-        return sum(tensor.numel() for tensor in tensors)
-
-    def renamed(self, name: str | None = None, classes: Mapping[str, str] | None = None) -> "Clone":
-        """Give the same clone under another name, or with other names for its classes; it shares all weights.
-
-        Args:
-            name: Its new name; None keeps the old one.
-            classes: {old: new} for the classes to rename; None renames none.
-        Raises:
-            ClassNameError: a class is unknown, or two would have one name.
-            InputError: the name is empty or not printable.
-        """
-        check_name(name)
-        renames = dict(classes or {})
-        if name is None and not renames:
-            return self
-        if renames:
-            class_ids(list(renames), self.classes, "rename")
-        names = check_class_names([renames.get(old, old) for old in self.classes], "rename")
-        return replace(self, name=self.name if name is None else name, classes=names)
 
 
 @undisturbed()
@@ -393,12 +323,6 @@ def _identity(task: CloneTask, settings: Mapping[str, Any]) -> str:
     setting = [task.new_classes, task.seed, task.batch_size, task.memory, task.team.size, task.precision, settings]
     facts = [networks, [*images], own, setting]
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
-
-
-def check_name(name: str | None) -> None:
-    """Refuse a name of a clone that no file can hold; None, for a default, is fine."""
-    if name is not None and not is_name(name):
-        raise InputError(f"name must be printable text of at most {MAX_TEXT} characters; got {name!r:.100}")
 
 
 def _default_name(classes: Sequence[str]) -> str:

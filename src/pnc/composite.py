@@ -15,7 +15,7 @@ from pnc.branch import Branch, Scalars
 from pnc.calls import called_directly, flattened
 from pnc.checks import check_module
 from pnc.class_names import listed, unknown_name
-from pnc.cloning import Clone
+from pnc.clones import Clone
 from pnc.cuts import LOGITS, extract
 from pnc.errors import ClassNameError, InputError
 from pnc.fusion import FusedComposite

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from pnc.branch import Branch
 from pnc.class_names import unknown_name
-from pnc.cloning import Clone
+from pnc.clones import Clone
 from pnc.cuts import CutPoint, cut_points, find_head
 from pnc.errors import InputError, MismatchError
 from pnc.graph import Recording

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 from pnc.baselines.protocol import Budget, Fitted, Rival
-from pnc.cloning import Clone, fit, fit_sequential
+from pnc.clones import Clone
+from pnc.cloning import fit, fit_sequential
 from pnc.composite import attach
 from pnc.positions import Position, scan
 from pnc.task import CloneTask

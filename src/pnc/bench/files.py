@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from pnc.bench.mutations import FORGED, MUTATIONS
 from pnc.bench.results import Cells, Claim, at_least, at_most, table
 from pnc.checkpoint import Kind, inspect, load, save
-from pnc.cloning import Clone, fit
+from pnc.clones import Clone
+from pnc.cloning import fit
 from pnc.composite import attach
 from pnc.errors import InputError, PNCError
 from pnc.integrity import fingerprint, same_bits

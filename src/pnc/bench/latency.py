@@ -23,7 +23,8 @@ from pnc.bench.positions import Setting
 from pnc.bench.results import Cells
 from pnc.branch import Branch
 from pnc.checkpoint import load, save
-from pnc.cloning import Clone, clone, fit
+from pnc.clones import Clone
+from pnc.cloning import clone, fit
 from pnc.compaction import own_copy
 from pnc.composite import Composite, attach
 from pnc.cuts import candidate_cuts, extract

@@ -17,7 +17,8 @@ from pnc.bench.results import Cells, Claim, at_least, at_most, over_seeds, table
 from pnc.branch import Scalars, against_rivals
 from pnc.calibration import calibrate, collect_log_odds
 from pnc.checkpoint import load, save
-from pnc.cloning import Clone, clone
+from pnc.clones import Clone
+from pnc.cloning import clone
 from pnc.composite import Composite, attach
 from pnc.data import ImageSet, class_subset, images_as_float, relabel
 from pnc.errors import InputError

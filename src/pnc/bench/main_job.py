@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from pnc.baselines import ensemble, finetuning, lda
 from pnc.baselines.protocol import Budget, Rival
 from pnc.checkpoint import load, save
-from pnc.cloning import Clone, fit
+from pnc.clones import Clone
+from pnc.cloning import fit
 from pnc.composite import attach
 from pnc.data import ImageSet, images_as_float
 from pnc.errors import InputError

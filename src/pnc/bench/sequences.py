@@ -18,7 +18,8 @@ from pnc.bench.results import Cells
 from pnc.branch import Scalars
 from pnc.calibration import calibrate
 from pnc.checkpoint import load, save
-from pnc.cloning import Clone, fit
+from pnc.clones import Clone
+from pnc.cloning import fit
 from pnc.composite import attach
 from pnc.integrity import differences, same_bits, snapshot
 from pnc.models import build_model
