@@ -60,7 +60,7 @@ class Regime:
         facts = self.facts
         networks = " from ".join(str(facts[role]).split()[0] for role in ("target", "source"))
         first, *others = str(facts["group"]).split(", ")
-        group = f"{first} and {len(others)} others" if others else first
+        group = f"{first} and {len(others)} others" if len(others) > 1 else " and ".join([first, *others])
         return f"{facts['data']}, {facts['support']}, {group}, {networks}"
 
     @property
