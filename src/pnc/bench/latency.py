@@ -246,7 +246,7 @@ def run_case(bench: Bench, case: str, batch: int, what: str) -> Iterator[dict[st
         seconds = time.perf_counter() - start
         for name, values in times.items():
             whole = times.get(_reference(name))
-            costs = {} if what == "compiled" else _costs(forms[name], images, weigh=batch == len(bench.images))
+            costs = {} if what == "compiled" else _costs(forms[name], images, weigh=batch == bench.batches[-1])
             yield {
                 "part": "latency",
                 "case": case,
