@@ -20,7 +20,7 @@ import torch
 from pnc.bench import main_job
 from pnc.bench.results import Claim, at_least, at_most, table, write_results
 from pnc.data import ImageSet, class_subset, relabel
-from pnc.errors import PNCError
+from pnc.foundation.errors import PNCError
 from pnc.models import LoadedModel, load_model
 from pnc.pretraining import Recipe, pretrain
 from pnc.readers import load_data

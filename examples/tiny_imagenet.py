@@ -31,7 +31,7 @@ from pnc.bench.main_job import CLONE, predict
 from pnc.bench.protocols import choose_methods
 from pnc.bench.results import Cells, Claim, at_most, write_results
 from pnc.data import ImageSet, class_subset, images_as_float, relabel
-from pnc.errors import PNCError
+from pnc.foundation.errors import PNCError
 from pnc.libraries import distinct
 from pnc.models import LoadedModel, load_model
 from pnc.pretraining import Recipe, pretrain

@@ -10,9 +10,9 @@ from pnc.adapters import Adapter, Stitched
 from pnc.branch import Branch, Scalars
 from pnc.compaction import own_copy
 from pnc.cuts import cut_points, extract, find_head
+from pnc.foundation.network_state import fingerprint
 from pnc.graph import record
 from pnc.heads import DiscriminantHead, SourceHead, StackedHead
-from pnc.integrity import fingerprint
 
 
 class Bottleneck(nn.Module):

@@ -22,8 +22,8 @@ from pnc.bench.main_job import predict
 from pnc.bench.protocols import BOUNDED, METHODS
 from pnc.composite import Composite
 from pnc.cuts import INPUT
-from pnc.errors import InputError
-from pnc.integrity import differences, same_bits, snapshot
+from pnc.foundation.errors import InputError
+from pnc.foundation.network_state import differences, same_bits, snapshot
 from pnc.metrics import evaluate
 from pnc.task import CloneTask, prepare_task
 

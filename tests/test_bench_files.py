@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import pnc
-from pnc import checkpoint, files
+from pnc import checkpoint
 from pnc.bench import files as files_bench
 from pnc.bench.files import Material, damaged, judge, material
 from pnc.bench.mutations import FORGED, MUTATIONS
 from pnc.bench_cli import bench
-from pnc.errors import FileFormatError, PNCError
+from pnc.foundation import tensor_files
+from pnc.foundation.errors import FileFormatError, PNCError
 
 
 @cache
@@ -53,10 +54,10 @@ def judged(folder: Path, kinds: set[str], limit: int = 3000) -> Counter:
 
 
 def test_without_the_digest_flipped_bits_would_be_found_as_other_weights(tmp_path, monkeypatch):
-    read = files.read_tensors
-    monkeypatch.setattr(files, "_digest", lambda tensors, metadata: metadata.get("digest"))
+    read = tensor_files.read_tensors
+    monkeypatch.setattr(tensor_files, "_digest", lambda tensors, metadata: metadata.get("digest"))
     monkeypatch.setattr(checkpoint, "read_sealed", lambda path: (*read(path), "0"))
-    monkeypatch.setattr(files.json, "loads", without_digest(files.json.loads))
+    monkeypatch.setattr(tensor_files.json, "loads", without_digest(tensor_files.json.loads))
     assert judged(tmp_path, {"bit flips"}, 600)["other_weights"] > 2
 
 

@@ -11,7 +11,7 @@ from pnc.bench.lifecycle import Setting, _file_name, parts
 from pnc.bench.results import Cells
 from pnc.bench_cli import bench
 from pnc.data import ImageSet
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.models import build_model, load_model, save_model
 from pnc.supports import Support
 

@@ -3,7 +3,7 @@ import torch
 
 from pnc.bench import scale
 from pnc.bench.results import Cells
-from pnc.parallel import ALONE
+from pnc.foundation.process_team import ALONE
 
 
 def rows():

@@ -12,7 +12,7 @@ from channel_zoo import Chain, Concatenation, ExplicitAttention, GroupedConvolut
 from pnc.budgets import Costs, masks_within
 from pnc.channels import channel_spaces
 from pnc.compaction import compact
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.masks import channel_masks
 from pnc.networks import mobilenetv2, resnet
 from segments import half, network, segment_of

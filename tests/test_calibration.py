@@ -10,8 +10,8 @@ import pnc
 from pnc.bench.sequences import BASE, GROUPS
 from pnc.branch import Scalars, against_rivals
 from pnc.calibration import MIN_SCALE, _against_rivals, _most_probable, _Problem, collect_log_odds
-from pnc.errors import ClassNameError, InputError
-from pnc.integrity import differences, same_bits, snapshot
+from pnc.foundation.errors import ClassNameError, InputError
+from pnc.foundation.network_state import differences, same_bits, snapshot
 
 N_BASE = len(BASE)
 NEW = tuple(name for group in GROUPS for name in group)

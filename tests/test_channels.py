@@ -6,7 +6,7 @@ from torch import nn
 
 from channel_zoo import CASES, Chain, FusedAttention
 from pnc.channels import KEPT, channel_spaces
-from pnc.integrity import differences, snapshot
+from pnc.foundation.network_state import differences, snapshot
 from segments import assert_compact_is_masked, network, segment_of
 
 

@@ -10,9 +10,9 @@ import pnc
 from digits import NEW, held_out_images, network, pair, support
 from pnc.bench.files import material
 from pnc.branch import Scalars
-from pnc.errors import FileFormatError, InputError, MismatchError
-from pnc.files import METADATA_KEY, read_tensors, write_tensors
-from pnc.integrity import differences, fingerprint, snapshot
+from pnc.foundation.errors import FileFormatError, InputError, MismatchError
+from pnc.foundation.network_state import differences, fingerprint, snapshot
+from pnc.foundation.tensor_files import METADATA_KEY, read_tensors, write_tensors
 
 MADE = {}
 

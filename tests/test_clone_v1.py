@@ -12,7 +12,7 @@ from jsonschema import validate
 from safetensors.torch import load_file
 
 import pnc
-from pnc.errors import MismatchError
+from pnc.foundation.errors import MismatchError
 
 FOLDER = Path(__file__).parent / "data"
 SCHEMA = Path(__file__).parents[1] / "docs" / "clone-file.schema.json"

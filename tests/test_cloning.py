@@ -6,8 +6,8 @@ import torch
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support
 from pnc.data import class_subset, select
-from pnc.errors import InputError
-from pnc.integrity import differences, snapshot
+from pnc.foundation.errors import InputError
+from pnc.foundation.network_state import differences, snapshot
 from pnc.metrics import evaluate
 from pnc.readers import load_data
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support
-from pnc.errors import ClassNameError, InputError, MismatchError
-from pnc.integrity import differences, snapshot
+from pnc.foundation.errors import ClassNameError, InputError, MismatchError
+from pnc.foundation.network_state import differences, snapshot
 
 SHARED = {}
 

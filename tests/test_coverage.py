@@ -10,7 +10,7 @@ from pnc.bench.classifiers import CLASSIFIERS, chosen, family, prepared
 from pnc.bench.results import Cells
 from pnc.channels import channel_spaces
 from pnc.cli import app
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.networks import resnet
 from segments import network, segment_of
 

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 import zoo
 from pnc.cuts import INPUT, LOGITS, CutPoint, candidate_cuts, cut_points, extract, find_head, gaps
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
+from pnc.foundation.network_state import differences, same_bits, snapshot
 from pnc.graph import info, record
-from pnc.integrity import differences, same_bits, snapshot
 from pnc.networks import resnet
 
 pytestmark = [

@@ -8,10 +8,10 @@ from torch.export import Dim, ExportedProgram
 
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support
-from pnc.errors import InputError, RecordingError
 from pnc.exported import from_exported
+from pnc.foundation.errors import InputError, RecordingError
+from pnc.foundation.network_state import differences, same_bits, snapshot
 from pnc.graph import record
-from pnc.integrity import differences, same_bits, snapshot
 from pnc.metrics import evaluate
 from pnc.models import load_model
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pnc.cuts import LOGITS, candidate_cuts, extract, find_head
+from pnc.foundation.network_state import differences, same_bits, snapshot
 from pnc.graph import record
-from pnc.integrity import differences, same_bits, snapshot
 
 NETWORKS = {
     "torchvision:swin": "shifted windows, maps with the channels last",

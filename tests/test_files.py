@@ -12,8 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from pnc.errors import FileFormatError, InputError
-from pnc.files import MAX_HEADER, METADATA_KEY, canonical_json, read_sealed, read_tensors, write_file, write_tensors
+from pnc.foundation.errors import FileFormatError, InputError
+from pnc.foundation.tensor_files import (
+    MAX_HEADER,
+    METADATA_KEY,
+    canonical_json,
+    read_sealed,
+    read_tensors,
+    write_file,
+    write_tensors,
+)
 
 TENSORS = {"b": torch.arange(6).view(2, 3).T, "a": torch.zeros(0, 3), "scalar": torch.tensor(1.5)}
 
@@ -51,7 +59,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     def fail(*_args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pnc.files.os.fsync", fail)
+    monkeypatch.setattr("pnc.foundation.tensor_files.os.fsync", fail)
     with pytest.raises(InputError, match="No space left"):
         write_file(path, "new")
     assert path.read_text() == "old"
@@ -268,9 +276,9 @@ def test_leftovers_of_killed_processes_go_with_the_next_write(tmp_path: Path) ->
 def test_a_temporary_file_that_another_process_removed_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pnc import files
+    from pnc.foundation import tensor_files
 
-    lock, names = files._locked, []
+    lock, names = tensor_files._locked, []
 
     def remove_first(descriptor: int, wait: bool = True) -> bool:
         if not names:
@@ -278,6 +286,6 @@ def test_a_temporary_file_that_another_process_removed_is_made_again(
             names[0].unlink()
         return lock(descriptor, wait)
 
-    monkeypatch.setattr(files, "_locked", remove_first)
+    monkeypatch.setattr(tensor_files, "_locked", remove_first)
     write_file(tmp_path / "f", "x")
     assert [p.name for p in tmp_path.iterdir()] == ["f"]

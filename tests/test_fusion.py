@@ -16,8 +16,8 @@ from pnc import fusion
 from pnc.branch import Scalars
 from pnc.channels import channel_spaces
 from pnc.compaction import compact, filled
-from pnc.errors import InputError, PNCError
 from pnc.folding import folded_part
+from pnc.foundation.errors import InputError, PNCError
 from pnc.fusion import FusedComposite
 from pnc.masks import ChannelMasks
 from pnc.models import build_model

@@ -5,8 +5,8 @@ from channel_zoo import FusedAttention, NormInBetween, SqueezeExcite
 from pnc.budgets import Costs, masks_within
 from pnc.channels import channel_spaces
 from pnc.compaction import mask_segment
+from pnc.foundation.network_state import differences, snapshot
 from pnc.gates import learn_gates
-from pnc.integrity import differences, snapshot
 from pnc.localization import Gated
 from pnc.masks import channel_masks
 from pnc.opening import opened

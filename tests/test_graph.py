@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import zoo
-from pnc.errors import InputError, RecordingError
+from pnc.foundation.errors import InputError, RecordingError
+from pnc.foundation.network_state import differences, same_bits, snapshot
 from pnc.graph import info, record
-from pnc.integrity import differences, same_bits, snapshot
 
 # Networks of the zoo that use old or unfinished parts of PyTorch, as users' networks do.
 pytestmark = [

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 import pnc
 from digits import NEW, pair, support
 from pnc import images as store_module
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.images import Images, ImageStore
 
 

@@ -5,7 +5,7 @@ import torch
 
 import pnc
 from digits import NEW, pair, support
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.joint import LEAST_DENSITY, LOSS, N_TRIED, Candidate, joint_front, worth_trying
 from pnc.selection import localize
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import pnc
 from digits import BASE, NEW, pair
 from pnc import cli, libraries
-from pnc.errors import InputError, MismatchError
+from pnc.foundation.errors import InputError, MismatchError
+from pnc.foundation.network_state import differences, same_bits, snapshot
 from pnc.graph import record
-from pnc.integrity import differences, same_bits, snapshot
 from pnc.models import LoadedModel, build_model, has_own_weights, load_model, save_model
 from pnc.preprocessing import Preprocessed
 

@@ -20,9 +20,9 @@ import zoo
 from pnc.bench import sequences
 from pnc.bench.sequences import ACTIONS, BASE, GROUPS, Life
 from pnc.branch import Scalars
-from pnc.errors import ClassNameError, InputError
+from pnc.foundation.errors import ClassNameError, InputError
+from pnc.foundation.network_state import differences, snapshot
 from pnc.graph import record
-from pnc.integrity import differences, snapshot
 
 N_BASE = len(BASE)
 NEW = tuple(name for group in GROUPS for name in group)

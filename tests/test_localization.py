@@ -9,8 +9,8 @@ from pnc import localization
 from pnc.budgets import Costs, masks_within
 from pnc.channels import channel_spaces
 from pnc.compaction import mask_segment
-from pnc.errors import InputError
-from pnc.integrity import differences, snapshot
+from pnc.foundation.errors import InputError
+from pnc.foundation.network_state import differences, snapshot
 from pnc.localization import (
     class_loss,
     magnitude_scores,

@@ -14,8 +14,8 @@ import pnc
 from pnc.bench.files import Material, material
 from pnc.bench.mutations import with_one_changed
 from pnc.checkpoint import read_clone_file
-from pnc.class_names import MAX_TEXT
-from pnc.errors import FileFormatError, InputError
+from pnc.foundation.class_names import MAX_TEXT
+from pnc.foundation.errors import FileFormatError, InputError
 from pnc.manifest import Manifest, read_manifest
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "clone-file.schema.json"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from channel_zoo import Chain, Concatenation, FusedAttention, GroupedConvolution, SqueezeExcite
 from pnc.channels import channel_spaces
-from pnc.errors import InputError, MismatchError
+from pnc.foundation.errors import InputError, MismatchError
 from pnc.masks import ChannelMasks, channel_masks
 from segments import half, network, segment_of
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from pnc import models
-from pnc.errors import ClassNameError, FileFormatError, InputError, MismatchError
-from pnc.files import read_tensors, write_tensors
-from pnc.integrity import differences, snapshot
+from pnc.foundation.errors import ClassNameError, FileFormatError, InputError, MismatchError
+from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.tensor_files import read_tensors, write_tensors
 from pnc.models import LoadedModel, build_model, load_model, save_model
 from pnc.weights import load_tensors
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.networks import BasicBlock, InvertedResidual, Normalize, cnn, mobilenetv2, resnet, vit_tiny
 
 BUILDERS = {

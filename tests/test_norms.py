@@ -5,8 +5,8 @@ from torch import nn
 from channel_zoo import Net, NormInBetween
 from pnc.channels import channel_spaces
 from pnc.compaction import compact
-from pnc.errors import InputError
-from pnc.integrity import differences, snapshot
+from pnc.foundation.errors import InputError
+from pnc.foundation.network_state import differences, snapshot
 from pnc.norms import reestimate_statistics, training_norms, tune_norms
 from segments import half, network, segment_of
 

@@ -13,14 +13,15 @@ import torch.multiprocessing as mp
 import pnc
 from channel_zoo import NormInBetween
 from digits import NEW, pair, support
-from pnc import gates, norms, parallel, selection
+from pnc import gates, norms, selection
 from pnc.adapters import Stitched
 from pnc.budgets import Costs
 from pnc.channels import channel_spaces
-from pnc.errors import InputError
+from pnc.foundation import process_team
+from pnc.foundation.errors import InputError
+from pnc.foundation.process_team import ALONE, Team
 from pnc.judging import own_head, source_body
 from pnc.models import save_model
-from pnc.parallel import ALONE, Team
 from pnc.refinement import Schedule, feature_loss, train, views
 from segments import network, segment_of
 
@@ -145,8 +146,8 @@ def test_refinement_is_that_of_one_process(made):
 
 def test_one_process_is_a_team_of_its_own(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert not parallel.launched()
-    assert parallel.join("cpu") == (ALONE, torch.device("cpu"))
+    assert not process_team.launched()
+    assert process_team.join("cpu") == (ALONE, torch.device("cpu"))
     x = torch.rand(3, 2)
     assert all(torch.equal(one, x) for one in (ALONE.sum(x), ALONE.least(x), ALONE.whole(x, 3)))
     assert ALONE.agree(x) and x[ALONE.part(3)].equal(x) and ALONE.is_main and ALONE.is_mine(7)
@@ -162,7 +163,7 @@ def test_several_processes_without_accelerate_are_refused_with_the_way_out(monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(InputError, match=r"pip install 'pnc\[distributed\]'"):
-        parallel.join()
+        process_team.join()
 
 
 def test_a_support_smaller_than_the_team_is_refused():

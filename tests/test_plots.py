@@ -5,7 +5,7 @@ import pytest
 
 import pnc
 from digits import NEW, pair, support
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.plots import check_plot, draw_scan
 
 

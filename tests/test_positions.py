@@ -8,7 +8,7 @@ import torch
 import pnc
 from digits import NEW, pair, support
 from pnc.cuts import extract
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.grids import pool
 from pnc.judging import outcome_of, run_parts, source_body
 from pnc.positions import COST_STEP, shortlist

@@ -6,7 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pnc
 from digits import NEW, held_out_images, pair, support
-from pnc import parallel, refinement, selection
+from pnc import refinement, selection
+from pnc.foundation import process_team
 from pnc.metrics import evaluate
 from pnc.refinement import Schedule
 
@@ -71,10 +72,10 @@ def test_another_precision_is_refused():
 
 def test_what_accelerate_was_launched_with_is_taken(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert parallel.launched_precision() == "float32"
+    assert process_team.launched_precision() == "float32"
     for asked, expected in (("no", "float32"), ("bf16", "bfloat16")):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
-        assert parallel.launched_precision() == expected
+        assert process_team.launched_precision() == expected
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(pnc.InputError, match="launched with 'fp16'.*--mixed_precision bf16 or no"):
-        parallel.launched_precision()
+        process_team.launched_precision()

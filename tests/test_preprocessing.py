@@ -15,9 +15,9 @@ import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support
 from pnc.cuts import LOGITS, candidate_cuts, cut_points, extract, find_head
 from pnc.data import ImageSet
-from pnc.errors import InputError, MismatchError
+from pnc.foundation.errors import InputError, MismatchError
+from pnc.foundation.network_state import differences, fingerprint, same_bits, snapshot
 from pnc.graph import Recording, record
-from pnc.integrity import differences, fingerprint, same_bits, snapshot
 from pnc.metrics import evaluate
 from pnc.networks import cnn
 from pnc.preprocessing import Preprocessed

@@ -10,9 +10,9 @@ import torch
 
 from pnc.bench.results import Cells
 from pnc.data import ImageSet, class_subset, relabel, select
-from pnc.errors import ClassNameError, InputError
-from pnc.files import read_tensors
-from pnc.integrity import differences, snapshot
+from pnc.foundation.errors import ClassNameError, InputError
+from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.tensor_files import read_tensors
 from pnc.models import load_model
 from pnc.pretraining import EpochReport, Recipe, augment, one_cycle, pretrain, recipe_for
 from pnc.readers import load_data

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pnc.data import ImageSet
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.readers import load_data, load_images, split_spec
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)

@@ -8,8 +8,8 @@ from digits import NEW, pair, support
 from pnc import refinement
 from pnc.adapters import Stitched
 from pnc.compaction import own_copy
+from pnc.foundation.network_state import differences, snapshot
 from pnc.heads import DiscriminantHead
-from pnc.integrity import differences, snapshot
 from pnc.judging import run_parts, source_body
 from pnc.refinement import Schedule, class_loss, feature_loss, held_out_quality, refined, train, views
 

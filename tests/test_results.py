@@ -7,7 +7,7 @@ import pytest
 
 from pnc.bench import results
 from pnc.bench.results import Cells, Claim, at_least, at_most, commit, environment, over_seeds, table, write_results
-from pnc.errors import FileFormatError, InputError
+from pnc.foundation.errors import FileFormatError, InputError
 
 
 def test_a_bound_itself_is_kept() -> None:

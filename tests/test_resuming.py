@@ -16,12 +16,12 @@ from digits import BASE, NEW, network, pair, support
 from pnc import refinement, selection
 from pnc.bench.compare import KEYS
 from pnc.bench.results import Cells
-from pnc.files import write_tensors
+from pnc.foundation.process_team import Team
+from pnc.foundation.resumable_steps import Steps
+from pnc.foundation.tensor_files import write_tensors
 from pnc.models import save_model
-from pnc.parallel import Team
 from pnc.positions import Position, Scan
 from pnc.refinement import Schedule
-from pnc.resuming import Steps
 
 LONG_STEPS = ("learning gates", "tuning norms", "refining adapters")
 

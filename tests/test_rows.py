@@ -7,7 +7,7 @@ import torch
 
 import pnc
 from pnc.branch import Scalars
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 
 N_BASE = 3
 

@@ -6,8 +6,8 @@ import torch
 import pnc
 from digits import NEW, held_out_images, pair, support
 from pnc.compaction import own_copy
-from pnc.errors import InputError
-from pnc.integrity import differences, snapshot
+from pnc.foundation.errors import InputError
+from pnc.foundation.network_state import differences, snapshot
 from pnc.judging import Outcome, source_body
 from pnc.metrics import evaluate
 from pnc.sequential import Part, depths, search

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from digits import BASE, NEW, pair, support
 from pnc.data import class_subset
-from pnc.errors import ClassNameError, InputError, RecordingError
+from pnc.foundation.errors import ClassNameError, InputError, RecordingError
 from pnc.readers import load_data
 from pnc.task import prepare_task
 

@@ -13,7 +13,8 @@ from pnc.clones import Clone
 from pnc.cloning import clone, fit
 from pnc.composite import Composite, attach
 from pnc.data import ImageSet
-from pnc.errors import (
+from pnc.exported import from_exported
+from pnc.foundation.errors import (
     ClassNameError,
     FileFormatError,
     InputError,
@@ -21,10 +22,9 @@ from pnc.errors import (
     PNCError,
     RecordingError,
 )
-from pnc.exported import from_exported
+from pnc.foundation.process_team import Team, joined
 from pnc.fusion import FusedComposite
 from pnc.models import LoadedModel, load_model
-from pnc.parallel import Team, joined
 from pnc.plans import CloneStatus
 from pnc.positions import Position, Scan, scan
 from pnc.preprocessing import Preprocessed

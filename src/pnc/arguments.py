@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 
 from pnc import checkpoint
-from pnc.class_names import listed, parse_classes
 from pnc.composite import Composite, attach
 from pnc.data import ImageSet, draw_images
-from pnc.errors import ClassNameError, InputError, PNCError
+from pnc.foundation.class_names import listed, parse_classes
+from pnc.foundation.errors import ClassNameError, InputError, PNCError
 from pnc.models import LoadedModel, has_own_weights, load_model
 from pnc.preprocessing import shape_text
 

@@ -14,9 +14,9 @@ from pnc.bench import localize as localize_bench
 from pnc.bench import positions as positions_bench
 from pnc.bench.results import Cells, write_results
 from pnc.bench_options import setting_of, show_claims
-from pnc.class_names import listed, parse_classes
 from pnc.compare_cli import measure_comparison, report_comparison
-from pnc.errors import InputError
+from pnc.foundation.class_names import listed, parse_classes
+from pnc.foundation.errors import InputError
 from pnc.scale_cli import measure_scale
 from pnc.screen import progress, say
 from pnc.speed_cli import measure_speed

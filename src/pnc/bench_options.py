@@ -17,7 +17,7 @@ from pnc.arguments import (
 from pnc.bench import positions as positions_bench
 from pnc.bench.results import Claim
 from pnc.data import sample_per_class
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.readers import load_data
 from pnc.screen import say
 

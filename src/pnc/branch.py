@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pnc.adapters import Stitched
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.heads import DiscriminantHead, Head, StackedHead
 from pnc.tracing import info
 

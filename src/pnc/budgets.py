@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from pnc.channels import ChannelSpace, ChannelSpaces
-from pnc.checks import check_whole
-from pnc.errors import InputError
+from pnc.foundation.argument_checks import check_whole
+from pnc.foundation.errors import InputError
 from pnc.masks import ChannelMasks
 from pnc.opening import opened
 from pnc.tracing import info

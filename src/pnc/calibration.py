@@ -24,13 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pnc.branch import Scalars, against_rivals
-from pnc.class_names import listed
 from pnc.composite import Composite
 from pnc.data import images_as_float
 from pnc.discriminants import choose_shrinkage, fit_discriminants
-from pnc.errors import ClassNameError, InputError
+from pnc.foundation.class_names import listed
+from pnc.foundation.errors import ClassNameError, InputError
+from pnc.foundation.network_state import undisturbed
 from pnc.heads import balanced_weights
-from pnc.integrity import undisturbed
 from pnc.supports import Support, as_images, as_support
 
 SCALE_SPREAD = 0.1

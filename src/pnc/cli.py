@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pnc import checkpoint, cloning, parallel, positions
+from pnc import checkpoint, cloning, positions
 from pnc import demo as demonstration
 from pnc.arguments import (
     ModelOptions,
@@ -28,7 +28,8 @@ from pnc.arguments import (
 )
 from pnc.bench_cli import bench
 from pnc.clone_cli import evaluate_clones, inspect_clone, predict_images, verify_clone
-from pnc.errors import PNCError
+from pnc.foundation import process_team
+from pnc.foundation.errors import PNCError
 from pnc.images import GIB, MEMORY
 from pnc.network_cli import list_cuts, pretrain_network
 from pnc.options import (
@@ -156,7 +157,7 @@ def clone(
     killed while it learned a localization or a refinement goes on from OUT.partial.safetensors. With
     `accelerate launch -m pnc clone ...` or `torchrun -m pnc clone ...` several processes share the work.
     """
-    with parallel.joined(read_device(device)) as (team, own_device), use_threads(threads):
+    with process_team.joined(read_device(device)) as (team, own_device), use_threads(threads):
         asked = (
             ModelOptions("source", source, source_weights, source_classes, str(own_device)),
             ModelOptions("target", target, target_weights, target_classes, str(own_device)),
@@ -195,7 +196,7 @@ def clone(
                 seed=seed,
                 memory=round(memory * GIB),
                 team=team,
-                precision=precision or parallel.launched_precision(),
+                precision=precision or process_team.launched_precision(),
                 resume=out.with_name(out.name + ".partial.safetensors"),
                 progress=bar.step,
             )

@@ -20,9 +20,9 @@ from pnc.arguments import (
     use_threads,
 )
 from pnc.bench import main_job
-from pnc.class_names import listed
 from pnc.data import class_subset, relabel
-from pnc.errors import FileFormatError, InputError
+from pnc.foundation.class_names import listed
+from pnc.foundation.errors import FileFormatError, InputError
 from pnc.metrics import evaluate
 from pnc.options import Data, Device, Json, Names, Sources, Target, Threads, Weights, write_json
 from pnc.proof import Check, prove

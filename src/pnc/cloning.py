@@ -12,20 +12,20 @@ from torch import nn
 
 from pnc.adapters import Adapter, Stitched
 from pnc.branch import Branch
-from pnc.checks import check_bound, check_whole
 from pnc.clones import Clone, check_name
-from pnc.errors import InputError
-from pnc.files import canonical_json
+from pnc.foundation.argument_checks import check_bound, check_whole
+from pnc.foundation.errors import InputError
+from pnc.foundation.network_state import fingerprint, undisturbed, value_digests
+from pnc.foundation.process_team import ALONE, Team
+from pnc.foundation.resumable_steps import NO_STEPS, Steps
+from pnc.foundation.tensor_files import canonical_json
 from pnc.heads import Head
 from pnc.images import MEMORY
-from pnc.integrity import fingerprint, undisturbed, value_digests
 from pnc.joint import TOLERANCE, joint_front, worth_trying
 from pnc.judging import Outcome, features_seen, fit_head, judge, outcome_of, run_parts
 from pnc.operating_point import check_base_drop, check_promise, least_priority
-from pnc.parallel import ALONE, Team
 from pnc.positions import scan
 from pnc.refinement import refined
-from pnc.resuming import NO_STEPS, Steps
 from pnc.selection import Method, localize
 from pnc.sequential import Part, search
 from pnc.stitching import CrossFitted

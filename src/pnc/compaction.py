@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from pnc.budgets import Costs
 from pnc.channels import Channels, ChannelSpaces, WeightSlice
-from pnc.errors import MismatchError, PNCError
+from pnc.foundation.errors import MismatchError, PNCError
 from pnc.leaf_probes import owned_tensor, replace_tensor, resize_attributes
 from pnc.masks import ChannelMasks
 from pnc.nodes import constant_sources, shape_of

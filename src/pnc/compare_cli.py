@@ -27,9 +27,9 @@ from pnc.bench import compare_report
 from pnc.bench.protocols import GROUPS, choose_methods, trained_network
 from pnc.bench.results import Cells, write_results
 from pnc.bench_options import show_claims
-from pnc.class_names import listed, parse_classes
 from pnc.data import ImageSet, sample_per_class
-from pnc.errors import InputError
+from pnc.foundation.class_names import listed, parse_classes
+from pnc.foundation.errors import InputError
 from pnc.models import LoadedModel
 from pnc.plots import draw_comparison, draw_curves
 from pnc.pretraining import recipe_for

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pnc.axes import channel_dims, prefix_tokens
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.graph import Recording
 from pnc.segments import costs_before, dominators, needs_of, subgraph
 from pnc.tracing import info

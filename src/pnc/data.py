@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pnc.class_names import check_class_names, class_ids, listed
-from pnc.errors import ClassNameError, InputError
+from pnc.foundation.class_names import check_class_names, class_ids, listed
+from pnc.foundation.errors import ClassNameError, InputError
 from pnc.images import check_images
 
 

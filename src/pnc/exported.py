@@ -3,7 +3,7 @@
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 
 
 def from_exported(program: ExportedProgram) -> nn.Module:

@@ -21,8 +21,8 @@ from torch import Tensor, fx, nn
 
 from pnc.adapters import Adapter
 from pnc.branch import Branch, against_rivals
-from pnc.errors import InputError, PNCError
 from pnc.folding import Part, folded_part, grows
+from pnc.foundation.errors import InputError, PNCError
 from pnc.grids import from_grid, grid_size, pool, resize, to_grid
 from pnc.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.plans import Plan, check_like

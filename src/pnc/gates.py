@@ -12,10 +12,10 @@ from torch import Tensor, fx
 
 from pnc.budgets import Costs, best_within
 from pnc.compaction import own_copy
+from pnc.foundation.process_team import ALONE, Team
 from pnc.localization import Gated, by_space
 from pnc.norms import LEARNING_RATE, Batch, optimizer_for, training_norms
 from pnc.opening import opened
-from pnc.parallel import ALONE, Team
 
 GATES_LEARNING_RATE = 0.01
 SHRINKING = 0.3

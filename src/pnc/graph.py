@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from pnc.checks import check_module
-from pnc.errors import InputError, RecordingError
-from pnc.integrity import same_bits
+from pnc.foundation.argument_checks import check_module
+from pnc.foundation.errors import InputError, RecordingError
+from pnc.foundation.network_state import same_bits
 from pnc.merging import bind, merge
 from pnc.segments import dominators, part
 from pnc.tape import Tape, tensors_in

@@ -9,7 +9,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 
 BLOCK_BYTES = 2**24
 """Images that come one by one are put together to blocks of about this size."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pnc.budgets import Costs
 from pnc.channels import channel_spaces
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.judging import source_body
 from pnc.positions import Position, Scan
 from pnc.task import CloneTask

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from pnc.adapters import Stitched
 from pnc.cuts import LOGITS, CutPoint, extract
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.grids import pool
 from pnc.heads import Head, HeadSamples, SourceHead, Stacking, choose_stacking, fit_stacked, source_head
 from pnc.images import to_device

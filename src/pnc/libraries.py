@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from pnc.class_names import unknown_name
-from pnc.errors import InputError, PNCError
+from pnc.foundation.class_names import unknown_name
+from pnc.foundation.errors import InputError, PNCError
 from pnc.preprocessing import Interpolation, Preprocessed
 
 _PILLOW_FILTERS: dict[int, Interpolation] = {0: "nearest", 1: "bicubic", 2: "bilinear", 3: "bicubic"}  # 1 is Lanczos

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from pnc.budgets import Costs
 from pnc.channels import KEPT, Channels, ChannelSpaces
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.leaf_probes import owned_tensor
 from pnc.nodes import batch_dims, shape_of
 from pnc.opening import opened

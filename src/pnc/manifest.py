@@ -12,11 +12,11 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, Literal, Never, cast, get_args
 
-from pnc.class_names import MAX_TEXT, is_name
 from pnc.cuts import CutPoint
-from pnc.errors import FileFormatError, InputError
+from pnc.foundation.class_names import MAX_TEXT, is_name
+from pnc.foundation.errors import FileFormatError, InputError
+from pnc.foundation.network_state import Fingerprint
 from pnc.heads import DiscriminantHead, SourceHead, StackedHead
-from pnc.integrity import Fingerprint
 
 FORMAT = "pnc-clone"
 VERSION = 1

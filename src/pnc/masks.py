@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pnc.channels import ChannelSpaces
-from pnc.errors import InputError, MismatchError
+from pnc.foundation.errors import InputError, MismatchError
 
 _DIGEST_BYTES = 8
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pnc.errors import RecordingError
-from pnc.integrity import same_bits
+from pnc.foundation.errors import RecordingError
+from pnc.foundation.network_state import same_bits
 from pnc.tape import Op, Ref, Tape
 from pnc.tracing import BATCH_SIZES, NodeInfo, info, operation_name
 

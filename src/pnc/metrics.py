@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 
 
 @dataclass(frozen=True)

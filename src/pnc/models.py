@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pnc.class_names import check_class_names, listed, unknown_name
-from pnc.errors import InputError, MismatchError, RecordingError
-from pnc.files import write_tensors
+from pnc.foundation.class_names import check_class_names, listed, unknown_name
+from pnc.foundation.errors import InputError, MismatchError, RecordingError
+from pnc.foundation.tensor_files import write_tensors
 from pnc.graph import pick_logits
 from pnc.libraries import (
     HF_OPTIONS,

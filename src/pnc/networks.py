@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 
 Shape = tuple[int, int, int]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pnc.errors import InputError
-from pnc.parallel import ALONE, Team
+from pnc.foundation.errors import InputError
+from pnc.foundation.process_team import ALONE, Team
 
 Batch = tuple[Tensor, Callable[[Tensor], Tensor]]
 """Inputs of a segment (B, ...), and the loss of its outputs for them."""

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from pnc import leaf_probes
 from pnc.channel_rules import has_hooks, is_understood
-from pnc.errors import RecordingError
+from pnc.foundation.errors import RecordingError
 from pnc.merging import eval_module, merge
 from pnc.nodes import shape_of
 from pnc.tracing import BATCH_SIZES, NodeInfo, Recorder, info

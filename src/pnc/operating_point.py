@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 
 _ROUNDING = 1e-9
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from pnc.branch import Branch
-from pnc.class_names import unknown_name
 from pnc.clones import Clone
 from pnc.cuts import CutPoint, cut_points, find_head
-from pnc.errors import InputError, MismatchError
+from pnc.foundation.class_names import unknown_name
+from pnc.foundation.errors import InputError, MismatchError
+from pnc.foundation.network_state import KnownFingerprint, dtype_name, first_difference
 from pnc.graph import Recording
 from pnc.grids import pool
-from pnc.integrity import KnownFingerprint, dtype_name, first_difference
 from pnc.remembered import last_norm
 
 Rows = Sequence[str | Collection[str] | None]

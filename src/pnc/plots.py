@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pnc.errors import InputError
-from pnc.files import write_file
+from pnc.foundation.errors import InputError
+from pnc.foundation.tensor_files import write_file
 from pnc.positions import Position, Scan
 
 

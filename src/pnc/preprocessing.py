@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pnc.checks import check_module
-from pnc.errors import InputError
+from pnc.foundation.argument_checks import check_module
+from pnc.foundation.errors import InputError
 from pnc.networks import Shape
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]

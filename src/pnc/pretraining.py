@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pnc.data import ImageSet, images_as_float, relabel
-from pnc.errors import FileFormatError, InputError
-from pnc.files import canonical_json, read_tensors, write_tensors
+from pnc.foundation.errors import FileFormatError, InputError
+from pnc.foundation.tensor_files import canonical_json, read_tensors, write_tensors
 from pnc.models import LoadedModel, build_model, load_model, save_model
 from pnc.networks import Normalize
 from pnc.readers import split_spec

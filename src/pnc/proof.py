@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from pnc.checkpoint import load, read_clone_file
-from pnc.class_names import listed
 from pnc.composite import attach
-from pnc.integrity import first_difference
+from pnc.foundation.class_names import listed
+from pnc.foundation.network_state import first_difference
 from pnc.verification import BATCH_SIZES, Report, snapshot
 
 

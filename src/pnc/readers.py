@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pnc.class_names import listed, unknown_name
 from pnc.data import ImageSet
-from pnc.errors import InputError
+from pnc.foundation.class_names import listed, unknown_name
+from pnc.foundation.errors import InputError
 
 Split = Literal["train", "test"]
 

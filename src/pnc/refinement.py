@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from pnc.adapters import Adapter, Stitched
 from pnc.cuts import LOGITS, CutPoint, extract
+from pnc.foundation.process_team import ALONE, Team
+from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.grids import pool
 from pnc.heads import Head, HeadSamples, SourceHead
 from pnc.judging import features_seen, fit_head, judge, outcome_of, run_parts
-from pnc.parallel import ALONE, Team
-from pnc.resuming import NO_STEPS, Steps
 from pnc.stitching import CrossFitted
 from pnc.task import CloneTask, Progress
 

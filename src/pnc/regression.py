@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pnc.parallel import Team
+from pnc.foundation.process_team import Team
 
 PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
 """Ridge penalties that are tried, in units of the inputs' variance."""

@@ -10,7 +10,7 @@ from pnc.arguments import check_outputs, read_device
 from pnc.bench import scale
 from pnc.bench.results import Cells, write_results
 from pnc.bench_options import show_claims
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.options import Device
 from pnc.plots import draw_growth
 from pnc.screen import progress

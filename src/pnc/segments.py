@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.merging import eval_module
 from pnc.tracing import BATCH_SIZES, NodeInfo, info
 

@@ -19,14 +19,14 @@ from pnc.channels import channel_spaces
 from pnc.compaction import compact, own_copy
 from pnc.cuts import LOGITS, extract
 from pnc.discriminants import fit_discriminants
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
+from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.gates import learn_gates
 from pnc.grids import pool
 from pnc.judging import source_body
 from pnc.localization import one_shot_ranking
 from pnc.masks import ChannelMasks
 from pnc.norms import Batch, reestimate_statistics, tune_norms
-from pnc.resuming import NO_STEPS, Steps
 from pnc.sequential import Part
 from pnc.surrogate import Neighbourhoods, neighbourhoods, surrogate_loss
 from pnc.task import CloneTask, Progress

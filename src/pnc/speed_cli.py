@@ -10,7 +10,7 @@ from pnc.bench import latency
 from pnc.bench import speed as speed_bench
 from pnc.bench.results import Cells, write_results
 from pnc.bench_options import setting_of, show_claims
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.options import Device
 from pnc.screen import progress
 

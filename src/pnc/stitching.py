@@ -10,10 +10,10 @@ from torch import Tensor
 
 from pnc.adapters import Adapter, kernel_size
 from pnc.cuts import CutPoint
+from pnc.foundation.network_state import same_bits
+from pnc.foundation.process_team import Team
 from pnc.grids import grid_size, grows_to, prefix_summary, resize, to_grid
 from pnc.heads import HeadSamples
-from pnc.integrity import same_bits
-from pnc.parallel import Team
 from pnc.regression import Moments, Regression, Rows
 
 Form = tuple[int, int]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from pnc.errors import RecordingError
+from pnc.foundation.errors import RecordingError
 
 Kind = Literal["placeholder", "get_attr", "call_module", "call_function", "call_method", "output"]
 

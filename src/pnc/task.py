@@ -7,15 +7,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pnc.checks import check_module, check_whole
-from pnc.class_names import MAX_TEXT, check_class_names, class_ids, is_name
 from pnc.cuts import Head, find_head
 from pnc.data import ImageSet
-from pnc.errors import ClassNameError, InputError, RecordingError
+from pnc.foundation.argument_checks import check_module, check_whole
+from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name
+from pnc.foundation.errors import ClassNameError, InputError, RecordingError
+from pnc.foundation.network_state import dtype_name, undisturbed
+from pnc.foundation.process_team import ALONE, Team
 from pnc.graph import Recording, info, record
 from pnc.images import MEMORY, check_images, to_device
-from pnc.integrity import dtype_name, undisturbed
-from pnc.parallel import ALONE, Team
 from pnc.samples import Samples, samples_of
 from pnc.supports import StoredSupport, stored_support
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from pnc.errors import RecordingError
+from pnc.foundation.errors import RecordingError
 from pnc.tape import Kind, Op, Tape, TapeWriter, is_plain, strange_types, tensors_in
 
 BATCH_SIZES = (2, 3)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pnc import integrity
-from pnc.checks import check_module
-from pnc.errors import InputError
-from pnc.graph import pick_logits
-from pnc.integrity import (
+from pnc.foundation import network_state
+from pnc.foundation.argument_checks import check_module
+from pnc.foundation.errors import InputError
+from pnc.foundation.network_state import (
     Fingerprint,
     Snapshot,
     differences,
@@ -19,6 +18,7 @@ from pnc.integrity import (
     first_difference,
     same_bits,
 )
+from pnc.graph import pick_logits
 
 BATCH_SIZES = (1, 3, 4)
 """Sizes of the batches on which a composite is compared with its target: kernels may depend on them."""
@@ -59,7 +59,7 @@ def snapshot(target: nn.Module, images: Tensor | None = None) -> Snapshot:
     check_module(target, "target")
     logits = None if images is None else _logits(target, images)
     kept = None if images is None else images.detach().clone()
-    return dataclasses.replace(integrity.snapshot(target), images=kept, logits=logits)
+    return dataclasses.replace(network_state.snapshot(target), images=kept, logits=logits)
 
 
 def verify(target: nn.Module, before: Snapshot) -> Report:

@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pnc.class_names import listed
-from pnc.errors import FileFormatError, InputError, MismatchError
-from pnc.files import METADATA_KEY, read_tensors
+from pnc.foundation.class_names import listed
+from pnc.foundation.errors import FileFormatError, InputError, MismatchError
+from pnc.foundation.tensor_files import METADATA_KEY, read_tensors
 from pnc.preprocessing import shape_text
 
 FORMAT = "pnc-network"

@@ -7,7 +7,7 @@ import torch
 
 from pnc.baselines.features import Linear, Role, features_of, on_features
 from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.task import CloneTask
 
 

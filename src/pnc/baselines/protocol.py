@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.task import CloneTask, Precision
 
 Kind = Literal["ensemble", "features", "tuning", "clone", "bound"]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pnc.baselines.protocol import Budget, Fitted
 from pnc.compaction import own_copy
 from pnc.cuts import LOGITS, CutPoint, candidate_cuts, extract
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.task import CloneTask
 
 WEIGHT_DECAY = 5e-4

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 from pnc.libraries import load_library
 
 N_CLASSES = 4

@@ -23,8 +23,8 @@ from pnc.bench.results import Cells, commit, environment
 from pnc.checkpoint import save
 from pnc.composite import Composite
 from pnc.data import ImageSet, class_subset, images_as_float, relabel
-from pnc.errors import InputError
-from pnc.integrity import differences, evaluating, fingerprint, snapshot
+from pnc.foundation.errors import InputError
+from pnc.foundation.network_state import differences, evaluating, fingerprint, snapshot
 from pnc.metrics import calibration_error, evaluate, leak, shifted
 from pnc.models import LoadedModel
 from pnc.supports import draw_support

@@ -13,8 +13,8 @@ from pnc.bench.compare import KEYS
 from pnc.bench.main_job import CLONE
 from pnc.bench.protocols import BOUNDED, METHODS
 from pnc.bench.results import Cells, Claim, at_least, at_most, over_seeds, table
-from pnc.class_names import listed
-from pnc.errors import InputError
+from pnc.foundation.class_names import listed
+from pnc.foundation.errors import InputError
 
 Row = Mapping[str, Any]
 

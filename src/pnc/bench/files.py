@@ -24,8 +24,8 @@ from pnc.checkpoint import Kind, inspect, load, save
 from pnc.clones import Clone
 from pnc.cloning import fit
 from pnc.composite import attach
-from pnc.errors import InputError, PNCError
-from pnc.integrity import fingerprint, same_bits
+from pnc.foundation.errors import InputError, PNCError
+from pnc.foundation.network_state import fingerprint, same_bits
 from pnc.positions import scan
 from pnc.task import Progress, prepare_task
 

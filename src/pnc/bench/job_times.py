@@ -18,7 +18,7 @@ from pnc.bench.positions import Setting
 from pnc.bench.results import Cells
 from pnc.cloning import clone
 from pnc.data import class_subset, images_as_float
-from pnc.integrity import evaluating
+from pnc.foundation.network_state import evaluating
 from pnc.models import LoadedModel, build_model
 from pnc.pretraining import recipe_for
 from pnc.supports import draw_support

@@ -29,11 +29,11 @@ from pnc.compaction import own_copy
 from pnc.composite import Composite, attach
 from pnc.cuts import candidate_cuts, extract
 from pnc.data import images_as_float
-from pnc.errors import InputError
 from pnc.folding import folded
+from pnc.foundation.errors import InputError
+from pnc.foundation.network_state import fingerprint
 from pnc.graph import record
 from pnc.heads import DiscriminantHead, SourceHead, StackedHead
-from pnc.integrity import fingerprint
 from pnc.models import LoadedModel, build_model
 from pnc.positions import scan
 from pnc.supports import draw_support

@@ -21,8 +21,8 @@ from pnc.clones import Clone
 from pnc.cloning import clone
 from pnc.composite import Composite, attach
 from pnc.data import ImageSet, class_subset, images_as_float, relabel
-from pnc.errors import InputError
-from pnc.integrity import fingerprint, value_digests
+from pnc.foundation.errors import InputError
+from pnc.foundation.network_state import fingerprint, value_digests
 from pnc.metrics import evaluate
 from pnc.models import LoadedModel
 from pnc.supports import Support, draw_support

@@ -16,7 +16,7 @@ from pnc.cloning import fit
 from pnc.composite import attach
 from pnc.cuts import LOGITS, extract
 from pnc.data import ImageSet, class_subset, images_as_float, relabel
-from pnc.integrity import evaluating
+from pnc.foundation.network_state import evaluating
 from pnc.metrics import evaluate
 from pnc.positions import scan
 from pnc.selection import Method

@@ -18,9 +18,9 @@ from pnc.clones import Clone
 from pnc.cloning import fit
 from pnc.composite import attach
 from pnc.data import ImageSet, images_as_float
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
+from pnc.foundation.network_state import differences, evaluating, snapshot
 from pnc.images import to_device
-from pnc.integrity import differences, evaluating, snapshot
 from pnc.metrics import evaluate
 from pnc.models import LoadedModel
 from pnc.positions import scan

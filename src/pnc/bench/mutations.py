@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any
 
-from pnc.files import DIGEST_KEY, METADATA_KEY, canonical_json
+from pnc.foundation.tensor_files import DIGEST_KEY, METADATA_KEY, canonical_json
 
 Mutation = Callable[[bytes, Random], bytes]
 

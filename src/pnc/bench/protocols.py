@@ -22,12 +22,12 @@ from pnc.baselines import (
 )
 from pnc.baselines.protocol import Budget, Fitted, Rival
 from pnc.bench.main_job import CLONE
-from pnc.class_names import listed, parse_classes, unknown_name
 from pnc.cloning import fit
 from pnc.composite import attach
 from pnc.data import ImageSet, class_subset
-from pnc.errors import InputError
-from pnc.files import canonical_json
+from pnc.foundation.class_names import listed, parse_classes, unknown_name
+from pnc.foundation.errors import InputError
+from pnc.foundation.tensor_files import canonical_json
 from pnc.models import LoadedModel
 from pnc.positions import scan
 from pnc.pretraining import EpochReport, Recipe, pretrain

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 from pnc.bench.measuring import CPU
-from pnc.errors import FileFormatError, InputError
-from pnc.files import canonical_json, write_file
+from pnc.foundation.errors import FileFormatError, InputError
+from pnc.foundation.tensor_files import canonical_json, write_file
 
 
 @dataclass(frozen=True)

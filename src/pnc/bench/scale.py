@@ -25,10 +25,10 @@ from pnc.bench.results import Cells, Claim, at_most, commit, table
 from pnc.checkpoint import save
 from pnc.cloning import clone, fit
 from pnc.composite import attach
+from pnc.foundation.network_state import fingerprint
+from pnc.foundation.process_team import ALONE, Team, joined
 from pnc.images import GIB
-from pnc.integrity import fingerprint
 from pnc.networks import resnet
-from pnc.parallel import ALONE, Team, joined
 from pnc.positions import scan
 from pnc.task import Precision, Progress, prepare_task
 

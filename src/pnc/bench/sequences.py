@@ -21,7 +21,7 @@ from pnc.checkpoint import load, save
 from pnc.clones import Clone
 from pnc.cloning import fit
 from pnc.composite import attach
-from pnc.integrity import differences, same_bits, snapshot
+from pnc.foundation.network_state import differences, same_bits, snapshot
 from pnc.models import build_model
 from pnc.positions import scan
 from pnc.supports import Support

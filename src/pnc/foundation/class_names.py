@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from pnc.errors import ClassNameError
+from pnc.foundation.errors import ClassNameError
 
 MAX_TEXT = 1000
 """Characters that a name or another text in a file may have."""

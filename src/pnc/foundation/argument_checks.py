@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 
 
 def check_module(value: object, argument: str) -> None:

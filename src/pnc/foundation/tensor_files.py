@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from pnc.errors import FileFormatError, InputError
-from pnc.integrity import DTYPES, as_bytes, dtype_name, value_digests
+from pnc.foundation.errors import FileFormatError, InputError
+from pnc.foundation.network_state import DTYPES, as_bytes, dtype_name, value_digests
 
 try:
     import fcntl

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pnc.errors import InputError
+from pnc.foundation.errors import InputError
 
 
 @dataclass(frozen=True)

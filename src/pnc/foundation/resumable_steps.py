@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pnc.errors import InputError
-from pnc.files import read_tensors, write_tensors
-from pnc.parallel import ALONE, Team
+from pnc.foundation.errors import InputError
+from pnc.foundation.process_team import ALONE, Team
+from pnc.foundation.tensor_files import read_tensors, write_tensors
 
 FORMAT = "pnc-steps"
 

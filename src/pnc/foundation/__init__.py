@@ -1,0 +1,1 @@
+"""Errors, names, bits, files and processes: nothing about cloning. Start with `errors`."""
