@@ -19,12 +19,12 @@ import torch
 
 from pnc.bench import main_job
 from pnc.bench.results import Claim, at_least, at_most, table, write_results
-from pnc.data import ImageSet, class_subset, relabel
+from pnc.data.image_set import ImageSet, class_subset, relabel
+from pnc.data.readers import load_data
+from pnc.data.support import draw_support
 from pnc.foundation.errors import PNCError
 from pnc.models import LoadedModel, load_model
 from pnc.pretraining import Recipe, pretrain
-from pnc.readers import load_data
-from pnc.supports import draw_support
 
 SPEC = "zoo:resnet20"
 RECIPE = Recipe(precision="bfloat16")

@@ -30,12 +30,12 @@ from pnc.bench import compare, compare_report
 from pnc.bench.main_job import CLONE, predict
 from pnc.bench.protocols import choose_methods
 from pnc.bench.results import Cells, Claim, at_most, write_results
-from pnc.data import ImageSet, class_subset, images_as_float, relabel
+from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
+from pnc.data.readers import load_data
 from pnc.foundation.errors import PNCError
 from pnc.libraries import distinct
 from pnc.models import LoadedModel, load_model
 from pnc.pretraining import Recipe, pretrain
-from pnc.readers import load_data
 
 SPEC = "zoo:resnet20"
 RECIPE = Recipe(epochs=30, crop_padding=4, precision="bfloat16")

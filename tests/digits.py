@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from pnc.data import ImageSet, class_subset, relabel
+from pnc.data.image_set import ImageSet, class_subset, relabel
+from pnc.data.readers import load_data
+from pnc.data.support import Support, draw_support
 from pnc.models import LoadedModel
 from pnc.pretraining import Recipe, pretrain
-from pnc.readers import load_data
-from pnc.supports import Support, draw_support
 
 BASE, NEW = tuple("01234"), tuple("56789")
 RECIPE = Recipe(epochs=12, batch_size=64, crop_padding=1, flip=False)

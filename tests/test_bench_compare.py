@@ -16,10 +16,10 @@ from pnc.bench.compare import KEYS, SHIFTS, curve
 from pnc.bench.protocols import BOUNDED, METHODS, choose_methods, class_groups, trained_network
 from pnc.bench.results import Cells
 from pnc.bench_cli import bench
-from pnc.data import class_subset
+from pnc.data.image_set import class_subset
+from pnc.data.readers import load_data
 from pnc.models import save_model
 from pnc.pretraining import Recipe
-from pnc.readers import load_data
 
 METHODS_HERE = "clone,direct ensemble,nearest mean,fine-tuning with replay (head)"
 

@@ -10,10 +10,10 @@ from pnc.bench import lifecycle, sequences
 from pnc.bench.lifecycle import Setting, _file_name, parts
 from pnc.bench.results import Cells
 from pnc.bench_cli import bench
-from pnc.data import ImageSet
+from pnc.data.image_set import ImageSet
+from pnc.data.support import Support
 from pnc.foundation.errors import InputError
 from pnc.models import build_model, load_model, save_model
-from pnc.supports import Support
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from pnc.data import ImageSet, class_subset, images_as_float, relabel, sample_per_class, select
+from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel, sample_per_class, select
+from pnc.data.support import Support, as_support, draw_support
 from pnc.foundation.class_names import check_class_names, class_ids, listed, parse_classes
 from pnc.foundation.errors import ClassNameError, InputError
-from pnc.supports import Support, as_support, draw_support
 
 NAMES = ("ant", "bee", "cat", "dog")
 

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import pnc
 from digits import NEW, pair, support
-from pnc import images as store_module
+from pnc.data import image_store as store_module
+from pnc.data.image_store import Images, ImageStore
 from pnc.foundation.errors import InputError
-from pnc.images import Images, ImageStore
 
 
 def pixels(n, seed=0, dtype=torch.uint8):

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support
 from pnc.cuts import LOGITS, candidate_cuts, cut_points, extract, find_head
-from pnc.data import ImageSet
+from pnc.data.image_set import ImageSet
+from pnc.data.support import Support
 from pnc.foundation.errors import InputError, MismatchError
 from pnc.foundation.network_state import differences, fingerprint, same_bits, snapshot
 from pnc.graph import Recording, record
 from pnc.metrics import evaluate
 from pnc.networks import cnn
 from pnc.preprocessing import Preprocessed
-from pnc.supports import Support
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

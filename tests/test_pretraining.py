@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from pnc.bench.results import Cells
-from pnc.data import ImageSet, class_subset, relabel, select
+from pnc.data.image_set import ImageSet, class_subset, relabel, select
+from pnc.data.readers import load_data
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.network_state import differences, snapshot
 from pnc.foundation.tensor_files import read_tensors
 from pnc.models import load_model
 from pnc.pretraining import EpochReport, Recipe, augment, one_cycle, pretrain, recipe_for
-from pnc.readers import load_data
 
 SPEC = "zoo:cnn?width=0.25"
 RECIPE = Recipe(epochs=3, batch_size=32, crop_padding=1, flip=False, threads=1)

@@ -7,13 +7,13 @@ from digits import BASE, NEW, held_out_images, pair, support
 from pnc.baselines.ensemble import DirectEnsemble
 from pnc.bench.main_job import predict
 from pnc.cuts import extract
-from pnc.data import class_subset, images_as_float
+from pnc.data.image_set import class_subset, images_as_float
+from pnc.data.readers import load_data
 from pnc.graph import record
 from pnc.grids import pool
 from pnc.heads import HeadSamples, SourceHead, StackedHead
 from pnc.metrics import evaluate
 from pnc.networks import cnn, resnet, vit_tiny
-from pnc.readers import load_data
 from pnc.remembered import last_norm, remembering_head
 
 N_BASE, N_NEW = 3, 2

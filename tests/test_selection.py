@@ -11,11 +11,11 @@ from pnc import selection
 from pnc.bench.localize import masked_source_accuracy
 from pnc.budgets import Costs
 from pnc.channels import channel_spaces
-from pnc.data import class_subset
+from pnc.data.image_set import class_subset
+from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, snapshot
 from pnc.judging import source_body
-from pnc.readers import load_data
 from pnc.selection import Method, localize
 
 METHODS = get_args(Method)

@@ -5,9 +5,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from digits import BASE, NEW, pair, support
-from pnc.data import class_subset
+from pnc.data.image_set import class_subset
+from pnc.data.readers import load_data
 from pnc.foundation.errors import ClassNameError, InputError, RecordingError
-from pnc.readers import load_data
 from pnc.task import prepare_task
 
 

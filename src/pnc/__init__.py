@@ -12,7 +12,9 @@ from pnc.checkpoint import inspect, load, save
 from pnc.clones import Clone
 from pnc.cloning import clone, fit
 from pnc.composite import Composite, attach
-from pnc.data import ImageSet
+from pnc.data.image_set import ImageSet
+from pnc.data.readers import load_data
+from pnc.data.support import Support, draw_support
 from pnc.exported import from_exported
 from pnc.foundation.errors import (
     ClassNameError,
@@ -28,8 +30,6 @@ from pnc.models import LoadedModel, load_model
 from pnc.plans import CloneStatus
 from pnc.positions import Position, Scan, scan
 from pnc.preprocessing import Preprocessed
-from pnc.readers import load_data
-from pnc.supports import Support, draw_support
 from pnc.task import CloneTask, prepare_task
 from pnc.verification import Report, snapshot, verify
 

@@ -11,7 +11,7 @@ import torch
 
 from pnc import checkpoint
 from pnc.composite import Composite, attach
-from pnc.data import ImageSet, draw_images
+from pnc.data.image_set import ImageSet, draw_images
 from pnc.foundation.class_names import listed, parse_classes
 from pnc.foundation.errors import ClassNameError, InputError, PNCError
 from pnc.models import LoadedModel, has_own_weights, load_model

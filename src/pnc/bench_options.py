@@ -16,9 +16,9 @@ from pnc.arguments import (
 )
 from pnc.bench import positions as positions_bench
 from pnc.bench.results import Claim
-from pnc.data import sample_per_class
+from pnc.data.image_set import sample_per_class
+from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError
-from pnc.readers import load_data
 from pnc.screen import say
 
 

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from pnc.branch import Scalars, against_rivals
 from pnc.composite import Composite
-from pnc.data import images_as_float
+from pnc.data.image_set import images_as_float
+from pnc.data.support import Support, as_images, as_support
 from pnc.discriminants import choose_shrinkage, fit_discriminants
 from pnc.foundation.class_names import listed
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.network_state import undisturbed
 from pnc.heads import balanced_weights
-from pnc.supports import Support, as_images, as_support
 
 SCALE_SPREAD = 0.1
 OFFSET_SPREAD = 0.3

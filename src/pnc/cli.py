@@ -28,9 +28,10 @@ from pnc.arguments import (
 )
 from pnc.bench_cli import bench
 from pnc.clone_cli import evaluate_clones, inspect_clone, predict_images, verify_clone
+from pnc.data.image_store import GIB, MEMORY
+from pnc.data.readers import load_data
 from pnc.foundation import process_team
 from pnc.foundation.errors import PNCError
-from pnc.images import GIB, MEMORY
 from pnc.network_cli import list_cuts, pretrain_network
 from pnc.options import (
     Data,
@@ -49,7 +50,6 @@ from pnc.options import (
     write_json,
 )
 from pnc.plots import check_plot, draw_scan
-from pnc.readers import load_data
 from pnc.screen import complain, progress, say, show_clone, show_job, show_scan
 from pnc.selection import Method
 from pnc.task import Precision, prepare_task

@@ -13,6 +13,7 @@ from torch import nn
 from pnc.adapters import Adapter, Stitched
 from pnc.branch import Branch
 from pnc.clones import Clone, check_name
+from pnc.data.image_store import MEMORY
 from pnc.foundation.argument_checks import check_bound, check_whole
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import fingerprint, undisturbed, value_digests
@@ -20,7 +21,6 @@ from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.foundation.tensor_files import canonical_json
 from pnc.heads import Head
-from pnc.images import MEMORY
 from pnc.joint import TOLERANCE, joint_front, worth_trying
 from pnc.judging import Outcome, features_seen, fit_head, judge, outcome_of, run_parts
 from pnc.operating_point import check_base_drop, check_promise, least_priority

@@ -27,13 +27,13 @@ from pnc.bench import compare_report
 from pnc.bench.protocols import GROUPS, choose_methods, trained_network
 from pnc.bench.results import Cells, write_results
 from pnc.bench_options import show_claims
-from pnc.data import ImageSet, sample_per_class
+from pnc.data.image_set import ImageSet, sample_per_class
+from pnc.data.readers import load_data
 from pnc.foundation.class_names import listed, parse_classes
 from pnc.foundation.errors import InputError
 from pnc.models import LoadedModel
 from pnc.plots import draw_comparison, draw_curves
 from pnc.pretraining import recipe_for
-from pnc.readers import load_data
 from pnc.screen import complain, progress, say
 from pnc.task import Precision, Progress
 

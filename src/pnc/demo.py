@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from pnc.bench import main_job
-from pnc.data import class_subset, relabel
+from pnc.data.image_set import class_subset, relabel
+from pnc.data.readers import load_data
+from pnc.data.support import draw_support
 from pnc.pretraining import EpochReport, Recipe, pretrain
-from pnc.readers import load_data
-from pnc.supports import draw_support
 from pnc.task import Progress
 
 BASE_CLASSES = tuple("01234")

@@ -9,10 +9,10 @@ from torch import Tensor, fx, nn
 
 from pnc.adapters import Stitched
 from pnc.cuts import LOGITS, CutPoint, extract
+from pnc.data.image_store import to_device
 from pnc.foundation.errors import InputError
 from pnc.grids import pool
 from pnc.heads import Head, HeadSamples, SourceHead, Stacking, choose_stacking, fit_stacked, source_head
-from pnc.images import to_device
 from pnc.remembered import last_norm, remembering_head
 from pnc.stitching import CrossFitted
 from pnc.task import CloneTask, Progress

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pnc.data.readers import split_spec
 from pnc.foundation.class_names import check_class_names, listed, unknown_name
 from pnc.foundation.errors import InputError, MismatchError, RecordingError
 from pnc.foundation.tensor_files import write_tensors
@@ -29,7 +30,6 @@ from pnc.libraries import (
 )
 from pnc.networks import Shape, cnn, mobilenetv2, resnet, vit_tiny
 from pnc.preprocessing import Preprocessed, checked_shape, shape_text
-from pnc.readers import split_spec
 from pnc.weights import FORMAT, VERSION, load_tensors, read_weights
 
 

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from pnc.cuts import Head, find_head
-from pnc.data import ImageSet
+from pnc.data.folded_samples import Samples, samples_of
+from pnc.data.image_set import ImageSet
+from pnc.data.image_store import MEMORY, check_images, to_device
+from pnc.data.support import StoredSupport, stored_support
 from pnc.foundation.argument_checks import check_module, check_whole
 from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name
 from pnc.foundation.errors import ClassNameError, InputError, RecordingError
 from pnc.foundation.network_state import dtype_name, undisturbed
 from pnc.foundation.process_team import ALONE, Team
 from pnc.graph import Recording, info, record
-from pnc.images import MEMORY, check_images, to_device
-from pnc.samples import Samples, samples_of
-from pnc.supports import StoredSupport, stored_support
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the steps done, and the steps in all."""

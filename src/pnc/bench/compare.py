@@ -22,12 +22,12 @@ from pnc.bench.protocols import METHODS, class_groups
 from pnc.bench.results import Cells, commit, environment
 from pnc.checkpoint import save
 from pnc.composite import Composite
-from pnc.data import ImageSet, class_subset, images_as_float, relabel
+from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
+from pnc.data.support import draw_support
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, evaluating, fingerprint, snapshot
 from pnc.metrics import calibration_error, evaluate, leak, shifted
 from pnc.models import LoadedModel
-from pnc.supports import draw_support
 from pnc.task import Progress, prepare_task
 
 KEYS = ("data", "target", "source", "support", "flip", "group", "classes", "n_test", "method", "seed")

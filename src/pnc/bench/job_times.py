@@ -17,11 +17,11 @@ from pnc.bench.measuring import finish, peak_memory
 from pnc.bench.positions import Setting
 from pnc.bench.results import Cells
 from pnc.cloning import clone
-from pnc.data import class_subset, images_as_float
+from pnc.data.image_set import class_subset, images_as_float
+from pnc.data.support import draw_support
 from pnc.foundation.network_state import evaluating
 from pnc.models import LoadedModel, build_model
 from pnc.pretraining import recipe_for
-from pnc.supports import draw_support
 from pnc.task import CloneTask, Progress, prepare_task
 
 CLOSED, GATES, REFINED, SEQUENTIAL = "closed form", "gates, density 0.5", "refined", "sequential"

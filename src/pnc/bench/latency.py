@@ -28,7 +28,8 @@ from pnc.cloning import clone, fit
 from pnc.compaction import own_copy
 from pnc.composite import Composite, attach
 from pnc.cuts import candidate_cuts, extract
-from pnc.data import images_as_float
+from pnc.data.image_set import images_as_float
+from pnc.data.support import draw_support
 from pnc.folding import folded
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import fingerprint
@@ -36,7 +37,6 @@ from pnc.graph import record
 from pnc.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.models import LoadedModel, build_model
 from pnc.positions import scan
-from pnc.supports import draw_support
 from pnc.task import Network, Progress, prepare_task, read_network
 
 BATCHES = (1, 8, 64)

@@ -20,12 +20,12 @@ from pnc.checkpoint import load, save
 from pnc.clones import Clone
 from pnc.cloning import clone
 from pnc.composite import Composite, attach
-from pnc.data import ImageSet, class_subset, images_as_float, relabel
+from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
+from pnc.data.support import Support, draw_support
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import fingerprint, value_digests
 from pnc.metrics import evaluate
 from pnc.models import LoadedModel
-from pnc.supports import Support, draw_support
 from pnc.task import Progress
 
 ARRANGEMENTS = ("one", "two", "four")

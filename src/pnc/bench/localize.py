@@ -15,13 +15,13 @@ from pnc.clones import Clone
 from pnc.cloning import fit
 from pnc.composite import attach
 from pnc.cuts import LOGITS, extract
-from pnc.data import ImageSet, class_subset, images_as_float, relabel
+from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
+from pnc.data.support import draw_support
 from pnc.foundation.network_state import evaluating
 from pnc.metrics import evaluate
 from pnc.positions import scan
 from pnc.selection import Method
 from pnc.stitching import CrossFitted
-from pnc.supports import draw_support
 from pnc.task import CloneTask, Progress, prepare_task
 
 DENSITIES = (0.5, 0.3)

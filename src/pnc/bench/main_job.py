@@ -17,14 +17,14 @@ from pnc.checkpoint import load, save
 from pnc.clones import Clone
 from pnc.cloning import fit
 from pnc.composite import attach
-from pnc.data import ImageSet, images_as_float
+from pnc.data.image_set import ImageSet, images_as_float
+from pnc.data.image_store import to_device
+from pnc.data.support import Support
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, evaluating, snapshot
-from pnc.images import to_device
 from pnc.metrics import evaluate
 from pnc.models import LoadedModel
 from pnc.positions import scan
-from pnc.supports import Support
 from pnc.task import CloneTask, Progress, prepare_task
 
 RIVALS: Mapping[str, Rival] = {rival.name: rival for rival in (ensemble.RIVAL, lda.ON_TARGET, finetuning.WITH_REPLAY)}

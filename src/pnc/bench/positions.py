@@ -13,10 +13,10 @@ from pnc.bench.main_job import predict
 from pnc.bench.results import Cells, Claim, over_seeds, table
 from pnc.cloning import clone
 from pnc.composite import attach
-from pnc.data import ImageSet, class_subset, relabel
+from pnc.data.image_set import ImageSet, class_subset, relabel
+from pnc.data.support import draw_support
 from pnc.metrics import evaluate
 from pnc.models import LoadedModel
-from pnc.supports import draw_support
 from pnc.task import Progress
 
 STRATEGIES: Mapping[str, Mapping[str, Any]] = {

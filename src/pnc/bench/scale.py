@@ -25,9 +25,9 @@ from pnc.bench.results import Cells, Claim, at_most, commit, table
 from pnc.checkpoint import save
 from pnc.cloning import clone, fit
 from pnc.composite import attach
+from pnc.data.image_store import GIB
 from pnc.foundation.network_state import fingerprint
 from pnc.foundation.process_team import ALONE, Team, joined
-from pnc.images import GIB
 from pnc.networks import resnet
 from pnc.positions import scan
 from pnc.task import Precision, Progress, prepare_task

@@ -21,10 +21,10 @@ from pnc.checkpoint import load, save
 from pnc.clones import Clone
 from pnc.cloning import fit
 from pnc.composite import attach
+from pnc.data.support import Support
 from pnc.foundation.network_state import differences, same_bits, snapshot
 from pnc.models import build_model
 from pnc.positions import scan
-from pnc.supports import Support
 from pnc.task import Progress, prepare_task
 
 Action = Literal["attach", "detach", "disable", "only", "save", "calibrate"]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pnc.data import ImageSet
+from pnc.data.image_set import ImageSet
 from pnc.foundation.class_names import listed, unknown_name
 from pnc.foundation.errors import InputError
 

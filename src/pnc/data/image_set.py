@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pnc.data.image_store import check_images
 from pnc.foundation.class_names import check_class_names, class_ids, listed
 from pnc.foundation.errors import ClassNameError, InputError
-from pnc.images import check_images
 
 
 @dataclass(frozen=True, eq=False)

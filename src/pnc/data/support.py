@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
-from pnc.data import ImageSet, check_labels, draw_images, images_as_float
+from pnc.data.image_set import ImageSet, check_labels, draw_images, images_as_float
+from pnc.data.image_store import ImageStore, check_images
 from pnc.foundation.class_names import check_class_names, class_ids, listed
 from pnc.foundation.errors import InputError
-from pnc.images import ImageStore, check_images
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pnc.images import Images, ImageStore
+from pnc.data.image_store import Images, ImageStore
 
 MAX_FOLDS = 5
 
