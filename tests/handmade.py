@@ -9,9 +9,9 @@ import zoo
 from pnc.adapters import Adapter, Stitched
 from pnc.branch import Branch, Scalars
 from pnc.compaction import own_copy
-from pnc.cuts import cut_points, extract, find_head
 from pnc.foundation.network_state import fingerprint
-from pnc.graph import record
+from pnc.graph.cut_points import cut_points, extract, find_head
+from pnc.graph.recording import record
 from pnc.heads import DiscriminantHead, SourceHead, StackedHead
 
 

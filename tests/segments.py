@@ -5,10 +5,10 @@ from torch import fx
 
 from pnc.channels import ChannelSpaces, channel_spaces
 from pnc.compaction import compact, kept_flags, mask_segment
-from pnc.cuts import cut_points, extract, find_head
-from pnc.graph import record
+from pnc.graph.cut_points import cut_points, extract, find_head
+from pnc.graph.recorder import info
+from pnc.graph.recording import record
 from pnc.masks import ChannelMasks, channel_masks
-from pnc.tracing import info
 
 
 def network(factory, seed=0):

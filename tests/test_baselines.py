@@ -21,9 +21,9 @@ from pnc.baselines.tuning import Data, Method, Setting, extend_classifier, grid,
 from pnc.bench.main_job import predict
 from pnc.bench.protocols import BOUNDED, METHODS
 from pnc.composite import Composite
-from pnc.cuts import INPUT
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, same_bits, snapshot
+from pnc.graph.cut_points import INPUT
 from pnc.metrics import evaluate
 from pnc.task import CloneTask, prepare_task
 

@@ -22,12 +22,12 @@ from channel_zoo import (
 from pnc import channel_rules, rewriting, tensor_rules
 from pnc.channels import channel_spaces
 from pnc.compaction import compact, filled, mask_segment, output_channels, own_copy
-from pnc.cuts import candidate_cuts, extract, find_head
 from pnc.foundation.errors import MismatchError, PNCError
 from pnc.foundation.network_state import differences, snapshot
-from pnc.graph import record
+from pnc.graph.cut_points import candidate_cuts, extract, find_head
+from pnc.graph.recorder import info
+from pnc.graph.recording import record
 from pnc.masks import channel_masks
-from pnc.tracing import info
 from segments import assert_compact_is_masked, half, network, segment_of
 
 

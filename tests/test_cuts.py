@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import zoo
-from pnc.cuts import INPUT, LOGITS, CutPoint, candidate_cuts, cut_points, extract, find_head, gaps
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, same_bits, snapshot
-from pnc.graph import info, record
+from pnc.graph.cut_points import INPUT, LOGITS, CutPoint, candidate_cuts, cut_points, extract, find_head, gaps
+from pnc.graph.recording import info, record
 from pnc.networks import resnet
 
 pytestmark = [

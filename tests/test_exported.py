@@ -11,7 +11,7 @@ from digits import BASE, NEW, held_out_images, pair, support
 from pnc.exported import from_exported
 from pnc.foundation.errors import InputError, RecordingError
 from pnc.foundation.network_state import differences, same_bits, snapshot
-from pnc.graph import record
+from pnc.graph.recording import record
 from pnc.metrics import evaluate
 from pnc.models import load_model
 

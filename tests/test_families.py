@@ -6,9 +6,9 @@ import warnings
 import pytest
 import torch
 
-from pnc.cuts import LOGITS, candidate_cuts, extract, find_head
 from pnc.foundation.network_state import differences, same_bits, snapshot
-from pnc.graph import record
+from pnc.graph.cut_points import LOGITS, candidate_cuts, extract, find_head
+from pnc.graph.recording import record
 
 NETWORKS = {
     "torchvision:swin": "shifted windows, maps with the channels last",

@@ -13,7 +13,7 @@ from torch import nn
 import zoo
 from pnc.foundation.errors import InputError, RecordingError
 from pnc.foundation.network_state import differences, same_bits, snapshot
-from pnc.graph import info, record
+from pnc.graph.recording import info, record
 
 # Networks of the zoo that use old or unfinished parts of PyTorch, as users' networks do.
 pytestmark = [

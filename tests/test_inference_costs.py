@@ -12,7 +12,7 @@ import pnc
 import zoo
 from handmade import Bottleneck, Network, make_clone
 from pnc.bench.sequences import make_stage
-from pnc.graph import info, record
+from pnc.graph.recording import info, record
 
 N_IMAGES = 10
 

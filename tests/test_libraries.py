@@ -18,7 +18,7 @@ from digits import BASE, NEW, pair
 from pnc import cli, libraries
 from pnc.foundation.errors import InputError, MismatchError
 from pnc.foundation.network_state import differences, same_bits, snapshot
-from pnc.graph import record
+from pnc.graph.recording import record
 from pnc.models import LoadedModel, build_model, has_own_weights, load_model, save_model
 from pnc.preprocessing import Preprocessed
 

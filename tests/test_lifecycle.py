@@ -22,7 +22,7 @@ from pnc.bench.sequences import ACTIONS, BASE, GROUPS, Life
 from pnc.branch import Scalars
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.network_state import differences, snapshot
-from pnc.graph import record
+from pnc.graph.recording import record
 
 N_BASE = len(BASE)
 NEW = tuple(name for group in GROUPS for name in group)

@@ -7,8 +7,8 @@ import torch
 
 import pnc
 from digits import NEW, pair, support
-from pnc.cuts import extract
 from pnc.foundation.errors import InputError
+from pnc.graph.cut_points import extract
 from pnc.grids import pool
 from pnc.judging import outcome_of, run_parts, source_body
 from pnc.positions import COST_STEP, shortlist

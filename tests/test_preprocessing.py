@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support
-from pnc.cuts import LOGITS, candidate_cuts, cut_points, extract, find_head
 from pnc.data.image_set import ImageSet
 from pnc.data.support import Support
 from pnc.foundation.errors import InputError, MismatchError
 from pnc.foundation.network_state import differences, fingerprint, same_bits, snapshot
-from pnc.graph import Recording, record
+from pnc.graph.cut_points import LOGITS, candidate_cuts, cut_points, extract, find_head
+from pnc.graph.recording import Recording, record
 from pnc.metrics import evaluate
 from pnc.networks import cnn
 from pnc.preprocessing import Preprocessed

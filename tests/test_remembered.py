@@ -6,10 +6,10 @@ import pnc
 from digits import BASE, NEW, held_out_images, pair, support
 from pnc.baselines.ensemble import DirectEnsemble
 from pnc.bench.main_job import predict
-from pnc.cuts import extract
 from pnc.data.image_set import class_subset, images_as_float
 from pnc.data.readers import load_data
-from pnc.graph import record
+from pnc.graph.cut_points import extract
+from pnc.graph.recording import record
 from pnc.grids import pool
 from pnc.heads import HeadSamples, SourceHead, StackedHead
 from pnc.metrics import evaluate

@@ -8,7 +8,7 @@ import pnc
 from digits import NEW, pair, support
 from pnc import judging, positions, regression
 from pnc.adapters import Stitched
-from pnc.cuts import candidate_cuts, extract
+from pnc.graph.cut_points import candidate_cuts, extract
 from pnc.positions import shortlist
 from pnc.regression import PENALTIES
 from pnc.stitching import AdapterFitter

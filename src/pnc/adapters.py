@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pnc.cuts import CutPoint
+from pnc.graph.cut_points import CutPoint
 from pnc.grids import from_grid, grid_size, pool, prefix_summary, resize, to_grid
 
 MAX_CHANNELS_3X3 = 128

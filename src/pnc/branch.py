@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 
 from pnc.adapters import Stitched
 from pnc.foundation.errors import InputError
+from pnc.graph.recorder import info
 from pnc.heads import DiscriminantHead, Head, StackedHead
-from pnc.tracing import info
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor, fx
 from pnc.channels import ChannelSpace, ChannelSpaces
 from pnc.foundation.argument_checks import check_whole
 from pnc.foundation.errors import InputError
+from pnc.graph.recorder import info
 from pnc.masks import ChannelMasks
 from pnc.opening import opened
-from pnc.tracing import info
 
 _ROUNDING = 1e-3  # of one MAC: a density that was computed from a number of MACs gives that number back
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from pnc.channel_rules import has_hooks
-from pnc.merging import eval_module
-from pnc.tracing import info
+from pnc.graph.graph_builder import eval_module
+from pnc.graph.recorder import info
 
 
 def flattened(module: fx.GraphModule) -> fx.GraphModule:

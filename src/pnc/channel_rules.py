@@ -11,9 +11,9 @@ from torch import fx, nn
 from pnc import layer_rules as layers
 from pnc import leaf_probes
 from pnc import tensor_rules as tensors
+from pnc.graph.nodes import describe, family
+from pnc.graph.recorder import info
 from pnc.layouts import Result, Tracker, opaque
-from pnc.nodes import describe, family
-from pnc.tracing import info
 
 Rule = Callable[[Tracker, fx.Node], Result]
 

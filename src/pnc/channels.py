@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, fx
 
 from pnc.channel_rules import apply_rule, opens_channels
+from pnc.graph.nodes import describe, shape_of
+from pnc.graph.recorder import info
 from pnc.layouts import FIXED, AtomSlice, Layout, Tracker, fixed
-from pnc.nodes import describe, shape_of
 from pnc.opening import opened
-from pnc.tracing import info
 
 KEPT = -1
 """Unit number of an index that can never be removed."""

@@ -16,12 +16,12 @@ from pnc.branch import Branch
 from pnc.channels import channel_spaces
 from pnc.clones import Clone
 from pnc.compaction import compact, own_copy
-from pnc.cuts import CutPoint, cut_points, extract, find_head
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import FileFormatError, InputError, MismatchError
 from pnc.foundation.network_state import dtype_name, fingerprint, first_difference
 from pnc.foundation.tensor_files import read_sealed, write_tensors
-from pnc.graph import record
+from pnc.graph.cut_points import CutPoint, cut_points, extract, find_head
+from pnc.graph.recording import record
 from pnc.heads import DiscriminantHead, Head, SourceHead, StackedHead
 from pnc.manifest import Kind, Manifest, read_manifest
 from pnc.masks import ChannelMasks

@@ -20,6 +20,7 @@ from pnc.foundation.network_state import fingerprint, undisturbed, value_digests
 from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.foundation.tensor_files import canonical_json
+from pnc.graph.recorder import info
 from pnc.heads import Head
 from pnc.joint import TOLERANCE, joint_front, worth_trying
 from pnc.judging import Outcome, features_seen, fit_head, judge, outcome_of, run_parts
@@ -30,7 +31,6 @@ from pnc.selection import Method, localize
 from pnc.sequential import Part, search
 from pnc.stitching import CrossFitted
 from pnc.task import CloneTask, Precision, Progress, prepare_task
-from pnc.tracing import info
 
 Strategy = Literal["scan", "sequential"]
 """How a position is found: all in closed form, or as the paper does (`pnc.sequential`), the reference."""

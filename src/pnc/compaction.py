@@ -19,12 +19,12 @@ from torch.nn.utils import parametrize
 from pnc.budgets import Costs
 from pnc.channels import Channels, ChannelSpaces, WeightSlice
 from pnc.foundation.errors import MismatchError, PNCError
+from pnc.graph.nodes import constant_sources, shape_of
+from pnc.graph.recorder import NodeInfo, info
 from pnc.leaf_probes import owned_tensor, replace_tensor, resize_attributes
 from pnc.masks import ChannelMasks
-from pnc.nodes import constant_sources, shape_of
 from pnc.opening import opened
 from pnc.rewriting import rewrite
-from pnc.tracing import NodeInfo, info
 
 TOLERANCE = 1e-10
 """Largest accepted difference of masked and compacted outputs, relative to the largest output, in float64."""

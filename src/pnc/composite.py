@@ -14,13 +14,13 @@ from torch import Tensor, fx, nn
 from pnc.branch import Branch, Scalars
 from pnc.calls import called_directly, flattened
 from pnc.clones import Clone
-from pnc.cuts import LOGITS, extract
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.class_names import listed, unknown_name
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.network_state import KnownFingerprint, Snapshot, undisturbed
 from pnc.fusion import FusedComposite
-from pnc.graph import Recording, record
+from pnc.graph.cut_points import LOGITS, extract
+from pnc.graph.recording import Recording, record
 from pnc.plans import CloneStatus, Places, Plan, Rows, check_places, check_target, status_of
 from pnc.task import HasClones
 from pnc.verification import BATCH_SIZES, Report, verify_composite

@@ -15,8 +15,8 @@ from pnc.adapters import Adapter, Stitched
 from pnc.calls import called_directly, flattened, reusing_memory
 from pnc.channel_rules import has_hooks
 from pnc.compaction import filled, own_copy
+from pnc.graph.recorder import info
 from pnc.grids import grid_size
-from pnc.tracing import info
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pnc.cuts import CutPoint
+from pnc.graph.cut_points import CutPoint
 
 
 def grid_size(cut: CutPoint) -> tuple[int, int]:

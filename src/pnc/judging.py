@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pnc.adapters import Stitched
-from pnc.cuts import LOGITS, CutPoint, extract
 from pnc.data.image_store import to_device
 from pnc.foundation.errors import InputError
+from pnc.graph.cut_points import LOGITS, CutPoint, extract
 from pnc.grids import pool
 from pnc.heads import Head, HeadSamples, SourceHead, Stacking, choose_stacking, fit_stacked, source_head
 from pnc.remembered import last_norm, remembering_head

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from torch import Tensor, fx, nn
 
 from pnc import leaf_probes
+from pnc.graph.nodes import argument, describe, family, shape_of
 from pnc.layouts import Layout, Result, Tracker, Weight, fixed, opaque
-from pnc.nodes import argument, describe, family, shape_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

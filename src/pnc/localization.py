@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from pnc.budgets import Costs
 from pnc.channels import KEPT, Channels, ChannelSpaces
 from pnc.foundation.errors import InputError
+from pnc.graph.nodes import batch_dims, shape_of
+from pnc.graph.recorder import BATCH_SIZES
 from pnc.leaf_probes import owned_tensor
-from pnc.nodes import batch_dims, shape_of
 from pnc.opening import opened
-from pnc.tracing import BATCH_SIZES
 
 OneShot = Literal["taylor", "magnitude", "random"]
 

@@ -17,7 +17,7 @@ from pnc.data.readers import split_spec
 from pnc.foundation.class_names import check_class_names, listed, unknown_name
 from pnc.foundation.errors import InputError, MismatchError, RecordingError
 from pnc.foundation.tensor_files import write_tensors
-from pnc.graph import pick_logits
+from pnc.graph.recording import pick_logits
 from pnc.libraries import (
     HF_OPTIONS,
     TIMM_OPTIONS,

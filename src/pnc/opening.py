@@ -18,9 +18,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from pnc import leaf_probes
 from pnc.channel_rules import has_hooks, is_understood
 from pnc.foundation.errors import RecordingError
-from pnc.merging import eval_module, merge
-from pnc.nodes import shape_of
-from pnc.tracing import BATCH_SIZES, NodeInfo, Recorder, info
+from pnc.graph.graph_builder import eval_module, merge
+from pnc.graph.nodes import shape_of
+from pnc.graph.recorder import BATCH_SIZES, NodeInfo, Recorder, info
 
 _PROBE_SIZE = 5  # a batch size other than the recorded ones
 

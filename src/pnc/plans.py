@@ -8,11 +8,11 @@ from torch import Tensor, fx, nn
 
 from pnc.branch import Branch
 from pnc.clones import Clone
-from pnc.cuts import CutPoint, cut_points, find_head
 from pnc.foundation.class_names import unknown_name
 from pnc.foundation.errors import InputError, MismatchError
 from pnc.foundation.network_state import KnownFingerprint, dtype_name, first_difference
-from pnc.graph import Recording
+from pnc.graph.cut_points import CutPoint, cut_points, find_head
+from pnc.graph.recording import Recording
 from pnc.grids import pool
 from pnc.remembered import last_norm
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from pnc.adapters import Adapter
-from pnc.cuts import LOGITS, CutPoint, candidate_cuts, extract
 from pnc.data.image_store import to_device
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import undisturbed
+from pnc.graph.cut_points import LOGITS, CutPoint, candidate_cuts, extract
 from pnc.heads import HeadSamples
 from pnc.judging import Outcome, batches, judge, outcome_of, run_parts, source_body
 from pnc.remembered import last_norm

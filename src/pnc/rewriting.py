@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from pnc.channels import Channels
-from pnc.nodes import argument, family, shape_of
+from pnc.graph.nodes import argument, family, shape_of
+from pnc.graph.recorder import NodeInfo
 from pnc.tensor_rules import indexed_dims
-from pnc.tracing import NodeInfo
 
 Nodes = Mapping[str, Channels]
 """Where units lie in the tensors of the graph, by node (`ChannelSpaces.nodes`)."""

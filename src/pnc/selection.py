@@ -17,11 +17,11 @@ from pnc.adapters import Adapter
 from pnc.budgets import Costs, masks_within
 from pnc.channels import channel_spaces
 from pnc.compaction import compact, own_copy
-from pnc.cuts import LOGITS, extract
 from pnc.discriminants import fit_discriminants
 from pnc.foundation.errors import InputError
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.gates import learn_gates
+from pnc.graph.cut_points import LOGITS, extract
 from pnc.grids import pool
 from pnc.judging import source_body
 from pnc.localization import one_shot_ranking

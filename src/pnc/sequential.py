@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from pnc.adapters import Adapter, Stitched
 from pnc.compaction import own_copy
-from pnc.cuts import CutPoint, candidate_cuts, extract
+from pnc.graph.cut_points import CutPoint, candidate_cuts, extract
 from pnc.heads import DiscriminantHead, Head
 from pnc.judging import Outcome, outcome_of, own_head, source_body
 from pnc.masks import ChannelMasks

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pnc.adapters import Adapter, kernel_size
-from pnc.cuts import CutPoint
 from pnc.foundation.network_state import same_bits
 from pnc.foundation.process_team import Team
+from pnc.graph.cut_points import CutPoint
 from pnc.grids import grid_size, grows_to, prefix_summary, resize, to_grid
 from pnc.heads import HeadSamples
 from pnc.regression import Moments, Regression, Rows

@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pnc.cuts import Head, find_head
 from pnc.data.folded_samples import Samples, samples_of
 from pnc.data.image_set import ImageSet
 from pnc.data.image_store import MEMORY, check_images, to_device
@@ -17,7 +16,8 @@ from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, i
 from pnc.foundation.errors import ClassNameError, InputError, RecordingError
 from pnc.foundation.network_state import dtype_name, undisturbed
 from pnc.foundation.process_team import ALONE, Team
-from pnc.graph import Recording, info, record
+from pnc.graph.cut_points import Head, find_head
+from pnc.graph.recording import Recording, info, record
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the steps done, and the steps in all."""

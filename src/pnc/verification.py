@@ -18,7 +18,7 @@ from pnc.foundation.network_state import (
     first_difference,
     same_bits,
 )
-from pnc.graph import pick_logits
+from pnc.graph.recording import pick_logits
 
 BATCH_SIZES = (1, 3, 4)
 """Sizes of the batches on which a composite is compared with its target: kernels may depend on them."""

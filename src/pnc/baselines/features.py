@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pnc.cuts import CutPoint, extract
+from pnc.graph.cut_points import CutPoint, extract
 from pnc.grids import pool
 from pnc.task import CloneTask, Network
 

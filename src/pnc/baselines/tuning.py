@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from pnc.baselines.protocol import Budget, Fitted
 from pnc.compaction import own_copy
-from pnc.cuts import LOGITS, CutPoint, candidate_cuts, extract
 from pnc.foundation.errors import InputError
+from pnc.graph.cut_points import LOGITS, CutPoint, candidate_cuts, extract
 from pnc.task import CloneTask
 
 WEIGHT_DECAY = 5e-4

@@ -21,10 +21,10 @@ from pnc.checkpoint import load, save
 from pnc.cloning import fit
 from pnc.compaction import compact
 from pnc.composite import Composite, attach
-from pnc.cuts import LOGITS, candidate_cuts, cut_points, extract, find_head, gaps
 from pnc.foundation.errors import PNCError
 from pnc.foundation.network_state import differences, evaluating, same_bits, snapshot
-from pnc.graph import Recording, pick_logits, record
+from pnc.graph.cut_points import LOGITS, candidate_cuts, cut_points, extract, find_head, gaps
+from pnc.graph.recording import Recording, pick_logits, record
 from pnc.masks import channel_masks
 from pnc.networks import resnet
 from pnc.positions import scan

@@ -27,13 +27,13 @@ from pnc.clones import Clone
 from pnc.cloning import clone, fit
 from pnc.compaction import own_copy
 from pnc.composite import Composite, attach
-from pnc.cuts import candidate_cuts, extract
 from pnc.data.image_set import images_as_float
 from pnc.data.support import draw_support
 from pnc.folding import folded
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import fingerprint
-from pnc.graph import record
+from pnc.graph.cut_points import candidate_cuts, extract
+from pnc.graph.recording import record
 from pnc.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.models import LoadedModel, build_model
 from pnc.positions import scan

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from torch import fx
 
 from pnc.foundation.errors import InputError
-from pnc.merging import eval_module
-from pnc.tracing import BATCH_SIZES, NodeInfo, info
+from pnc.graph.graph_builder import eval_module
+from pnc.graph.recorder import BATCH_SIZES, NodeInfo, info
 
 
 def needs_of(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

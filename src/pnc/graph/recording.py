@@ -20,10 +20,10 @@ from torch import Tensor, fx, nn
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import InputError, RecordingError
 from pnc.foundation.network_state import same_bits
-from pnc.merging import bind, merge
-from pnc.segments import dominators, part
-from pnc.tape import Tape, tensors_in
-from pnc.tracing import BATCH_SIZES, NodeInfo, Recorder, info
+from pnc.graph.graph_builder import bind, merge
+from pnc.graph.operation_tape import Tape, tensors_in
+from pnc.graph.recorder import BATCH_SIZES, NodeInfo, Recorder, info
+from pnc.graph.subgraphs import dominators, part
 
 __all__ = ["BATCH_SIZES", "NodeInfo", "Recording", "info", "pick_logits", "record"]
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pnc.foundation.errors import RecordingError
-from pnc.tape import Kind, Op, Tape, TapeWriter, is_plain, strange_types, tensors_in
+from pnc.graph.operation_tape import Kind, Op, Tape, TapeWriter, is_plain, strange_types, tensors_in
 
 BATCH_SIZES = (2, 3)
 """The two batch sizes at which a network is recorded; an integer that follows the batch is a multiple of both."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_arg
 
-from pnc.tracing import BATCH_SIZES, info, operation_name
+from pnc.graph.recorder import BATCH_SIZES, info, operation_name
 
 
 def describe(node: fx.Node) -> str:

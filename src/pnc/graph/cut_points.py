@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from pnc.axes import channel_dims, prefix_tokens
 from pnc.foundation.errors import InputError
-from pnc.graph import Recording
-from pnc.segments import costs_before, dominators, needs_of, subgraph
-from pnc.tracing import info
+from pnc.graph.recorder import info
+from pnc.graph.recording import Recording
+from pnc.graph.subgraphs import costs_before, dominators, needs_of, subgraph
+from pnc.graph.tensor_axes import channel_dims, prefix_tokens
 
 INPUT = "input"
 """Name of the cut point in front of everything."""
