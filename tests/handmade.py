@@ -8,7 +8,7 @@ import pnc
 import zoo
 from pnc.adapters import Adapter, Stitched
 from pnc.branch import Branch, Scalars
-from pnc.compaction import own_copy
+from pnc.channels.compaction import own_copy
 from pnc.foundation.network_state import fingerprint
 from pnc.graph.cut_points import cut_points, extract, find_head
 from pnc.graph.recording import record

@@ -3,12 +3,12 @@
 import torch
 from torch import fx
 
-from pnc.channels import ChannelSpaces, channel_spaces
-from pnc.compaction import compact, kept_flags, mask_segment
+from pnc.channels.channel_masks import ChannelMasks, channel_masks
+from pnc.channels.channel_spaces import ChannelSpaces, channel_spaces
+from pnc.channels.compaction import compact, kept_flags, mask_segment
 from pnc.graph.cut_points import cut_points, extract, find_head
 from pnc.graph.recorder import info
 from pnc.graph.recording import record
-from pnc.masks import ChannelMasks, channel_masks
 
 
 def network(factory, seed=0):

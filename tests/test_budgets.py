@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from channel_zoo import Chain, Concatenation, ExplicitAttention, GroupedConvolution, SqueezeExcite
-from pnc.budgets import Costs, masks_within
-from pnc.channels import channel_spaces
-from pnc.compaction import compact
+from pnc.channels.channel_masks import channel_masks
+from pnc.channels.channel_spaces import channel_spaces
+from pnc.channels.compaction import compact
+from pnc.channels.mac_budget import Costs, masks_within
 from pnc.foundation.errors import InputError
-from pnc.masks import channel_masks
 from pnc.networks import mobilenetv2, resnet
 from segments import half, network, segment_of
 

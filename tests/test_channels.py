@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from channel_zoo import CASES, Chain, FusedAttention
-from pnc.channels import KEPT, channel_spaces
+from pnc.channels.channel_spaces import KEPT, channel_spaces
 from pnc.foundation.network_state import differences, snapshot
 from segments import assert_compact_is_masked, network, segment_of
 

@@ -19,15 +19,15 @@ from channel_zoo import (
     UnknownOperation,
     WeightFromAllChannels,
 )
-from pnc import channel_rules, rewriting, tensor_rules
-from pnc.channels import channel_spaces
-from pnc.compaction import compact, filled, mask_segment, output_channels, own_copy
+from pnc.channels import rule_table, size_arguments, tensor_rules
+from pnc.channels.channel_masks import channel_masks
+from pnc.channels.channel_spaces import channel_spaces
+from pnc.channels.compaction import compact, filled, mask_segment, output_channels, own_copy
 from pnc.foundation.errors import MismatchError, PNCError
 from pnc.foundation.network_state import differences, snapshot
 from pnc.graph.cut_points import candidate_cuts, extract, find_head
 from pnc.graph.recorder import info
 from pnc.graph.recording import record
-from pnc.masks import channel_masks
 from segments import assert_compact_is_masked, half, network, segment_of
 
 
@@ -240,7 +240,7 @@ def test_a_segment_with_channels_filled_in_can_be_pickled():
 
 def test_a_wrong_rule_cannot_give_a_wrong_network(monkeypatch):
     segment = segment_of(network(UnknownOperation))
-    monkeypatch.setitem(channel_rules.FUNCTION_RULES, "cumsum", tensor_rules.conversion)
+    monkeypatch.setitem(rule_table.FUNCTION_RULES, "cumsum", tensor_rules.conversion)
     spaces = channel_spaces(segment)
     assert spaces.spaces
     with pytest.raises(PNCError, match=r"differs from the masked one by .* clone it with density=1"):
@@ -249,7 +249,7 @@ def test_a_wrong_rule_cannot_give_a_wrong_network(monkeypatch):
 
 def test_a_missing_rewrite_is_an_error(monkeypatch):
     segment = segment_of(network(FusedAttention))
-    monkeypatch.delitem(rewriting._REWRITES, "reshape")
+    monkeypatch.delitem(size_arguments._REWRITES, "reshape")
     spaces = channel_spaces(segment)
     with pytest.raises(PNCError, match="the compacted segment cannot run"):
         compact(segment, spaces, half(spaces))

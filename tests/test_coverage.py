@@ -8,7 +8,7 @@ from channel_zoo import Chain
 from pnc.bench import classifiers, coverage
 from pnc.bench.classifiers import CLASSIFIERS, chosen, family, prepared
 from pnc.bench.results import Cells
-from pnc.channels import channel_spaces
+from pnc.channels.channel_spaces import channel_spaces
 from pnc.cli import app
 from pnc.foundation.errors import InputError
 from pnc.networks import resnet

@@ -14,12 +14,12 @@ import zoo
 from handmade import Bottleneck, Network, make_branch, make_clone
 from pnc import fusion
 from pnc.branch import Scalars
-from pnc.channels import channel_spaces
-from pnc.compaction import compact, filled
+from pnc.channels.channel_masks import ChannelMasks
+from pnc.channels.channel_spaces import channel_spaces
+from pnc.channels.compaction import compact, filled
 from pnc.folding import folded_part
 from pnc.foundation.errors import InputError, PNCError
 from pnc.fusion import FusedComposite
-from pnc.masks import ChannelMasks
 from pnc.models import build_model
 from pnc.plans import Plan
 

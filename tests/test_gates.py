@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from channel_zoo import FusedAttention, NormInBetween, SqueezeExcite
-from pnc.budgets import Costs, masks_within
-from pnc.channels import channel_spaces
-from pnc.compaction import mask_segment
+from pnc.channels.channel_masks import channel_masks
+from pnc.channels.channel_spaces import channel_spaces
+from pnc.channels.compaction import mask_segment
+from pnc.channels.mac_budget import Costs, masks_within
+from pnc.channels.module_inlining import opened
 from pnc.foundation.network_state import differences, snapshot
 from pnc.gates import learn_gates
 from pnc.localization import Gated
-from pnc.masks import channel_masks
-from pnc.opening import opened
 from segments import half, network, segment_of
 
 

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from channel_zoo import Chain, FusedAttention, Net, NormalizedHeads, NormInBetween, SqueezeExcite
 from pnc import localization
-from pnc.budgets import Costs, masks_within
-from pnc.channels import channel_spaces
-from pnc.compaction import mask_segment
+from pnc.channels.channel_masks import channel_masks
+from pnc.channels.channel_spaces import channel_spaces
+from pnc.channels.compaction import mask_segment
+from pnc.channels.mac_budget import Costs, masks_within
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, snapshot
 from pnc.localization import (
@@ -18,7 +19,6 @@ from pnc.localization import (
     random_scores,
     taylor_scores,
 )
-from pnc.masks import channel_masks
 from segments import half, network, segment_of
 
 

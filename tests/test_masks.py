@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from channel_zoo import Chain, Concatenation, FusedAttention, GroupedConvolution, SqueezeExcite
-from pnc.channels import channel_spaces
+from pnc.channels.channel_masks import ChannelMasks, channel_masks
+from pnc.channels.channel_spaces import channel_spaces
 from pnc.foundation.errors import InputError, MismatchError
-from pnc.masks import ChannelMasks, channel_masks
 from segments import half, network, segment_of
 
 SEGMENTS = [segment_of(network(n)) for n in (Concatenation, FusedAttention, GroupedConvolution, SqueezeExcite)]

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from channel_zoo import Net, NormInBetween
-from pnc.channels import channel_spaces
-from pnc.compaction import compact
+from pnc.channels.channel_spaces import channel_spaces
+from pnc.channels.compaction import compact
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, snapshot
 from pnc.norms import reestimate_statistics, training_norms, tune_norms

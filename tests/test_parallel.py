@@ -15,8 +15,8 @@ from channel_zoo import NormInBetween
 from digits import NEW, pair, support
 from pnc import gates, norms, selection
 from pnc.adapters import Stitched
-from pnc.budgets import Costs
-from pnc.channels import channel_spaces
+from pnc.channels.channel_spaces import channel_spaces
+from pnc.channels.mac_budget import Costs
 from pnc.foundation import process_team
 from pnc.foundation.errors import InputError
 from pnc.foundation.process_team import ALONE, Team

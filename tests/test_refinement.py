@@ -7,7 +7,7 @@ import pnc
 from digits import NEW, pair, support
 from pnc import refinement
 from pnc.adapters import Stitched
-from pnc.compaction import own_copy
+from pnc.channels.compaction import own_copy
 from pnc.foundation.network_state import differences, snapshot
 from pnc.heads import DiscriminantHead
 from pnc.judging import run_parts, source_body

@@ -9,8 +9,8 @@ import pnc
 from digits import BASE, NEW, pair, support
 from pnc import selection
 from pnc.bench.localize import masked_source_accuracy
-from pnc.budgets import Costs
-from pnc.channels import channel_spaces
+from pnc.channels.channel_spaces import channel_spaces
+from pnc.channels.mac_budget import Costs
 from pnc.data.image_set import class_subset
 from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError

@@ -5,7 +5,7 @@ import torch
 
 import pnc
 from digits import NEW, held_out_images, pair, support
-from pnc.compaction import own_copy
+from pnc.channels.compaction import own_copy
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, snapshot
 from pnc.judging import Outcome, source_body

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from pnc.channel_rules import has_hooks
+from pnc.channels.rule_table import has_hooks
 from pnc.graph.graph_builder import eval_module
 from pnc.graph.recorder import info
 

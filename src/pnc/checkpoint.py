@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 
 from pnc.adapters import Adapter, Stitched
 from pnc.branch import Branch
-from pnc.channels import channel_spaces
+from pnc.channels.channel_masks import ChannelMasks
+from pnc.channels.channel_spaces import channel_spaces
+from pnc.channels.compaction import compact, own_copy
 from pnc.clones import Clone
-from pnc.compaction import compact, own_copy
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import FileFormatError, InputError, MismatchError
 from pnc.foundation.network_state import dtype_name, fingerprint, first_difference
@@ -24,7 +25,6 @@ from pnc.graph.cut_points import CutPoint, cut_points, extract, find_head
 from pnc.graph.recording import record
 from pnc.heads import DiscriminantHead, Head, SourceHead, StackedHead
 from pnc.manifest import Kind, Manifest, read_manifest
-from pnc.masks import ChannelMasks
 
 __all__ = ["Kind", "inspect", "load", "read_clone_file", "save"]
 

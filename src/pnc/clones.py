@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pnc.branch import Branch
+from pnc.channels.channel_masks import ChannelMasks
 from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import Fingerprint
 from pnc.graph.cut_points import CutPoint
-from pnc.masks import ChannelMasks
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,8 @@ from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from pnc.adapters import Adapter, Stitched
 from pnc.calls import called_directly, flattened, reusing_memory
-from pnc.channel_rules import has_hooks
-from pnc.compaction import filled, own_copy
+from pnc.channels.compaction import filled, own_copy
+from pnc.channels.rule_table import has_hooks
 from pnc.graph.recorder import info
 from pnc.grids import grid_size
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pnc.budgets import Costs
-from pnc.channels import channel_spaces
+from pnc.channels.channel_spaces import channel_spaces
+from pnc.channels.mac_budget import Costs
 from pnc.foundation.errors import InputError
 from pnc.judging import source_body
 from pnc.positions import Position, Scan

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from pnc.budgets import Costs
-from pnc.channels import KEPT, Channels, ChannelSpaces
+from pnc.channels.channel_spaces import KEPT, Channels, ChannelSpaces
+from pnc.channels.mac_budget import Costs
+from pnc.channels.module_inlining import opened
+from pnc.channels.module_probes import owned_tensor
 from pnc.foundation.errors import InputError
 from pnc.graph.nodes import batch_dims, shape_of
 from pnc.graph.recorder import BATCH_SIZES
-from pnc.leaf_probes import owned_tensor
-from pnc.opening import opened
 
 OneShot = Literal["taylor", "magnitude", "random"]
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from pnc.adapters import Adapter
-from pnc.budgets import Costs, masks_within
-from pnc.channels import channel_spaces
-from pnc.compaction import compact, own_copy
+from pnc.channels.channel_masks import ChannelMasks
+from pnc.channels.channel_spaces import channel_spaces
+from pnc.channels.compaction import compact, own_copy
+from pnc.channels.mac_budget import Costs, masks_within
 from pnc.discriminants import fit_discriminants
 from pnc.foundation.errors import InputError
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
@@ -25,7 +26,6 @@ from pnc.graph.cut_points import LOGITS, extract
 from pnc.grids import pool
 from pnc.judging import source_body
 from pnc.localization import one_shot_ranking
-from pnc.masks import ChannelMasks
 from pnc.norms import Batch, reestimate_statistics, tune_norms
 from pnc.sequential import Part
 from pnc.surrogate import Neighbourhoods, neighbourhoods, surrogate_loss

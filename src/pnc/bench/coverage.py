@@ -16,16 +16,16 @@ from torch.export import Dim
 from pnc.bench.classifiers import CLASSIFIERS, N_CLASSES, SHARES, build, check_libraries, family, prepared
 from pnc.bench.measuring import peak_memory
 from pnc.bench.results import Cells, Claim, at_least, at_most, commit, table
-from pnc.channels import KEPT, ChannelSpaces, channel_spaces
+from pnc.channels.channel_masks import channel_masks
+from pnc.channels.channel_spaces import KEPT, ChannelSpaces, channel_spaces
+from pnc.channels.compaction import compact
 from pnc.checkpoint import load, save
 from pnc.cloning import fit
-from pnc.compaction import compact
 from pnc.composite import Composite, attach
 from pnc.foundation.errors import PNCError
 from pnc.foundation.network_state import differences, evaluating, same_bits, snapshot
 from pnc.graph.cut_points import LOGITS, candidate_cuts, cut_points, extract, find_head, gaps
 from pnc.graph.recording import Recording, pick_logits, record
-from pnc.masks import channel_masks
 from pnc.networks import resnet
 from pnc.positions import scan
 from pnc.task import Progress, prepare_task

@@ -22,10 +22,10 @@ from pnc.bench.measuring import finish, peak_memory
 from pnc.bench.positions import Setting
 from pnc.bench.results import Cells
 from pnc.branch import Branch
+from pnc.channels.compaction import own_copy
 from pnc.checkpoint import load, save
 from pnc.clones import Clone
 from pnc.cloning import clone, fit
-from pnc.compaction import own_copy
 from pnc.composite import Composite, attach
 from pnc.data.image_set import images_as_float
 from pnc.data.support import draw_support

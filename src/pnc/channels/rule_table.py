@@ -8,12 +8,12 @@ from functools import partial
 
 from torch import fx, nn
 
-from pnc import layer_rules as layers
-from pnc import leaf_probes
-from pnc import tensor_rules as tensors
+from pnc.channels import layer_rules as layers
+from pnc.channels import module_probes
+from pnc.channels import tensor_rules as tensors
+from pnc.channels.channel_layouts import Result, Tracker, opaque
 from pnc.graph.nodes import describe, family
 from pnc.graph.recorder import info
-from pnc.layouts import Result, Tracker, opaque
 
 Rule = Callable[[Tracker, fx.Node], Result]
 
@@ -65,10 +65,10 @@ def is_understood(module: nn.Module, shape: Sequence[int]) -> bool:
     rule = _module_rule(module)
     if rule is layers.foreign_convolution:
         assert isinstance(module, layers.CONVOLUTIONS)
-        return all(leaf_probes.sliceable_conv(module, shape))
-    if rule is not layers.foreign_leaf or leaf_probes.is_elementwise(module, len(shape)):
+        return all(module_probes.sliceable_conv(module, shape))
+    if rule is not layers.foreign_leaf or module_probes.is_elementwise(module, len(shape)):
         return True
-    return any(leaf_probes.per_channel(module, shape, dim) for dim in {1, len(shape) - 1})
+    return any(module_probes.per_channel(module, shape, dim) for dim in {1, len(shape) - 1})
 
 
 _WEIGHTED = (layers.convolution, layers.linear, layers.channel_norm, layers.group_norm, layers.layer_norm)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from pnc.channels import ChannelSpace, ChannelSpaces
+from pnc.channels.channel_masks import ChannelMasks
+from pnc.channels.channel_spaces import ChannelSpace, ChannelSpaces
+from pnc.channels.module_inlining import opened
 from pnc.foundation.argument_checks import check_whole
 from pnc.foundation.errors import InputError
 from pnc.graph.recorder import info
-from pnc.masks import ChannelMasks
-from pnc.opening import opened
 
 _ROUNDING = 1e-3  # of one MAC: a density that was computed from a number of MACs gives that number back
 

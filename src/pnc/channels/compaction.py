@@ -16,15 +16,15 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
-from pnc.budgets import Costs
-from pnc.channels import Channels, ChannelSpaces, WeightSlice
+from pnc.channels.channel_masks import ChannelMasks
+from pnc.channels.channel_spaces import Channels, ChannelSpaces, WeightSlice
+from pnc.channels.mac_budget import Costs
+from pnc.channels.module_inlining import opened
+from pnc.channels.module_probes import owned_tensor, replace_tensor, resize_attributes
+from pnc.channels.size_arguments import rewrite
 from pnc.foundation.errors import MismatchError, PNCError
 from pnc.graph.nodes import constant_sources, shape_of
 from pnc.graph.recorder import NodeInfo, info
-from pnc.leaf_probes import owned_tensor, replace_tensor, resize_attributes
-from pnc.masks import ChannelMasks
-from pnc.opening import opened
-from pnc.rewriting import rewrite
 
 TOLERANCE = 1e-10
 """Largest accepted difference of masked and compacted outputs, relative to the largest output, in float64."""

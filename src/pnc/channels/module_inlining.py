@@ -15,8 +15,8 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
-from pnc import leaf_probes
-from pnc.channel_rules import has_hooks, is_understood
+from pnc.channels import module_probes
+from pnc.channels.rule_table import has_hooks, is_understood
 from pnc.foundation.errors import RecordingError
 from pnc.graph.graph_builder import eval_module, merge
 from pnc.graph.nodes import shape_of
@@ -90,9 +90,9 @@ def _record(module: nn.Module, node: fx.Node, prefix: str = "") -> _Inside | Non
                 for name in (str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module"))
             }
             out, expected = eval_module(attributes, graph)(given(larger)), module(given(larger))
-        except (RecordingError, *leaf_probes.FAILURES):
+        except (RecordingError, *module_probes.FAILURES):
             return None
-    if any(recorder.data_reads for recorder in recorders) or not leaf_probes.close(out, expected, 1e-4):
+    if any(recorder.data_reads for recorder in recorders) or not module_probes.close(out, expected, 1e-4):
         return None
     for part in graph.nodes:
         if part.op in ("get_attr", "call_module"):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pnc.channels import ChannelSpaces
+from pnc.channels.channel_spaces import ChannelSpaces
 from pnc.foundation.errors import InputError, MismatchError
 
 _DIGEST_BYTES = 8

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from pnc.channel_rules import apply_rule, opens_channels
+from pnc.channels.channel_layouts import FIXED, AtomSlice, Layout, Tracker, fixed
+from pnc.channels.module_inlining import opened
+from pnc.channels.rule_table import apply_rule, opens_channels
 from pnc.graph.nodes import describe, shape_of
 from pnc.graph.recorder import info
-from pnc.layouts import FIXED, AtomSlice, Layout, Tracker, fixed
-from pnc.opening import opened
 
 KEPT = -1
 """Unit number of an index that can never be removed."""

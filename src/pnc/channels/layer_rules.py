@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, fx, nn
 
-from pnc import leaf_probes
+from pnc.channels import module_probes
+from pnc.channels.channel_layouts import Layout, Result, Tracker, Weight, fixed, opaque
 from pnc.graph.nodes import argument, describe, family, shape_of
-from pnc.layouts import Layout, Result, Tracker, Weight, fixed, opaque
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -86,7 +86,7 @@ def foreign_convolution(t: Tracker, node: fx.Node) -> Result:
     """A convolution with a forward of its own ("same" padding, standardised weights): tried out."""
     module = t.modules[str(node.target)]
     assert isinstance(module, CONVOLUTIONS)
-    rows, columns = leaf_probes.sliceable_conv(module, shape_of(node.args[0]))
+    rows, columns = module_probes.sliceable_conv(module, shape_of(node.args[0]))
     if rows and columns:
         return convolution(t, node)
     return refuse(t, node, f"{type(module).__name__} ({node.name}) computes its weight from all channels")
@@ -187,7 +187,7 @@ def normalize(t: Tracker, node: fx.Node) -> Result:
 def activation(t: Tracker, node: fx.Node) -> Result:
     """A function of each entry alone; zero stays zero where f(0) = 0, which is tried out."""
     source, module = t.of(node.args[0]), t.modules[str(node.target)]
-    return Layout(source.ids, source.zero and leaf_probes.maps_zero_to_zero(module, source.ids.dim()))
+    return Layout(source.ids, source.zero and module_probes.maps_zero_to_zero(module, source.ids.dim()))
 
 
 def foreign_leaf(t: Tracker, node: fx.Node) -> Result:
@@ -197,16 +197,16 @@ def foreign_leaf(t: Tracker, node: fx.Node) -> Result:
     if len(sources) != 1 or node.args != (sources[0],) or node.kwargs:
         return opaque(t, node, reason)
     source, rank = t.of(sources[0]), len(shape_of(sources[0]))
-    if leaf_probes.is_elementwise(module, rank):
-        return Layout(source.ids, source.zero and leaf_probes.maps_zero_to_zero(module, rank))
+    if module_probes.is_elementwise(module, rank):
+        return Layout(source.ids, source.zero and module_probes.maps_zero_to_zero(module, rank))
     if len(source.dims) != 1:
         return opaque(t, node, reason)
-    found = leaf_probes.per_channel(module, shape_of(sources[0]), source.dims[0])
+    found = module_probes.per_channel(module, shape_of(sources[0]), source.dims[0])
     if found is None:
         return opaque(t, node, reason)
     parameters = {name for name, _ in module.named_parameters()}
     for name, dim in found.tensors:
-        shape = tuple(leaf_probes.owned_tensor(module, name).shape)
+        shape = tuple(module_probes.owned_tensor(module, name).shape)
         weight = t.module_tensor(node, name, shape, name in parameters)
         t.follow(weight, dim, source.ids.reshape(-1), zeroed=weight.is_parameter)
     return Layout(source.ids, found.makes_zero or (source.zero and found.keeps_zero))

@@ -1,0 +1,1 @@
+"""Which channels can be removed, and the smaller module without them. Start with `channel_spaces`."""
