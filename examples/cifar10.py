@@ -23,8 +23,8 @@ from pnc.data.image_set import ImageSet, class_subset, relabel
 from pnc.data.readers import load_data
 from pnc.data.support import draw_support
 from pnc.foundation.errors import PNCError
-from pnc.models import LoadedModel, load_model
-from pnc.pretraining import Recipe, pretrain
+from pnc.models.model_specs import LoadedModel, load_model
+from pnc.models.pretraining import Recipe, pretrain
 
 SPEC = "zoo:resnet20"
 RECIPE = Recipe(precision="bfloat16")

@@ -33,9 +33,9 @@ from pnc.bench.results import Cells, Claim, at_most, write_results
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.readers import load_data
 from pnc.foundation.errors import PNCError
-from pnc.libraries import distinct
-from pnc.models import LoadedModel, load_model
-from pnc.pretraining import Recipe, pretrain
+from pnc.models.library_networks import distinct
+from pnc.models.model_specs import LoadedModel, load_model
+from pnc.models.pretraining import Recipe, pretrain
 
 SPEC = "zoo:resnet20"
 RECIPE = Recipe(epochs=30, crop_padding=4, precision="bfloat16")

@@ -11,8 +11,8 @@ import torch
 from pnc.data.image_set import ImageSet, class_subset, relabel
 from pnc.data.readers import load_data
 from pnc.data.support import Support, draw_support
-from pnc.models import LoadedModel
-from pnc.pretraining import Recipe, pretrain
+from pnc.models.model_specs import LoadedModel
+from pnc.models.pretraining import Recipe, pretrain
 
 BASE, NEW = tuple("01234"), tuple("56789")
 RECIPE = Recipe(epochs=12, batch_size=64, crop_padding=1, flip=False)

@@ -18,8 +18,8 @@ from pnc.bench.results import Cells
 from pnc.bench_cli import bench
 from pnc.data.image_set import class_subset
 from pnc.data.readers import load_data
-from pnc.models import save_model
-from pnc.pretraining import Recipe
+from pnc.models.model_specs import save_model
+from pnc.models.pretraining import Recipe
 
 METHODS_HERE = "clone,direct ensemble,nearest mean,fine-tuning with replay (head)"
 

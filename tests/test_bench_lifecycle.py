@@ -13,7 +13,7 @@ from pnc.bench_cli import bench
 from pnc.data.image_set import ImageSet
 from pnc.data.support import Support
 from pnc.foundation.errors import InputError
-from pnc.models import build_model, load_model, save_model
+from pnc.models.model_specs import build_model, load_model, save_model
 
 
 @pytest.fixture(scope="module")

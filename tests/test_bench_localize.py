@@ -7,7 +7,7 @@ from digits import network
 from pnc import selection
 from pnc.bench import localize
 from pnc.bench_cli import bench
-from pnc.models import save_model
+from pnc.models.model_specs import save_model
 from pnc.positions import Scan
 
 

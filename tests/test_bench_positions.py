@@ -8,7 +8,7 @@ from digits import network
 from pnc import refinement, sequential
 from pnc.bench import positions
 from pnc.bench_cli import bench
-from pnc.models import save_model
+from pnc.models.model_specs import save_model
 from pnc.refinement import Schedule
 
 

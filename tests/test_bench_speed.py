@@ -10,7 +10,7 @@ from pnc import refinement, sequential
 from pnc.baselines import protocol
 from pnc.bench import job_times, latency, speed
 from pnc.cli import app
-from pnc.models import save_model
+from pnc.models.model_specs import save_model
 from pnc.refinement import Schedule
 
 

@@ -14,7 +14,7 @@ from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import compact
 from pnc.channels.mac_budget import Costs, masks_within
 from pnc.foundation.errors import InputError
-from pnc.networks import mobilenetv2, resnet
+from pnc.models.reference_networks import mobilenetv2, resnet
 from segments import half, network, segment_of
 
 SEGMENTS = [

@@ -7,7 +7,7 @@ from torch import nn
 import zoo
 from handmade import Network
 from pnc.calls import called_directly, flattened, reusing_memory
-from pnc.models import build_model
+from pnc.models.model_specs import build_model
 
 NAMES = tuple("abcde")
 PLAIN = (nn.Conv2d, nn.BatchNorm2d, nn.Linear, nn.LayerNorm, nn.ReLU, nn.GELU, nn.Identity, nn.Dropout)

@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 
 import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support, write_images
-from pnc import arguments, cli, clone_cli, pretraining
+from pnc import arguments, cli, clone_cli
 from pnc.foundation.tensor_files import read_tensors, write_tensors
 from pnc.metrics import evaluate
-from pnc.models import save_model
+from pnc.models import pretraining
+from pnc.models.model_specs import save_model
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pnc.bench.results import Cells
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.cli import app
 from pnc.foundation.errors import InputError
-from pnc.networks import resnet
+from pnc.models.reference_networks import resnet
 from segments import network, segment_of
 
 HARD = {

@@ -12,7 +12,7 @@ from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, same_bits, snapshot
 from pnc.graph.cut_points import INPUT, LOGITS, CutPoint, candidate_cuts, cut_points, extract, find_head, gaps
 from pnc.graph.recording import info, record
-from pnc.networks import resnet
+from pnc.models.reference_networks import resnet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning"),

@@ -17,8 +17,8 @@ from digits import BASE, NEW, held_out_images, pair, support, write_images
 from pnc import cli
 from pnc.baselines.protocol import Budget
 from pnc.bench import main_job
-from pnc.models import save_model
-from pnc.pretraining import Recipe
+from pnc.models.model_specs import save_model
+from pnc.models.pretraining import Recipe
 
 ROOT = Path(__file__).parents[1]
 

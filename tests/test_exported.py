@@ -8,12 +8,12 @@ from torch.export import Dim, ExportedProgram
 
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support
-from pnc.exported import from_exported
 from pnc.foundation.errors import InputError, RecordingError
 from pnc.foundation.network_state import differences, same_bits, snapshot
 from pnc.graph.recording import record
 from pnc.metrics import evaluate
-from pnc.models import load_model
+from pnc.models.exported_programs import from_exported
+from pnc.models.model_specs import load_model
 
 
 def export(module: nn.Module, *inputs: Tensor, batch: Any = None) -> ExportedProgram:

@@ -20,7 +20,7 @@ from pnc.channels.compaction import compact, filled
 from pnc.folding import folded_part
 from pnc.foundation.errors import InputError, PNCError
 from pnc.fusion import FusedComposite
-from pnc.models import build_model
+from pnc.models.model_specs import build_model
 from pnc.plans import Plan
 
 NAMES = tuple("abcde")

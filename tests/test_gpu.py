@@ -17,7 +17,7 @@ from pnc.bench.protocols import METHODS
 from pnc.cli import app
 from pnc.foundation.network_state import differences, fingerprint, snapshot
 from pnc.metrics import evaluate
-from pnc.models import save_model
+from pnc.models.model_specs import save_model
 from pnc.refinement import Schedule
 
 pytestmark = [

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 import pnc
 from digits import BASE, NEW, pair
-from pnc import cli, libraries
+from pnc import cli
 from pnc.foundation.errors import InputError, MismatchError
 from pnc.foundation.network_state import differences, same_bits, snapshot
 from pnc.graph.recording import record
-from pnc.models import LoadedModel, build_model, has_own_weights, load_model, save_model
-from pnc.preprocessing import Preprocessed
+from pnc.models import library_networks
+from pnc.models.model_specs import LoadedModel, build_model, has_own_weights, load_model, save_model
+from pnc.models.preprocessing import Preprocessed
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -311,7 +312,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, error: Exce
     def fail(name: str) -> None:
         raise error
 
-    monkeypatch.setattr(libraries.importlib, "import_module", fail)
+    monkeypatch.setattr(library_networks.importlib, "import_module", fail)
     with pytest.raises(InputError, match=re.escape(message)):
         load_model("timm:resnet18")
 

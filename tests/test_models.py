@@ -10,12 +10,12 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from pnc import models
 from pnc.foundation.errors import ClassNameError, FileFormatError, InputError, MismatchError
 from pnc.foundation.network_state import differences, snapshot
 from pnc.foundation.tensor_files import read_tensors, write_tensors
-from pnc.models import LoadedModel, build_model, load_model, save_model
-from pnc.weights import load_tensors
+from pnc.models import model_specs
+from pnc.models.model_specs import LoadedModel, build_model, load_model, save_model
+from pnc.models.weight_files import load_tensors
 
 CLASSES = ("ant", "bee", "cat")
 SHAPE = (1, 8, 8)
@@ -340,4 +340,4 @@ def test_counts_of_batches_may_be_missing(network: LoadedModel) -> None:
 
 
 def test_every_scheme_builds_through_one_table() -> None:
-    assert list(models._SCHEMES) == ["zoo", "timm", "torchvision", "hf", "py", "pt2"]
+    assert list(model_specs._SCHEMES) == ["zoo", "timm", "torchvision", "hf", "py", "pt2"]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pnc.foundation.errors import InputError
-from pnc.networks import BasicBlock, InvertedResidual, Normalize, cnn, mobilenetv2, resnet, vit_tiny
+from pnc.models.reference_networks import BasicBlock, InvertedResidual, Normalize, cnn, mobilenetv2, resnet, vit_tiny
 
 BUILDERS = {
     "cnn": cnn,

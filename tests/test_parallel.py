@@ -21,7 +21,7 @@ from pnc.foundation import process_team
 from pnc.foundation.errors import InputError
 from pnc.foundation.process_team import ALONE, Team
 from pnc.judging import own_head, source_body
-from pnc.models import save_model
+from pnc.models.model_specs import save_model
 from pnc.refinement import Schedule, feature_loss, train, views
 from segments import network, segment_of
 

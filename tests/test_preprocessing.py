@@ -20,8 +20,8 @@ from pnc.foundation.network_state import differences, fingerprint, same_bits, sn
 from pnc.graph.cut_points import LOGITS, candidate_cuts, cut_points, extract, find_head
 from pnc.graph.recording import Recording, record
 from pnc.metrics import evaluate
-from pnc.networks import cnn
-from pnc.preprocessing import Preprocessed
+from pnc.models.preprocessing import Preprocessed
+from pnc.models.reference_networks import cnn
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

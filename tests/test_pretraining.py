@@ -14,8 +14,8 @@ from pnc.data.readers import load_data
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.network_state import differences, snapshot
 from pnc.foundation.tensor_files import read_tensors
-from pnc.models import load_model
-from pnc.pretraining import EpochReport, Recipe, augment, one_cycle, pretrain, recipe_for
+from pnc.models.model_specs import load_model
+from pnc.models.pretraining import EpochReport, Recipe, augment, one_cycle, pretrain, recipe_for
 
 SPEC = "zoo:cnn?width=0.25"
 RECIPE = Recipe(epochs=3, batch_size=32, crop_padding=1, flip=False, threads=1)

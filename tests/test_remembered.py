@@ -13,7 +13,7 @@ from pnc.graph.recording import record
 from pnc.grids import pool
 from pnc.heads import HeadSamples, SourceHead, StackedHead
 from pnc.metrics import evaluate
-from pnc.networks import cnn, resnet, vit_tiny
+from pnc.models.reference_networks import cnn, resnet, vit_tiny
 from pnc.remembered import last_norm, remembering_head
 
 N_BASE, N_NEW = 3, 2

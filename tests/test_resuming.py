@@ -19,7 +19,7 @@ from pnc.bench.results import Cells
 from pnc.foundation.process_team import Team
 from pnc.foundation.resumable_steps import Steps
 from pnc.foundation.tensor_files import write_tensors
-from pnc.models import save_model
+from pnc.models.model_specs import save_model
 from pnc.positions import Position, Scan
 from pnc.refinement import Schedule
 

@@ -15,7 +15,6 @@ from pnc.composite import Composite, attach
 from pnc.data.image_set import ImageSet
 from pnc.data.readers import load_data
 from pnc.data.support import Support, draw_support
-from pnc.exported import from_exported
 from pnc.foundation.errors import (
     ClassNameError,
     FileFormatError,
@@ -26,10 +25,11 @@ from pnc.foundation.errors import (
 )
 from pnc.foundation.process_team import Team, joined
 from pnc.fusion import FusedComposite
-from pnc.models import LoadedModel, load_model
+from pnc.models.exported_programs import from_exported
+from pnc.models.model_specs import LoadedModel, load_model
+from pnc.models.preprocessing import Preprocessed
 from pnc.plans import CloneStatus
 from pnc.positions import Position, Scan, scan
-from pnc.preprocessing import Preprocessed
 from pnc.task import CloneTask, prepare_task
 from pnc.verification import Report, snapshot, verify
 

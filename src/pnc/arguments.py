@@ -14,8 +14,8 @@ from pnc.composite import Composite, attach
 from pnc.data.image_set import ImageSet, draw_images
 from pnc.foundation.class_names import listed, parse_classes
 from pnc.foundation.errors import ClassNameError, InputError, PNCError
-from pnc.models import LoadedModel, has_own_weights, load_model
-from pnc.preprocessing import shape_text
+from pnc.models.model_specs import LoadedModel, has_own_weights, load_model
+from pnc.models.preprocessing import shape_text
 
 
 # --------------------------------------------------------------------------------------------------- files and settings

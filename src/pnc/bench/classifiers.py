@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from pnc.foundation.errors import InputError
-from pnc.libraries import load_library
+from pnc.models.library_networks import load_library
 
 N_CLASSES = 4
 BATCH = 3

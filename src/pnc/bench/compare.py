@@ -27,7 +27,7 @@ from pnc.data.support import draw_support
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, evaluating, fingerprint, snapshot
 from pnc.metrics import calibration_error, evaluate, leak, shifted
-from pnc.models import LoadedModel
+from pnc.models.model_specs import LoadedModel
 from pnc.task import Progress, prepare_task
 
 KEYS = ("data", "target", "source", "support", "flip", "group", "classes", "n_test", "method", "seed")

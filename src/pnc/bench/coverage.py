@@ -26,7 +26,7 @@ from pnc.foundation.errors import PNCError
 from pnc.foundation.network_state import differences, evaluating, same_bits, snapshot
 from pnc.graph.cut_points import LOGITS, candidate_cuts, cut_points, extract, find_head, gaps
 from pnc.graph.recording import Recording, pick_logits, record
-from pnc.networks import resnet
+from pnc.models.reference_networks import resnet
 from pnc.positions import scan
 from pnc.task import Progress, prepare_task
 

@@ -20,8 +20,8 @@ from pnc.cloning import clone
 from pnc.data.image_set import class_subset, images_as_float
 from pnc.data.support import draw_support
 from pnc.foundation.network_state import evaluating
-from pnc.models import LoadedModel, build_model
-from pnc.pretraining import recipe_for
+from pnc.models.model_specs import LoadedModel, build_model
+from pnc.models.pretraining import recipe_for
 from pnc.task import CloneTask, Progress, prepare_task
 
 CLOSED, GATES, REFINED, SEQUENTIAL = "closed form", "gates, density 0.5", "refined", "sequential"

@@ -35,7 +35,7 @@ from pnc.foundation.network_state import fingerprint
 from pnc.graph.cut_points import candidate_cuts, extract
 from pnc.graph.recording import record
 from pnc.heads import DiscriminantHead, SourceHead, StackedHead
-from pnc.models import LoadedModel, build_model
+from pnc.models.model_specs import LoadedModel, build_model
 from pnc.positions import scan
 from pnc.task import Network, Progress, prepare_task, read_network
 

@@ -25,7 +25,7 @@ from pnc.data.support import Support, draw_support
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import fingerprint, value_digests
 from pnc.metrics import evaluate
-from pnc.models import LoadedModel
+from pnc.models.model_specs import LoadedModel
 from pnc.task import Progress
 
 ARRANGEMENTS = ("one", "two", "four")

@@ -23,7 +23,7 @@ from pnc.data.support import Support
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, evaluating, snapshot
 from pnc.metrics import evaluate
-from pnc.models import LoadedModel
+from pnc.models.model_specs import LoadedModel
 from pnc.positions import scan
 from pnc.task import CloneTask, Progress, prepare_task
 

@@ -16,7 +16,7 @@ from pnc.composite import attach
 from pnc.data.image_set import ImageSet, class_subset, relabel
 from pnc.data.support import draw_support
 from pnc.metrics import evaluate
-from pnc.models import LoadedModel
+from pnc.models.model_specs import LoadedModel
 from pnc.task import Progress
 
 STRATEGIES: Mapping[str, Mapping[str, Any]] = {

@@ -28,9 +28,9 @@ from pnc.data.image_set import ImageSet, class_subset
 from pnc.foundation.class_names import listed, parse_classes, unknown_name
 from pnc.foundation.errors import InputError
 from pnc.foundation.tensor_files import canonical_json
-from pnc.models import LoadedModel
+from pnc.models.model_specs import LoadedModel
+from pnc.models.pretraining import EpochReport, Recipe, pretrain
 from pnc.positions import scan
-from pnc.pretraining import EpochReport, Recipe, pretrain
 from pnc.task import CloneTask
 
 

@@ -28,7 +28,7 @@ from pnc.composite import attach
 from pnc.data.image_store import GIB
 from pnc.foundation.network_state import fingerprint
 from pnc.foundation.process_team import ALONE, Team, joined
-from pnc.networks import resnet
+from pnc.models.reference_networks import resnet
 from pnc.positions import scan
 from pnc.task import Precision, Progress, prepare_task
 

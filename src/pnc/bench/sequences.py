@@ -23,7 +23,7 @@ from pnc.cloning import fit
 from pnc.composite import attach
 from pnc.data.support import Support
 from pnc.foundation.network_state import differences, same_bits, snapshot
-from pnc.models import build_model
+from pnc.models.model_specs import build_model
 from pnc.positions import scan
 from pnc.task import Progress, prepare_task
 

@@ -17,9 +17,9 @@ from pnc.data.image_set import ImageSet, images_as_float, relabel
 from pnc.data.readers import split_spec
 from pnc.foundation.errors import FileFormatError, InputError
 from pnc.foundation.tensor_files import canonical_json, read_tensors, write_tensors
-from pnc.models import LoadedModel, build_model, load_model, save_model
-from pnc.networks import Normalize
-from pnc.weights import load_tensors
+from pnc.models.model_specs import LoadedModel, build_model, load_model, save_model
+from pnc.models.reference_networks import Normalize
+from pnc.models.weight_files import load_tensors
 
 _WARMUP_SHARE = 0.15
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import InputError
-from pnc.networks import Shape
+from pnc.models.reference_networks import Shape
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 

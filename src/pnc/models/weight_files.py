@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pnc.foundation.class_names import listed
 from pnc.foundation.errors import FileFormatError, InputError, MismatchError
 from pnc.foundation.tensor_files import METADATA_KEY, read_tensors
-from pnc.preprocessing import shape_text
+from pnc.models.preprocessing import shape_text
 
 FORMAT = "pnc-network"
 VERSION = 1

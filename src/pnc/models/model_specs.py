@@ -18,7 +18,7 @@ from pnc.foundation.class_names import check_class_names, listed, unknown_name
 from pnc.foundation.errors import InputError, MismatchError, RecordingError
 from pnc.foundation.tensor_files import write_tensors
 from pnc.graph.recording import pick_logits
-from pnc.libraries import (
+from pnc.models.library_networks import (
     HF_OPTIONS,
     TIMM_OPTIONS,
     TORCHVISION_OPTIONS,
@@ -28,9 +28,9 @@ from pnc.libraries import (
     timm_network,
     torchvision_network,
 )
-from pnc.networks import Shape, cnn, mobilenetv2, resnet, vit_tiny
-from pnc.preprocessing import Preprocessed, checked_shape, shape_text
-from pnc.weights import FORMAT, VERSION, load_tensors, read_weights
+from pnc.models.preprocessing import Preprocessed, checked_shape, shape_text
+from pnc.models.reference_networks import Shape, cnn, mobilenetv2, resnet, vit_tiny
+from pnc.models.weight_files import FORMAT, VERSION, load_tensors, read_weights
 
 
 @dataclass(frozen=True, eq=False)

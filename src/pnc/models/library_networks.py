@@ -14,7 +14,7 @@ from torch import nn
 
 from pnc.foundation.class_names import unknown_name
 from pnc.foundation.errors import InputError, PNCError
-from pnc.preprocessing import Interpolation, Preprocessed
+from pnc.models.preprocessing import Interpolation, Preprocessed
 
 _PILLOW_FILTERS: dict[int, Interpolation] = {0: "nearest", 1: "bicubic", 2: "bilinear", 3: "bicubic"}  # 1 is Lanczos
 _WITHOUT_DOWNLOAD = "weights=FILE or ?pretrained=false need no download"

@@ -1,0 +1,1 @@
+"""Networks by spec, with weights and preprocessing. Start with `model_specs`."""
