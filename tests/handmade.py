@@ -6,13 +6,13 @@ from torch.nn.modules.batchnorm import _NormBase
 
 import pnc
 import zoo
-from pnc.adapters import Adapter, Stitched
-from pnc.branch import Branch, Scalars
 from pnc.channels.compaction import own_copy
+from pnc.clones.adapter import Adapter, Stitched
+from pnc.clones.branch import Branch, Scalars
+from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.foundation.network_state import fingerprint
 from pnc.graph.cut_points import cut_points, extract, find_head
 from pnc.graph.recording import record
-from pnc.heads import DiscriminantHead, SourceHead, StackedHead
 
 
 class Bottleneck(nn.Module):

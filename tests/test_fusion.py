@@ -13,10 +13,10 @@ import pnc
 import zoo
 from handmade import Bottleneck, Network, make_branch, make_clone
 from pnc import fusion
-from pnc.branch import Scalars
 from pnc.channels.channel_masks import ChannelMasks
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import compact, filled
+from pnc.clones.branch import Scalars
 from pnc.folding import folded_part
 from pnc.foundation.errors import InputError, PNCError
 from pnc.fusion import FusedComposite

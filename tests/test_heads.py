@@ -3,8 +3,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from pnc import heads
-from pnc.heads import (
+from pnc.clones import heads
+from pnc.clones.heads import (
     HeadSamples,
     balanced_weights,
     choose_stacking,

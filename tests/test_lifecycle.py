@@ -19,7 +19,7 @@ import pnc
 import zoo
 from pnc.bench import sequences
 from pnc.bench.sequences import ACTIONS, BASE, GROUPS, Life
-from pnc.branch import Scalars
+from pnc.clones.branch import Scalars
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.network_state import differences, snapshot
 from pnc.graph.recording import record

@@ -13,10 +13,10 @@ from jsonschema import Draft202012Validator
 import pnc
 from pnc.bench.files import Material, material
 from pnc.bench.mutations import with_one_changed
-from pnc.checkpoint import read_clone_file
+from pnc.clones.clone_file import read_clone_file
+from pnc.clones.manifest import Manifest, read_manifest
 from pnc.foundation.class_names import MAX_TEXT
 from pnc.foundation.errors import FileFormatError, InputError
-from pnc.manifest import Manifest, read_manifest
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "clone-file.schema.json"
 DIGEST = "0" * 64

@@ -14,9 +14,9 @@ import pnc
 from channel_zoo import NormInBetween
 from digits import NEW, pair, support
 from pnc import gates, norms, selection
-from pnc.adapters import Stitched
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.mac_budget import Costs
+from pnc.clones.adapter import Stitched
 from pnc.foundation import process_team
 from pnc.foundation.errors import InputError
 from pnc.foundation.process_team import ALONE, Team

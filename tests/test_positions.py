@@ -7,9 +7,9 @@ import torch
 
 import pnc
 from digits import NEW, pair, support
+from pnc.clones.position_grids import pool
 from pnc.foundation.errors import InputError
 from pnc.graph.cut_points import extract
-from pnc.grids import pool
 from pnc.judging import outcome_of, run_parts, source_body
 from pnc.positions import COST_STEP, shortlist
 

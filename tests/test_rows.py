@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pnc
-from pnc.branch import Scalars
+from pnc.clones.branch import Scalars
 from pnc.foundation.errors import InputError
 
 N_BASE = 3

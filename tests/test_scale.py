@@ -7,7 +7,7 @@ import pytest
 import pnc
 from digits import NEW, pair, support
 from pnc import judging, positions, regression
-from pnc.adapters import Stitched
+from pnc.clones.adapter import Stitched
 from pnc.graph.cut_points import candidate_cuts, extract
 from pnc.positions import shortlist
 from pnc.regression import PENALTIES

@@ -5,9 +5,9 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from pnc.adapters import MAX_CHANNELS_3X3, Adapter, Stitched, kernel_size
+from pnc.clones.adapter import MAX_CHANNELS_3X3, Adapter, Stitched, kernel_size
+from pnc.clones.position_grids import from_grid, grid_size, pool, resize, to_grid
 from pnc.graph.cut_points import CutPoint
-from pnc.grids import from_grid, grid_size, pool, resize, to_grid
 from pnc.regression import PENALTIES
 from pnc.stitching import AdapterFitter
 

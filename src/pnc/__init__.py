@@ -6,10 +6,10 @@ pnc.save(clone, "clone.safetensors")    # kilobytes
 net.detach(clone.name)                  # and the target is alone again, bit for bit
 """
 
-from pnc.branch import Scalars
 from pnc.calibration import Calibration, calibrate
-from pnc.checkpoint import inspect, load, save
-from pnc.clones import Clone
+from pnc.clones.branch import Scalars
+from pnc.clones.clone import Clone
+from pnc.clones.clone_file import inspect, load, save
 from pnc.cloning import clone, fit
 from pnc.composite import Composite, attach
 from pnc.data.image_set import ImageSet

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from pnc import checkpoint
+from pnc.clones import clone_file
 from pnc.composite import Composite, attach
 from pnc.data.image_set import ImageSet, draw_images
 from pnc.foundation.class_names import listed, parse_classes
@@ -240,7 +240,7 @@ class CloneFacts:
 
 def read_clone_facts(path: Path) -> CloneFacts:
     """Read the metadata of a clone file."""
-    facts = checkpoint.inspect(path)
+    facts = clone_file.inspect(path)
     return CloneFacts(path, tuple(facts["base_classes"]), tuple(facts["target"]["input_shape"]), facts)
 
 
@@ -261,7 +261,7 @@ def attach_clones(clones: Sequence[CloneFacts], sources: Sequence[ModelOptions],
         if options not in models:
             # A clone needs none of the source's names; they only have to be as many as its outputs.
             models[options] = load_network(options, input_shape=facts.input_shape)
-        loaded.append(checkpoint.load(facts.path, source=models[options].module))
+        loaded.append(clone_file.load(facts.path, source=models[options].module))
     net = attach(target.module, *loaded)
     for facts in clones:
         if facts.base_classes != target.classes:

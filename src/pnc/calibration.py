@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pnc.branch import Scalars, against_rivals
+from pnc.clones.branch import Scalars, against_rivals
+from pnc.clones.heads import balanced_weights
 from pnc.composite import Composite
 from pnc.data.image_set import images_as_float
 from pnc.data.support import Support, as_images, as_support
@@ -31,7 +32,6 @@ from pnc.discriminants import choose_shrinkage, fit_discriminants
 from pnc.foundation.class_names import listed
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.network_state import undisturbed
-from pnc.heads import balanced_weights
 
 SCALE_SPREAD = 0.1
 OFFSET_SPREAD = 0.3

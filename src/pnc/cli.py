@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pnc import checkpoint, cloning, positions
+from pnc import cloning, positions
 from pnc import demo as demonstration
 from pnc.arguments import (
     ModelOptions,
@@ -28,6 +28,7 @@ from pnc.arguments import (
 )
 from pnc.bench_cli import bench
 from pnc.clone_cli import evaluate_clones, inspect_clone, predict_images, verify_clone
+from pnc.clones import clone_file
 from pnc.data.image_store import GIB, MEMORY
 from pnc.data.readers import load_data
 from pnc.foundation import process_team
@@ -140,7 +141,7 @@ def clone(
     refine: Annotated[bool, typer.Option(help="Tune the adapter by gradient where that helps; takes minutes.")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the clone; by default made of its classes.")] = None,
     kind: Annotated[
-        checkpoint.Kind, typer.Option(help="thin: without the source's weights; full: with them.")
+        clone_file.Kind, typer.Option(help="thin: without the source's weights; full: with them.")
     ] = "thin",
     memory: Memory = MEMORY / GIB,
     precision: Annotated[
@@ -203,7 +204,7 @@ def clone(
         seconds = time.perf_counter() - started
         if not team.is_main:
             return
-    checkpoint.save(made, out, kind)
+    clone_file.save(made, out, kind)
     facts = read_clone_facts(out)
     write_json(json_path, {"out": str(out), "seconds": seconds, **facts.all})
     show_clone(facts)

@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from pnc.adapters import Adapter, Stitched
-from pnc.branch import Branch
-from pnc.clones import Clone, check_name
+from pnc.clones.adapter import Adapter, Stitched
+from pnc.clones.branch import Branch
+from pnc.clones.clone import Clone, check_name
+from pnc.clones.heads import Head
 from pnc.data.image_store import MEMORY
 from pnc.foundation.argument_checks import check_bound, check_whole
 from pnc.foundation.errors import InputError
@@ -21,7 +22,6 @@ from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.foundation.tensor_files import canonical_json
 from pnc.graph.recorder import info
-from pnc.heads import Head
 from pnc.joint import TOLERANCE, joint_front, worth_trying
 from pnc.judging import Outcome, features_seen, fit_head, judge, outcome_of, run_parts
 from pnc.operating_point import check_base_drop, check_promise, least_priority

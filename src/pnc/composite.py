@@ -11,9 +11,9 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, fx, nn
 
-from pnc.branch import Branch, Scalars
 from pnc.calls import called_directly, flattened
-from pnc.clones import Clone
+from pnc.clones.branch import Branch, Scalars
+from pnc.clones.clone import Clone
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.class_names import listed, unknown_name
 from pnc.foundation.errors import ClassNameError, InputError

@@ -11,12 +11,12 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from pnc.adapters import Adapter, Stitched
 from pnc.calls import called_directly, flattened, reusing_memory
 from pnc.channels.compaction import filled, own_copy
 from pnc.channels.rule_table import has_hooks
+from pnc.clones.adapter import Adapter, Stitched
+from pnc.clones.position_grids import grid_size
 from pnc.graph.recorder import info
-from pnc.grids import grid_size
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

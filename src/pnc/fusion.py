@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pnc.adapters import Adapter
-from pnc.branch import Branch, against_rivals
+from pnc.clones.adapter import Adapter
+from pnc.clones.branch import Branch, against_rivals
+from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
+from pnc.clones.position_grids import from_grid, grid_size, pool, resize, to_grid
 from pnc.folding import Part, folded_part, grows
 from pnc.foundation.errors import InputError, PNCError
-from pnc.grids import from_grid, grid_size, pool, resize, to_grid
-from pnc.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.plans import Plan, check_like
 
 TOLERANCE, GPU_TOLERANCE = 1e-4, 1e-2

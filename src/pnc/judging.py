@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pnc.adapters import Stitched
+from pnc.clones.adapter import Stitched
+from pnc.clones.heads import Head, HeadSamples, SourceHead, Stacking, choose_stacking, fit_stacked, source_head
+from pnc.clones.position_grids import pool
 from pnc.data.image_store import to_device
 from pnc.foundation.errors import InputError
 from pnc.graph.cut_points import LOGITS, CutPoint, extract
-from pnc.grids import pool
-from pnc.heads import Head, HeadSamples, SourceHead, Stacking, choose_stacking, fit_stacked, source_head
 from pnc.remembered import last_norm, remembering_head
 from pnc.stitching import CrossFitted
 from pnc.task import CloneTask, Progress

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from pnc.branch import Branch
-from pnc.clones import Clone
+from pnc.clones.branch import Branch
+from pnc.clones.clone import Clone
+from pnc.clones.position_grids import pool
 from pnc.foundation.class_names import unknown_name
 from pnc.foundation.errors import InputError, MismatchError
 from pnc.foundation.network_state import KnownFingerprint, dtype_name, first_difference
 from pnc.graph.cut_points import CutPoint, cut_points, find_head
 from pnc.graph.recording import Recording
-from pnc.grids import pool
 from pnc.remembered import last_norm
 
 Rows = Sequence[str | Collection[str] | None]

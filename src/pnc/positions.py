@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from pnc.adapters import Adapter
+from pnc.clones.adapter import Adapter
+from pnc.clones.heads import HeadSamples
 from pnc.data.image_store import to_device
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import undisturbed
 from pnc.graph.cut_points import LOGITS, CutPoint, candidate_cuts, extract
-from pnc.heads import HeadSamples
 from pnc.judging import Outcome, batches, judge, outcome_of, run_parts, source_body
 from pnc.remembered import last_norm
 from pnc.stitching import N_ROWS, AdapterFitter, CrossFitted

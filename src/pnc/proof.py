@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pnc.checkpoint import load, read_clone_file
+from pnc.clones.clone_file import load, read_clone_file
 from pnc.composite import attach
 from pnc.foundation.class_names import listed
 from pnc.foundation.network_state import first_difference

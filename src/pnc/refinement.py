@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pnc.adapters import Adapter, Stitched
+from pnc.clones.adapter import Adapter, Stitched
+from pnc.clones.heads import Head, HeadSamples, SourceHead
+from pnc.clones.position_grids import pool
 from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.graph.cut_points import LOGITS, CutPoint, extract
-from pnc.grids import pool
-from pnc.heads import Head, HeadSamples, SourceHead
 from pnc.judging import features_seen, fit_head, judge, outcome_of, run_parts
 from pnc.stitching import CrossFitted
 from pnc.task import CloneTask, Progress

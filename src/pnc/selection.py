@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from pnc.adapters import Adapter
 from pnc.channels.channel_masks import ChannelMasks
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import compact, own_copy
 from pnc.channels.mac_budget import Costs, masks_within
+from pnc.clones.adapter import Adapter
+from pnc.clones.position_grids import pool
 from pnc.discriminants import fit_discriminants
 from pnc.foundation.errors import InputError
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.gates import learn_gates
 from pnc.graph.cut_points import LOGITS, extract
-from pnc.grids import pool
 from pnc.judging import source_body
 from pnc.localization import one_shot_ranking
 from pnc.norms import Batch, reestimate_statistics, tune_norms

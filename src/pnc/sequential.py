@@ -21,11 +21,11 @@ from functools import cached_property
 import torch
 from torch import Tensor, fx
 
-from pnc.adapters import Adapter, Stitched
 from pnc.channels.channel_masks import ChannelMasks
 from pnc.channels.compaction import own_copy
+from pnc.clones.adapter import Adapter, Stitched
+from pnc.clones.heads import DiscriminantHead, Head
 from pnc.graph.cut_points import CutPoint, candidate_cuts, extract
-from pnc.heads import DiscriminantHead, Head
 from pnc.judging import Outcome, outcome_of, own_head, source_body
 from pnc.positions import MAX_CUTS
 from pnc.refinement import Schedule, Views, bounded, refining_loss, train, views

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pnc.adapters import Adapter, kernel_size
+from pnc.clones.adapter import Adapter, kernel_size
+from pnc.clones.heads import HeadSamples
+from pnc.clones.position_grids import grid_size, grows_to, prefix_summary, resize, to_grid
 from pnc.foundation.network_state import same_bits
 from pnc.foundation.process_team import Team
 from pnc.graph.cut_points import CutPoint
-from pnc.grids import grid_size, grows_to, prefix_summary, resize, to_grid
-from pnc.heads import HeadSamples
 from pnc.regression import Moments, Regression, Rows
 
 Form = tuple[int, int]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import pnc
-from pnc.branch import Branch, Scalars
-from pnc.heads import StackedHead
+from pnc.clones.branch import Branch, Scalars
+from pnc.clones.heads import StackedHead
 from pnc.task import prepare_task
 
 FOLDER = Path(__file__).parent

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pnc.clones.position_grids import pool
 from pnc.graph.cut_points import CutPoint, extract
-from pnc.grids import pool
 from pnc.task import CloneTask, Network
 
 Role = Literal["target", "source"]

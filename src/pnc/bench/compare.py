@@ -20,7 +20,7 @@ from pnc.baselines.protocol import Budget, Fitted, Rival
 from pnc.bench.main_job import new_bytes, predict
 from pnc.bench.protocols import METHODS, class_groups
 from pnc.bench.results import Cells, commit, environment
-from pnc.checkpoint import save
+from pnc.clones.clone_file import save
 from pnc.composite import Composite
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.support import draw_support

@@ -19,7 +19,7 @@ from pnc.bench.results import Cells, Claim, at_least, at_most, commit, table
 from pnc.channels.channel_masks import channel_masks
 from pnc.channels.channel_spaces import KEPT, ChannelSpaces, channel_spaces
 from pnc.channels.compaction import compact
-from pnc.checkpoint import load, save
+from pnc.clones.clone_file import load, save
 from pnc.cloning import fit
 from pnc.composite import Composite, attach
 from pnc.foundation.errors import PNCError

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from pnc.bench.mutations import FORGED, MUTATIONS
 from pnc.bench.results import Cells, Claim, at_least, at_most, table
-from pnc.checkpoint import Kind, inspect, load, save
-from pnc.clones import Clone
+from pnc.clones.clone import Clone
+from pnc.clones.clone_file import Kind, inspect, load, save
 from pnc.cloning import fit
 from pnc.composite import attach
 from pnc.foundation.errors import InputError, PNCError

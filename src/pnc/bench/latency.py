@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pnc.adapters import Adapter, Stitched
 from pnc.bench.measuring import finish, peak_memory
 from pnc.bench.positions import Setting
 from pnc.bench.results import Cells
-from pnc.branch import Branch
 from pnc.channels.compaction import own_copy
-from pnc.checkpoint import load, save
-from pnc.clones import Clone
+from pnc.clones.adapter import Adapter, Stitched
+from pnc.clones.branch import Branch
+from pnc.clones.clone import Clone
+from pnc.clones.clone_file import load, save
+from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.cloning import clone, fit
 from pnc.composite import Composite, attach
 from pnc.data.image_set import images_as_float
@@ -34,7 +35,6 @@ from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import fingerprint
 from pnc.graph.cut_points import candidate_cuts, extract
 from pnc.graph.recording import record
-from pnc.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.models.model_specs import LoadedModel, build_model
 from pnc.positions import scan
 from pnc.task import Network, Progress, prepare_task, read_network

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pnc.bench.results import Cells, Claim, at_least, at_most, over_seeds, table
-from pnc.branch import Scalars, against_rivals
 from pnc.calibration import calibrate, collect_log_odds
-from pnc.checkpoint import load, save
-from pnc.clones import Clone
+from pnc.clones.branch import Scalars, against_rivals
+from pnc.clones.clone import Clone
+from pnc.clones.clone_file import load, save
 from pnc.cloning import clone
 from pnc.composite import Composite, attach
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel

@@ -11,7 +11,7 @@ from torch import Tensor
 from pnc.bench.main_job import predict
 from pnc.bench.positions import Setting
 from pnc.bench.results import Cells, Claim, over_seeds, table
-from pnc.clones import Clone
+from pnc.clones.clone import Clone
 from pnc.cloning import fit
 from pnc.composite import attach
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel

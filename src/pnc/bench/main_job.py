@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pnc.baselines import ensemble, finetuning, lda
 from pnc.baselines.protocol import Budget, Rival
-from pnc.checkpoint import load, save
-from pnc.clones import Clone
+from pnc.clones.clone import Clone
+from pnc.clones.clone_file import load, save
 from pnc.cloning import fit
 from pnc.composite import attach
 from pnc.data.image_set import ImageSet, images_as_float

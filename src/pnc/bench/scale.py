@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from pnc.bench.measuring import finish, peak_memory
 from pnc.bench.results import Cells, Claim, at_most, commit, table
-from pnc.checkpoint import save
+from pnc.clones.clone_file import save
 from pnc.cloning import clone, fit
 from pnc.composite import attach
 from pnc.data.image_store import GIB

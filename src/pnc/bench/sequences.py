@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pnc.bench.results import Cells
-from pnc.branch import Scalars
 from pnc.calibration import calibrate
-from pnc.checkpoint import load, save
-from pnc.clones import Clone
+from pnc.clones.branch import Scalars
+from pnc.clones.clone import Clone
+from pnc.clones.clone_file import load, save
 from pnc.cloning import fit
 from pnc.composite import attach
 from pnc.data.support import Support

@@ -11,20 +11,20 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from pnc.adapters import Adapter, Stitched
-from pnc.branch import Branch
 from pnc.channels.channel_masks import ChannelMasks
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import compact, own_copy
-from pnc.clones import Clone
+from pnc.clones.adapter import Adapter, Stitched
+from pnc.clones.branch import Branch
+from pnc.clones.clone import Clone
+from pnc.clones.heads import DiscriminantHead, Head, SourceHead, StackedHead
+from pnc.clones.manifest import Kind, Manifest, read_manifest
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import FileFormatError, InputError, MismatchError
 from pnc.foundation.network_state import dtype_name, fingerprint, first_difference
 from pnc.foundation.tensor_files import read_sealed, write_tensors
 from pnc.graph.cut_points import CutPoint, cut_points, extract, find_head
 from pnc.graph.recording import record
-from pnc.heads import DiscriminantHead, Head, SourceHead, StackedHead
-from pnc.manifest import Kind, Manifest, read_manifest
 
 __all__ = ["Kind", "inspect", "load", "read_clone_file", "save"]
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pnc.branch import Branch
 from pnc.channels.channel_masks import ChannelMasks
+from pnc.clones.branch import Branch
 from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import Fingerprint

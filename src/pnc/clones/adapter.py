@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pnc.clones.position_grids import from_grid, grid_size, pool, prefix_summary, resize, to_grid
 from pnc.graph.cut_points import CutPoint
-from pnc.grids import from_grid, grid_size, pool, prefix_summary, resize, to_grid
 
 MAX_CHANNELS_3X3 = 128
 

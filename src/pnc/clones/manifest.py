@@ -12,11 +12,11 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, Literal, Never, cast, get_args
 
+from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.foundation.class_names import MAX_TEXT, is_name
 from pnc.foundation.errors import FileFormatError, InputError
 from pnc.foundation.network_state import Fingerprint
 from pnc.graph.cut_points import CutPoint
-from pnc.heads import DiscriminantHead, SourceHead, StackedHead
 
 FORMAT = "pnc-clone"
 VERSION = 1

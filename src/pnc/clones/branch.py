@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pnc.adapters import Stitched
+from pnc.clones.adapter import Stitched
+from pnc.clones.heads import DiscriminantHead, Head, StackedHead
 from pnc.foundation.errors import InputError
 from pnc.graph.recorder import info
-from pnc.heads import DiscriminantHead, Head, StackedHead
 
 
 @dataclass(frozen=True)
