@@ -20,11 +20,11 @@ from pnc.baselines.protocol import Budget, Fitted, Rival
 from pnc.baselines.tuning import Data, Method, Setting, extend_classifier, grid, tune
 from pnc.bench.main_job import predict
 from pnc.bench.protocols import BOUNDED, METHODS
-from pnc.composite import Composite
+from pnc.composite.composite import Composite
+from pnc.composite.metrics import evaluate
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, same_bits, snapshot
 from pnc.graph.cut_points import INPUT
-from pnc.metrics import evaluate
 from pnc.task import CloneTask, prepare_task
 
 SHORT = Budget(first_steps=1, second_steps=4, last_steps=80, n_second=1, batch_size=20)

@@ -6,7 +6,7 @@ from torch import nn
 
 import zoo
 from handmade import Network
-from pnc.calls import called_directly, flattened, reusing_memory
+from pnc.composite.direct_calls import called_directly, flattened, reusing_memory
 from pnc.models.model_specs import build_model
 
 NAMES = tuple("abcde")

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support, write_images
 from pnc import arguments, cli, clone_cli
+from pnc.composite.metrics import evaluate
 from pnc.foundation.tensor_files import read_tensors, write_tensors
-from pnc.metrics import evaluate
 from pnc.models import pretraining
 from pnc.models.model_specs import save_model
 

@@ -5,11 +5,11 @@ import torch
 
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support
+from pnc.composite.metrics import evaluate
 from pnc.data.image_set import class_subset, select
 from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, snapshot
-from pnc.metrics import evaluate
 
 
 def accuracy(clone, classes=NEW):

@@ -8,10 +8,10 @@ from torch.export import Dim, ExportedProgram
 
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support
+from pnc.composite.metrics import evaluate
 from pnc.foundation.errors import InputError, RecordingError
 from pnc.foundation.network_state import differences, same_bits, snapshot
 from pnc.graph.recording import record
-from pnc.metrics import evaluate
 from pnc.models.exported_programs import from_exported
 from pnc.models.model_specs import load_model
 

@@ -12,16 +12,16 @@ from torch.nn.modules.batchnorm import _NormBase
 import pnc
 import zoo
 from handmade import Bottleneck, Network, make_branch, make_clone
-from pnc import fusion
 from pnc.channels.channel_masks import ChannelMasks
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import compact, filled
 from pnc.clones.branch import Scalars
-from pnc.folding import folded_part
+from pnc.composite import fused_composite
+from pnc.composite.forward_plan import Plan
+from pnc.composite.fused_composite import FusedComposite
+from pnc.composite.layer_folding import folded_part
 from pnc.foundation.errors import InputError, PNCError
-from pnc.fusion import FusedComposite
 from pnc.models.model_specs import build_model
-from pnc.plans import Plan
 
 NAMES = tuple("abcde")
 
@@ -283,7 +283,7 @@ def test_compiled_and_exported(stage, net):
 
 
 def test_a_wrong_rule_would_be_noticed(stage, net, monkeypatch):
-    monkeypatch.setattr(fusion, "from_grid", lambda grid, prefix, cut: grid + 0.1)
+    monkeypatch.setattr(fused_composite, "from_grid", lambda grid, prefix, cut: grid + 0.1)
     with pytest.raises(PNCError, match="the fused form differs from the composite by"):
         net.fused()
 

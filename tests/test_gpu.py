@@ -15,8 +15,8 @@ from pnc.bench import job_times, latency, scale
 from pnc.bench.measuring import peak_memory
 from pnc.bench.protocols import METHODS
 from pnc.cli import app
+from pnc.composite.metrics import evaluate
 from pnc.foundation.network_state import differences, fingerprint, snapshot
-from pnc.metrics import evaluate
 from pnc.models.model_specs import save_model
 from pnc.refinement import Schedule
 

@@ -4,8 +4,8 @@ import torch
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import balanced_accuracy_score
 
+from pnc.composite.metrics import calibration_error, conditional_kl, evaluate, leak, locality_kl, shifted
 from pnc.foundation.errors import InputError
-from pnc.metrics import calibration_error, conditional_kl, evaluate, leak, locality_kl, shifted
 
 GENERATOR = torch.Generator().manual_seed(0)
 TARGET = torch.randn(200, 3, generator=GENERATOR)

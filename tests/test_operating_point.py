@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support
+from pnc.composite.metrics import evaluate, shifted
 from pnc.data.image_set import select
 from pnc.foundation.errors import InputError
-from pnc.metrics import evaluate, shifted
 from pnc.operating_point import check_base_drop, check_promise, least_priority
 
 N_BASE = 3

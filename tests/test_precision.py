@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pnc
 from digits import NEW, held_out_images, pair, support
 from pnc import refinement, selection
+from pnc.composite.metrics import evaluate
 from pnc.foundation import process_team
-from pnc.metrics import evaluate
 from pnc.refinement import Schedule
 
 

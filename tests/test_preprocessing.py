@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support
+from pnc.composite.metrics import evaluate
 from pnc.data.image_set import ImageSet
 from pnc.data.support import Support
 from pnc.foundation.errors import InputError, MismatchError
 from pnc.foundation.network_state import differences, fingerprint, same_bits, snapshot
 from pnc.graph.cut_points import LOGITS, candidate_cuts, cut_points, extract, find_head
 from pnc.graph.recording import Recording, record
-from pnc.metrics import evaluate
 from pnc.models.preprocessing import Preprocessed
 from pnc.models.reference_networks import cnn
 

@@ -8,11 +8,11 @@ from pnc.baselines.ensemble import DirectEnsemble
 from pnc.bench.main_job import predict
 from pnc.clones.heads import HeadSamples, SourceHead, StackedHead
 from pnc.clones.position_grids import pool
+from pnc.composite.metrics import evaluate
 from pnc.data.image_set import class_subset, images_as_float
 from pnc.data.readers import load_data
 from pnc.graph.cut_points import extract
 from pnc.graph.recording import record
-from pnc.metrics import evaluate
 from pnc.models.reference_networks import cnn, resnet, vit_tiny
 from pnc.remembered import last_norm, remembering_head
 

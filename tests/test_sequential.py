@@ -6,10 +6,10 @@ import torch
 import pnc
 from digits import NEW, held_out_images, pair, support
 from pnc.channels.compaction import own_copy
+from pnc.composite.metrics import evaluate
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, snapshot
 from pnc.judging import Outcome, source_body
-from pnc.metrics import evaluate
 from pnc.sequential import Part, depths, search
 
 

@@ -7,9 +7,9 @@ from torch import nn
 
 import pnc
 from digits import NEW, held_out_images, network, pair, support
+from pnc.composite.verification import Report, verify_composite
 from pnc.foundation.errors import InputError, MismatchError
 from pnc.foundation.network_state import fingerprint
-from pnc.verification import Report, verify_composite
 
 MADE = []
 

@@ -11,7 +11,10 @@ from pnc.clones.branch import Scalars
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import inspect, load, save
 from pnc.cloning import clone, fit
-from pnc.composite import Composite, attach
+from pnc.composite.composite import Composite, attach
+from pnc.composite.forward_plan import CloneStatus
+from pnc.composite.fused_composite import FusedComposite
+from pnc.composite.verification import Report, snapshot, verify
 from pnc.data.image_set import ImageSet
 from pnc.data.readers import load_data
 from pnc.data.support import Support, draw_support
@@ -24,14 +27,11 @@ from pnc.foundation.errors import (
     RecordingError,
 )
 from pnc.foundation.process_team import Team, joined
-from pnc.fusion import FusedComposite
 from pnc.models.exported_programs import from_exported
 from pnc.models.model_specs import LoadedModel, load_model
 from pnc.models.preprocessing import Preprocessed
-from pnc.plans import CloneStatus
 from pnc.positions import Position, Scan, scan
 from pnc.task import CloneTask, prepare_task
-from pnc.verification import Report, snapshot, verify
 
 __all__ = [
     "Calibration",

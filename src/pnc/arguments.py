@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from pnc.clones import clone_file
-from pnc.composite import Composite, attach
+from pnc.composite.composite import Composite, attach
 from pnc.data.image_set import ImageSet, draw_images
 from pnc.foundation.class_names import listed, parse_classes
 from pnc.foundation.errors import ClassNameError, InputError, PNCError

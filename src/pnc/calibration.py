@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pnc.clones.branch import Scalars, against_rivals
 from pnc.clones.heads import balanced_weights
-from pnc.composite import Composite
+from pnc.composite.composite import Composite
 from pnc.data.image_set import images_as_float
 from pnc.data.support import Support, as_images, as_support
 from pnc.discriminants import choose_shrinkage, fit_discriminants

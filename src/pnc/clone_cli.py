@@ -20,13 +20,13 @@ from pnc.arguments import (
     use_threads,
 )
 from pnc.bench import main_job
+from pnc.composite.file_proof import Check, prove
+from pnc.composite.metrics import evaluate
 from pnc.data.image_set import class_subset, relabel
 from pnc.data.readers import load_data, load_images
 from pnc.foundation.class_names import listed
 from pnc.foundation.errors import FileFormatError, InputError
-from pnc.metrics import evaluate
 from pnc.options import Data, Device, Json, Names, Sources, Target, Threads, Weights, write_json
-from pnc.proof import Check, prove
 from pnc.screen import say, show_clone, show_facts, shown
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pnc.baselines.protocol import Budget, Fitted, Rival
 from pnc.clones.clone import Clone
 from pnc.cloning import fit, fit_sequential
-from pnc.composite import attach
+from pnc.composite.composite import attach
 from pnc.positions import Position, scan
 from pnc.task import CloneTask
 

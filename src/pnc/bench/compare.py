@@ -21,12 +21,12 @@ from pnc.bench.main_job import new_bytes, predict
 from pnc.bench.protocols import METHODS, class_groups
 from pnc.bench.results import Cells, commit, environment
 from pnc.clones.clone_file import save
-from pnc.composite import Composite
+from pnc.composite.composite import Composite
+from pnc.composite.metrics import calibration_error, evaluate, leak, shifted
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.support import draw_support
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, evaluating, fingerprint, snapshot
-from pnc.metrics import calibration_error, evaluate, leak, shifted
 from pnc.models.model_specs import LoadedModel
 from pnc.task import Progress, prepare_task
 

@@ -21,7 +21,7 @@ from pnc.channels.channel_spaces import KEPT, ChannelSpaces, channel_spaces
 from pnc.channels.compaction import compact
 from pnc.clones.clone_file import load, save
 from pnc.cloning import fit
-from pnc.composite import Composite, attach
+from pnc.composite.composite import Composite, attach
 from pnc.foundation.errors import PNCError
 from pnc.foundation.network_state import differences, evaluating, same_bits, snapshot
 from pnc.graph.cut_points import LOGITS, candidate_cuts, cut_points, extract, find_head, gaps

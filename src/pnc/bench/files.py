@@ -23,7 +23,7 @@ from pnc.bench.results import Cells, Claim, at_least, at_most, table
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import Kind, inspect, load, save
 from pnc.cloning import fit
-from pnc.composite import attach
+from pnc.composite.composite import attach
 from pnc.foundation.errors import InputError, PNCError
 from pnc.foundation.network_state import fingerprint, same_bits
 from pnc.positions import scan

@@ -27,10 +27,10 @@ from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save
 from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.cloning import clone, fit
-from pnc.composite import Composite, attach
+from pnc.composite.composite import Composite, attach
+from pnc.composite.layer_folding import folded
 from pnc.data.image_set import images_as_float
 from pnc.data.support import draw_support
-from pnc.folding import folded
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import fingerprint
 from pnc.graph.cut_points import candidate_cuts, extract

@@ -19,12 +19,12 @@ from pnc.clones.branch import Scalars, against_rivals
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save
 from pnc.cloning import clone
-from pnc.composite import Composite, attach
+from pnc.composite.composite import Composite, attach
+from pnc.composite.metrics import evaluate
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.support import Support, draw_support
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import fingerprint, value_digests
-from pnc.metrics import evaluate
 from pnc.models.model_specs import LoadedModel
 from pnc.task import Progress
 

@@ -13,12 +13,12 @@ from pnc.bench.positions import Setting
 from pnc.bench.results import Cells, Claim, over_seeds, table
 from pnc.clones.clone import Clone
 from pnc.cloning import fit
-from pnc.composite import attach
+from pnc.composite.composite import attach
+from pnc.composite.metrics import evaluate
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.support import draw_support
 from pnc.foundation.network_state import evaluating
 from pnc.graph.cut_points import LOGITS, extract
-from pnc.metrics import evaluate
 from pnc.positions import scan
 from pnc.selection import Method
 from pnc.stitching import CrossFitted

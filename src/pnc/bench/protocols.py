@@ -23,7 +23,7 @@ from pnc.baselines import (
 from pnc.baselines.protocol import Budget, Fitted, Rival
 from pnc.bench.main_job import CLONE
 from pnc.cloning import fit
-from pnc.composite import attach
+from pnc.composite.composite import attach
 from pnc.data.image_set import ImageSet, class_subset
 from pnc.foundation.class_names import listed, parse_classes, unknown_name
 from pnc.foundation.errors import InputError

@@ -24,7 +24,7 @@ from pnc.bench.measuring import finish, peak_memory
 from pnc.bench.results import Cells, Claim, at_most, commit, table
 from pnc.clones.clone_file import save
 from pnc.cloning import clone, fit
-from pnc.composite import attach
+from pnc.composite.composite import attach
 from pnc.data.image_store import GIB
 from pnc.foundation.network_state import fingerprint
 from pnc.foundation.process_team import ALONE, Team, joined

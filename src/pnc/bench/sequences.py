@@ -20,7 +20,7 @@ from pnc.clones.branch import Scalars
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save
 from pnc.cloning import fit
-from pnc.composite import attach
+from pnc.composite.composite import attach
 from pnc.data.support import Support
 from pnc.foundation.network_state import differences, same_bits, snapshot
 from pnc.models.model_specs import build_model

@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from pnc.calls import called_directly, flattened, reusing_memory
 from pnc.channels.compaction import filled, own_copy
 from pnc.channels.rule_table import has_hooks
 from pnc.clones.adapter import Adapter, Stitched
 from pnc.clones.position_grids import grid_size
+from pnc.composite.direct_calls import called_directly, flattened, reusing_memory
 from pnc.graph.recorder import info
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

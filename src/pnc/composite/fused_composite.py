@@ -23,9 +23,9 @@ from pnc.clones.adapter import Adapter
 from pnc.clones.branch import Branch, against_rivals
 from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.clones.position_grids import from_grid, grid_size, pool, resize, to_grid
-from pnc.folding import Part, folded_part, grows
+from pnc.composite.forward_plan import Plan, check_like
+from pnc.composite.layer_folding import Part, folded_part, grows
 from pnc.foundation.errors import InputError, PNCError
-from pnc.plans import Plan, check_like
 
 TOLERANCE, GPU_TOLERANCE = 1e-4, 1e-2
 """Largest accepted difference of new logits, relative to the largest, on the probe that every fused form is tried on:

@@ -11,19 +11,19 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, fx, nn
 
-from pnc.calls import called_directly, flattened
 from pnc.clones.branch import Branch, Scalars
 from pnc.clones.clone import Clone
+from pnc.composite.direct_calls import called_directly, flattened
+from pnc.composite.forward_plan import CloneStatus, Places, Plan, Rows, check_places, check_target, status_of
+from pnc.composite.fused_composite import FusedComposite
+from pnc.composite.verification import BATCH_SIZES, Report, verify_composite
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.class_names import listed, unknown_name
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.network_state import KnownFingerprint, Snapshot, undisturbed
-from pnc.fusion import FusedComposite
 from pnc.graph.cut_points import LOGITS, extract
 from pnc.graph.recording import Recording, record
-from pnc.plans import CloneStatus, Places, Plan, Rows, check_places, check_target, status_of
 from pnc.task import HasClones
-from pnc.verification import BATCH_SIZES, Report, verify_composite
 
 _LOCK = threading.RLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
 _RECORDED = "_plan", "_places", "_recording", "_trunks"

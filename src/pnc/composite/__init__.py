@@ -1,0 +1,1 @@
+"""What runs in production: target and clones, fused, verified, removed. Start with `composite`."""
