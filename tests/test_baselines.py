@@ -25,7 +25,7 @@ from pnc.composite.metrics import evaluate
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, same_bits, snapshot
 from pnc.graph.cut_points import INPUT
-from pnc.task import CloneTask, prepare_task
+from pnc.method.task import CloneTask, prepare_task
 
 SHORT = Budget(first_steps=1, second_steps=4, last_steps=80, n_second=1, batch_size=20)
 SHORTEST = Budget(first_steps=1, second_steps=2, last_steps=3, n_second=1, batch_size=20)
@@ -417,9 +417,9 @@ def test_clones_without_a_search_stand_where_they_say() -> None:
 
 
 def test_the_sequential_reference_is_a_clone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pnc import sequential
+    from pnc.method import paper_search
 
-    monkeypatch.setattr(sequential, "N_STEPS", 5)
-    monkeypatch.setattr(sequential, "LEARNING_RATES", (0.01,))
+    monkeypatch.setattr(paper_search, "N_STEPS", 5)
+    monkeypatch.setattr(paper_search, "LEARNING_RATES", (0.01,))
     rival: Rival = METHODS["sequential search of the paper"]
     assert isinstance(rival.fit(task(), SHORT).module, Composite)

@@ -4,17 +4,17 @@ import pytest
 from typer.testing import CliRunner
 
 from digits import network
-from pnc import selection
 from pnc.bench import localize
 from pnc.bench_cli import bench
+from pnc.method.localization import localizer
+from pnc.method.positions import Scan
 from pnc.models.model_specs import save_model
-from pnc.positions import Scan
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     for name in ("GATES_STEPS", "NORMS_STEPS", "SURROGATE_STEPS"):
-        monkeypatch.setattr(selection, name, 4)
+        monkeypatch.setattr(localizer, name, 4)
     monkeypatch.setattr(Scan, "choose", lambda found: next(p for p in found.positions if p.is_exact))
     for name, classes in (("t", "01234"), ("s", "56789")):
         save_model(network(tuple(classes)), tmp_path / f"{name}.safetensors", {})

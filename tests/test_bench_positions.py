@@ -5,18 +5,18 @@ from typer.testing import CliRunner
 
 import pnc
 from digits import network
-from pnc import refinement, sequential
 from pnc.bench import positions
 from pnc.bench_cli import bench
+from pnc.method import paper_search, refinement
+from pnc.method.refinement import Schedule
 from pnc.models.model_specs import save_model
-from pnc.refinement import Schedule
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(refinement, "SCHEDULE", Schedule(0.0003, n_steps=6, n_snapshots=3))
-    monkeypatch.setattr(sequential, "N_STEPS", 10)
-    monkeypatch.setattr(sequential, "LEARNING_RATES", (0.01,))
+    monkeypatch.setattr(paper_search, "N_STEPS", 10)
+    monkeypatch.setattr(paper_search, "LEARNING_RATES", (0.01,))
     for name, classes in (("t", "01234"), ("s", "56789")):
         save_model(network(tuple(classes)), tmp_path / f"{name}.safetensors", {})
     return tmp_path

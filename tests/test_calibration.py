@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 import pnc
 from pnc.bench.sequences import BASE, GROUPS
-from pnc.calibration import MIN_SCALE, _against_rivals, _most_probable, _Problem, collect_log_odds
 from pnc.clones.branch import Scalars, against_rivals
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.network_state import differences, same_bits, snapshot
+from pnc.method.calibration import MIN_SCALE, _against_rivals, _most_probable, _Problem, collect_log_odds
 
 N_BASE = len(BASE)
 NEW = tuple(name for group in GROUPS for name in group)

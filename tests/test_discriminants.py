@@ -3,7 +3,7 @@ import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
-from pnc.discriminants import ABSENT, SHRINKAGES, choose_shrinkage, fit_discriminants
+from pnc.method.discriminants import ABSENT, SHRINKAGES, choose_shrinkage, fit_discriminants
 
 
 def draw(n_per_class: int, n_features: int) -> tuple[Tensor, Tensor]:

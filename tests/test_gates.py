@@ -8,8 +8,8 @@ from pnc.channels.compaction import mask_segment
 from pnc.channels.mac_budget import Costs, masks_within
 from pnc.channels.module_inlining import opened
 from pnc.foundation.network_state import differences, snapshot
-from pnc.gates import learn_gates
-from pnc.localization import Gated
+from pnc.method.localization.channel_scores import Gated
+from pnc.method.localization.gates import learn_gates
 from segments import half, network, segment_of
 
 

@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 
 import pnc
 from digits import NEW, held_out_images, network, pair, support
-from pnc import refinement, selection, sequential
 from pnc.baselines.protocol import Budget
 from pnc.bench import job_times, latency, scale
 from pnc.bench.measuring import peak_memory
@@ -17,8 +16,10 @@ from pnc.bench.protocols import METHODS
 from pnc.cli import app
 from pnc.composite.metrics import evaluate
 from pnc.foundation.network_state import differences, fingerprint, snapshot
+from pnc.method import paper_search, refinement
+from pnc.method.localization import localizer
+from pnc.method.refinement import Schedule
 from pnc.models.model_specs import save_model
-from pnc.refinement import Schedule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,10 +41,10 @@ WAYS = {
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """Few steps: what is looked at here does not depend on how many."""
-    monkeypatch.setattr(selection, "GATES_STEPS", 20)
-    monkeypatch.setattr(selection, "NORMS_STEPS", 20)
+    monkeypatch.setattr(localizer, "GATES_STEPS", 20)
+    monkeypatch.setattr(localizer, "NORMS_STEPS", 20)
     monkeypatch.setattr(refinement, "SCHEDULE", Schedule(0.0003, n_steps=20, n_snapshots=3))
-    monkeypatch.setattr(sequential, "N_STEPS", 60)
+    monkeypatch.setattr(paper_search, "N_STEPS", 60)
 
 
 @pytest.fixture

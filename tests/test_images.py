@@ -139,7 +139,7 @@ def test_a_clone_is_the_same_to_the_byte_with_and_without_a_file_and_reads_its_d
     before, data = open_files(), Once()
     in_memory = cloned(data, tmp_path / "memory")
     assert sorted(data.asked) == list(range(len(data))) and not written
-    monkeypatch.setattr("pnc.task.IMAGES_SHARE", 0.0)
+    monkeypatch.setattr("pnc.method.task.IMAGES_SHARE", 0.0)
     again = Once()
     from_file = cloned(DataLoader(again, batch_size=7), tmp_path / "file")
     assert sorted(again.asked) == list(range(len(again))) and sum(written) == len(again)
@@ -149,7 +149,7 @@ def test_a_clone_is_the_same_to_the_byte_with_and_without_a_file_and_reads_its_d
 
 
 def test_the_file_is_gone_after_an_error_too(monkeypatch):
-    monkeypatch.setattr("pnc.task.IMAGES_SHARE", 0.0)
+    monkeypatch.setattr("pnc.method.task.IMAGES_SHARE", 0.0)
     before = open_files()
     with pytest.raises(OSError, match="no such photograph"):
         prepared(Once(broken_at=100))

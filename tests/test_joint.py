@@ -6,8 +6,8 @@ import torch
 import pnc
 from digits import NEW, pair, support
 from pnc.foundation.errors import InputError
-from pnc.joint import LEAST_DENSITY, LOSS, N_TRIED, Candidate, joint_front, worth_trying
-from pnc.selection import localize
+from pnc.method.density_choice import LEAST_DENSITY, LOSS, N_TRIED, Candidate, joint_front, worth_trying
+from pnc.method.localization.localizer import localize
 
 
 @cache
@@ -75,7 +75,7 @@ def test_tried_is_the_cheapest_that_is_good_enough_and_what_is_dearer():
 
 
 def test_clones_of_automatic_density_keep_the_bound(monkeypatch):
-    monkeypatch.setattr("pnc.joint.N_TRIED", 2)
+    monkeypatch.setattr("pnc.method.density_choice.N_TRIED", 2)
     nets = pair()
     made = pnc.clone(
         nets.source.module, nets.target.module, support(), density="auto", method="taylor", max_macs=0.2, **nets.names()

@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from channel_zoo import Chain, FusedAttention, Net, NormalizedHeads, NormInBetween, SqueezeExcite
-from pnc import localization
 from pnc.channels.channel_masks import channel_masks
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import mask_segment
 from pnc.channels.mac_budget import Costs, masks_within
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, snapshot
-from pnc.localization import (
+from pnc.method.localization import channel_scores
+from pnc.method.localization.channel_scores import (
     class_loss,
     magnitude_scores,
     one_shot_ranking,
@@ -54,7 +54,7 @@ def test_taylor_with_a_loss_is_the_exact_effect_of_a_unit_where_all_is_linear():
 
 
 def test_taylor_without_a_loss_estimates_the_squared_change_of_the_output(monkeypatch):
-    monkeypatch.setattr(localization, "N_PROJECTIONS", 3000)
+    monkeypatch.setattr(channel_scores, "N_PROJECTIONS", 3000)
     segment = segment_of(network(Linear))
     spaces = channel_spaces(segment)
     scores = taylor_scores(segment, spaces, images(4), seeded())
@@ -76,7 +76,7 @@ def test_scores_of_several_samples_add_up(factory):
 
 
 def test_the_loss_gets_the_rows_of_each_batch(monkeypatch):
-    monkeypatch.setattr(localization, "_BATCH", 2)
+    monkeypatch.setattr(channel_scores, "_BATCH", 2)
     segment = segment_of(network(Chain))
     seen = []
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from pnc.logistic import PENALTY, logistic_regressions
+from pnc.method.logistic import PENALTY, logistic_regressions
 
 N_CLASSES = 4
 

@@ -7,7 +7,7 @@ from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import compact
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, snapshot
-from pnc.norms import reestimate_statistics, training_norms, tune_norms
+from pnc.method.localization.norms import reestimate_statistics, training_norms, tune_norms
 from segments import half, network, segment_of
 
 

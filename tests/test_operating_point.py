@@ -11,7 +11,7 @@ from digits import BASE, NEW, held_out_images, pair, support
 from pnc.composite.metrics import evaluate, shifted
 from pnc.data.image_set import select
 from pnc.foundation.errors import InputError
-from pnc.operating_point import check_base_drop, check_promise, least_priority
+from pnc.method.base_drop_bound import check_base_drop, check_promise, least_priority
 
 N_BASE = 3
 

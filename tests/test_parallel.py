@@ -13,16 +13,16 @@ import torch.multiprocessing as mp
 import pnc
 from channel_zoo import NormInBetween
 from digits import NEW, pair, support
-from pnc import gates, norms, selection
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.mac_budget import Costs
 from pnc.clones.adapter import Stitched
 from pnc.foundation import process_team
 from pnc.foundation.errors import InputError
 from pnc.foundation.process_team import ALONE, Team
-from pnc.judging import own_head, source_body
+from pnc.method.held_out import own_head, source_body
+from pnc.method.localization import gates, localizer, norms
+from pnc.method.refinement import Schedule, feature_loss, train, views
 from pnc.models.model_specs import save_model
-from pnc.refinement import Schedule, feature_loss, train, views
 from segments import network, segment_of
 
 N_PROCESSES = 2
@@ -34,7 +34,7 @@ def prepared(nets, data, team):
 
 def clones(team, nets, data):
     """Facts of a clone in closed form, one with gates, and some steps of refinement."""
-    selection.GATES_STEPS = selection.NORMS_STEPS = 3  # more would only let rounding grow
+    localizer.GATES_STEPS = localizer.NORMS_STEPS = 3  # more would only let rounding grow
     task = prepared(nets, data, team)
     found = pnc.scan(task, max_cuts=3)
     # Where the adapter fits exactly, as at the input, gradients are rounding alone and Adam makes steps of them.
@@ -99,9 +99,9 @@ def made(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(member, (port, folder, nets, data), N_PROCESSES)
-    steps = selection.GATES_STEPS, selection.NORMS_STEPS
+    steps = localizer.GATES_STEPS, localizer.NORMS_STEPS
     alone = {"learned": learned(ALONE), **clones(ALONE, nets, data)}
-    selection.GATES_STEPS, selection.NORMS_STEPS = steps
+    localizer.GATES_STEPS, localizer.NORMS_STEPS = steps
     return alone, [torch.load(folder / f"{rank}.pt") for rank in range(N_PROCESSES)]
 
 

@@ -10,8 +10,8 @@ from digits import NEW, pair, support
 from pnc.clones.position_grids import pool
 from pnc.foundation.errors import InputError
 from pnc.graph.cut_points import extract
-from pnc.judging import outcome_of, run_parts, source_body
-from pnc.positions import COST_STEP, shortlist
+from pnc.method.held_out import outcome_of, run_parts, source_body
+from pnc.method.positions import COST_STEP, shortlist
 
 
 @cache

@@ -6,10 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pnc
 from digits import NEW, held_out_images, pair, support
-from pnc import refinement, selection
 from pnc.composite.metrics import evaluate
 from pnc.foundation import process_team
-from pnc.refinement import Schedule
+from pnc.method import refinement
+from pnc.method.localization import localizer
+from pnc.method.refinement import Schedule
 
 
 class Dtypes(TorchDispatchMode):
@@ -57,8 +58,8 @@ def test_the_closed_form_runs_networks_in_bfloat16_and_solves_in_more():
 
 
 def test_gates_norms_and_refinement_learn_in_bfloat16(monkeypatch):
-    monkeypatch.setattr(selection, "GATES_STEPS", 10)
-    monkeypatch.setattr(selection, "NORMS_STEPS", 10)
+    monkeypatch.setattr(localizer, "GATES_STEPS", 10)
+    monkeypatch.setattr(localizer, "NORMS_STEPS", 10)
     monkeypatch.setattr(refinement, "SCHEDULE", Schedule(0.0003, 6, 3))
     settings = {"density": 0.6, "refine": True}
     half, whole = clone(precision="bfloat16", **settings), clone(**settings)

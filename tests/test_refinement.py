@@ -5,13 +5,13 @@ import torch
 
 import pnc
 from digits import NEW, pair, support
-from pnc import refinement
 from pnc.channels.compaction import own_copy
 from pnc.clones.adapter import Stitched
 from pnc.clones.heads import DiscriminantHead
 from pnc.foundation.network_state import differences, snapshot
-from pnc.judging import run_parts, source_body
-from pnc.refinement import Schedule, class_loss, feature_loss, held_out_quality, refined, train, views
+from pnc.method import refinement
+from pnc.method.held_out import run_parts, source_body
+from pnc.method.refinement import Schedule, class_loss, feature_loss, held_out_quality, refined, train, views
 
 
 @cache

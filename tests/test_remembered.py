@@ -13,8 +13,8 @@ from pnc.data.image_set import class_subset, images_as_float
 from pnc.data.readers import load_data
 from pnc.graph.cut_points import extract
 from pnc.graph.recording import record
+from pnc.method.head_without_base import last_norm, remembering_head
 from pnc.models.reference_networks import cnn, resnet, vit_tiny
-from pnc.remembered import last_norm, remembering_head
 
 N_BASE, N_NEW = 3, 2
 

@@ -13,15 +13,16 @@ import torch
 
 import pnc
 from digits import BASE, NEW, network, pair, support
-from pnc import refinement, selection
 from pnc.bench.compare import KEYS
 from pnc.bench.results import Cells
 from pnc.foundation.process_team import Team
 from pnc.foundation.resumable_steps import Steps
 from pnc.foundation.tensor_files import write_tensors
+from pnc.method import refinement
+from pnc.method.localization import localizer
+from pnc.method.positions import Position, Scan
+from pnc.method.refinement import Schedule
 from pnc.models.model_specs import save_model
-from pnc.positions import Position, Scan
-from pnc.refinement import Schedule
 
 LONG_STEPS = ("learning gates", "tuning norms", "refining adapters")
 
@@ -35,8 +36,8 @@ def make(nets: Any, out: Path, resume: Path | None, progress: Any = None, **sett
     """A clone that takes all of the long steps, in a few seconds."""
     given = {"classes": NEW, "density": 0.5, "refine": True, "resume": resume, "progress": progress, **settings}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "GATES_STEPS", 4)
-        patch.setattr(selection, "NORMS_STEPS", 4)
+        patch.setattr(localizer, "GATES_STEPS", 4)
+        patch.setattr(localizer, "NORMS_STEPS", 4)
         patch.setattr(refinement, "SCHEDULE", Schedule(0.001, 6, 3))
         patch.setattr(Scan, "choose", costliest_with_an_adapter)
         made = pnc.clone(nets.source.module, nets.target.module, support(), **nets.names(), **given)

@@ -6,12 +6,12 @@ import pytest
 
 import pnc
 from digits import NEW, pair, support
-from pnc import judging, positions, regression
 from pnc.clones.adapter import Stitched
 from pnc.graph.cut_points import candidate_cuts, extract
-from pnc.positions import shortlist
-from pnc.regression import PENALTIES
-from pnc.stitching import AdapterFitter
+from pnc.method import held_out, positions, ridge
+from pnc.method.adapter_fitting import AdapterFitter
+from pnc.method.positions import shortlist
+from pnc.method.ridge import PENALTIES
 
 
 def prepared(n_new=8, n_base=4, **settings):
@@ -60,7 +60,7 @@ def counted(monkeypatch, task, **settings):
 
     forward, init = Stitched.forward, AdapterFitter.__init__
     with monkeypatch.context() as patch:
-        patch.setattr(regression, "_solve", counting(regression._solve, "factorizations"))
+        patch.setattr(ridge, "_solve", counting(ridge._solve, "factorizations"))
         patch.setattr(Stitched, "forward", run)
         patch.setattr(AdapterFitter, "__init__", made)
         for module in (positions, judging):

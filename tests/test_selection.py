@@ -7,7 +7,6 @@ import torch
 
 import pnc
 from digits import BASE, NEW, pair, support
-from pnc import selection
 from pnc.bench.localize import masked_source_accuracy
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.mac_budget import Costs
@@ -15,8 +14,9 @@ from pnc.data.image_set import class_subset
 from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, snapshot
-from pnc.judging import source_body
-from pnc.selection import Method, localize
+from pnc.method.held_out import source_body
+from pnc.method.localization import localizer
+from pnc.method.localization.localizer import Method, localize
 
 METHODS = get_args(Method)
 
@@ -24,7 +24,7 @@ METHODS = get_args(Method)
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     for name in ("GATES_STEPS", "NORMS_STEPS", "SURROGATE_STEPS"):
-        monkeypatch.setattr(selection, name, 12)
+        monkeypatch.setattr(localizer, name, 12)
 
 
 @cache
@@ -63,11 +63,11 @@ def test_every_method_keeps_the_budget_repeats_itself_and_changes_nothing(method
 
 def test_gates_leave_the_features_closer_to_the_sources_own_than_taylor_does(monkeypatch):
     for name in ("GATES_STEPS", "NORMS_STEPS"):
-        monkeypatch.setattr(selection, name, 60)
+        monkeypatch.setattr(localizer, name, 60)
     task, adapter = case()
     body = source_body(task, adapter.source_cut)
     costs = Costs(body, channel_spaces(body))
-    choice = selection._Choice(task, adapter, body, costs, None)
+    choice = localizer._Choice(task, adapter, body, costs, None)
     distances = {}
     for method in ("gates", "taylor"):
         module = localize(task, adapter, 0.2, method).module
@@ -123,7 +123,7 @@ def test_what_cannot_be_is_refused(options, message):
 def test_a_part_forgets_the_classes_that_are_not_cloned(monkeypatch):
     """By the source's own head, on images that were never shown: those of the classes that stay behind."""
     for name in ("GATES_STEPS", "NORMS_STEPS"):
-        monkeypatch.setattr(selection, name, 60)
+        monkeypatch.setattr(localizer, name, 60)
     nets, classes = pair(), ("5", "7")
     task = pnc.prepare_task(
         nets.source.module, nets.target.module, support(20, 5, classes), classes=classes, **nets.names()
@@ -141,6 +141,6 @@ def test_a_part_forgets_the_classes_that_are_not_cloned(monkeypatch):
 
 def test_features_of_a_single_class_have_no_discriminants():
     features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(selection._discriminants(features, torch.full((6,), 3)), torch.zeros(4, 1))
-    found = selection._discriminants(features, torch.tensor([2, 2, 2, 5, 5, 5]))
+    assert torch.equal(localizer._discriminants(features, torch.full((6,), 3)), torch.zeros(4, 1))
+    found = localizer._discriminants(features, torch.tensor([2, 2, 2, 5, 5, 5]))
     torch.testing.assert_close(found[:, 0], -found[:, 1])  # rounding of the mean

@@ -9,8 +9,8 @@ from pnc.channels.compaction import own_copy
 from pnc.composite.metrics import evaluate
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, snapshot
-from pnc.judging import Outcome, source_body
-from pnc.sequential import Part, depths, search
+from pnc.method.held_out import Outcome, source_body
+from pnc.method.paper_search import Part, depths, search
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from sklearn.linear_model import Ridge
 from pnc.clones.adapter import MAX_CHANNELS_3X3, Adapter, Stitched, kernel_size
 from pnc.clones.position_grids import from_grid, grid_size, pool, resize, to_grid
 from pnc.graph.cut_points import CutPoint
-from pnc.regression import PENALTIES
-from pnc.stitching import AdapterFitter
+from pnc.method.adapter_fitting import AdapterFitter
+from pnc.method.ridge import PENALTIES
 
 
 def cut(name: str, *shape: int, channel_dim: int = 1, n_prefix_tokens: int = 0) -> CutPoint:

@@ -2,8 +2,8 @@ import numpy as np
 import torch
 from sklearn.linear_model import Ridge
 
-from pnc import surrogate
-from pnc.surrogate import GRID, explanations, neighbourhoods, surrogate_loss
+from pnc.method.localization import paper_surrogate
+from pnc.method.localization.paper_surrogate import GRID, explanations, neighbourhoods, surrogate_loss
 
 
 def around(n_images=2, n_neighbours=40, seed=0):
@@ -33,7 +33,7 @@ def test_the_sample_itself_comes_first_and_weights_fall_with_what_is_covered():
     weights = near.weights[0][order]
     assert bool((weights.diff() >= 0).all()) and float(weights[0]) < 0.9
     covered = 1 - float(near.uncovered[:, 1:].mean())
-    assert abs(covered - surrogate.COVERED) < 0.06  # 702 draws
+    assert abs(covered - paper_surrogate.COVERED) < 0.06  # 702 draws
 
 
 def test_explanations_are_those_of_scikit_learn():
@@ -42,7 +42,7 @@ def test_explanations_are_those_of_scikit_learn():
     found = explanations(near, answers)
     for sample in range(2):
         design = torch.cat([near.uncovered[sample], torch.ones(40, 1)], 1).numpy()
-        ridge = Ridge(alpha=surrogate.RIDGE, fit_intercept=False)
+        ridge = Ridge(alpha=paper_surrogate.RIDGE, fit_intercept=False)
         ridge.fit(design, answers[40 * sample : 40 * (sample + 1)].numpy(), near.weights[sample].numpy())
         np.testing.assert_allclose(found[sample].numpy(), ridge.coef_.T, rtol=1e-6, atol=1e-9)  # another solver
 

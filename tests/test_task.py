@@ -8,7 +8,7 @@ from digits import BASE, NEW, pair, support
 from pnc.data.image_set import class_subset
 from pnc.data.readers import load_data
 from pnc.foundation.errors import ClassNameError, InputError, RecordingError
-from pnc.task import prepare_task
+from pnc.method.task import prepare_task
 
 
 def prepare(**changes):

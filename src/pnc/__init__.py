@@ -6,11 +6,9 @@ pnc.save(clone, "clone.safetensors")    # kilobytes
 net.detach(clone.name)                  # and the target is alone again, bit for bit
 """
 
-from pnc.calibration import Calibration, calibrate
 from pnc.clones.branch import Scalars
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import inspect, load, save
-from pnc.cloning import clone, fit
 from pnc.composite.composite import Composite, attach
 from pnc.composite.forward_plan import CloneStatus
 from pnc.composite.fused_composite import FusedComposite
@@ -27,11 +25,13 @@ from pnc.foundation.errors import (
     RecordingError,
 )
 from pnc.foundation.process_team import Team, joined
+from pnc.method.calibration import Calibration, calibrate
+from pnc.method.pipeline import clone, fit
+from pnc.method.positions import Position, Scan, scan
+from pnc.method.task import CloneTask, prepare_task
 from pnc.models.exported_programs import from_exported
 from pnc.models.model_specs import LoadedModel, load_model
 from pnc.models.preprocessing import Preprocessed
-from pnc.positions import Position, Scan, scan
-from pnc.task import CloneTask, prepare_task
 
 __all__ = [
     "Calibration",

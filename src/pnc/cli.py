@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from pnc import cloning, positions
 from pnc import demo as demonstration
 from pnc.arguments import (
     ModelOptions,
@@ -33,6 +32,9 @@ from pnc.data.image_store import GIB, MEMORY
 from pnc.data.readers import load_data
 from pnc.foundation import process_team
 from pnc.foundation.errors import PNCError
+from pnc.method import pipeline, positions
+from pnc.method.localization.localizer import Method
+from pnc.method.task import Precision, prepare_task
 from pnc.network_cli import list_cuts, pretrain_network
 from pnc.options import (
     Data,
@@ -52,8 +54,6 @@ from pnc.options import (
 )
 from pnc.plots import check_plot, draw_scan
 from pnc.screen import complain, progress, say, show_clone, show_job, show_scan
-from pnc.selection import Method
-from pnc.task import Precision, prepare_task
 
 BAD_INPUT, INTERRUPTED = 2, 130
 _USAGE_ERROR: Any = typer.BadParameter.__base__  # of click or of typer itself, as typer's version has it
@@ -136,7 +136,7 @@ def clone(
         float | None, typer.Option(help="Bound on the accuracy that base images may lose, such as 0.02.")
     ] = None,
     strategy: Annotated[
-        cloning.Strategy, typer.Option(help="scan: closed form; sequential: the paper's search, to compare with.")
+        pipeline.Strategy, typer.Option(help="scan: closed form; sequential: the paper's search, to compare with.")
     ] = "scan",
     refine: Annotated[bool, typer.Option(help="Tune the adapter by gradient where that helps; takes minutes.")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the clone; by default made of its classes.")] = None,
@@ -176,7 +176,7 @@ def clone(
         new, base = choose_classes(classes, *models), models[1].classes
         started = time.perf_counter()
         with progress(team.is_main) as bar:
-            made = cloning.clone(
+            made = pipeline.clone(
                 models[0].module,
                 models[1].module,
                 draw(images, new, base, support, seed),

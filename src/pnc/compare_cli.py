@@ -31,11 +31,11 @@ from pnc.data.image_set import ImageSet, sample_per_class
 from pnc.data.readers import load_data
 from pnc.foundation.class_names import listed, parse_classes
 from pnc.foundation.errors import InputError
+from pnc.method.task import Precision, Progress
 from pnc.models.model_specs import LoadedModel
 from pnc.models.pretraining import recipe_for
 from pnc.plots import draw_comparison, draw_curves
 from pnc.screen import complain, progress, say
-from pnc.task import Precision, Progress
 
 
 def measure_comparison(

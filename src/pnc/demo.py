@@ -12,8 +12,8 @@ from pnc.bench import main_job
 from pnc.data.image_set import class_subset, relabel
 from pnc.data.readers import load_data
 from pnc.data.support import draw_support
+from pnc.method.task import Progress
 from pnc.models.pretraining import EpochReport, Recipe, pretrain
-from pnc.task import Progress
 
 BASE_CLASSES = tuple("01234")
 NEW_CLASSES = tuple("56789")

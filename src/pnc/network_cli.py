@@ -12,10 +12,10 @@ from pnc.data.image_set import class_subset
 from pnc.data.readers import load_data
 from pnc.foundation.class_names import parse_classes
 from pnc.graph.cut_points import cut_points, gaps
+from pnc.method.task import Precision, read_network
 from pnc.models import pretraining
 from pnc.options import Data, Device, Json, Names, Seed, Threads, Weights, write_json
 from pnc.screen import say, show_table
-from pnc.task import Precision, read_network
 
 
 def pretrain_network(

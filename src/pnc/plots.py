@@ -7,7 +7,7 @@ from typing import Any
 
 from pnc.foundation.errors import InputError
 from pnc.foundation.tensor_files import write_file
-from pnc.positions import Position, Scan
+from pnc.method.positions import Position, Scan
 
 
 def check_plot(path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import pnc
 from pnc.clones.branch import Branch, Scalars
 from pnc.clones.heads import StackedHead
-from pnc.task import prepare_task
+from pnc.method.task import prepare_task
 
 FOLDER = Path(__file__).parent
 BASE, NEW = ["ant", "bee", "cat"], ["dog", "eel", "fox", "gnu"]

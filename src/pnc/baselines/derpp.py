@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
 from pnc.baselines.tuning import Data, Method, grid, tune
-from pnc.task import CloneTask
+from pnc.method.task import CloneTask
 
 LEARNING_RATES = (0.1, 0.3, 0.03, 1.0)
 WEIGHTS = (0.1, 0.3, 0.03)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pnc.baselines.protocol import Budget, Fitted, Rival
-from pnc.task import CloneTask
+from pnc.method.task import CloneTask
 
 
 class DirectEnsemble(nn.Module):

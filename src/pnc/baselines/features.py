@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pnc.clones.position_grids import pool
 from pnc.graph.cut_points import CutPoint, extract
-from pnc.task import CloneTask, Network
+from pnc.method.task import CloneTask, Network
 
 Role = Literal["target", "source"]
 """Whose features."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
 from pnc.baselines.tuning import Method, Scope, grid, tune
-from pnc.task import CloneTask
+from pnc.method.task import CloneTask
 
 LEARNING_RATES = (0.1, 0.03, 0.3, 0.01, 1.0, 0.003)
 HEAD_LEARNING_RATES = (0.1, 0.03, 0.3, 0.01, 1.0, 0.003, 3.0, 0.001, 10.0, 0.0003, 30.0, 0.0001)

@@ -14,7 +14,7 @@ from pnc.baselines.lwf import LEARNING_RATES, WEIGHTS, distillation
 from pnc.baselines.nearest_mean import NearestMean, best_scale
 from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
 from pnc.baselines.tuning import Data, Method, grid, tune
-from pnc.task import CloneTask
+from pnc.method.task import CloneTask
 
 
 def fit(task: CloneTask, budget: Budget) -> Fitted:

@@ -2,7 +2,7 @@
 
 from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
 from pnc.baselines.tuning import Method, Setting, train_once
-from pnc.task import CloneTask
+from pnc.method.task import CloneTask
 
 LEARNING_RATE = 0.05
 EPOCHS = 4

@@ -8,7 +8,7 @@ import torch
 from pnc.baselines.features import Linear, Role, features_of, on_features
 from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
 from pnc.foundation.errors import InputError
-from pnc.task import CloneTask
+from pnc.method.task import CloneTask
 
 
 def fit(task: CloneTask, budget: Budget, role: Role = "target") -> Fitted:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pnc.baselines.features import Linear, Role, features_of, on_features
 from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
-from pnc.task import CloneTask
+from pnc.method.task import CloneTask
 
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)
 _STEPS = 2000

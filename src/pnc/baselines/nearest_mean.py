@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from pnc.baselines.features import features_of, on_features
 from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
-from pnc.task import CloneTask
+from pnc.method.task import CloneTask
 
 SCALES = tuple(2.0**power for power in range(-2, 11))
 

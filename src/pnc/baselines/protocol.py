@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from pnc.foundation.errors import InputError
-from pnc.task import CloneTask, Precision
+from pnc.method.task import CloneTask, Precision
 
 Kind = Literal["ensemble", "features", "tuning", "clone", "bound"]
 """Both networks side by side; a classifier on one network's frozen features; parameters of the target trained; a part

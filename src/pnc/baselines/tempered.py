@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pnc.baselines.ensemble import DirectEnsemble
 from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
-from pnc.task import CloneTask
+from pnc.method.task import CloneTask
 
 _STEPS = 100
 

@@ -23,7 +23,7 @@ from pnc.baselines.protocol import Budget, Fitted
 from pnc.channels.compaction import own_copy
 from pnc.foundation.errors import InputError
 from pnc.graph.cut_points import LOGITS, CutPoint, candidate_cuts, extract
-from pnc.task import CloneTask
+from pnc.method.task import CloneTask
 
 WEIGHT_DECAY = 5e-4
 ROWS = 1200

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from pnc.baselines.protocol import Budget, Fitted, Rival
 from pnc.clones.clone import Clone
-from pnc.cloning import fit, fit_sequential
 from pnc.composite.composite import attach
-from pnc.positions import Position, scan
-from pnc.task import CloneTask
+from pnc.method.pipeline import fit, fit_sequential
+from pnc.method.positions import Position, scan
+from pnc.method.task import CloneTask
 
 
 def whole_source(task: CloneTask) -> Clone:

@@ -27,8 +27,8 @@ from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.support import draw_support
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, evaluating, fingerprint, snapshot
+from pnc.method.task import Progress, prepare_task
 from pnc.models.model_specs import LoadedModel
-from pnc.task import Progress, prepare_task
 
 KEYS = ("data", "target", "source", "support", "flip", "group", "classes", "n_test", "method", "seed")
 """What names a cell."""

@@ -20,15 +20,15 @@ from pnc.channels.channel_masks import channel_masks
 from pnc.channels.channel_spaces import KEPT, ChannelSpaces, channel_spaces
 from pnc.channels.compaction import compact
 from pnc.clones.clone_file import load, save
-from pnc.cloning import fit
 from pnc.composite.composite import Composite, attach
 from pnc.foundation.errors import PNCError
 from pnc.foundation.network_state import differences, evaluating, same_bits, snapshot
 from pnc.graph.cut_points import LOGITS, candidate_cuts, cut_points, extract, find_head, gaps
 from pnc.graph.recording import Recording, pick_logits, record
+from pnc.method.pipeline import fit
+from pnc.method.positions import scan
+from pnc.method.task import Progress, prepare_task
 from pnc.models.reference_networks import resnet
-from pnc.positions import scan
-from pnc.task import Progress, prepare_task
 
 N_CUTS = 8
 """Cuts at which a network is parted and put together again, spread over all that it has."""

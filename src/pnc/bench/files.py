@@ -22,12 +22,12 @@ from pnc.bench.mutations import FORGED, MUTATIONS
 from pnc.bench.results import Cells, Claim, at_least, at_most, table
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import Kind, inspect, load, save
-from pnc.cloning import fit
 from pnc.composite.composite import attach
 from pnc.foundation.errors import InputError, PNCError
 from pnc.foundation.network_state import fingerprint, same_bits
-from pnc.positions import scan
-from pnc.task import Progress, prepare_task
+from pnc.method.pipeline import fit
+from pnc.method.positions import scan
+from pnc.method.task import Progress, prepare_task
 
 try:
     import resource

@@ -16,13 +16,13 @@ from pnc.baselines.tuning import Setting as TuningSetting
 from pnc.bench.measuring import finish, peak_memory
 from pnc.bench.positions import Setting
 from pnc.bench.results import Cells
-from pnc.cloning import clone
 from pnc.data.image_set import class_subset, images_as_float
 from pnc.data.support import draw_support
 from pnc.foundation.network_state import evaluating
+from pnc.method.pipeline import clone
+from pnc.method.task import CloneTask, Progress, prepare_task
 from pnc.models.model_specs import LoadedModel, build_model
 from pnc.models.pretraining import recipe_for
-from pnc.task import CloneTask, Progress, prepare_task
 
 CLOSED, GATES, REFINED, SEQUENTIAL = "closed form", "gates, density 0.5", "refined", "sequential"
 SEARCH, TUNED, SCRATCH = "fine-tuning with replay, search", "fine-tuning with replay, once", "training from scratch"

@@ -26,7 +26,6 @@ from pnc.clones.branch import Branch
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save
 from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
-from pnc.cloning import clone, fit
 from pnc.composite.composite import Composite, attach
 from pnc.composite.layer_folding import folded
 from pnc.data.image_set import images_as_float
@@ -35,9 +34,10 @@ from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import fingerprint
 from pnc.graph.cut_points import candidate_cuts, extract
 from pnc.graph.recording import record
+from pnc.method.pipeline import clone, fit
+from pnc.method.positions import scan
+from pnc.method.task import Network, Progress, prepare_task, read_network
 from pnc.models.model_specs import LoadedModel, build_model
-from pnc.positions import scan
-from pnc.task import Network, Progress, prepare_task, read_network
 
 BATCHES = (1, 8, 64)
 GPU_BATCHES = (*BATCHES, 1024)

@@ -14,19 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pnc.bench.results import Cells, Claim, at_least, at_most, over_seeds, table
-from pnc.calibration import calibrate, collect_log_odds
 from pnc.clones.branch import Scalars, against_rivals
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save
-from pnc.cloning import clone
 from pnc.composite.composite import Composite, attach
 from pnc.composite.metrics import evaluate
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.support import Support, draw_support
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import fingerprint, value_digests
+from pnc.method.calibration import calibrate, collect_log_odds
+from pnc.method.pipeline import clone
+from pnc.method.task import Progress
 from pnc.models.model_specs import LoadedModel
-from pnc.task import Progress
 
 ARRANGEMENTS = ("one", "two", "four")
 """How many clones the new classes are shared out to."""

@@ -12,17 +12,17 @@ from pnc.bench.main_job import predict
 from pnc.bench.positions import Setting
 from pnc.bench.results import Cells, Claim, over_seeds, table
 from pnc.clones.clone import Clone
-from pnc.cloning import fit
 from pnc.composite.composite import attach
 from pnc.composite.metrics import evaluate
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.support import draw_support
 from pnc.foundation.network_state import evaluating
 from pnc.graph.cut_points import LOGITS, extract
-from pnc.positions import scan
-from pnc.selection import Method
-from pnc.stitching import CrossFitted
-from pnc.task import CloneTask, Progress, prepare_task
+from pnc.method.adapter_fitting import CrossFitted
+from pnc.method.localization.localizer import Method
+from pnc.method.pipeline import fit
+from pnc.method.positions import scan
+from pnc.method.task import CloneTask, Progress, prepare_task
 
 DENSITIES = (0.5, 0.3)
 FULL = "full"

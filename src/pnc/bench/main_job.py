@@ -15,7 +15,6 @@ from pnc.baselines import ensemble, finetuning, lda
 from pnc.baselines.protocol import Budget, Rival
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save
-from pnc.cloning import fit
 from pnc.composite.composite import attach
 from pnc.composite.metrics import evaluate
 from pnc.data.image_set import ImageSet, images_as_float
@@ -23,9 +22,10 @@ from pnc.data.image_store import to_device
 from pnc.data.support import Support
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, evaluating, snapshot
+from pnc.method.pipeline import fit
+from pnc.method.positions import scan
+from pnc.method.task import CloneTask, Progress, prepare_task
 from pnc.models.model_specs import LoadedModel
-from pnc.positions import scan
-from pnc.task import CloneTask, Progress, prepare_task
 
 RIVALS: Mapping[str, Rival] = {rival.name: rival for rival in (ensemble.RIVAL, lda.ON_TARGET, finetuning.WITH_REPLAY)}
 BUDGET = Budget()

@@ -11,13 +11,13 @@ import torch
 
 from pnc.bench.main_job import predict
 from pnc.bench.results import Cells, Claim, over_seeds, table
-from pnc.cloning import clone
 from pnc.composite.composite import attach
 from pnc.composite.metrics import evaluate
 from pnc.data.image_set import ImageSet, class_subset, relabel
 from pnc.data.support import draw_support
+from pnc.method.pipeline import clone
+from pnc.method.task import Progress
 from pnc.models.model_specs import LoadedModel
-from pnc.task import Progress
 
 STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     "closed form": {},

@@ -22,16 +22,16 @@ from pnc.baselines import (
 )
 from pnc.baselines.protocol import Budget, Fitted, Rival
 from pnc.bench.main_job import CLONE
-from pnc.cloning import fit
 from pnc.composite.composite import attach
 from pnc.data.image_set import ImageSet, class_subset
 from pnc.foundation.class_names import listed, parse_classes, unknown_name
 from pnc.foundation.errors import InputError
 from pnc.foundation.tensor_files import canonical_json
+from pnc.method.pipeline import fit
+from pnc.method.positions import scan
+from pnc.method.task import CloneTask
 from pnc.models.model_specs import LoadedModel
 from pnc.models.pretraining import EpochReport, Recipe, pretrain
-from pnc.positions import scan
-from pnc.task import CloneTask
 
 
 def _clone(task: CloneTask, budget: Budget, max_base_drop: float | None = None) -> Fitted:

@@ -23,14 +23,14 @@ from torch.utils.data import Dataset
 from pnc.bench.measuring import finish, peak_memory
 from pnc.bench.results import Cells, Claim, at_most, commit, table
 from pnc.clones.clone_file import save
-from pnc.cloning import clone, fit
 from pnc.composite.composite import attach
 from pnc.data.image_store import GIB
 from pnc.foundation.network_state import fingerprint
 from pnc.foundation.process_team import ALONE, Team, joined
+from pnc.method.pipeline import clone, fit
+from pnc.method.positions import scan
+from pnc.method.task import Precision, Progress, prepare_task
 from pnc.models.reference_networks import resnet
-from pnc.positions import scan
-from pnc.task import Precision, Progress, prepare_task
 
 SAMPLES = (64, 256, 1024)
 CUTS = (2, 8, 32)

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from pnc.bench.results import Cells
-from pnc.calibration import calibrate
 from pnc.clones.branch import Scalars
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save
-from pnc.cloning import fit
 from pnc.composite.composite import attach
 from pnc.data.support import Support
 from pnc.foundation.network_state import differences, same_bits, snapshot
+from pnc.method.calibration import calibrate
+from pnc.method.pipeline import fit
+from pnc.method.positions import scan
+from pnc.method.task import Progress, prepare_task
 from pnc.models.model_specs import build_model
-from pnc.positions import scan
-from pnc.task import Progress, prepare_task
 
 Action = Literal["attach", "detach", "disable", "only", "save", "calibrate"]
 ACTIONS: tuple[Action, ...] = get_args(Action)

@@ -9,7 +9,7 @@ from pnc.bench.job_times import CLOSED, GATES, SEARCH, SEQUENTIAL, TUNED
 from pnc.bench.latency import ALIGNED, ALIGNED_SINGLES, LARGE, PLUMBING, WHOLE, several
 from pnc.bench.positions import Setting
 from pnc.bench.results import Cells, Claim, at_most, over_seeds, table
-from pnc.task import Progress
+from pnc.method.task import Progress
 
 PARTS = ("latency", "life", "job")
 KEYS = ("part", "case", "form")

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pnc.discriminants import ABSENT
-from pnc.logistic import logistic_regressions
+from pnc.method.discriminants import ABSENT
+from pnc.method.logistic import logistic_regressions
 
 RIDGE = 1.0
 """Penalty on the squared mixing weights, of terms of unit variance, against the sum of all samples' log-losses."""

@@ -23,7 +23,7 @@ from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.network_state import KnownFingerprint, Snapshot, undisturbed
 from pnc.graph.cut_points import LOGITS, extract
 from pnc.graph.recording import Recording, record
-from pnc.task import HasClones
+from pnc.method.task import HasClones
 
 _LOCK = threading.RLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
 _RECORDED = "_plan", "_places", "_recording", "_trunks"

@@ -14,7 +14,7 @@ from pnc.foundation.errors import InputError, MismatchError
 from pnc.foundation.network_state import KnownFingerprint, dtype_name, first_difference
 from pnc.graph.cut_points import CutPoint, cut_points, find_head
 from pnc.graph.recording import Recording
-from pnc.remembered import last_norm
+from pnc.method.head_without_base import last_norm
 
 Rows = Sequence[str | Collection[str] | None]
 """For each image of a batch the clones that are wanted: a name, several or none of them, or None for all enabled."""

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pnc.clones.heads import DiscriminantHead, HeadSamples, SourceHead, StackedHead, shortened
-from pnc.discriminants import ABSENT
 from pnc.graph.cut_points import CutPoint
 from pnc.graph.recorder import info
 from pnc.graph.recording import Recording
+from pnc.method.discriminants import ABSENT
 
 SHRINKAGE, TRUST = 0.7, 0.5
 """Of the covariance; and the weight of the discriminant, which knows one Gaussian where there are several base classes.

@@ -13,9 +13,9 @@ from pnc.clones.position_grids import pool
 from pnc.data.image_store import to_device
 from pnc.foundation.errors import InputError
 from pnc.graph.cut_points import LOGITS, CutPoint, extract
-from pnc.remembered import last_norm, remembering_head
-from pnc.stitching import CrossFitted
-from pnc.task import CloneTask, Progress
+from pnc.method.adapter_fitting import CrossFitted
+from pnc.method.head_without_base import last_norm, remembering_head
+from pnc.method.task import CloneTask, Progress
 
 TAPPED_BYTES = 2**28
 """Memory for the tensors at all cuts that one batch of images takes, about."""

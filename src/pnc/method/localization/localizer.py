@@ -19,17 +19,17 @@ from pnc.channels.compaction import compact, own_copy
 from pnc.channels.mac_budget import Costs, masks_within
 from pnc.clones.adapter import Adapter
 from pnc.clones.position_grids import pool
-from pnc.discriminants import fit_discriminants
 from pnc.foundation.errors import InputError
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
-from pnc.gates import learn_gates
 from pnc.graph.cut_points import LOGITS, extract
-from pnc.judging import source_body
-from pnc.localization import one_shot_ranking
-from pnc.norms import Batch, reestimate_statistics, tune_norms
-from pnc.sequential import Part
-from pnc.surrogate import Neighbourhoods, neighbourhoods, surrogate_loss
-from pnc.task import CloneTask, Progress
+from pnc.method.discriminants import fit_discriminants
+from pnc.method.held_out import source_body
+from pnc.method.localization.channel_scores import one_shot_ranking
+from pnc.method.localization.gates import learn_gates
+from pnc.method.localization.norms import Batch, reestimate_statistics, tune_norms
+from pnc.method.localization.paper_surrogate import Neighbourhoods, neighbourhoods, surrogate_loss
+from pnc.method.paper_search import Part
+from pnc.method.task import CloneTask, Progress
 
 Method = Literal["gates", "taylor", "magnitude", "random", "local-surrogate"]
 

@@ -22,15 +22,15 @@ from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.foundation.tensor_files import canonical_json
 from pnc.graph.recorder import info
-from pnc.joint import TOLERANCE, joint_front, worth_trying
-from pnc.judging import Outcome, features_seen, fit_head, judge, outcome_of, run_parts
-from pnc.operating_point import check_base_drop, check_promise, least_priority
-from pnc.positions import scan
-from pnc.refinement import refined
-from pnc.selection import Method, localize
-from pnc.sequential import Part, search
-from pnc.stitching import CrossFitted
-from pnc.task import CloneTask, Precision, Progress, prepare_task
+from pnc.method.adapter_fitting import CrossFitted
+from pnc.method.base_drop_bound import check_base_drop, check_promise, least_priority
+from pnc.method.density_choice import TOLERANCE, joint_front, worth_trying
+from pnc.method.held_out import Outcome, features_seen, fit_head, judge, outcome_of, run_parts
+from pnc.method.localization.localizer import Method, localize
+from pnc.method.paper_search import Part, search
+from pnc.method.positions import scan
+from pnc.method.refinement import refined
+from pnc.method.task import CloneTask, Precision, Progress, prepare_task
 
 Strategy = Literal["scan", "sequential"]
 """How a position is found: all in closed form, or as the paper does (`pnc.sequential`), the reference."""

@@ -21,9 +21,9 @@ from pnc.clones.position_grids import pool
 from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.graph.cut_points import LOGITS, CutPoint, extract
-from pnc.judging import features_seen, fit_head, judge, outcome_of, run_parts
-from pnc.stitching import CrossFitted
-from pnc.task import CloneTask, Progress
+from pnc.method.adapter_fitting import CrossFitted
+from pnc.method.held_out import features_seen, fit_head, judge, outcome_of, run_parts
+from pnc.method.task import CloneTask, Progress
 
 
 @dataclass(frozen=True, eq=False)

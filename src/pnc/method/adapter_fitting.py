@@ -14,7 +14,7 @@ from pnc.clones.position_grids import grid_size, grows_to, prefix_summary, resiz
 from pnc.foundation.network_state import same_bits
 from pnc.foundation.process_team import Team
 from pnc.graph.cut_points import CutPoint
-from pnc.regression import Moments, Regression, Rows
+from pnc.method.ridge import Moments, Regression, Rows
 
 Form = tuple[int, int]
 """A grid size, or `PREFIX`."""

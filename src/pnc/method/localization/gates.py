@@ -14,8 +14,8 @@ from pnc.channels.compaction import own_copy
 from pnc.channels.mac_budget import Costs, best_within
 from pnc.channels.module_inlining import opened
 from pnc.foundation.process_team import ALONE, Team
-from pnc.localization import Gated, by_space
-from pnc.norms import LEARNING_RATE, Batch, optimizer_for, training_norms
+from pnc.method.localization.channel_scores import Gated, by_space
+from pnc.method.localization.norms import LEARNING_RATE, Batch, optimizer_for, training_norms
 
 GATES_LEARNING_RATE = 0.01
 SHRINKING = 0.3

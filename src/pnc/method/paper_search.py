@@ -26,10 +26,10 @@ from pnc.channels.compaction import own_copy
 from pnc.clones.adapter import Adapter, Stitched
 from pnc.clones.heads import DiscriminantHead, Head
 from pnc.graph.cut_points import CutPoint, candidate_cuts, extract
-from pnc.judging import Outcome, outcome_of, own_head, source_body
-from pnc.positions import MAX_CUTS
-from pnc.refinement import Schedule, Views, bounded, refining_loss, train, views
-from pnc.task import CloneTask, Network, Progress
+from pnc.method.held_out import Outcome, outcome_of, own_head, source_body
+from pnc.method.positions import MAX_CUTS
+from pnc.method.refinement import Schedule, Views, bounded, refining_loss, train, views
+from pnc.method.task import CloneTask, Network, Progress
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03)
 N_STEPS = 600

@@ -18,10 +18,10 @@ from pnc.data.image_store import to_device
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import undisturbed
 from pnc.graph.cut_points import LOGITS, CutPoint, candidate_cuts, extract
-from pnc.judging import Outcome, batches, judge, outcome_of, run_parts, source_body
-from pnc.remembered import last_norm
-from pnc.stitching import N_ROWS, AdapterFitter, CrossFitted
-from pnc.task import CloneTask, Progress
+from pnc.method.adapter_fitting import N_ROWS, AdapterFitter, CrossFitted
+from pnc.method.head_without_base import last_norm
+from pnc.method.held_out import Outcome, batches, judge, outcome_of, run_parts, source_body
+from pnc.method.task import CloneTask, Progress
 
 MAX_CUTS = 12
 DIGEST_BYTES = 16

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.mac_budget import Costs
 from pnc.foundation.errors import InputError
-from pnc.judging import source_body
-from pnc.positions import Position, Scan
-from pnc.task import CloneTask
+from pnc.method.held_out import source_body
+from pnc.method.positions import Position, Scan
+from pnc.method.task import CloneTask
 
 DENSITIES = (1.0, 0.7, 0.5, 0.35, 0.25)
 LEAST_DENSITY = 0.1
