@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pnc.bench import main_job
-from pnc.bench.results import Claim, at_least, at_most, table, write_results
+from pnc.bench.result_files import Claim, at_least, at_most, table, write_results
 from pnc.data.image_set import ImageSet, class_subset, relabel
 from pnc.data.readers import load_data
 from pnc.data.support import draw_support

@@ -17,6 +17,6 @@ def torchvision():
 @pytest.fixture(scope="session")
 def stage():
     """A tiny target, four clones for it from two sources, and images: shared, so no test may change it."""
-    from pnc.bench.sequences import make_stage
+    from pnc.bench.random_lives import make_stage
 
     return make_stage()

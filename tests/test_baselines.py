@@ -13,13 +13,25 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor, nn
 
 from digits import BASE, NEW, held_out_images, pair, support
-from pnc.baselines import derpp, ensemble, ewc, finetuning, icarl, joint, lora, lwf, nearest_mean, tempered, tuning
-from pnc.baselines.features import features_of
-from pnc.baselines.linear_probe import regression
-from pnc.baselines.protocol import Budget, Fitted, Rival
-from pnc.baselines.tuning import Data, Method, Setting, extend_classifier, grid, tune
+from pnc.bench.comparison_methods import BOUNDED, METHODS
 from pnc.bench.main_job import predict
-from pnc.bench.protocols import BOUNDED, METHODS
+from pnc.bench.rivals import (
+    derpp,
+    ensemble,
+    ewc,
+    finetuning,
+    icarl,
+    joint_training,
+    lora,
+    lwf,
+    nearest_mean,
+    tempered,
+    tuning,
+)
+from pnc.bench.rivals.frozen_features import features_of
+from pnc.bench.rivals.linear_probe import regression
+from pnc.bench.rivals.rival import Budget, Fitted, Rival
+from pnc.bench.rivals.tuning import Data, Method, Setting, extend_classifier, grid, tune
 from pnc.composite.composite import Composite
 from pnc.composite.metrics import evaluate
 from pnc.foundation.errors import InputError
@@ -400,12 +412,12 @@ def test_an_adapter_has_the_shape_of_its_layer(layer: nn.Module) -> None:
 
 
 def test_joint_training_asks_for_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(joint, "EPOCHS", 10)
+    monkeypatch.setattr(joint_training, "EPOCHS", 10)
     test, target = held_out_images(), pair().target.module
-    made = joint.fit(task(80, 80), Budget())
+    made = joint_training.fit(task(80, 80), Budget())
     found = evaluate(predict(made.module, test.images), test.labels, predict(target, test.images))
     assert found.average_accuracy > 0.95
-    assert joint.RIVAL.sees_everything and joint.RIVAL.kind == "bound"
+    assert joint_training.RIVAL.sees_everything and joint_training.RIVAL.kind == "bound"
     assert made.chosen["steps"] == 125  # 10 epochs of 800 images in batches of 64
 
 

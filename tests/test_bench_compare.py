@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 import pnc
 from digits import BASE, NEW, network
 from pnc import compare_cli
-from pnc.baselines.protocol import Budget
 from pnc.bench import compare, compare_report
 from pnc.bench.compare import KEYS, SHIFTS, curve
-from pnc.bench.protocols import BOUNDED, METHODS, choose_methods, class_groups, trained_network
-from pnc.bench.results import Cells
+from pnc.bench.comparison_methods import BOUNDED, METHODS, choose_methods, class_groups, trained_network
+from pnc.bench.result_files import Cells
+from pnc.bench.rivals.rival import Budget
 from pnc.bench_cli import bench
 from pnc.data.image_set import class_subset
 from pnc.data.readers import load_data

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import pnc
-from pnc.bench import files as files_bench
-from pnc.bench.files import Material, damaged, judge, material
-from pnc.bench.mutations import FORGED, MUTATIONS
+from pnc.bench import file_attacks as files_bench
+from pnc.bench.file_attacks import Material, damaged, judge, material
+from pnc.bench.file_damage import FORGED, MUTATIONS
 from pnc.bench_cli import bench
 from pnc.clones import clone_file
 from pnc.foundation import tensor_files

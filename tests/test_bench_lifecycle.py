@@ -6,9 +6,9 @@ import torch
 from typer.testing import CliRunner
 
 from digits import BASE, NEW
-from pnc.bench import lifecycle, sequences
+from pnc.bench import lifecycle, random_lives
 from pnc.bench.lifecycle import Setting, _file_name, parts
-from pnc.bench.results import Cells
+from pnc.bench.result_files import Cells
 from pnc.bench_cli import bench
 from pnc.data.image_set import ImageSet
 from pnc.data.support import Support
@@ -56,7 +56,7 @@ def test_clones_made_apart_stand_beside_one_made_at_once_and_nothing_is_made_twi
     assert len(list((folder / "keep").iterdir())) == 7
     before = facts["rows"]
     monkeypatch.setattr(lifecycle, "clone", None)
-    monkeypatch.setattr(sequences, "make_stage", None)
+    monkeypatch.setattr(random_lives, "make_stage", None)
     assert run(folder).exit_code == 0
     assert json.loads((folder / "l.json").read_text())["rows"] == before
     (folder / "l.jsonl").unlink()
@@ -98,7 +98,7 @@ def test_sources_must_know_the_same_classes(folder):
 
 
 def test_broken_promises_are_counted(stage, tmp_path, monkeypatch):
-    monkeypatch.setattr(sequences, "make_stage", lambda: stage)
-    monkeypatch.setattr(sequences.Life, "_expect", lambda life, what, found, expected: life.problems.append(what))
-    facts = sequences.run(2, Cells(tmp_path / "c", {}, ["seed", "clones"]))
+    monkeypatch.setattr(random_lives, "make_stage", lambda: stage)
+    monkeypatch.setattr(random_lives.Life, "_expect", lambda life, what, found, expected: life.problems.append(what))
+    facts = random_lives.run(2, Cells(tmp_path / "c", {}, ["seed", "clones"]))
     assert facts["n_problems"] > 2 and facts["problems"][0] == "sequence 0, after the first clone: base"

@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from digits import network
-from pnc.bench import localize
+from pnc.bench import channel_methods
 from pnc.bench_cli import bench
 from pnc.method.localization import localizer
 from pnc.method.positions import Scan
@@ -32,7 +32,7 @@ def test_all_methods_stand_side_by_side_and_rows_are_made_once(folder, monkeypat
     found = run(folder)
     assert found.exit_code == 0
     facts = json.loads((folder / "localize.json").read_text())
-    rows = {tuple(row[key] for key in localize.KEYS): row for row in facts["rows"]}
+    rows = {tuple(row[key] for key in channel_methods.KEYS): row for row in facts["rows"]}
     assert len(rows) == len(facts["rows"]) == 2 * (1 + 2 * 5)
     full = rows["5+7", 0, "full", 1.0]
     assert full["relative"] == 1.0 and full["part_macs_share"] == pytest.approx(1.0)
@@ -44,7 +44,7 @@ def test_all_methods_stand_side_by_side_and_rows_are_made_once(folder, monkeypat
     assert sum("classes not cloned" in claim["claim"] for claim in facts["claims"]) == 2
     text = (folder / "localize.md").read_text()
     assert "Cloned: 5+7" in text and text.count("| local-surrogate |") == 4
-    monkeypatch.setattr(localize, "fit", None)
+    monkeypatch.setattr(channel_methods, "fit", None)
     assert run(folder).exit_code == 0
     assert json.loads((folder / "localize.json").read_text())["rows"] == facts["rows"]
 
@@ -52,15 +52,18 @@ def test_all_methods_stand_side_by_side_and_rows_are_made_once(folder, monkeypat
 def test_claims_compare_gates_with_every_rival_at_every_density():
     rows = [
         {
-            **dict(zip(localize.KEYS, ("a", seed, method, density), strict=True)),
+            **dict(zip(channel_methods.KEYS, ("a", seed, method, density), strict=True)),
             "average_accuracy": 0.5 + 0.1 * (method == "gates") - 0.02 * seed,
             "relative": 0.97 if method == "gates" else 0.9,
             "not_cloned": 0.05 + 0.1 * seed,
         }
         for seed in (0, 1)
-        for method, density in [("full", 1.0), *((m, d) for m in localize.METHODS for d in localize.DENSITIES)]
+        for method, density in [
+            ("full", 1.0),
+            *((m, d) for m in channel_methods.METHODS for d in channel_methods.DENSITIES),
+        ]
     ]
-    claims = {claim.claim: claim for claim in localize.claims(rows)}
+    claims = {claim.claim: claim for claim in channel_methods.claims(rows)}
     assert len(claims) == 2 + 4 * 2 + 2
     assert not claims["a: share of full accuracy that gates keep at density 0.5"].holds
     assert claims["a: share of full accuracy that gates keep at density 0.3"].holds

@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 import pnc
 from digits import network
-from pnc.bench import positions
+from pnc.bench import position_strategies
 from pnc.bench_cli import bench
 from pnc.method import paper_search, refinement
 from pnc.method.refinement import Schedule
@@ -33,7 +33,7 @@ def test_all_strategies_stand_side_by_side_and_rows_are_made_once(folder, monkey
     assert found.exit_code == 0
     facts = json.loads((folder / "positions.json").read_text())
     rows = {row["strategy"]: row for row in facts["rows"]}
-    assert list(rows) == list(positions.STRATEGIES) and len(facts["rows"]) == len(rows)
+    assert list(rows) == list(position_strategies.STRATEGIES) and len(facts["rows"]) == len(rows)
     free = rows["closed form"]
     assert free["average_accuracy"] > 0.94 and free["conditional_kl"] <= 1e-6
     assert rows["closed form, 30% of the MACs"]["macs_share"] <= 0.3
@@ -43,7 +43,7 @@ def test_all_strategies_stand_side_by_side_and_rows_are_made_once(folder, monkey
     assert above["value"] == pytest.approx(free["average_accuracy"] - rows["sequential"]["average_accuracy"])
     assert claims["average accuracy at the free choice"]["holds"]
     assert all(f"| {name} |" in (folder / "positions.md").read_text() for name in rows)
-    monkeypatch.setattr(positions, "clone", None)
+    monkeypatch.setattr(position_strategies, "clone", None)
     assert run(folder).exit_code == 0
     assert json.loads((folder / "positions.json").read_text())["rows"] == facts["rows"]
 
@@ -58,10 +58,10 @@ def test_a_claim_is_about_the_mean_over_seeds_and_a_bound_on_cost_about_every_on
             "macs_share": share,
             "seconds": 2.0,
         }
-        for name in positions.STRATEGIES
+        for name in position_strategies.STRATEGIES
         for seed, share in ((0, 0.2), (1, 0.4))
     ]
-    claims = {claim.claim: claim for claim in positions.claims(rows)}
+    claims = {claim.claim: claim for claim in position_strategies.claims(rows)}
     free = claims["average accuracy at the free choice"]
     assert (free.value, free.spread, free.holds) == (pytest.approx(0.75), pytest.approx(0.05), False)
     assert claims["added MACs under the bound of 60%"].holds

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pnc.bench import scale
-from pnc.bench.results import Cells
+from pnc.bench.result_files import Cells
 from pnc.foundation.process_team import ALONE
 
 

@@ -6,8 +6,8 @@ from typer.testing import CliRunner
 
 import pnc
 from digits import network
-from pnc.baselines import protocol
 from pnc.bench import job_times, latency, speed
+from pnc.bench.rivals import rival
 from pnc.cli import app
 from pnc.method import paper_search, refinement
 from pnc.method.refinement import Schedule
@@ -19,7 +19,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(refinement, "SCHEDULE", Schedule(0.0003, n_steps=6, n_snapshots=3))
     monkeypatch.setattr(paper_search, "N_STEPS", 10)
     monkeypatch.setattr(paper_search, "LEARNING_RATES", (0.01,))
-    monkeypatch.setattr(job_times, "Budget", lambda: protocol.Budget(1, 2, 3, n_second=1))
+    monkeypatch.setattr(job_times, "Budget", lambda: rival.Budget(1, 2, 3, n_second=1))
     monkeypatch.setattr(
         job_times, "CLONES", {**job_times.CLONES, job_times.GATES: {"density": 0.5, "method": "taylor"}}
     )

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import pnc
-from pnc.bench.sequences import BASE, GROUPS
+from pnc.bench.random_lives import BASE, GROUPS
 from pnc.clones.branch import Scalars, against_rivals
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.network_state import differences, same_bits, snapshot

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import pnc
 from digits import NEW, held_out_images, network, pair, support
-from pnc.bench.files import material
+from pnc.bench.file_attacks import material
 from pnc.clones.branch import Scalars
 from pnc.foundation.errors import FileFormatError, InputError, MismatchError
 from pnc.foundation.network_state import differences, fingerprint, snapshot

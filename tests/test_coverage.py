@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from channel_zoo import Chain
-from pnc.bench import classifiers, coverage
-from pnc.bench.classifiers import CLASSIFIERS, chosen, family, prepared
-from pnc.bench.results import Cells
+from pnc.bench import coverage, library_classifiers
+from pnc.bench.library_classifiers import CLASSIFIERS, chosen, family, prepared
+from pnc.bench.result_files import Cells
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.cli import app
 from pnc.foundation.errors import InputError
@@ -36,7 +36,7 @@ def test_what_the_recorder_refuses_has_its_reason(monkeypatch):
     class Branching(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.Linear(12, classifiers.N_CLASSES)
+            self.layer = nn.Linear(12, library_classifiers.N_CLASSES)
 
         def forward(self, x):
             x = x.flatten(1)
@@ -121,7 +121,7 @@ def test_every_model_of_the_list_is_built_by_a_library_that_knows_it(torchvision
         elif library == "torchvision":
             assert name in torchvision.models.list_models(), model
         else:
-            stem = classifiers.TRANSFORMERS[name][0].partition("ForImage")[0]
+            stem = library_classifiers.TRANSFORMERS[name][0].partition("ForImage")[0]
             assert hasattr(transformers, f"{stem}Config"), model
 
 
@@ -151,7 +151,7 @@ def test_a_library_that_is_missing_is_an_error_and_no_row(tmp_path, monkeypatch)
     def no_library(module):
         raise InputError(f"model: the package {module} is needed for this")
 
-    monkeypatch.setattr(classifiers, "load_library", no_library)
+    monkeypatch.setattr(library_classifiers, "load_library", no_library)
     with pytest.raises(InputError, match="the package torchvision is needed"):
         coverage.run(["timm:resnet18"], cells := Cells(tmp_path / "rows.jsonl", {}, coverage.KEYS))
     assert cells.rows == []

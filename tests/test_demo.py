@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from pnc import cli, demo
-from pnc.baselines.protocol import Budget
-from pnc.bench import main_job
-from pnc.demo import RECIPE, run_demo
+from pnc import cli
+from pnc.bench import demo, main_job
+from pnc.bench.demo import RECIPE, run_demo
+from pnc.bench.rivals.rival import Budget
 
 METHODS = ["target alone", "direct ensemble", "LDA on target features", "fine-tuning with replay", "clone"]
 ROW = {"method", "base_accuracy", "new_accuracy", "average_accuracy", "conditional_kl", "leak", "seconds"}

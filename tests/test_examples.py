@@ -15,8 +15,8 @@ import torch
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support, write_images
 from pnc import cli
-from pnc.baselines.protocol import Budget
 from pnc.bench import main_job
+from pnc.bench.rivals.rival import Budget
 from pnc.models.model_specs import save_model
 from pnc.models.pretraining import Recipe
 

@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 import pnc
 from digits import NEW, held_out_images, network, pair, support
-from pnc.baselines.protocol import Budget
 from pnc.bench import job_times, latency, scale
-from pnc.bench.measuring import peak_memory
-from pnc.bench.protocols import METHODS
+from pnc.bench.clock_and_memory import peak_memory
+from pnc.bench.comparison_methods import METHODS
+from pnc.bench.rivals.rival import Budget
 from pnc.cli import app
 from pnc.composite.metrics import evaluate
 from pnc.foundation.network_state import differences, fingerprint, snapshot

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pnc
 import zoo
 from handmade import Bottleneck, Network, make_clone
-from pnc.bench.sequences import make_stage
+from pnc.bench.random_lives import make_stage
 from pnc.graph.recording import info, record
 
 N_IMAGES = 10

@@ -17,8 +17,8 @@ from torch import nn
 
 import pnc
 import zoo
-from pnc.bench import sequences
-from pnc.bench.sequences import ACTIONS, BASE, GROUPS, Life
+from pnc.bench import random_lives
+from pnc.bench.random_lives import ACTIONS, BASE, GROUPS, Life
 from pnc.clones.branch import Scalars
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.network_state import differences, snapshot
@@ -151,9 +151,9 @@ def test_a_clone_taken_from_a_composite_is_a_value_of_its_own(stage, net, logits
 def test_a_composite_may_be_a_source_and_may_not_be_a_target(stage, net):
     with pytest.raises(InputError, match="target is a composite already; use its method attach"):
         pnc.attach(net, stage.clones[0])
-    target = pnc.models.build_model("zoo:cnn?width=0.25", ("yak", "zebra"), sequences.SHAPE, seed=9).module
+    target = pnc.models.build_model("zoo:cnn?width=0.25", ("yak", "zebra"), random_lives.SHAPE, seed=9).module
     labels = torch.arange(3).repeat(4)
-    images = torch.rand(12, *sequences.SHAPE, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(12, *random_lives.SHAPE, generator=torch.Generator().manual_seed(0))
     support = pnc.Support(images, labels, ("yak", "zebra", "gnu"))
     names = {"source_classes": net.classes, "base_classes": ("yak", "zebra"), "classes": ["gnu"]}
     clone = pnc.clone(net, target, support, **names)
@@ -256,9 +256,9 @@ def test_channels_last_and_device(stage, net, logits):
 
 
 def test_a_target_never_leaves_eval_mode_and_its_statistics_never_move(stage):
-    target = pnc.models.build_model("zoo:resnet20?width=0.25", BASE, sequences.SHAPE, seed=4).module
+    target = pnc.models.build_model("zoo:resnet20?width=0.25", BASE, random_lives.SHAPE, seed=4).module
     labels = torch.arange(5).repeat(6)
-    images = torch.rand(30, *sequences.SHAPE, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(30, *random_lives.SHAPE, generator=torch.Generator().manual_seed(0))
     support = pnc.Support(images, labels, (*BASE, *GROUPS[1]))
     names = {"source_classes": NEW, "base_classes": BASE, "classes": GROUPS[1]}
     task = pnc.prepare_task(stage.sources[3], target, support, **names)

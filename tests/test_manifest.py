@@ -11,8 +11,8 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import pnc
-from pnc.bench.files import Material, material
-from pnc.bench.mutations import with_one_changed
+from pnc.bench.file_attacks import Material, material
+from pnc.bench.file_damage import with_one_changed
 from pnc.clones.clone_file import read_clone_file
 from pnc.clones.manifest import Manifest, read_manifest
 from pnc.foundation.class_names import MAX_TEXT

@@ -2,7 +2,7 @@ import sys
 
 import torch
 
-from pnc.bench.measuring import peak_memory
+from pnc.bench.clock_and_memory import peak_memory
 
 
 def test_peak_memory_is_that_of_the_work():

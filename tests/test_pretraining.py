@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pnc.bench.results import Cells
+from pnc.bench.result_files import Cells
 from pnc.data.image_set import ImageSet, class_subset, relabel, select
 from pnc.data.readers import load_data
 from pnc.foundation.errors import ClassNameError, InputError

@@ -4,8 +4,8 @@ from torch import nn
 
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support
-from pnc.baselines.ensemble import DirectEnsemble
 from pnc.bench.main_job import predict
+from pnc.bench.rivals.ensemble import DirectEnsemble
 from pnc.clones.heads import HeadSamples, SourceHead, StackedHead
 from pnc.clones.position_grids import pool
 from pnc.composite.metrics import evaluate

@@ -5,8 +5,18 @@ from typing import Any
 
 import pytest
 
-from pnc.bench import results
-from pnc.bench.results import Cells, Claim, at_least, at_most, commit, environment, over_seeds, table, write_results
+from pnc.bench import result_files
+from pnc.bench.result_files import (
+    Cells,
+    Claim,
+    at_least,
+    at_most,
+    commit,
+    environment,
+    over_seeds,
+    table,
+    write_results,
+)
 from pnc.foundation.errors import FileFormatError, InputError
 
 
@@ -66,7 +76,7 @@ def test_the_commit_is_that_of_the_code_or_none(monkeypatch: pytest.MonkeyPatch,
     subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
     foreign = tmp_path / "results.py"
     foreign.touch()
-    monkeypatch.setattr(results, "__file__", str(foreign))
+    monkeypatch.setattr(result_files, "__file__", str(foreign))
     assert commit() is None, "installed within another checkout"
     author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     subprocess.run(["git", "-C", str(tmp_path), "add", "."], check=True)

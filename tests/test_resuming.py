@@ -14,7 +14,7 @@ import torch
 import pnc
 from digits import BASE, NEW, network, pair, support
 from pnc.bench.compare import KEYS
-from pnc.bench.results import Cells
+from pnc.bench.result_files import Cells
 from pnc.foundation.process_team import Team
 from pnc.foundation.resumable_steps import Steps
 from pnc.foundation.tensor_files import write_tensors

@@ -7,7 +7,7 @@ import torch
 
 import pnc
 from digits import BASE, NEW, pair, support
-from pnc.bench.localize import masked_source_accuracy
+from pnc.bench.channel_methods import masked_source_accuracy
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.mac_budget import Costs
 from pnc.data.image_set import class_subset

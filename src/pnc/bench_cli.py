@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from pnc.arguments import check_outputs, use_threads
-from pnc.bench import classifiers, sequences
+from pnc.bench import channel_methods as localize_bench
 from pnc.bench import coverage as coverage_bench
-from pnc.bench import files as files_bench
+from pnc.bench import file_attacks as files_bench
+from pnc.bench import library_classifiers, random_lives
 from pnc.bench import lifecycle as lifecycle_bench
-from pnc.bench import localize as localize_bench
-from pnc.bench import positions as positions_bench
-from pnc.bench.results import Cells, write_results
+from pnc.bench import position_strategies as positions_bench
+from pnc.bench.result_files import Cells, write_results
 from pnc.bench_options import setting_of, show_claims
 from pnc.compare_cli import measure_comparison, report_comparison
 from pnc.foundation.class_names import listed, parse_classes
@@ -50,7 +50,7 @@ def coverage(
 
     Takes about an hour. Rows are kept beside the results as they come, and a stopped run goes on behind them.
     """
-    names = classifiers.chosen(models)
+    names = library_classifiers.chosen(models)
     outputs = {suffix: json_path.with_suffix(suffix) for suffix in (".json", ".md", ".jsonl")}
     check_outputs(dict(outputs))
     with use_threads(threads), progress() as bar:
@@ -204,7 +204,7 @@ def measure_lifecycle(
     facts = {"sources": source, "target": target, "data": data_name or data, "support": support, "flip": flip}
     cells = Cells(outputs[".jsonl"], {**facts, "n_test": n_test}, lifecycle_bench.KEYS)
     with use_threads(threads), progress() as bar:
-        lives = sequences.run(n_sequences, cells, bar.step)
+        lives = random_lives.run(n_sequences, cells, bar.step)
         rows = lifecycle_bench.run(setting, range(seeds), cells, bar.step)
         command = (
             f"pnc bench lifecycle --source {source[0]} --source {source[1]} --target {target} "

@@ -14,8 +14,8 @@ from pnc.arguments import (
     parse_support,
     read_device,
 )
-from pnc.bench import positions as positions_bench
-from pnc.bench.results import Claim
+from pnc.bench import position_strategies as positions_bench
+from pnc.bench.result_files import Claim
 from pnc.data.image_set import sample_per_class
 from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError

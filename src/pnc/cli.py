@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from pnc import demo as demonstration
 from pnc.arguments import (
     ModelOptions,
     check_different,
@@ -25,6 +24,7 @@ from pnc.arguments import (
     read_device,
     use_threads,
 )
+from pnc.bench import demo as demonstration
 from pnc.bench_cli import bench
 from pnc.clone_cli import evaluate_clones, inspect_clone, predict_images, verify_clone
 from pnc.clones import clone_file

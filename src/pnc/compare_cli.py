@@ -21,11 +21,11 @@ from pnc.arguments import (
     parse_support,
     use_threads,
 )
-from pnc.baselines.protocol import Budget
 from pnc.bench import compare as compare_bench
 from pnc.bench import compare_report
-from pnc.bench.protocols import GROUPS, choose_methods, trained_network
-from pnc.bench.results import Cells, write_results
+from pnc.bench.comparison_methods import GROUPS, choose_methods, trained_network
+from pnc.bench.result_files import Cells, write_results
+from pnc.bench.rivals.rival import Budget
 from pnc.bench_options import show_claims
 from pnc.data.image_set import ImageSet, sample_per_class
 from pnc.data.readers import load_data

@@ -8,7 +8,7 @@ import typer
 
 from pnc.arguments import check_outputs, read_device
 from pnc.bench import scale
-from pnc.bench.results import Cells, write_results
+from pnc.bench.result_files import Cells, write_results
 from pnc.bench_options import show_claims
 from pnc.foundation.errors import InputError
 from pnc.options import Device

@@ -8,7 +8,7 @@ import typer
 from pnc.arguments import check_outputs, use_threads
 from pnc.bench import latency
 from pnc.bench import speed as speed_bench
-from pnc.bench.results import Cells, write_results
+from pnc.bench.result_files import Cells, write_results
 from pnc.bench_options import setting_of, show_claims
 from pnc.foundation.errors import InputError
 from pnc.options import Device

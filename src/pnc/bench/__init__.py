@@ -1,1 +1,1 @@
-"""Measurements that anyone can run again: each writes what it measured as JSON and as a Markdown table."""
+"""Measurements that anyone can run again, and rival methods. Start with `main_job`."""

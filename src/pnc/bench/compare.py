@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pnc.baselines.protocol import Budget, Fitted, Rival
+from pnc.bench.comparison_methods import METHODS, class_groups
 from pnc.bench.main_job import new_bytes, predict
-from pnc.bench.protocols import METHODS, class_groups
-from pnc.bench.results import Cells, commit, environment
+from pnc.bench.result_files import Cells, commit, environment
+from pnc.bench.rivals.rival import Budget, Fitted, Rival
 from pnc.clones.clone_file import save
 from pnc.composite.composite import Composite
 from pnc.composite.metrics import calibration_error, evaluate, leak, shifted

@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from pnc.bench.compare import KEYS
+from pnc.bench.comparison_methods import BOUNDED, METHODS
 from pnc.bench.main_job import CLONE
-from pnc.bench.protocols import BOUNDED, METHODS
-from pnc.bench.results import Cells, Claim, at_least, at_most, over_seeds, table
+from pnc.bench.result_files import Cells, Claim, at_least, at_most, over_seeds, table
 from pnc.foundation.class_names import listed
 from pnc.foundation.errors import InputError
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from pnc.bench.classifiers import CLASSIFIERS, N_CLASSES, SHARES, build, check_libraries, family, prepared
-from pnc.bench.measuring import peak_memory
-from pnc.bench.results import Cells, Claim, at_least, at_most, commit, table
+from pnc.bench.clock_and_memory import peak_memory
+from pnc.bench.library_classifiers import CLASSIFIERS, N_CLASSES, SHARES, build, check_libraries, family, prepared
+from pnc.bench.result_files import Cells, Claim, at_least, at_most, commit, table
 from pnc.channels.channel_masks import channel_masks
 from pnc.channels.channel_spaces import KEPT, ChannelSpaces, channel_spaces
 from pnc.channels.compaction import compact

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from pnc.baselines.finetuning import WITH_REPLAY
-from pnc.baselines.protocol import Budget
-from pnc.baselines.tuning import Method, train_once
-from pnc.baselines.tuning import Setting as TuningSetting
-from pnc.bench.measuring import finish, peak_memory
-from pnc.bench.positions import Setting
-from pnc.bench.results import Cells
+from pnc.bench.clock_and_memory import finish, peak_memory
+from pnc.bench.position_strategies import Setting
+from pnc.bench.result_files import Cells
+from pnc.bench.rivals.finetuning import WITH_REPLAY
+from pnc.bench.rivals.rival import Budget
+from pnc.bench.rivals.tuning import Method, train_once
+from pnc.bench.rivals.tuning import Setting as TuningSetting
 from pnc.data.image_set import class_subset, images_as_float
 from pnc.data.support import draw_support
 from pnc.foundation.network_state import evaluating

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pnc.bench.measuring import finish, peak_memory
-from pnc.bench.positions import Setting
-from pnc.bench.results import Cells
+from pnc.bench.clock_and_memory import finish, peak_memory
+from pnc.bench.position_strategies import Setting
+from pnc.bench.result_files import Cells
 from pnc.channels.compaction import own_copy
 from pnc.clones.adapter import Adapter, Stitched
 from pnc.clones.branch import Branch

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pnc.bench.results import Cells, Claim, at_least, at_most, over_seeds, table
+from pnc.bench.result_files import Cells, Claim, at_least, at_most, over_seeds, table
 from pnc.clones.branch import Scalars, against_rivals
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save

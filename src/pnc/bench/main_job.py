@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pnc.baselines import ensemble, finetuning, lda
-from pnc.baselines.protocol import Budget, Rival
+from pnc.bench.rivals import ensemble, finetuning, lda
+from pnc.bench.rivals.rival import Budget, Rival
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save
 from pnc.composite.composite import attach

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.utils.data import Dataset
 
-from pnc.bench.measuring import finish, peak_memory
-from pnc.bench.results import Cells, Claim, at_most, commit, table
+from pnc.bench.clock_and_memory import finish, peak_memory
+from pnc.bench.result_files import Cells, Claim, at_most, commit, table
 from pnc.clones.clone_file import save
 from pnc.composite.composite import attach
 from pnc.data.image_store import GIB

@@ -7,8 +7,8 @@ from typing import Any
 from pnc.bench import job_times, latency
 from pnc.bench.job_times import CLOSED, GATES, SEARCH, SEQUENTIAL, TUNED
 from pnc.bench.latency import ALIGNED, ALIGNED_SINGLES, LARGE, PLUMBING, WHOLE, several
-from pnc.bench.positions import Setting
-from pnc.bench.results import Cells, Claim, at_most, over_seeds, table
+from pnc.bench.position_strategies import Setting
+from pnc.bench.result_files import Cells, Claim, at_most, over_seeds, table
 from pnc.method.task import Progress
 
 PARTS = ("latency", "life", "job")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pnc.bench.main_job import predict
-from pnc.bench.results import Cells, Claim, over_seeds, table
+from pnc.bench.result_files import Cells, Claim, over_seeds, table
 from pnc.composite.composite import attach
 from pnc.composite.metrics import evaluate
 from pnc.data.image_set import ImageSet, class_subset, relabel

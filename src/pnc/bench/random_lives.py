@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pnc.bench.results import Cells
+from pnc.bench.result_files import Cells
 from pnc.clones.branch import Scalars
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pnc.baselines.lwf import LEARNING_RATES, WEIGHTS, distillation
-from pnc.baselines.nearest_mean import NearestMean, best_scale
-from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
-from pnc.baselines.tuning import Data, Method, grid, tune
+from pnc.bench.rivals.lwf import LEARNING_RATES, WEIGHTS, distillation
+from pnc.bench.rivals.nearest_mean import NearestMean, best_scale
+from pnc.bench.rivals.rival import Budget, Fitted, Rival, need_base_samples
+from pnc.bench.rivals.tuning import Data, Method, grid, tune
 from pnc.method.task import CloneTask
 
 

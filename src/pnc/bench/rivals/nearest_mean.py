@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pnc.baselines.features import features_of, on_features
-from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
+from pnc.bench.rivals.frozen_features import features_of, on_features
+from pnc.bench.rivals.rival import Budget, Fitted, Rival, need_base_samples
 from pnc.method.task import CloneTask
 
 SCALES = tuple(2.0**power for power in range(-2, 11))

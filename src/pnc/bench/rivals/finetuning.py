@@ -6,8 +6,8 @@ setting, and nothing else.
 
 from collections.abc import Sequence
 
-from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
-from pnc.baselines.tuning import Method, Scope, grid, tune
+from pnc.bench.rivals.rival import Budget, Fitted, Rival, need_base_samples
+from pnc.bench.rivals.tuning import Method, Scope, grid, tune
 from pnc.method.task import CloneTask
 
 LEARNING_RATES = (0.1, 0.03, 0.3, 0.01, 1.0, 0.003)

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pnc.baselines.ensemble import DirectEnsemble
-from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
+from pnc.bench.rivals.ensemble import DirectEnsemble
+from pnc.bench.rivals.rival import Budget, Fitted, Rival, need_base_samples
 from pnc.method.task import CloneTask
 
 _STEPS = 100

@@ -5,8 +5,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from pnc.baselines.features import Linear, Role, features_of, on_features
-from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
+from pnc.bench.rivals.frozen_features import Linear, Role, features_of, on_features
+from pnc.bench.rivals.rival import Budget, Fitted, Rival, need_base_samples
 from pnc.foundation.errors import InputError
 from pnc.method.task import CloneTask
 

@@ -18,8 +18,8 @@ from typing import Any, Never
 import torch
 from torch import Tensor, nn
 
-from pnc.bench.mutations import FORGED, MUTATIONS
-from pnc.bench.results import Cells, Claim, at_least, at_most, table
+from pnc.bench.file_damage import FORGED, MUTATIONS
+from pnc.bench.result_files import Cells, Claim, at_least, at_most, table
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import Kind, inspect, load, save
 from pnc.composite.composite import attach

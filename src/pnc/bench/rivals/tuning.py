@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pnc.baselines.protocol import Budget, Fitted
+from pnc.bench.rivals.rival import Budget, Fitted
 from pnc.channels.compaction import own_copy
 from pnc.foundation.errors import InputError
 from pnc.graph.cut_points import LOGITS, CutPoint, candidate_cuts, extract

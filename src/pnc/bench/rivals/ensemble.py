@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pnc.baselines.protocol import Budget, Fitted, Rival
+from pnc.bench.rivals.rival import Budget, Fitted, Rival
 from pnc.method.task import CloneTask
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from pnc.baselines.protocol import Budget, Fitted, Rival
+from pnc.bench.rivals.rival import Budget, Fitted, Rival
 from pnc.clones.clone import Clone
 from pnc.composite.composite import attach
 from pnc.method.pipeline import fit, fit_sequential

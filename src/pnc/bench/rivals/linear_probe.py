@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pnc.baselines.features import Linear, Role, features_of, on_features
-from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
+from pnc.bench.rivals.frozen_features import Linear, Role, features_of, on_features
+from pnc.bench.rivals.rival import Budget, Fitted, Rival, need_base_samples
 from pnc.method.task import CloneTask
 
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from pnc.bench.measuring import CPU
+from pnc.bench.clock_and_memory import CPU
 from pnc.foundation.errors import FileFormatError, InputError
 from pnc.foundation.tensor_files import canonical_json, write_file
 

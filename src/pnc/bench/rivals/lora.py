@@ -10,8 +10,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from pnc.baselines.protocol import Budget, Fitted, Rival
-from pnc.baselines.tuning import Method, grid, tune
+from pnc.bench.rivals.rival import Budget, Fitted, Rival
+from pnc.bench.rivals.tuning import Method, grid, tune
 from pnc.method.task import CloneTask
 
 LEARNING_RATES = (0.1, 0.3, 0.03, 1.0)

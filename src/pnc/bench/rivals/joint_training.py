@@ -1,7 +1,7 @@
 """Joint training on all images of all classes, from the target's weights on: a bound of what tuning can reach."""
 
-from pnc.baselines.protocol import Budget, Fitted, Rival, need_base_samples
-from pnc.baselines.tuning import Method, Setting, train_once
+from pnc.bench.rivals.rival import Budget, Fitted, Rival, need_base_samples
+from pnc.bench.rivals.tuning import Method, Setting, train_once
 from pnc.method.task import CloneTask
 
 LEARNING_RATE = 0.05

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pnc.bench.main_job import predict
-from pnc.bench.positions import Setting
-from pnc.bench.results import Cells, Claim, over_seeds, table
+from pnc.bench.position_strategies import Setting
+from pnc.bench.result_files import Cells, Claim, over_seeds, table
 from pnc.clones.clone import Clone
 from pnc.composite.composite import attach
 from pnc.composite.metrics import evaluate

@@ -8,8 +8,8 @@ are any, both of which are common since.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pnc.baselines.protocol import Budget, Fitted, Rival
-from pnc.baselines.tuning import Data, Method, grid, tune
+from pnc.bench.rivals.rival import Budget, Fitted, Rival
+from pnc.bench.rivals.tuning import Data, Method, grid, tune
 from pnc.method.task import CloneTask
 
 LEARNING_RATES = (0.1, 0.3, 0.03, 1.0)

@@ -9,8 +9,8 @@ base samples of the support, and of the new ones where there are none; base samp
 import torch
 from torch import Tensor, nn
 
-from pnc.baselines.protocol import Budget, Fitted, Rival
-from pnc.baselines.tuning import Data, Method, grid, tune, validation_rows
+from pnc.bench.rivals.rival import Budget, Fitted, Rival
+from pnc.bench.rivals.tuning import Data, Method, grid, tune, validation_rows
 from pnc.method.task import CloneTask
 
 LEARNING_RATES = (0.1, 0.3, 0.03, 1.0)

@@ -5,23 +5,23 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from pnc.baselines import (
+from pnc.bench.main_job import CLONE
+from pnc.bench.rivals import (
+    clone_variants,
     derpp,
     ensemble,
     ewc,
     finetuning,
     icarl,
-    joint,
+    joint_training,
     lda,
     linear_probe,
     lora,
     lwf,
     nearest_mean,
     tempered,
-    without_search,
 )
-from pnc.baselines.protocol import Budget, Fitted, Rival
-from pnc.bench.main_job import CLONE
+from pnc.bench.rivals.rival import Budget, Fitted, Rival
 from pnc.composite.composite import attach
 from pnc.data.image_set import ImageSet, class_subset
 from pnc.foundation.class_names import listed, parse_classes, unknown_name
@@ -49,7 +49,7 @@ METHODS: Mapping[str, Rival] = {
     for rival in (
         Rival(CLONE, "clone", _clone),
         Rival(BOUNDED, "clone", partial(_clone, max_base_drop=0.02)),
-        *without_search.RIVALS,
+        *clone_variants.RIVALS,
         ensemble.RIVAL,
         tempered.RIVAL,
         lda.ON_TARGET,
@@ -63,11 +63,11 @@ METHODS: Mapping[str, Rival] = {
         derpp.RIVAL,
         icarl.RIVAL,
         lora.RIVAL,
-        joint.RIVAL,
+        joint_training.RIVAL,
     )
 }
 OURS = (CLONE, BOUNDED)
-SLOW = (joint.RIVAL.name,)
+SLOW = (joint_training.RIVAL.name,)
 """Methods that are compared only where they are asked for by name."""
 
 GROUPS = ("all", "single", "fifth")
