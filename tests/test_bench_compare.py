@@ -9,13 +9,13 @@ from typer.testing import CliRunner
 
 import pnc
 from digits import BASE, NEW, network
-from pnc import compare_cli
 from pnc.bench import compare, compare_report
 from pnc.bench.compare import KEYS, SHIFTS, curve
 from pnc.bench.comparison_methods import BOUNDED, METHODS, choose_methods, class_groups, trained_network
 from pnc.bench.result_files import Cells
 from pnc.bench.rivals.rival import Budget
-from pnc.bench_cli import bench
+from pnc.cli import compare_commands
+from pnc.cli.bench_commands import bench
 from pnc.data.image_set import class_subset
 from pnc.data.readers import load_data
 from pnc.models.model_specs import save_model
@@ -26,7 +26,7 @@ METHODS_HERE = "clone,direct ensemble,nearest mean,fine-tuning with replay (head
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(compare_cli, "Budget", partial(Budget, 1, 2, 5, 1, 20))
+    monkeypatch.setattr(compare_commands, "Budget", partial(Budget, 1, 2, 5, 1, 20))
     for name, classes in (("t", BASE), ("s", NEW)):
         save_model(network(classes), tmp_path / f"{name}.safetensors", {})
     return tmp_path

@@ -15,7 +15,7 @@ import pnc
 from pnc.bench import file_attacks as files_bench
 from pnc.bench.file_attacks import Material, damaged, judge, material
 from pnc.bench.file_damage import FORGED, MUTATIONS
-from pnc.bench_cli import bench
+from pnc.cli.bench_commands import bench
 from pnc.clones import clone_file
 from pnc.foundation import tensor_files
 from pnc.foundation.errors import FileFormatError, PNCError

@@ -9,7 +9,7 @@ from digits import BASE, NEW
 from pnc.bench import lifecycle, random_lives
 from pnc.bench.lifecycle import Setting, _file_name, parts
 from pnc.bench.result_files import Cells
-from pnc.bench_cli import bench
+from pnc.cli.bench_commands import bench
 from pnc.data.image_set import ImageSet
 from pnc.data.support import Support
 from pnc.foundation.errors import InputError

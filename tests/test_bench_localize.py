@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from digits import network
 from pnc.bench import channel_methods
-from pnc.bench_cli import bench
+from pnc.cli.bench_commands import bench
 from pnc.method.localization import localizer
 from pnc.method.positions import Scan
 from pnc.models.model_specs import save_model

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 import pnc
 from digits import network
 from pnc.bench import position_strategies
-from pnc.bench_cli import bench
+from pnc.cli.bench_commands import bench
 from pnc.method import paper_search, refinement
 from pnc.method.refinement import Schedule
 from pnc.models.model_specs import save_model

@@ -8,7 +8,7 @@ import pnc
 from digits import network
 from pnc.bench import job_times, latency, speed
 from pnc.bench.rivals import rival
-from pnc.cli import app
+from pnc.cli.app import app
 from pnc.method import paper_search, refinement
 from pnc.method.refinement import Schedule
 from pnc.models.model_specs import save_model

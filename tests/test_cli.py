@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support, write_images
-from pnc import arguments, cli, clone_cli
+from pnc.cli import app, arguments, clone_commands
 from pnc.composite.metrics import evaluate
 from pnc.foundation.tensor_files import read_tensors, write_tensors
 from pnc.models import pretraining
@@ -77,7 +77,7 @@ def command(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         monkeypatch.setenv("COLUMNS", "80")
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            app.main()
         code = stopped.value.code
         return Outcome(code if isinstance(code, int) else 0, *capsys.readouterr())
 
@@ -441,10 +441,10 @@ def test_what_can_be_known_at_once_is_refused_before_any_work(
         pytest.fail("work was done first")
 
     for module, name in (
-        (cli, "load_data"),
-        (clone_cli, "load_data"),
+        (app, "load_data"),
+        (clone_commands, "load_data"),
         (arguments, "load_model"),
-        (cli.demonstration, "run_demo"),
+        (app.demonstration, "run_demo"),
     ):
         monkeypatch.setattr(module, name, work)
     assert command(words, d=tmp_path).complaint

@@ -9,7 +9,7 @@ from pnc.bench import coverage, library_classifiers
 from pnc.bench.library_classifiers import CLASSIFIERS, chosen, family, prepared
 from pnc.bench.result_files import Cells
 from pnc.channels.channel_spaces import channel_spaces
-from pnc.cli import app
+from pnc.cli.app import app
 from pnc.foundation.errors import InputError
 from pnc.models.reference_networks import resnet
 from segments import network, segment_of

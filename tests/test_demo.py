@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from pnc import cli
 from pnc.bench import demo, main_job
 from pnc.bench.demo import RECIPE, run_demo
 from pnc.bench.rivals.rival import Budget
+from pnc.cli import app
 
 METHODS = ["target alone", "direct ensemble", "LDA on target features", "fine-tuning with replay", "clone"]
 ROW = {"method", "base_accuracy", "new_accuracy", "average_accuracy", "conditional_kl", "leak", "seconds"}
@@ -80,7 +80,7 @@ def test_a_broken_promise_is_shown_and_ends_with_an_error(
     monkeypatch.setattr(demo, "run_demo", lambda *given, **settings: facts)
     monkeypatch.setattr(sys, "argv", ["pnc", "demo"])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        app.main()
     assert stopped.value.code == 1
     shown = capsys.readouterr().out
     assert shown.count("verified: ") == 3 and shown.count("FAILED: with the clone removed") == 1

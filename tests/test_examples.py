@@ -14,9 +14,9 @@ import torch
 
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support, write_images
-from pnc import cli
 from pnc.bench import main_job
 from pnc.bench.rivals.rival import Budget
+from pnc.cli import app
 from pnc.models.model_specs import save_model
 from pnc.models.pretraining import Recipe
 
@@ -134,7 +134,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
         small = line.replace("parquet:photos", "digits").replace("zoo:resnet20", "zoo:cnn?width=0.25 --epochs 2")
         monkeypatch.setattr(sys, "argv", small.split())
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            app.main()
         assert not stopped.value.code, line
 
 

@@ -13,7 +13,7 @@ from pnc.bench import job_times, latency, scale
 from pnc.bench.clock_and_memory import peak_memory
 from pnc.bench.comparison_methods import METHODS
 from pnc.bench.rivals.rival import Budget
-from pnc.cli import app
+from pnc.cli.app import app
 from pnc.composite.metrics import evaluate
 from pnc.foundation.network_state import differences, fingerprint, snapshot
 from pnc.method import paper_search, refinement

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pnc
 from digits import BASE, NEW, pair
-from pnc import cli
+from pnc.cli import app
 from pnc.foundation.errors import InputError, MismatchError
 from pnc.foundation.network_state import differences, same_bits, snapshot
 from pnc.graph.recording import record
@@ -321,7 +321,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, error: Exce
 def command(words: str, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["pnc", *words.split()])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        app.main()
     return int(stopped.value.code or 0)
 
 

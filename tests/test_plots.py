@@ -5,8 +5,8 @@ import pytest
 
 import pnc
 from digits import NEW, pair, support
+from pnc.cli.plots import check_plot, draw_scan
 from pnc.foundation.errors import InputError
-from pnc.plots import check_plot, draw_scan
 
 
 def test_a_scan_is_drawn_as_png_and_twice_the_same(tmp_path):

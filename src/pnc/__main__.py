@@ -1,5 +1,5 @@
 """`python -m pnc` is the `pnc` command; `accelerate launch -m pnc clone ...` runs it in several processes."""
 
-from pnc.cli import main
+from pnc.cli.app import main
 
 main()

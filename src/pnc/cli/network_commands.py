@@ -7,15 +7,15 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from pnc.arguments import ModelOptions, check_outputs, data_file, load_network, parse_shape, read_device
+from pnc.cli.arguments import ModelOptions, check_outputs, data_file, load_network, parse_shape, read_device
+from pnc.cli.options import Data, Device, Json, Names, Seed, Threads, Weights, write_json
+from pnc.cli.output import say, show_table
 from pnc.data.image_set import class_subset
 from pnc.data.readers import load_data
 from pnc.foundation.class_names import parse_classes
 from pnc.graph.cut_points import cut_points, gaps
 from pnc.method.task import Precision, read_network
 from pnc.models import pretraining
-from pnc.options import Data, Device, Json, Names, Seed, Threads, Weights, write_json
-from pnc.screen import say, show_table
 
 
 def pretrain_network(

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pnc.arguments import (
+from pnc.bench import demo as demonstration
+from pnc.cli.arguments import (
     ModelOptions,
     check_different,
     check_images,
@@ -24,19 +25,10 @@ from pnc.arguments import (
     read_device,
     use_threads,
 )
-from pnc.bench import demo as demonstration
-from pnc.bench_cli import bench
-from pnc.clone_cli import evaluate_clones, inspect_clone, predict_images, verify_clone
-from pnc.clones import clone_file
-from pnc.data.image_store import GIB, MEMORY
-from pnc.data.readers import load_data
-from pnc.foundation import process_team
-from pnc.foundation.errors import PNCError
-from pnc.method import pipeline, positions
-from pnc.method.localization.localizer import Method
-from pnc.method.task import Precision, prepare_task
-from pnc.network_cli import list_cuts, pretrain_network
-from pnc.options import (
+from pnc.cli.bench_commands import bench
+from pnc.cli.clone_commands import evaluate_clones, inspect_clone, predict_images, verify_clone
+from pnc.cli.network_commands import list_cuts, pretrain_network
+from pnc.cli.options import (
     Data,
     Device,
     Flip,
@@ -52,8 +44,16 @@ from pnc.options import (
     Weights,
     write_json,
 )
-from pnc.plots import check_plot, draw_scan
-from pnc.screen import complain, progress, say, show_clone, show_job, show_scan
+from pnc.cli.output import complain, progress, say, show_clone, show_job, show_scan
+from pnc.cli.plots import check_plot, draw_scan
+from pnc.clones import clone_file
+from pnc.data.image_store import GIB, MEMORY
+from pnc.data.readers import load_data
+from pnc.foundation import process_team
+from pnc.foundation.errors import PNCError
+from pnc.method import pipeline, positions
+from pnc.method.localization.localizer import Method
+from pnc.method.task import Precision, prepare_task
 
 BAD_INPUT, INTERRUPTED = 2, 130
 _USAGE_ERROR: Any = typer.BadParameter.__base__  # of click or of typer itself, as typer's version has it

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pnc.arguments import (
+from pnc.bench import position_strategies as positions_bench
+from pnc.bench.result_files import Claim
+from pnc.cli.arguments import (
     ModelOptions,
     check_different,
     check_images,
@@ -14,12 +16,10 @@ from pnc.arguments import (
     parse_support,
     read_device,
 )
-from pnc.bench import position_strategies as positions_bench
-from pnc.bench.result_files import Claim
+from pnc.cli.output import say
 from pnc.data.image_set import sample_per_class
 from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError
-from pnc.screen import say
 
 
 def setting_of(

@@ -10,7 +10,12 @@ from typing import Annotated
 
 import typer
 
-from pnc.arguments import (
+from pnc.bench import compare as compare_bench
+from pnc.bench import compare_report
+from pnc.bench.comparison_methods import GROUPS, choose_methods, trained_network
+from pnc.bench.result_files import Cells, write_results
+from pnc.bench.rivals.rival import Budget
+from pnc.cli.arguments import (
     ModelOptions,
     check_different,
     check_images,
@@ -21,12 +26,9 @@ from pnc.arguments import (
     parse_support,
     use_threads,
 )
-from pnc.bench import compare as compare_bench
-from pnc.bench import compare_report
-from pnc.bench.comparison_methods import GROUPS, choose_methods, trained_network
-from pnc.bench.result_files import Cells, write_results
-from pnc.bench.rivals.rival import Budget
-from pnc.bench_options import show_claims
+from pnc.cli.bench_options import show_claims
+from pnc.cli.output import complain, progress, say
+from pnc.cli.plots import draw_comparison, draw_curves
 from pnc.data.image_set import ImageSet, sample_per_class
 from pnc.data.readers import load_data
 from pnc.foundation.class_names import listed, parse_classes
@@ -34,8 +36,6 @@ from pnc.foundation.errors import InputError
 from pnc.method.task import Precision, Progress
 from pnc.models.model_specs import LoadedModel
 from pnc.models.pretraining import recipe_for
-from pnc.plots import draw_comparison, draw_curves
-from pnc.screen import complain, progress, say
 
 
 def measure_comparison(

@@ -6,14 +6,14 @@ from typing import Annotated
 import torch
 import typer
 
-from pnc.arguments import check_outputs, read_device
 from pnc.bench import scale
 from pnc.bench.result_files import Cells, write_results
-from pnc.bench_options import show_claims
+from pnc.cli.arguments import check_outputs, read_device
+from pnc.cli.bench_options import show_claims
+from pnc.cli.options import Device
+from pnc.cli.output import progress
+from pnc.cli.plots import draw_growth
 from pnc.foundation.errors import InputError
-from pnc.options import Device
-from pnc.plots import draw_growth
-from pnc.screen import progress
 
 
 def measure_scale(

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from pnc.arguments import (
+from pnc.bench import main_job
+from pnc.cli.arguments import (
     ModelOptions,
     attach_clones,
     check_images,
@@ -19,15 +20,14 @@ from pnc.arguments import (
     read_device,
     use_threads,
 )
-from pnc.bench import main_job
+from pnc.cli.options import Data, Device, Json, Names, Sources, Target, Threads, Weights, write_json
+from pnc.cli.output import say, show_clone, show_facts, shown
 from pnc.composite.file_proof import Check, prove
 from pnc.composite.metrics import evaluate
 from pnc.data.image_set import class_subset, relabel
 from pnc.data.readers import load_data, load_images
 from pnc.foundation.class_names import listed
 from pnc.foundation.errors import FileFormatError, InputError
-from pnc.options import Data, Device, Json, Names, Sources, Target, Threads, Weights, write_json
-from pnc.screen import say, show_clone, show_facts, shown
 
 
 def evaluate_clones(

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from pnc.arguments import CloneFacts
+from pnc.cli.arguments import CloneFacts
 
 _GAP = "  "
 

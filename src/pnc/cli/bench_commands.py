@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from pnc.arguments import check_outputs, use_threads
 from pnc.bench import channel_methods as localize_bench
 from pnc.bench import coverage as coverage_bench
 from pnc.bench import file_attacks as files_bench
@@ -13,13 +12,14 @@ from pnc.bench import library_classifiers, random_lives
 from pnc.bench import lifecycle as lifecycle_bench
 from pnc.bench import position_strategies as positions_bench
 from pnc.bench.result_files import Cells, write_results
-from pnc.bench_options import setting_of, show_claims
-from pnc.compare_cli import measure_comparison, report_comparison
+from pnc.cli.arguments import check_outputs, use_threads
+from pnc.cli.bench_options import setting_of, show_claims
+from pnc.cli.compare_commands import measure_comparison, report_comparison
+from pnc.cli.output import progress, say
+from pnc.cli.scale_commands import measure_scale
+from pnc.cli.speed_commands import measure_speed
 from pnc.foundation.class_names import listed, parse_classes
 from pnc.foundation.errors import InputError
-from pnc.scale_cli import measure_scale
-from pnc.screen import progress, say
-from pnc.speed_cli import measure_speed
 
 bench = typer.Typer(
     no_args_is_help=True,

@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from pnc.arguments import check_outputs, use_threads
 from pnc.bench import latency
 from pnc.bench import speed as speed_bench
 from pnc.bench.result_files import Cells, write_results
-from pnc.bench_options import setting_of, show_claims
+from pnc.cli.arguments import check_outputs, use_threads
+from pnc.cli.bench_options import setting_of, show_claims
+from pnc.cli.options import Device
+from pnc.cli.output import progress
 from pnc.foundation.errors import InputError
-from pnc.options import Device
-from pnc.screen import progress
 
 
 def measure_speed(

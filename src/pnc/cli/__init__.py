@@ -1,0 +1,1 @@
+"""The `pnc` command. Start with `app`."""
