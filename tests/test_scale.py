@@ -63,7 +63,7 @@ def counted(monkeypatch, task, **settings):
         patch.setattr(ridge, "_solve", counting(ridge._solve, "factorizations"))
         patch.setattr(Stitched, "forward", run)
         patch.setattr(AdapterFitter, "__init__", made)
-        for module in (positions, judging):
+        for module in (positions, held_out):
             patch.setattr(module, "extract", watched)
         found = pnc.scan(task, **settings)
     return found, counts
