@@ -10,7 +10,7 @@ from pnc.channels.compaction import own_copy
 from pnc.clones.adapter import Adapter, Stitched
 from pnc.clones.branch import Branch, Scalars
 from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
-from pnc.foundation.network_state import fingerprint
+from pnc.foundation.fingerprints import fingerprint
 from pnc.graph.cut_points import cut_points, extract, find_head
 from pnc.graph.recording import record
 

@@ -35,7 +35,8 @@ from pnc.bench.rivals.tuning import Data, Method, Setting, extend_classifier, gr
 from pnc.composite.composite import Composite
 from pnc.composite.metrics import evaluate
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import differences, same_bits, snapshot
+from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.cut_points import INPUT
 from pnc.method.task import CloneTask, prepare_task
 

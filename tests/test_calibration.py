@@ -10,7 +10,8 @@ import pnc
 from pnc.bench.random_lives import BASE, GROUPS
 from pnc.clones.branch import Scalars, against_rivals
 from pnc.foundation.errors import ClassNameError, InputError
-from pnc.foundation.network_state import differences, same_bits, snapshot
+from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.tensor_bits import same_bits
 from pnc.method.calibration import MIN_SCALE, _against_rivals, _most_probable, _Problem, collect_log_odds
 
 N_BASE = len(BASE)

@@ -11,7 +11,8 @@ from digits import NEW, held_out_images, network, pair, support
 from pnc.bench.file_attacks import material
 from pnc.clones.branch import Scalars
 from pnc.foundation.errors import FileFormatError, InputError, MismatchError
-from pnc.foundation.network_state import differences, fingerprint, snapshot
+from pnc.foundation.fingerprints import fingerprint
+from pnc.foundation.network_state import differences, snapshot
 from pnc.foundation.tensor_files import METADATA_KEY, read_tensors, write_tensors
 
 MADE = {}

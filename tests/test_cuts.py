@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 import zoo
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import differences, same_bits, snapshot
+from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.cut_points import INPUT, LOGITS, CutPoint, candidate_cuts, cut_points, extract, find_head, gaps
 from pnc.graph.recording import info, record
 from pnc.models.reference_networks import resnet

@@ -10,7 +10,8 @@ import pnc
 from digits import BASE, NEW, held_out_images, pair, support
 from pnc.composite.metrics import evaluate
 from pnc.foundation.errors import InputError, RecordingError
-from pnc.foundation.network_state import differences, same_bits, snapshot
+from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.recording import record
 from pnc.models.exported_programs import from_exported
 from pnc.models.model_specs import load_model

@@ -6,7 +6,8 @@ import warnings
 import pytest
 import torch
 
-from pnc.foundation.network_state import differences, same_bits, snapshot
+from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.cut_points import LOGITS, candidate_cuts, extract, find_head
 from pnc.graph.recording import record
 

@@ -15,7 +15,8 @@ from pnc.bench.comparison_methods import METHODS
 from pnc.bench.rivals.rival import Budget
 from pnc.cli.app import app
 from pnc.composite.metrics import evaluate
-from pnc.foundation.network_state import differences, fingerprint, snapshot
+from pnc.foundation.fingerprints import fingerprint
+from pnc.foundation.network_state import differences, snapshot
 from pnc.method import paper_search, refinement
 from pnc.method.localization import localizer
 from pnc.method.refinement import Schedule

@@ -12,7 +12,8 @@ from torch import nn
 
 import zoo
 from pnc.foundation.errors import InputError, RecordingError
-from pnc.foundation.network_state import differences, same_bits, snapshot
+from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.recording import info, record
 
 # Networks of the zoo that use old or unfinished parts of PyTorch, as users' networks do.

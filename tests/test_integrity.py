@@ -6,15 +6,9 @@ import torch
 from torch import nn
 
 from pnc.foundation import network_state
-from pnc.foundation.network_state import (
-    KnownFingerprint,
-    differences,
-    evaluating,
-    fingerprint,
-    first_difference,
-    same_bits,
-    snapshot,
-)
+from pnc.foundation.fingerprints import KnownFingerprint, fingerprint, first_difference
+from pnc.foundation.network_state import differences, evaluating, snapshot
+from pnc.foundation.tensor_bits import same_bits
 
 
 def network() -> nn.Module:

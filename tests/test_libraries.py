@@ -17,7 +17,8 @@ import pnc
 from digits import BASE, NEW, pair
 from pnc.cli import app
 from pnc.foundation.errors import InputError, MismatchError
-from pnc.foundation.network_state import differences, same_bits, snapshot
+from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.recording import record
 from pnc.models import library_networks
 from pnc.models.model_specs import LoadedModel, build_model, has_own_weights, load_model, save_model

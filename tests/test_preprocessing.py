@@ -17,7 +17,9 @@ from pnc.composite.metrics import evaluate
 from pnc.data.image_set import ImageSet
 from pnc.data.support import Support
 from pnc.foundation.errors import InputError, MismatchError
-from pnc.foundation.network_state import differences, fingerprint, same_bits, snapshot
+from pnc.foundation.fingerprints import fingerprint
+from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.cut_points import LOGITS, candidate_cuts, cut_points, extract, find_head
 from pnc.graph.recording import Recording, record
 from pnc.models.preprocessing import Preprocessed

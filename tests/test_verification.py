@@ -9,7 +9,7 @@ import pnc
 from digits import NEW, held_out_images, network, pair, support
 from pnc.composite.verification import Report, verify_composite
 from pnc.foundation.errors import InputError, MismatchError
-from pnc.foundation.network_state import fingerprint
+from pnc.foundation.fingerprints import fingerprint
 
 MADE = []
 

@@ -26,7 +26,8 @@ from pnc.composite.metrics import calibration_error, evaluate, leak, shifted
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.support import draw_support
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import differences, evaluating, fingerprint, snapshot
+from pnc.foundation.fingerprints import fingerprint
+from pnc.foundation.network_state import differences, evaluating, snapshot
 from pnc.method.task import Progress, prepare_task
 from pnc.models.model_specs import LoadedModel
 

@@ -22,7 +22,8 @@ from pnc.channels.compaction import compact
 from pnc.clones.clone_file import load, save
 from pnc.composite.composite import Composite, attach
 from pnc.foundation.errors import PNCError
-from pnc.foundation.network_state import differences, evaluating, same_bits, snapshot
+from pnc.foundation.network_state import differences, evaluating, snapshot
+from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.cut_points import LOGITS, candidate_cuts, cut_points, extract, find_head, gaps
 from pnc.graph.recording import Recording, pick_logits, record
 from pnc.method.pipeline import fit

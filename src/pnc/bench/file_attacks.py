@@ -24,7 +24,8 @@ from pnc.clones.clone import Clone
 from pnc.clones.clone_file import Kind, inspect, load, save
 from pnc.composite.composite import attach
 from pnc.foundation.errors import InputError, PNCError
-from pnc.foundation.network_state import fingerprint, same_bits
+from pnc.foundation.fingerprints import fingerprint
+from pnc.foundation.tensor_bits import same_bits
 from pnc.method.pipeline import fit
 from pnc.method.positions import scan
 from pnc.method.task import Progress, prepare_task

@@ -31,7 +31,7 @@ from pnc.composite.layer_folding import folded
 from pnc.data.image_set import images_as_float
 from pnc.data.support import draw_support
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import fingerprint
+from pnc.foundation.fingerprints import fingerprint
 from pnc.graph.cut_points import candidate_cuts, extract
 from pnc.graph.recording import record
 from pnc.method.pipeline import clone, fit

@@ -22,7 +22,8 @@ from pnc.composite.metrics import evaluate
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.support import Support, draw_support
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import fingerprint, value_digests
+from pnc.foundation.fingerprints import fingerprint
+from pnc.foundation.tensor_bits import value_digests
 from pnc.method.calibration import calibrate, collect_log_odds
 from pnc.method.pipeline import clone
 from pnc.method.task import Progress

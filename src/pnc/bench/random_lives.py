@@ -20,7 +20,8 @@ from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save
 from pnc.composite.composite import attach
 from pnc.data.support import Support
-from pnc.foundation.network_state import differences, same_bits, snapshot
+from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.tensor_bits import same_bits
 from pnc.method.calibration import calibrate
 from pnc.method.pipeline import fit
 from pnc.method.positions import scan

@@ -25,7 +25,7 @@ from pnc.bench.result_files import Cells, Claim, at_most, commit, table
 from pnc.clones.clone_file import save
 from pnc.composite.composite import attach
 from pnc.data.image_store import GIB
-from pnc.foundation.network_state import fingerprint
+from pnc.foundation.fingerprints import fingerprint
 from pnc.foundation.process_team import ALONE, Team, joined
 from pnc.method.pipeline import clone, fit
 from pnc.method.positions import scan

@@ -8,7 +8,7 @@ from pnc.channels.channel_masks import ChannelMasks
 from pnc.clones.branch import Branch
 from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import Fingerprint
+from pnc.foundation.fingerprints import Fingerprint
 from pnc.graph.cut_points import CutPoint
 
 

@@ -21,7 +21,8 @@ from pnc.clones.heads import DiscriminantHead, Head, SourceHead, StackedHead
 from pnc.clones.manifest import Kind, Manifest, read_manifest
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import FileFormatError, InputError, MismatchError
-from pnc.foundation.network_state import dtype_name, fingerprint, first_difference
+from pnc.foundation.fingerprints import fingerprint, first_difference
+from pnc.foundation.tensor_bits import dtype_name
 from pnc.foundation.tensor_files import read_sealed, write_tensors
 from pnc.graph.cut_points import CutPoint, cut_points, extract, find_head
 from pnc.graph.recording import record

@@ -15,7 +15,7 @@ from typing import Any, Literal, Never, cast, get_args
 from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.foundation.class_names import MAX_TEXT, is_name
 from pnc.foundation.errors import FileFormatError, InputError
-from pnc.foundation.network_state import Fingerprint
+from pnc.foundation.fingerprints import Fingerprint
 from pnc.graph.cut_points import CutPoint
 
 FORMAT = "pnc-clone"

@@ -20,7 +20,8 @@ from pnc.composite.verification import BATCH_SIZES, Report, verify_composite
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.class_names import listed, unknown_name
 from pnc.foundation.errors import ClassNameError, InputError
-from pnc.foundation.network_state import KnownFingerprint, Snapshot, undisturbed
+from pnc.foundation.fingerprints import KnownFingerprint
+from pnc.foundation.network_state import Snapshot, undisturbed
 from pnc.graph.cut_points import LOGITS, extract
 from pnc.graph.recording import Recording, record
 from pnc.method.task import HasClones

@@ -10,7 +10,7 @@ from pnc.clones.clone_file import load, read_clone_file
 from pnc.composite.composite import attach
 from pnc.composite.verification import BATCH_SIZES, Report, snapshot
 from pnc.foundation.class_names import listed
-from pnc.foundation.network_state import first_difference
+from pnc.foundation.fingerprints import first_difference
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,9 @@ from torch import Tensor, nn
 from pnc.foundation import network_state
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import (
-    Fingerprint,
-    Snapshot,
-    differences,
-    evaluating,
-    first_difference,
-    same_bits,
-)
+from pnc.foundation.fingerprints import Fingerprint, first_difference
+from pnc.foundation.network_state import Snapshot, differences, evaluating
+from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.recording import pick_logits
 
 BATCH_SIZES = (1, 3, 4)

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pnc.foundation.errors import FileFormatError, InputError
-from pnc.foundation.network_state import DTYPES, as_bytes, dtype_name, value_digests
+from pnc.foundation.tensor_bits import DTYPES, as_bytes, dtype_name, value_digests
 
 try:
     import fcntl

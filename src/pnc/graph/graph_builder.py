@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pnc.foundation.errors import RecordingError
-from pnc.foundation.network_state import same_bits
+from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.operation_tape import Op, Ref, Tape
 from pnc.graph.recorder import BATCH_SIZES, NodeInfo, info, operation_name
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import InputError, RecordingError
-from pnc.foundation.network_state import same_bits
+from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.graph_builder import bind, merge
 from pnc.graph.operation_tape import Tape, tensors_in
 from pnc.graph.recorder import BATCH_SIZES, NodeInfo, Recorder, info

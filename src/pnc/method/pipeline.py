@@ -17,9 +17,11 @@ from pnc.clones.heads import Head
 from pnc.data.image_store import MEMORY
 from pnc.foundation.argument_checks import check_bound, check_whole
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import fingerprint, undisturbed, value_digests
+from pnc.foundation.fingerprints import fingerprint
+from pnc.foundation.network_state import undisturbed
 from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
+from pnc.foundation.tensor_bits import value_digests
 from pnc.foundation.tensor_files import canonical_json
 from pnc.graph.recorder import info
 from pnc.method.adapter_fitting import CrossFitted

@@ -14,8 +14,9 @@ from pnc.data.support import StoredSupport, stored_support
 from pnc.foundation.argument_checks import check_module, check_whole
 from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name
 from pnc.foundation.errors import ClassNameError, InputError, RecordingError
-from pnc.foundation.network_state import dtype_name, undisturbed
+from pnc.foundation.network_state import undisturbed
 from pnc.foundation.process_team import ALONE, Team
+from pnc.foundation.tensor_bits import dtype_name
 from pnc.graph.cut_points import Head, find_head
 from pnc.graph.recording import Recording, info, record
 
