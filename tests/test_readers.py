@@ -13,8 +13,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pnc.data.image_set import ImageSet
-from pnc.data.readers import load_data, load_images, split_spec
+from pnc.data.readers import load_data, load_images
 from pnc.foundation.errors import InputError
+from pnc.foundation.specs import split_spec
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), dtype=np.uint8)
 GREYS = COLOURS[..., 0]

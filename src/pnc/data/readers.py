@@ -15,6 +15,7 @@ from torch import Tensor
 from pnc.data.image_set import ImageSet
 from pnc.foundation.class_names import listed, unknown_name
 from pnc.foundation.errors import InputError
+from pnc.foundation.specs import split_spec
 
 Split = Literal["train", "test"]
 
@@ -22,28 +23,6 @@ _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", "
 _PIL_MODES = {1: "L", 3: "RGB"}
 _GREY_MODES = frozenset({"1", "L", "LA", "La"})
 _ORIENTATION = 0x0112  # the EXIF tag; values from 5 swap width and height
-
-
-def split_spec(spec: str, argument: str) -> tuple[str, str, dict[str, str]]:
-    """Split `SCHEME:BODY?key=value&key=value` into (scheme, body, options); the scheme is "" where there is none.
-
-    Raises:
-        InputError: an option is not of that form or comes twice.
-
-    >>> split_spec("folder:photos?size=32", "spec")
-    ('folder', 'photos', {'size': '32'})
-    """
-    head, _, query = spec.partition("?")
-    scheme, colon, body = head.partition(":")
-    if not colon:
-        scheme, body = "", head
-    options: dict[str, str] = {}
-    for item in filter(None, query.split("&")):
-        key, equals, value = item.partition("=")
-        if not equals or not key or not value or key in options:
-            raise InputError(f"{argument}: {item!r} in {spec!r} is no option of the form key=value given once")
-        options[key] = value
-    return scheme, body, options
 
 
 def load_data(spec: str, split: Split = "train") -> ImageSet:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pnc.data.readers import split_spec
 from pnc.foundation.class_names import check_class_names, listed, unknown_name
 from pnc.foundation.errors import InputError, MismatchError, RecordingError
+from pnc.foundation.specs import split_spec
 from pnc.foundation.tensor_files import write_tensors
 from pnc.graph.recording import pick_logits
 from pnc.models.library_networks import (

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pnc.data.image_set import ImageSet, images_as_float, relabel
-from pnc.data.readers import split_spec
 from pnc.foundation.errors import FileFormatError, InputError
+from pnc.foundation.specs import split_spec
 from pnc.foundation.tensor_files import canonical_json, read_tensors, write_tensors
 from pnc.models.model_specs import LoadedModel, build_model, load_model, save_model
 from pnc.models.reference_networks import Normalize

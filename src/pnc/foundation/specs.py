@@ -1,0 +1,25 @@
+"""Specs: `kind:body?option=value`, as data sets and networks are named on the command line."""
+
+from pnc.foundation.errors import InputError
+
+
+def split_spec(spec: str, argument: str) -> tuple[str, str, dict[str, str]]:
+    """Split `SCHEME:BODY?key=value&key=value` into (scheme, body, options); the scheme is "" where there is none.
+
+    Raises:
+        InputError: an option is not of that form or comes twice.
+
+    >>> split_spec("folder:photos?size=32", "spec")
+    ('folder', 'photos', {'size': '32'})
+    """
+    head, _, query = spec.partition("?")
+    scheme, colon, body = head.partition(":")
+    if not colon:
+        scheme, body = "", head
+    options: dict[str, str] = {}
+    for item in filter(None, query.split("&")):
+        key, equals, value = item.partition("=")
+        if not equals or not key or not value or key in options:
+            raise InputError(f"{argument}: {item!r} in {spec!r} is no option of the form key=value given once")
+        options[key] = value
+    return scheme, body, options
