@@ -26,7 +26,7 @@ from pnc.channels.compaction import compact, filled, mask_segment, output_channe
 from pnc.foundation.errors import MismatchError, PNCError
 from pnc.foundation.network_state import differences, snapshot
 from pnc.graph.cut_points import candidate_cuts, extract, find_head
-from pnc.graph.recorder import info
+from pnc.graph.nodes import info
 from pnc.graph.recording import record
 from segments import assert_compact_is_masked, half, network, segment_of
 

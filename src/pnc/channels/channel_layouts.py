@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from pnc.graph.nodes import argument, constant_sources, describe, shape_of
-from pnc.graph.recorder import info
+from pnc.graph.nodes import argument, constant_sources, describe, info, shape_of
 
 FIXED = 0
 """The atom of every index that can never be removed."""

@@ -14,8 +14,7 @@ from torch import Tensor, fx
 from pnc.channels.channel_layouts import FIXED, AtomSlice, Layout, Tracker, fixed
 from pnc.channels.module_inlining import opened
 from pnc.channels.rule_table import apply_rule, opens_channels
-from pnc.graph.nodes import describe, shape_of
-from pnc.graph.recorder import info
+from pnc.graph.nodes import describe, info, shape_of
 
 KEPT = -1
 """Unit number of an index that can never be removed."""

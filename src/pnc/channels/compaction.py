@@ -23,8 +23,7 @@ from pnc.channels.module_inlining import opened
 from pnc.channels.module_probes import owned_tensor, replace_tensor, resize_attributes
 from pnc.channels.size_arguments import rewrite
 from pnc.foundation.errors import MismatchError, PNCError
-from pnc.graph.nodes import constant_sources, shape_of
-from pnc.graph.recorder import NodeInfo, info
+from pnc.graph.nodes import NodeInfo, constant_sources, info, shape_of
 
 TOLERANCE = 1e-10
 """Largest accepted difference of masked and compacted outputs, relative to the largest output, in float64."""

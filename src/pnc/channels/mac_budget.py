@@ -12,7 +12,7 @@ from pnc.channels.channel_spaces import ChannelSpace, ChannelSpaces
 from pnc.channels.module_inlining import opened
 from pnc.foundation.argument_checks import check_whole
 from pnc.foundation.errors import InputError
-from pnc.graph.recorder import info
+from pnc.graph.nodes import info
 
 _ROUNDING = 1e-3  # of one MAC: a density that was computed from a number of MACs gives that number back
 

@@ -19,8 +19,8 @@ from pnc.channels import module_probes
 from pnc.channels.rule_table import has_hooks, is_understood
 from pnc.foundation.errors import RecordingError
 from pnc.graph.graph_builder import eval_module, merge
-from pnc.graph.nodes import shape_of
-from pnc.graph.recorder import BATCH_SIZES, NodeInfo, Recorder, info
+from pnc.graph.nodes import BATCH_SIZES, NodeInfo, info, shape_of
+from pnc.graph.recorder import Recorder
 
 _PROBE_SIZE = 5  # a batch size other than the recorded ones
 

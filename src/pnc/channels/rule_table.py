@@ -12,8 +12,7 @@ from pnc.channels import layer_rules as layers
 from pnc.channels import module_probes
 from pnc.channels import tensor_rules as tensors
 from pnc.channels.channel_layouts import Result, Tracker, opaque
-from pnc.graph.nodes import describe, family
-from pnc.graph.recorder import info
+from pnc.graph.nodes import describe, family, info
 
 Rule = Callable[[Tracker, fx.Node], Result]
 

@@ -12,8 +12,7 @@ from torch import Tensor, fx, nn
 
 from pnc.channels.channel_spaces import Channels
 from pnc.channels.tensor_rules import indexed_dims
-from pnc.graph.nodes import argument, family, shape_of
-from pnc.graph.recorder import NodeInfo
+from pnc.graph.nodes import NodeInfo, argument, family, shape_of
 
 Nodes = Mapping[str, Channels]
 """Where units lie in the tensors of the graph, by node (`ChannelSpaces.nodes`)."""

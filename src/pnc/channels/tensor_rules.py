@@ -11,8 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from pnc.channels.channel_layouts import FIXED, Layout, Result, Tracker, align, compress, fixed, opaque
-from pnc.graph.nodes import argument, batch_dims, describe, scalar_value, shape_of
-from pnc.graph.recorder import info
+from pnc.graph.nodes import argument, batch_dims, describe, info, scalar_value, shape_of
 
 # ------------------------------------------------------------------------------------------------------- arithmetic
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from pnc.clones.adapter import Stitched
 from pnc.clones.heads import DiscriminantHead, Head, StackedHead
 from pnc.foundation.errors import InputError
-from pnc.graph.recorder import info
+from pnc.graph.nodes import info
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from pnc.channels.rule_table import has_hooks
 from pnc.graph.graph_builder import eval_module
-from pnc.graph.recorder import info
+from pnc.graph.nodes import info
 
 
 def flattened(module: fx.GraphModule) -> fx.GraphModule:

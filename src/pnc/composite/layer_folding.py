@@ -16,7 +16,7 @@ from pnc.channels.rule_table import has_hooks
 from pnc.clones.adapter import Adapter, Stitched
 from pnc.clones.position_grids import grid_size
 from pnc.composite.direct_calls import called_directly, flattened, reusing_memory
-from pnc.graph.recorder import info
+from pnc.graph.nodes import info
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

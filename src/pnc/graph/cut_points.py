@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pnc.foundation.errors import InputError
-from pnc.graph.recorder import info
+from pnc.graph.nodes import info
 from pnc.graph.recording import Recording
 from pnc.graph.subgraphs import costs_before, dominators, needs_of, subgraph
 from pnc.graph.tensor_axes import channel_dims, prefix_tokens

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 
 from pnc.foundation.errors import RecordingError
 from pnc.foundation.tensor_bits import same_bits
+from pnc.graph.nodes import BATCH_SIZES, NodeInfo, info, operation_name
 from pnc.graph.operation_tape import Op, Ref, Tape
-from pnc.graph.recorder import BATCH_SIZES, NodeInfo, info, operation_name
 
 
 def merge(network: nn.Module, first: Tape, second: Tape) -> fx.Graph:

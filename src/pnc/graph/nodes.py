@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 from torch import fx
 from torch.fx.node import map_arg
-
-from pnc.graph.recorder import BATCH_SIZES, info, operation_name
 
 
 def describe(node: fx.Node) -> str:
@@ -82,3 +82,47 @@ def constant_sources(node: fx.Node) -> list[fx.Node] | None:
     sources = [n for n in made_of if n.op == "get_attr"]
     fits = math.prod(shape_of(node)) <= sum(math.prod(shape_of(source)) for source in sources)
     return sources if fits else None
+
+
+BATCH_SIZES = (2, 3)
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """What is known about a node of a recorded graph; kept as `node.meta["pnc"]`, also in extracted graphs.
+
+    Attributes:
+        shape: Shape of its result at batch size 2, batch included; None unless the result is a single tensor.
+        shape3: The same at batch size 3.
+        dtype: Type of that tensor.
+        is_tensor: Its result holds at least one tensor. The others are integers that follow the batch size.
+        from_input: Its content depends on the network's input (not only on the batch size).
+        scope: Qualified name of the module in whose forward it ran ("" for the network itself).
+        n_macs: Multiply-accumulate operations per sample.
+        n_params: Parameters that it is the first to use.
+        after: Names of nodes that must have run before, beyond its arguments: the last writers of what it reads.
+        holds: Storages of its result, as numbers that mean the same within one recording.
+        writes: Storages whose content it changes.
+    """
+
+    shape: tuple[int, ...] | None
+    shape3: tuple[int, ...] | None
+    dtype: torch.dtype | None
+    is_tensor: bool
+    from_input: bool
+    scope: str
+    n_macs: int = 0
+    n_params: int = 0
+    after: tuple[str, ...] = ()
+    holds: frozenset[int] = frozenset()
+    writes: frozenset[int] = frozenset()
+
+
+def info(node: fx.Node) -> NodeInfo:
+    """The facts about a node of a recorded or extracted graph."""
+    return cast(NodeInfo, node.meta["pnc"])
+
+
+def operation_name(target: Any) -> str:
+    """What people call an operation: a function's or method's name, or the qualified name of a module or tensor."""
+    return target if isinstance(target, str) else str(getattr(target, "__name__", target))

@@ -7,11 +7,10 @@ reads do not: they are plain integers by then, and the ones that follow the batc
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
@@ -19,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pnc.foundation.errors import RecordingError
+from pnc.graph.nodes import operation_name
 from pnc.graph.operation_tape import Kind, Op, Tape, TapeWriter, is_plain, strange_types, tensors_in
 
-BATCH_SIZES = (2, 3)
 """The two batch sizes at which a network is recorded; an integer that follows the batch is a multiple of both."""
 
 _CONTAINERS = (
@@ -42,42 +41,6 @@ _METHODS: dict[Any, str] = {
     for name in dir(Tensor)
     if callable(getattr(Tensor, name)) and not name.startswith(("__class", "__init", "__sub"))
 }
-
-
-@dataclass(frozen=True)
-class NodeInfo:
-    """What is known about a node of a recorded graph; kept as `node.meta["pnc"]`, also in extracted graphs.
-
-    Attributes:
-        shape: Shape of its result at batch size 2, batch included; None unless the result is a single tensor.
-        shape3: The same at batch size 3.
-        dtype: Type of that tensor.
-        is_tensor: Its result holds at least one tensor. The others are integers that follow the batch size.
-        from_input: Its content depends on the network's input (not only on the batch size).
-        scope: Qualified name of the module in whose forward it ran ("" for the network itself).
-        n_macs: Multiply-accumulate operations per sample.
-        n_params: Parameters that it is the first to use.
-        after: Names of nodes that must have run before, beyond its arguments: the last writers of what it reads.
-        holds: Storages of its result, as numbers that mean the same within one recording.
-        writes: Storages whose content it changes.
-    """
-
-    shape: tuple[int, ...] | None
-    shape3: tuple[int, ...] | None
-    dtype: torch.dtype | None
-    is_tensor: bool
-    from_input: bool
-    scope: str
-    n_macs: int = 0
-    n_params: int = 0
-    after: tuple[str, ...] = ()
-    holds: frozenset[int] = frozenset()
-    writes: frozenset[int] = frozenset()
-
-
-def info(node: fx.Node) -> NodeInfo:
-    """The facts about a node of a recorded or extracted graph."""
-    return cast(NodeInfo, node.meta["pnc"])
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -280,8 +243,3 @@ def _look(module: nn.Module) -> tuple[object, ...]:
 def _version(tensor: Tensor) -> int:
     """How often a tensor's memory was written to (parameters made under `inference_mode` do not count it)."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def operation_name(target: Any) -> str:
-    """What people call an operation: a function's or method's name, or the qualified name of a module or tensor."""
-    return target if isinstance(target, str) else str(getattr(target, "__name__", target))

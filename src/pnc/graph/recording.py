@@ -21,8 +21,9 @@ from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import InputError, RecordingError
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.graph_builder import bind, merge
+from pnc.graph.nodes import BATCH_SIZES, NodeInfo, info
 from pnc.graph.operation_tape import Tape, tensors_in
-from pnc.graph.recorder import BATCH_SIZES, NodeInfo, Recorder, info
+from pnc.graph.recorder import Recorder
 from pnc.graph.subgraphs import dominators, part
 
 __all__ = ["BATCH_SIZES", "NodeInfo", "Recording", "info", "pick_logits", "record"]

@@ -7,7 +7,7 @@ from torch import fx
 
 from pnc.foundation.errors import InputError
 from pnc.graph.graph_builder import eval_module
-from pnc.graph.recorder import BATCH_SIZES, NodeInfo, info
+from pnc.graph.nodes import BATCH_SIZES, NodeInfo, info
 
 
 def needs_of(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

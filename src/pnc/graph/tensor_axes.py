@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from pnc.graph.recorder import info, operation_name
+from pnc.graph.nodes import info, operation_name
 from pnc.graph.recording import Recording
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv_transpose2d")

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pnc.clones.heads import DiscriminantHead, HeadSamples, SourceHead, StackedHead, shortened
 from pnc.graph.cut_points import CutPoint
-from pnc.graph.recorder import info
+from pnc.graph.nodes import info
 from pnc.graph.recording import Recording
 from pnc.method.discriminants import ABSENT
 

@@ -23,7 +23,7 @@ from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.foundation.tensor_bits import value_digests
 from pnc.foundation.tensor_files import canonical_json
-from pnc.graph.recorder import info
+from pnc.graph.nodes import info
 from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.base_drop_bound import check_base_drop, check_promise, least_priority
 from pnc.method.density_choice import TOLERANCE, joint_front, worth_trying

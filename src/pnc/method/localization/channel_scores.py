@@ -16,8 +16,7 @@ from pnc.channels.mac_budget import Costs
 from pnc.channels.module_inlining import opened
 from pnc.channels.module_probes import owned_tensor
 from pnc.foundation.errors import InputError
-from pnc.graph.nodes import batch_dims, shape_of
-from pnc.graph.recorder import BATCH_SIZES
+from pnc.graph.nodes import BATCH_SIZES, batch_dims, shape_of
 
 OneShot = Literal["taylor", "magnitude", "random"]
 
