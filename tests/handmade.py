@@ -11,7 +11,8 @@ from pnc.clones.adapter import Adapter, Stitched
 from pnc.clones.branch import Branch, Scalars
 from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.foundation.fingerprints import fingerprint
-from pnc.graph.cut_points import cut_points, extract, find_head
+from pnc.graph.classifier import find_head
+from pnc.graph.cut_points import cut_points, extract
 from pnc.graph.recording import record
 
 

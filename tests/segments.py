@@ -6,7 +6,8 @@ from torch import fx
 from pnc.channels.channel_masks import ChannelMasks, channel_masks
 from pnc.channels.channel_spaces import ChannelSpaces, channel_spaces
 from pnc.channels.compaction import compact, kept_flags, mask_segment
-from pnc.graph.cut_points import cut_points, extract, find_head
+from pnc.graph.classifier import find_head
+from pnc.graph.cut_points import cut_points, extract
 from pnc.graph.nodes import info
 from pnc.graph.recording import record
 

@@ -25,7 +25,9 @@ from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import compact, filled, mask_segment, output_channels, own_copy
 from pnc.foundation.errors import MismatchError, PNCError
 from pnc.foundation.network_state import differences, snapshot
-from pnc.graph.cut_points import candidate_cuts, extract, find_head
+from pnc.graph.candidate_cuts import candidate_cuts
+from pnc.graph.classifier import find_head
+from pnc.graph.cut_points import extract
 from pnc.graph.nodes import info
 from pnc.graph.recording import record
 from segments import assert_compact_is_masked, half, network, segment_of

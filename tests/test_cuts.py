@@ -11,7 +11,9 @@ import zoo
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, snapshot
 from pnc.foundation.tensor_bits import same_bits
-from pnc.graph.cut_points import INPUT, LOGITS, CutPoint, candidate_cuts, cut_points, extract, find_head, gaps
+from pnc.graph.candidate_cuts import candidate_cuts, gaps
+from pnc.graph.classifier import find_head
+from pnc.graph.cut_points import INPUT, LOGITS, CutPoint, cut_points, extract
 from pnc.graph.recording import info, record
 from pnc.models.reference_networks import resnet
 

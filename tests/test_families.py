@@ -8,7 +8,9 @@ import torch
 
 from pnc.foundation.network_state import differences, snapshot
 from pnc.foundation.tensor_bits import same_bits
-from pnc.graph.cut_points import LOGITS, candidate_cuts, extract, find_head
+from pnc.graph.candidate_cuts import candidate_cuts
+from pnc.graph.classifier import find_head
+from pnc.graph.cut_points import LOGITS, extract
 from pnc.graph.recording import record
 
 NETWORKS = {

@@ -20,7 +20,9 @@ from pnc.foundation.errors import InputError, MismatchError
 from pnc.foundation.fingerprints import fingerprint
 from pnc.foundation.network_state import differences, snapshot
 from pnc.foundation.tensor_bits import same_bits
-from pnc.graph.cut_points import LOGITS, candidate_cuts, cut_points, extract, find_head
+from pnc.graph.candidate_cuts import candidate_cuts
+from pnc.graph.classifier import find_head
+from pnc.graph.cut_points import LOGITS, cut_points, extract
 from pnc.graph.recording import Recording, record
 from pnc.models.preprocessing import Preprocessed
 from pnc.models.reference_networks import cnn

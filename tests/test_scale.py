@@ -7,7 +7,8 @@ import pytest
 import pnc
 from digits import NEW, pair, support
 from pnc.clones.adapter import Stitched
-from pnc.graph.cut_points import candidate_cuts, extract
+from pnc.graph.candidate_cuts import candidate_cuts
+from pnc.graph.cut_points import extract
 from pnc.method import held_out, positions, ridge
 from pnc.method.adapter_fitting import AdapterFitter
 from pnc.method.positions import shortlist

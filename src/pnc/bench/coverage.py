@@ -24,7 +24,9 @@ from pnc.composite.composite import Composite, attach
 from pnc.foundation.errors import PNCError
 from pnc.foundation.network_state import differences, evaluating, snapshot
 from pnc.foundation.tensor_bits import same_bits
-from pnc.graph.cut_points import LOGITS, candidate_cuts, cut_points, extract, find_head, gaps
+from pnc.graph.candidate_cuts import candidate_cuts, gaps
+from pnc.graph.classifier import find_head
+from pnc.graph.cut_points import LOGITS, cut_points, extract
 from pnc.graph.recording import Recording, pick_logits, record
 from pnc.method.pipeline import fit
 from pnc.method.positions import scan

@@ -32,7 +32,8 @@ from pnc.data.image_set import images_as_float
 from pnc.data.support import draw_support
 from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import fingerprint
-from pnc.graph.cut_points import candidate_cuts, extract
+from pnc.graph.candidate_cuts import candidate_cuts
+from pnc.graph.cut_points import extract
 from pnc.graph.recording import record
 from pnc.method.pipeline import clone, fit
 from pnc.method.positions import scan

@@ -13,7 +13,8 @@ from pnc.cli.output import say, show_table
 from pnc.data.image_set import class_subset
 from pnc.data.readers import load_data
 from pnc.foundation.class_names import parse_classes
-from pnc.graph.cut_points import cut_points, gaps
+from pnc.graph.candidate_cuts import gaps
+from pnc.graph.cut_points import cut_points
 from pnc.method.task import Precision, read_network
 from pnc.models import pretraining
 

@@ -24,7 +24,8 @@ from pnc.foundation.errors import FileFormatError, InputError, MismatchError
 from pnc.foundation.fingerprints import fingerprint, first_difference
 from pnc.foundation.tensor_bits import dtype_name
 from pnc.foundation.tensor_files import read_sealed, write_tensors
-from pnc.graph.cut_points import CutPoint, cut_points, extract, find_head
+from pnc.graph.classifier import find_head
+from pnc.graph.cut_points import CutPoint, cut_points, extract
 from pnc.graph.recording import record
 
 __all__ = ["Kind", "inspect", "load", "read_clone_file", "save"]

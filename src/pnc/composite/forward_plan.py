@@ -13,7 +13,8 @@ from pnc.foundation.class_names import unknown_name
 from pnc.foundation.errors import InputError, MismatchError
 from pnc.foundation.fingerprints import KnownFingerprint, first_difference
 from pnc.foundation.tensor_bits import dtype_name
-from pnc.graph.cut_points import CutPoint, cut_points, find_head
+from pnc.graph.classifier import find_head
+from pnc.graph.cut_points import CutPoint, cut_points
 from pnc.graph.recording import Recording
 from pnc.method.head_without_base import last_norm
 

@@ -1,18 +1,16 @@
 """Where a network can be cut in two: cut points as data, the classifier's head, and the parts themselves."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
 from pnc.foundation.errors import InputError
 from pnc.graph.nodes import info
 from pnc.graph.recording import Recording
-from pnc.graph.subgraphs import costs_before, dominators, needs_of, subgraph
+from pnc.graph.subgraphs import costs_before, dominators, subgraph
 from pnc.graph.tensor_axes import channel_dims, prefix_tokens
 
 INPUT = "input"
@@ -21,7 +19,6 @@ INPUT = "input"
 LOGITS = "logits"
 """Names the network's output in `extract`."""
 
-LARGE_GAP = 0.2
 """Share of a network without a cut point inside that is worth a word."""
 
 _KINDS: dict[int, Literal["map", "tokens", "vector"]] = {2: "vector", 3: "tokens", 4: "map"}
@@ -80,26 +77,6 @@ class CutPoint:
         return self.name == other.name and self.is_alike(other)
 
 
-@dataclass(frozen=True, eq=False)
-class Head:
-    """What turns features into logits.
-
-    Attributes:
-        features: Input of the last linear layer. A vector, or a map or tokens where the head pools afterwards; see
-            `find_head` for heads of several layers.
-        module: Qualified name of that layer; None where there are several or it is no module.
-        n_features: Size of the features' channel dimension.
-        weight: (K, n_features); None unless logits = mean of the features over their positions @ weight.T + bias.
-        bias: (K,); None where `weight` is, or where the layer has none.
-    """
-
-    features: CutPoint
-    module: str | None
-    n_features: int
-    weight: Tensor | None
-    bias: Tensor | None
-
-
 # ----------------------------------------------------------------------------------------------------------- cut points
 
 
@@ -135,158 +112,7 @@ def _is_map(shape: Sequence[int], channel_dim: int, input_shape: Sequence[int]) 
     return 2 / 3 <= ratio <= 3 / 2
 
 
-@dataclass(frozen=True)
-class Gap:
-    """Neighbouring cut points, or the last one and the output, with no way to part the network between them.
-
-    Attributes:
-        share: Of the network's MACs, the part that lies between them.
-        params_share: Of its parameters.
-        after: Name of the cut point in front.
-        before: Name of the one behind; `LOGITS` for the output.
-    """
-
-    share: float
-    params_share: float
-    after: str
-    before: str
-
-    @property
-    def is_large(self) -> bool:
-        """Whether a fifth of the network's MACs or parameters lies between them."""
-        return max(self.share, self.params_share) >= LARGE_GAP
-
-
-def gaps(recording: Recording) -> tuple[Gap, ...]:
-    """The parts of a network that have no cut point inside, by MACs, the largest first."""
-    n_macs, n_params = (max(n, 1) for n in costs_before([recording.output])[0])
-    cuts = cut_points(recording)
-    places = [*((cut.name, cut.n_macs, cut.n_params) for cut in cuts), (LOGITS, n_macs, n_params)]
-    found = [Gap((y[1] - x[1]) / n_macs, (y[2] - x[2]) / n_params, x[0], y[0]) for x, y in itertools.pairwise(places)]
-    return tuple(sorted(found, key=lambda gap: -gap.share))
-
-
-def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...]:
-    """The cut points worth trying, from the input to the deepest one before the head's features.
-
-    Of cuts with no multiply-accumulate between them (convolution, norm, activation, dropout, pooling to a smaller
-    map) only the last is kept, as it saves the most at no cost. The input stays, and so does the last tensor with
-    more than one position where positions are then pooled away; what that gives is kept as well, but not where it is
-    as good as the head's features. Of what remains, `limit` are spread evenly over the depth in MACs.
-
-    Raises:
-        InputError: `limit` is below 2, or the network's head is not found (`find_head`).
-    """
-    if limit < 2:
-        raise InputError(f"limit: expected at least 2 (the input and the deepest cut), got {limit}")
-    features = find_head(recording).features
-    cuts = cut_points(recording)
-    chain_ends = [cuts[0]]
-    for n_macs, chain in itertools.groupby(cuts[1 : features.index], key=lambda cut: cut.n_macs):
-        if n_macs > 0:
-            chain_ends.extend(_chain_ends(list(chain), is_last=n_macs == features.n_macs))
-    return _spread(chain_ends, limit)
-
-
-def _chain_ends(chain: Sequence[CutPoint], is_last: bool) -> list[CutPoint]:
-    """The cuts to keep of those with the same cost; `is_last`: the head's features belong to them as well.
-
-    A map is preferred to the same values as tokens or as one long vector: it knows which positions are neighbours. And
-    a map before it is padded for the next layer to the padded one, whose border an adapter could not know.
-    """
-    spatial = [cut for cut in chain if not cut.is_pooled]
-    pooled = [cut for cut in chain if cut.is_pooled and not is_last][-1:]
-    if not spatial:
-        return pooled
-    maps = [cut for cut in spatial if cut.kind == "map"]
-    size = min(cut.size for cut in maps) if spatial[-1].kind == "map" else spatial[-1].size
-    last = next((cut for cut in reversed(maps) if cut.size == size), spatial[-1])
-    return [last] if pooled and pooled[0].size == last.size else [last, *pooled]
-
-
-def _spread(cuts: Sequence[CutPoint], limit: int) -> tuple[CutPoint, ...]:
-    """At most `limit` of the cuts, first and last included, nearest to even steps in MACs."""
-    if len(cuts) <= limit:
-        return tuple(cuts)
-    chosen = {0, len(cuts) - 1}
-    total = cuts[-1].n_macs
-    for step in range(1, limit - 1):
-        wanted = total * step / (limit - 1)
-        free = [i for i in range(len(cuts)) if i not in chosen]
-        chosen.add(min(free, key=lambda i: (abs(cuts[i].n_macs - wanted), i)))
-    return tuple(cuts[i] for i in sorted(chosen))
-
-
 # ----------------------------------------------------------------------------------------------------------------- head
-
-
-def find_head(recording: Recording) -> Head:
-    """The layer that makes the logits, and the features that it reads.
-
-    Walks from the logits back to the last operations that multiply and add. If that is one layer, its input are the
-    features. If there are several (a distilled ViT averages two heads), the features are the deepest cut point with
-    no such operation between it and them. Where there is none either (heads on several branches or stages), the
-    logits stand in for the features.
-
-    Raises:
-        InputError: no operation of the network multiplies and adds; the message lists the deepest cut points.
-    """
-    cuts = cut_points(recording)
-    layers = _last_layers(recording)
-    if not layers:
-        raise InputError(
-            "model: no classifier head found, that is, no linear layer whose output becomes the logits; the deepest "
-            f"cut points are {', '.join(cut.name for cut in cuts[-5:])}"
-        )
-    read = {n.name for layer in layers for n in layer.all_input_nodes if info(n).from_input}
-    n_macs, n_params = costs_before([recording.output])[0]
-    n_macs_of_features = n_macs - sum(info(layer).n_macs for layer in layers)
-    found = [cut for cut in cuts[1:] if len(read) == 1 and cut.name in read]
-    found = found or [cut for cut in cuts[1:] if cut.n_macs == n_macs_of_features]
-    if not found:
-        logits = recording.output.name, len(cuts), info(recording.output).scope
-        return _head(recording, CutPoint(*logits, "vector", (recording.n_classes,), 1, 0, n_macs, n_params), None)
-    module = str(layers[0].target) if len(layers) == 1 and layers[0].op == "call_module" else None
-    return _head(recording, found[-1], module)
-
-
-def _head(recording: Recording, features: CutPoint, module: str | None) -> Head:
-    return Head(features, module, features.n_channels, *_affine_map(recording, features, module))
-
-
-def _last_layers(recording: Recording) -> list[fx.Node]:
-    """The operations with multiply-accumulates that reach the output through none other."""
-    needs = needs_of(recording.module.graph)
-    found: list[fx.Node] = []
-    seen: set[fx.Node] = set()
-    todo = [recording.output]
-    while todo:
-        node = todo.pop()
-        if node not in seen and info(node).from_input:
-            seen.add(node)
-            if info(node).n_macs:
-                found.append(node)
-            else:
-                todo.extend(needs[node])
-    return found
-
-
-def _affine_map(recording: Recording, features: CutPoint, module: str | None) -> tuple[Tensor | None, Tensor | None]:
-    """The layer's weight and bias if logits = mean features @ weight.T + bias, tried on noise; else (None, None)."""
-    layer = None if module is None else recording.module.get_submodule(module)
-    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-    if not isinstance(weight, Tensor) or weight.numel() != recording.n_classes * features.n_channels:
-        return None, None
-    weight = weight.detach().reshape(recording.n_classes, features.n_channels)
-    bias = bias.detach() if isinstance(bias, Tensor) else None
-    noise = torch.randn((2, *features.shape), generator=torch.Generator().manual_seed(0)).to(weight)
-    pooled = noise.movedim(features.channel_dim, 1).flatten(2).mean(2) if noise.dim() > 2 else noise
-    expected = nn.functional.linear(pooled, weight, bias)
-    with torch.no_grad():
-        found = extract(recording, features, [LOGITS])(noise)
-    # Another order of summation: rounding grows with the root of the number of terms.
-    tolerance = 8 * torch.finfo(weight.dtype).eps * features.n_channels**0.5 * expected.abs().max()
-    return (weight, bias) if (found - expected).abs().max() <= tolerance else (None, None)
 
 
 # ------------------------------------------------------------------------------------------------------------ the parts

@@ -25,7 +25,8 @@ from pnc.channels.channel_masks import ChannelMasks
 from pnc.channels.compaction import own_copy
 from pnc.clones.adapter import Adapter, Stitched
 from pnc.clones.heads import DiscriminantHead, Head
-from pnc.graph.cut_points import CutPoint, candidate_cuts, extract
+from pnc.graph.candidate_cuts import candidate_cuts
+from pnc.graph.cut_points import CutPoint, extract
 from pnc.method.held_out import Outcome, outcome_of, own_head, source_body
 from pnc.method.positions import MAX_CUTS
 from pnc.method.refinement import Schedule, Views, bounded, refining_loss, train, views

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from pnc.bench.rivals.rival import Budget, Fitted
 from pnc.channels.compaction import own_copy
 from pnc.foundation.errors import InputError
-from pnc.graph.cut_points import LOGITS, CutPoint, candidate_cuts, extract
+from pnc.graph.candidate_cuts import candidate_cuts
+from pnc.graph.cut_points import LOGITS, CutPoint, extract
 from pnc.method.task import CloneTask
 
 WEIGHT_DECAY = 5e-4

@@ -1,0 +1,95 @@
+"""Which cut points are worth trying, and the gaps between them."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pnc.foundation.errors import InputError
+from pnc.graph.classifier import find_head
+from pnc.graph.cut_points import LOGITS, CutPoint, cut_points
+from pnc.graph.recording import Recording
+from pnc.graph.subgraphs import costs_before
+
+LARGE_GAP = 0.2
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Neighbouring cut points, or the last one and the output, with no way to part the network between them.
+
+    Attributes:
+        share: Of the network's MACs, the part that lies between them.
+        params_share: Of its parameters.
+        after: Name of the cut point in front.
+        before: Name of the one behind; `LOGITS` for the output.
+    """
+
+    share: float
+    params_share: float
+    after: str
+    before: str
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a fifth of the network's MACs or parameters lies between them."""
+        return max(self.share, self.params_share) >= LARGE_GAP
+
+
+def gaps(recording: Recording) -> tuple[Gap, ...]:
+    """The parts of a network that have no cut point inside, by MACs, the largest first."""
+    n_macs, n_params = (max(n, 1) for n in costs_before([recording.output])[0])
+    cuts = cut_points(recording)
+    places = [*((cut.name, cut.n_macs, cut.n_params) for cut in cuts), (LOGITS, n_macs, n_params)]
+    found = [Gap((y[1] - x[1]) / n_macs, (y[2] - x[2]) / n_params, x[0], y[0]) for x, y in itertools.pairwise(places)]
+    return tuple(sorted(found, key=lambda gap: -gap.share))
+
+
+def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...]:
+    """The cut points worth trying, from the input to the deepest one before the head's features.
+
+    Of cuts with no multiply-accumulate between them (convolution, norm, activation, dropout, pooling to a smaller
+    map) only the last is kept, as it saves the most at no cost. The input stays, and so does the last tensor with
+    more than one position where positions are then pooled away; what that gives is kept as well, but not where it is
+    as good as the head's features. Of what remains, `limit` are spread evenly over the depth in MACs.
+
+    Raises:
+        InputError: `limit` is below 2, or the network's head is not found (`find_head`).
+    """
+    if limit < 2:
+        raise InputError(f"limit: expected at least 2 (the input and the deepest cut), got {limit}")
+    features = find_head(recording).features
+    cuts = cut_points(recording)
+    chain_ends = [cuts[0]]
+    for n_macs, chain in itertools.groupby(cuts[1 : features.index], key=lambda cut: cut.n_macs):
+        if n_macs > 0:
+            chain_ends.extend(_chain_ends(list(chain), is_last=n_macs == features.n_macs))
+    return _spread(chain_ends, limit)
+
+
+def _chain_ends(chain: Sequence[CutPoint], is_last: bool) -> list[CutPoint]:
+    """The cuts to keep of those with the same cost; `is_last`: the head's features belong to them as well.
+
+    A map is preferred to the same values as tokens or as one long vector: it knows which positions are neighbours. And
+    a map before it is padded for the next layer to the padded one, whose border an adapter could not know.
+    """
+    spatial = [cut for cut in chain if not cut.is_pooled]
+    pooled = [cut for cut in chain if cut.is_pooled and not is_last][-1:]
+    if not spatial:
+        return pooled
+    maps = [cut for cut in spatial if cut.kind == "map"]
+    size = min(cut.size for cut in maps) if spatial[-1].kind == "map" else spatial[-1].size
+    last = next((cut for cut in reversed(maps) if cut.size == size), spatial[-1])
+    return [last] if pooled and pooled[0].size == last.size else [last, *pooled]
+
+
+def _spread(cuts: Sequence[CutPoint], limit: int) -> tuple[CutPoint, ...]:
+    """At most `limit` of the cuts, first and last included, nearest to even steps in MACs."""
+    if len(cuts) <= limit:
+        return tuple(cuts)
+    chosen = {0, len(cuts) - 1}
+    total = cuts[-1].n_macs
+    for step in range(1, limit - 1):
+        wanted = total * step / (limit - 1)
+        free = [i for i in range(len(cuts)) if i not in chosen]
+        chosen.add(min(free, key=lambda i: (abs(cuts[i].n_macs - wanted), i)))
+    return tuple(cuts[i] for i in sorted(chosen))
