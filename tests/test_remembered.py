@@ -11,9 +11,10 @@ from pnc.clones.position_grids import pool
 from pnc.composite.metrics import evaluate
 from pnc.data.image_set import class_subset, images_as_float
 from pnc.data.readers import load_data
+from pnc.graph.batch_norm_means import last_norm
 from pnc.graph.cut_points import extract
 from pnc.graph.recording import record
-from pnc.method.head_without_base import last_norm, remembering_head
+from pnc.method.head_without_base import remembering_head
 from pnc.models.reference_networks import cnn, resnet, vit_tiny
 
 N_BASE, N_NEW = 3, 2

@@ -13,10 +13,10 @@ from pnc.foundation.class_names import unknown_name
 from pnc.foundation.errors import InputError, MismatchError
 from pnc.foundation.fingerprints import KnownFingerprint, first_difference
 from pnc.foundation.tensor_bits import dtype_name
+from pnc.graph.batch_norm_means import last_norm
 from pnc.graph.classifier import find_head
 from pnc.graph.cut_points import CutPoint, cut_points
 from pnc.graph.recording import Recording
-from pnc.method.head_without_base import last_norm
 
 Rows = Sequence[str | Collection[str] | None]
 """For each image of a batch the clones that are wanted: a name, several or none of them, or None for all enabled."""

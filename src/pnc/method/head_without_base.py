@@ -6,52 +6,17 @@ of these images; of the new classes' images there are samples. That makes a line
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pnc.clones.heads import DiscriminantHead, HeadSamples, SourceHead, StackedHead, shortened
-from pnc.graph.cut_points import CutPoint
-from pnc.graph.nodes import info
-from pnc.graph.recording import Recording
 from pnc.method.discriminants import ABSENT
 
 SHRINKAGE, TRUST = 0.7, 0.5
 """Of the covariance; and the weight of the discriminant, which knows one Gaussian where there are several base classes.
 Chosen on small networks for digits, MNIST, Fashion-MNIST and CIFAR-10 with 5, 20 and 100 images per class, as what lost
 nowhere against the source's own logits; `pnc bench compare` with supports like 100/0 measures it."""
-
-
-@dataclass(frozen=True, eq=False)
-class RememberedMean:
-    """The mean that a BatchNorm layer keeps of its input.
-
-    Attributes:
-        cut: Its input: a map (B, C, H, W) or a vector (B, C). As a rule no cut point, since other tensors pass by it.
-        mean: Over the training images of the input pooled over positions, (C,), float32 on the CPU.
-    """
-
-    cut: CutPoint
-    mean: Tensor
-
-
-def last_norm(recording: Recording) -> RememberedMean | None:
-    """Find the last BatchNorm layer on images' way to the logits; None where there is none that keeps statistics."""
-    graph = recording.module.graph
-    for index, node in reversed(list(enumerate(graph.nodes))):
-        layer = recording.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(layer, _BatchNorm) or layer.running_mean is None or not info(node).from_input:
-            continue
-        (made_by,) = node.all_input_nodes
-        shape = info(made_by).shape or ()
-        if len(shape) not in (2, 4):
-            continue
-        place = made_by.name, index, info(made_by).scope
-        cut = CutPoint(*place, "map" if len(shape) == 4 else "vector", tuple(shape[1:]), 1, 0, 0, 0)
-        return RememberedMean(cut, layer.running_mean.detach().float().cpu())
-    return None
 
 
 def remembering_head(samples: HeadSamples, mean: Tensor, own: SourceHead) -> StackedHead | SourceHead:

@@ -12,9 +12,10 @@ from pnc.clones.heads import Head, HeadSamples, SourceHead, Stacking, choose_sta
 from pnc.clones.position_grids import pool
 from pnc.data.image_store import to_device
 from pnc.foundation.errors import InputError
+from pnc.graph.batch_norm_means import last_norm
 from pnc.graph.cut_points import LOGITS, CutPoint, extract
 from pnc.method.adapter_fitting import CrossFitted
-from pnc.method.head_without_base import last_norm, remembering_head
+from pnc.method.head_without_base import remembering_head
 from pnc.method.task import CloneTask, Progress
 
 TAPPED_BYTES = 2**28
