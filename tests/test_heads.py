@@ -4,14 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from pnc.clones import heads
-from pnc.clones.heads import (
-    HeadSamples,
-    balanced_weights,
-    choose_stacking,
-    fit_scores,
-    fit_stacked,
-    source_head,
-)
+from pnc.clones.heads import source_head
+from pnc.method.head_fitting import HeadSamples, balanced_weights, choose_stacking, fit_scores, fit_stacked
 
 N_BASE, N_NEW = 3, 2
 

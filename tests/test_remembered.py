@@ -6,7 +6,7 @@ import pnc
 from digits import BASE, NEW, held_out_images, pair, support
 from pnc.bench.main_job import predict
 from pnc.bench.rivals.ensemble import DirectEnsemble
-from pnc.clones.heads import HeadSamples, SourceHead, StackedHead
+from pnc.clones.heads import SourceHead, StackedHead
 from pnc.clones.position_grids import pool
 from pnc.composite.metrics import evaluate
 from pnc.data.image_set import class_subset, images_as_float
@@ -14,6 +14,7 @@ from pnc.data.readers import load_data
 from pnc.graph.batch_norm_means import last_norm
 from pnc.graph.cut_points import extract
 from pnc.graph.recording import record
+from pnc.method.head_fitting import HeadSamples
 from pnc.method.head_without_base import remembering_head
 from pnc.models.reference_networks import cnn, resnet, vit_tiny
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pnc.clones.adapter import Adapter, kernel_size
-from pnc.clones.heads import HeadSamples
 from pnc.clones.position_grids import grid_size, grows_to, prefix_summary, resize, to_grid
 from pnc.foundation.process_team import Team
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.cut_points import CutPoint
+from pnc.method.head_fitting import HeadSamples
 from pnc.method.ridge import Moments, Regression, Rows
 
 Form = tuple[int, int]

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pnc.clones.branch import Scalars, against_rivals
-from pnc.clones.heads import balanced_weights
 from pnc.composite.composite import Composite
 from pnc.data.image_set import images_as_float
 from pnc.data.support import Support, as_images, as_support
@@ -32,6 +31,7 @@ from pnc.foundation.class_names import listed
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.network_state import undisturbed
 from pnc.method.discriminants import choose_shrinkage, fit_discriminants
+from pnc.method.head_fitting import balanced_weights
 
 SCALE_SPREAD = 0.1
 OFFSET_SPREAD = 0.3

@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from pnc.clones.heads import DiscriminantHead, HeadSamples, SourceHead, StackedHead, shortened
+from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead, shortened
 from pnc.method.discriminants import ABSENT
+from pnc.method.head_fitting import HeadSamples
 
 SHRINKAGE, TRUST = 0.7, 0.5
 """Of the covariance; and the weight of the discriminant, which knows one Gaussian where there are several base classes.

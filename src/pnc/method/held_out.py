@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pnc.clones.adapter import Stitched
-from pnc.clones.heads import Head, HeadSamples, SourceHead, Stacking, choose_stacking, fit_stacked, source_head
+from pnc.clones.heads import Head, SourceHead, source_head
 from pnc.clones.position_grids import pool
 from pnc.data.image_store import to_device
 from pnc.foundation.errors import InputError
 from pnc.graph.batch_norm_means import last_norm
 from pnc.graph.cut_points import LOGITS, CutPoint, extract
 from pnc.method.adapter_fitting import CrossFitted
+from pnc.method.head_fitting import HeadSamples, Stacking, choose_stacking, fit_stacked
 from pnc.method.head_without_base import remembering_head
 from pnc.method.task import CloneTask, Progress
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from pnc.clones.adapter import Adapter
-from pnc.clones.heads import HeadSamples
 from pnc.data.image_store import to_device
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import undisturbed
@@ -21,6 +20,7 @@ from pnc.graph.batch_norm_means import last_norm
 from pnc.graph.candidate_cuts import candidate_cuts
 from pnc.graph.cut_points import LOGITS, CutPoint, extract
 from pnc.method.adapter_fitting import N_ROWS, AdapterFitter, CrossFitted
+from pnc.method.head_fitting import HeadSamples
 from pnc.method.held_out import Outcome, batches, judge, outcome_of, run_parts, source_body
 from pnc.method.task import CloneTask, Progress
 

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pnc.clones.adapter import Adapter, Stitched
-from pnc.clones.heads import Head, HeadSamples, SourceHead
+from pnc.clones.heads import Head, SourceHead
 from pnc.clones.position_grids import pool
 from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.graph.cut_points import LOGITS, CutPoint, extract
 from pnc.method.adapter_fitting import CrossFitted
+from pnc.method.head_fitting import HeadSamples
 from pnc.method.held_out import features_seen, fit_head, judge, outcome_of, run_parts
 from pnc.method.task import CloneTask, Progress
 

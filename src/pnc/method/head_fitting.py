@@ -1,0 +1,227 @@
+"""Heads fitted on the support."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead, _odds_terms, mixed_logits, shortened
+from pnc.method.discriminants import ABSENT
+from pnc.method.logistic import logistic_regressions
+
+RIDGE = 1.0
+
+
+@dataclass(frozen=True)
+class HeadSamples:
+    """What heads are fitted on, sample by sample.
+
+    Attributes:
+        target_features: The target's penultimate features, or, without base samples, those of which it remembers the
+            mean, (N, D_t).
+        clone_features: The clone's penultimate features, (N, D_s).
+        base_logits: The target's logits, (N, K_base).
+        own_logits: The source's own logits of the new classes, from the clone's features, (N, K_new); all zeros where
+            its classifier is no linear map of them.
+        labels: Class ids, (N,): base classes first, then the new ones.
+        folds: (N,), the fold in which each is held out; all zero for no cross-validation.
+        n_classes: K_base + K_new.
+    """
+
+    target_features: Tensor
+    clone_features: Tensor
+    base_logits: Tensor
+    own_logits: Tensor
+    labels: Tensor
+    folds: Tensor
+    n_classes: int
+
+    @property
+    def n_base(self) -> int:
+        """Number of base classes."""
+        return self.base_logits.shape[1]
+
+    @property
+    def has_base(self) -> bool:
+        """Whether there is any sample of a base class."""
+        return bool((self.labels < self.n_base).any())
+
+    def select(self, rows: Tensor) -> "HeadSamples":
+        """Keep the given rows, a bool mask or indices."""
+        return HeadSamples(
+            self.target_features[rows],
+            self.clone_features[rows],
+            self.base_logits[rows],
+            self.own_logits[rows],
+            self.labels[rows],
+            self.folds[rows],
+            self.n_classes,
+        )
+
+    def joined(self, others: "HeadSamples", rows: Tensor) -> "HeadSamples":
+        """Put these samples at the given rows, (N,) bool, and the others at the rest."""
+        order = torch.cat([rows.nonzero().flatten(), (~rows).nonzero().flatten()]).argsort()
+
+        def whole(name: str) -> Tensor:
+            return torch.cat([getattr(self, name), getattr(others, name)])[order]
+
+        return HeadSamples(
+            whole("target_features"),
+            whole("clone_features"),
+            whole("base_logits"),
+            whole("own_logits"),
+            whole("labels"),
+            whole("folds"),
+            self.n_classes,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Stacking:
+    """How a `StackedHead` is to be made, chosen on held-out samples.
+
+    Attributes:
+        odds_weight: (4,), as in `StackedHead`.
+        class_weight: (2,), likewise.
+        logits: The composite's logits, (N, K_base + K_new), of each sample by scores fitted without its fold.
+        n_base: K_base.
+    """
+
+    odds_weight: Tensor
+    class_weight: Tensor
+    logits: Tensor
+    n_base: int
+
+    def lowered(self, nats: float) -> "Stacking":
+        """The same with log-odds of new against base that are lower by so many nats."""
+        n_base, logits, odds = self.n_base, self.logits.clone(), self.odds_weight.clone()
+        logits[:, n_base:] -= nats
+        odds[3] -= nats
+        return Stacking(odds, self.class_weight, logits, n_base)
+
+
+def choose_stacking(samples: HeadSamples) -> Stacking:
+    """Choose mixing weights by cross-validation over the samples' folds.
+
+    In the weights' log-loss base and new samples weigh the same, as in the average accuracy, and so do the classes of
+    either kind. Where there is one fold only, fitted scores cannot be judged: then both networks' own classifiers are
+    mixed without them, unless the source has none that is linear.
+
+    Args:
+        samples: With at least one sample of every new class and of some base class; the others take no part.
+    """
+    n_base, is_new = samples.n_base, samples.labels >= samples.n_base
+    base, own = samples.base_logits.double(), samples.own_logits.double()
+    level = base.logsumexp(1, keepdim=True)
+    fitted = _held_out_odds(samples).double()
+    odds, classes = _odds_terms(fitted, own, level), torch.stack([fitted, own], 2)
+    if int(samples.folds.max()) == 0 and bool(own.any()):
+        odds[:, 0], classes[:, :, 0] = 0, 0
+    weights = balanced_weights(samples.labels, samples.n_base)
+    odds_weight = _fit_odds(odds, is_new, weights)
+    class_weight = _fit_classes(classes[is_new], samples.labels[is_new] - n_base, weights[is_new])
+    mixed = mixed_logits(fitted, own, level, odds_weight, class_weight)
+    return Stacking(odds_weight, class_weight, torch.cat([base, mixed], 1), n_base)
+
+
+def balanced_weights(labels: Tensor, n_base: int) -> Tensor:
+    """Weights of samples, (N,), float64: base and new samples weigh the same, and so do the classes of either kind.
+
+    Args:
+        labels: Class ids, (N,), base classes first.
+        n_base: Number of base classes.
+    """
+    counts = labels.bincount().double()
+    is_new = torch.arange(len(counts)) >= n_base
+    n_present = torch.stack([(counts[kind] > 0).sum() for kind in (~is_new, is_new)]).clamp_min(1)
+    return (1 / (counts.clamp_min(1) * n_present[is_new.long()]))[labels]
+
+
+def _fit_odds(terms: Tensor, is_new: Tensor, weights: Tensor) -> Tensor:
+    """Ridge logistic regression of new against base on terms (N, 3); weights (4,), the last one a constant."""
+    mean, scale = terms.mean(0), terms.std(0, correction=0).clamp_min(1e-6)
+    rows, labels = (terms - mean) / scale, is_new.double()
+
+    def loss(weight: Tensor) -> Tensor:
+        losses = F.binary_cross_entropy_with_logits(rows @ weight[:3] + weight[3], labels, reduction="none")
+        return (losses * weights).sum() / weights.sum() + RIDGE / len(rows) * weight[:3].square().sum()
+
+    found = _minimize(loss, torch.zeros(4, dtype=torch.float64))
+    slopes = found[:3] / scale
+    return torch.cat([slopes, found[3:] - (slopes * mean).sum()])
+
+
+def _fit_classes(terms: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Ridge regression of the new classes (N,) on a weighted sum of logits (N, K_new, 2); the two weights."""
+    terms = terms - terms.mean(1, keepdim=True)
+    scale = terms.square().mean((0, 1)).sqrt().clamp_min(1e-6)
+
+    def loss(weight: Tensor) -> Tensor:
+        losses = F.cross_entropy(terms / scale @ weight, labels, reduction="none")
+        return (losses * weights).sum() / weights.sum() + RIDGE / len(terms) * weight.square().sum()
+
+    return _minimize(loss, torch.zeros(2, dtype=torch.float64)) / scale
+
+
+def _minimize(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """The minimum of a smooth convex function of a few variables."""
+    point = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([point], max_iter=200, line_search_fn="strong_wolfe")
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(point)
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(step)
+    return point.detach()
+
+
+def fit_stacked(samples: HeadSamples, stacking: Stacking, own: SourceHead) -> StackedHead:
+    """Fit scores on all samples, and mix them with the source's own classifier as was chosen."""
+    head = StackedHead(shortened(fit_scores(samples)), own)
+    head.odds_weight.copy_(stacking.odds_weight)
+    head.class_weight.copy_(stacking.class_weight)
+    return head
+
+
+def fit_scores(samples: HeadSamples) -> DiscriminantHead:
+    """Fit a logistic regression on all samples; in its log-loss they weigh as `balanced_weights` says."""
+    weight, bias = _regressions(samples, torch.ones(len(samples.labels), 1))
+    head = DiscriminantHead(samples.n_base, samples.n_classes, weight.shape[2])
+    head.weight.copy_(weight[0])
+    head.bias.copy_(bias[0])
+    return head
+
+
+def _held_out_odds(samples: HeadSamples) -> Tensor:
+    """Log-odds of each new class against the base, (N, K_new), of each sample by scores fitted without its fold.
+
+    Where there is one fold only nothing is held out.
+    """
+    n_folds, n_base = int(samples.folds.max()) + 1, samples.n_base
+    others = 1 - F.one_hot(samples.folds, n_folds) if n_folds > 1 else torch.ones(len(samples.folds), 1)
+    weight, bias = _regressions(samples, others)
+    odds = torch.empty(len(samples.folds), samples.n_classes - n_base)
+    for fold in range(n_folds):
+        rows = samples.folds == fold
+        scores = F.linear(_features(samples)[rows], weight[fold], bias[fold])
+        odds[rows] = scores[:, n_base:] - scores[:, :n_base].logsumexp(1, keepdim=True)
+    return odds
+
+
+def _regressions(samples: HeadSamples, taking_part: Tensor) -> tuple[Tensor, Tensor]:
+    """One logistic regression for each column of `taking_part` (N, R); classes without samples score `ABSENT`."""
+    present = samples.labels.bincount(minlength=samples.n_classes) > 0
+    weights = balanced_weights(samples.labels, samples.n_base)
+    weights = (weights / weights.mean())[:, None] * taking_part
+    weight, bias = logistic_regressions(_features(samples), samples.labels, weights, present)
+    return weight, torch.where(present, bias, ABSENT)
+
+
+def _features(samples: HeadSamples) -> Tensor:
+    return torch.cat([samples.target_features, samples.clone_features], 1).float()
