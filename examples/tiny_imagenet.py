@@ -26,10 +26,11 @@ import torch.nn.functional as F
 import pnc
 from pnc.bench import compare, compare_report
 from pnc.bench.comparison_methods import choose_methods
-from pnc.bench.main_job import CLONE, predict
+from pnc.bench.main_job import CLONE
 from pnc.bench.result_files import Cells, Claim, at_most, write_results
 from pnc.bench.rivals.rival import Budget
 from pnc.cli.arguments import parse_support
+from pnc.composite.prediction import predict
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.readers import load_data
 from pnc.foundation.errors import PNCError

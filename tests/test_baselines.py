@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from digits import BASE, NEW, held_out_images, pair, support
 from pnc.bench.comparison_methods import BOUNDED, METHODS
-from pnc.bench.main_job import predict
 from pnc.bench.rivals import (
     derpp,
     ensemble,
@@ -34,6 +33,7 @@ from pnc.bench.rivals.rival import Budget, Fitted, Rival
 from pnc.bench.rivals.tuning import Data, Method, Setting, extend_classifier, grid, tune
 from pnc.composite.composite import Composite
 from pnc.composite.metrics import evaluate
+from pnc.composite.prediction import predict
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, snapshot
 from pnc.foundation.tensor_bits import same_bits

@@ -4,11 +4,11 @@ from torch import nn
 
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support
-from pnc.bench.main_job import predict
 from pnc.bench.rivals.ensemble import DirectEnsemble
 from pnc.clones.heads import SourceHead, StackedHead
 from pnc.clones.position_grids import pool
 from pnc.composite.metrics import evaluate
+from pnc.composite.prediction import predict
 from pnc.data.image_set import class_subset, images_as_float
 from pnc.data.readers import load_data
 from pnc.graph.batch_norm_means import last_norm

@@ -10,7 +10,8 @@ from pnc.composite.metrics import evaluate
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, snapshot
 from pnc.method.held_out import Outcome, source_body
-from pnc.method.paper_search import Part, depths, search
+from pnc.method.paper_search import depths, search
+from pnc.method.source_part import Part
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from pnc.bench.main_job import predict
 from pnc.bench.position_strategies import Setting
 from pnc.bench.result_files import Cells, Claim, over_seeds, table
 from pnc.clones.clone import Clone
 from pnc.composite.composite import attach
 from pnc.composite.metrics import evaluate
+from pnc.composite.prediction import predict
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.support import draw_support
 from pnc.foundation.network_state import evaluating

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pnc.bench.comparison_methods import METHODS, class_groups
-from pnc.bench.main_job import new_bytes, predict
+from pnc.bench.main_job import new_bytes
 from pnc.bench.result_files import Cells, commit, environment
 from pnc.bench.rivals.rival import Budget, Fitted, Rival
 from pnc.clones.clone_file import save
 from pnc.composite.composite import Composite
 from pnc.composite.metrics import calibration_error, evaluate, leak, shifted
+from pnc.composite.prediction import predict
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.support import draw_support
 from pnc.foundation.errors import InputError

@@ -17,11 +17,11 @@ from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save
 from pnc.composite.composite import attach
 from pnc.composite.metrics import evaluate
-from pnc.data.image_set import ImageSet, images_as_float
-from pnc.data.image_store import to_device
+from pnc.composite.prediction import predict
+from pnc.data.image_set import ImageSet
 from pnc.data.support import Support
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import differences, evaluating, snapshot
+from pnc.foundation.network_state import differences, snapshot
 from pnc.method.pipeline import fit
 from pnc.method.positions import scan
 from pnc.method.task import CloneTask, Progress, prepare_task
@@ -108,22 +108,6 @@ def run(job: Job, rivals: Sequence[str], folder: Path, progress: Progress | None
     verified["removed_equal"] = torch.equal(predict(net, images), target_logits)
     verified["target_unchanged"] = not differences(target.module, before)
     return {"rows": rows, "clone": {"file_bytes": n_bytes, **facts}, "verified": verified}
-
-
-def predict(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Run a network in eval mode, batch by batch.
-
-    Args:
-        model: On any device, of any floating type; the images follow it.
-        images: (N, C, H, W), uint8 or floating point.
-        batch_size: Images at a time.
-    Returns:
-        Logits (N, K) on the CPU.
-    """
-    like = next(model.parameters(), torch.empty(0))
-    with evaluating(model):
-        batches = (to_device(images_as_float(batch).to(like.dtype), like.device) for batch in images.split(batch_size))
-        return torch.cat([model(batch).cpu() for batch in batches])
 
 
 def _task(job: Job) -> CloneTask:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from pnc.bench.main_job import predict
 from pnc.bench.result_files import Cells, Claim, over_seeds, table
 from pnc.composite.composite import attach
 from pnc.composite.metrics import evaluate
+from pnc.composite.prediction import predict
 from pnc.data.image_set import ImageSet, class_subset, relabel
 from pnc.data.support import draw_support
 from pnc.method.pipeline import clone

@@ -19,9 +19,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from pnc.channels.channel_masks import ChannelMasks
 from pnc.channels.compaction import own_copy
 from pnc.clones.adapter import Adapter, Stitched
 from pnc.clones.heads import DiscriminantHead, Head
@@ -30,6 +29,7 @@ from pnc.graph.cut_points import CutPoint, extract
 from pnc.method.held_out import Outcome, outcome_of, own_head, source_body
 from pnc.method.positions import MAX_CUTS
 from pnc.method.refinement import Schedule, Views, bounded, refining_loss, train, views
+from pnc.method.source_part import Part
 from pnc.method.task import CloneTask, Network, Progress
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03)
@@ -37,21 +37,6 @@ N_STEPS = 600
 PATIENCE = 3
 """Positions in a row that may fail to help before the search ends: few held-out images say it with much noise."""
 HELD_OUT_SHARE = 0.4
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A part of the source, as an own copy without gradients.
-
-    Attributes:
-        module: From the cut to the source's penultimate features.
-        masks: What was removed of it; None for nothing.
-        density: Share of its prunable multiply-accumulates that is left.
-    """
-
-    module: fx.GraphModule
-    masks: ChannelMasks | None = None
-    density: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,9 +29,10 @@ from pnc.method.base_drop_bound import check_base_drop, check_promise, least_pri
 from pnc.method.density_choice import TOLERANCE, joint_front, worth_trying
 from pnc.method.held_out import Outcome, features_seen, fit_head, judge, outcome_of, run_parts
 from pnc.method.localization.localizer import Method, localize
-from pnc.method.paper_search import Part, search
+from pnc.method.paper_search import search
 from pnc.method.positions import scan
 from pnc.method.refinement import refined
+from pnc.method.source_part import Part
 from pnc.method.task import CloneTask, Precision, Progress, prepare_task
 
 Strategy = Literal["scan", "sequential"]

@@ -28,7 +28,7 @@ from pnc.method.localization.channel_scores import one_shot_ranking
 from pnc.method.localization.gates import learn_gates
 from pnc.method.localization.norms import Batch, reestimate_statistics, tune_norms
 from pnc.method.localization.paper_surrogate import Neighbourhoods, neighbourhoods, surrogate_loss
-from pnc.method.paper_search import Part
+from pnc.method.source_part import Part
 from pnc.method.task import CloneTask, Progress
 
 Method = Literal["gates", "taylor", "magnitude", "random", "local-surrogate"]

@@ -1,0 +1,24 @@
+"""Networks run on many images."""
+
+import torch
+from torch import Tensor, nn
+
+from pnc.data.image_set import images_as_float
+from pnc.data.image_store import to_device
+from pnc.foundation.network_state import evaluating
+
+
+def predict(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
+    """Run a network in eval mode, batch by batch.
+
+    Args:
+        model: On any device, of any floating type; the images follow it.
+        images: (N, C, H, W), uint8 or floating point.
+        batch_size: Images at a time.
+    Returns:
+        Logits (N, K) on the CPU.
+    """
+    like = next(model.parameters(), torch.empty(0))
+    with evaluating(model):
+        batches = (to_device(images_as_float(batch).to(like.dtype), like.device) for batch in images.split(batch_size))
+        return torch.cat([model(batch).cpu() for batch in batches])
