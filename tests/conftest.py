@@ -1,4 +1,6 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests, and the order of the folders: those of benches run last."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +8,15 @@ import torch
 import torchvision_shim
 
 torch.set_num_threads(1)  # networks this small only lose by more, above all where tests share the machine
+
+BENCH = Path(__file__).parent / "bench"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if BENCH in item.path.parents:
+            item.add_marker(pytest.mark.bench)
+    items.sort(key=lambda item: item.get_closest_marker("bench") is not None)  # stable: all else keeps its order
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,12 @@ clone = pnc.clone(source, target, support, source_classes=[...], base_classes=[.
 net = pnc.attach(target, clone)         # logits: the target's own, then the clone's
 pnc.save(clone, "clone.safetensors")    # kilobytes
 net.detach(clone.name)                  # and the target is alone again, bit for bit
+
+What makes clones is loaded when it is first asked for: where clones only run, that code stays out of the process.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from pnc.clones.branch import Scalars
 from pnc.clones.clone import Clone
@@ -25,13 +30,15 @@ from pnc.foundation.errors import (
     RecordingError,
 )
 from pnc.foundation.process_team import Team, joined
-from pnc.method.calibration import Calibration, calibrate
-from pnc.method.pipeline import clone, fit
-from pnc.method.positions import Position, Scan, scan
-from pnc.method.task import CloneTask, prepare_task
-from pnc.models.exported_programs import from_exported
-from pnc.models.model_specs import LoadedModel, load_model
-from pnc.models.preprocessing import Preprocessed
+
+if TYPE_CHECKING:
+    from pnc.method.calibration import Calibration, calibrate
+    from pnc.method.pipeline import clone, fit
+    from pnc.method.positions import Position, Scan, scan
+    from pnc.method.task import CloneTask, prepare_task
+    from pnc.models.exported_programs import from_exported
+    from pnc.models.model_specs import LoadedModel, load_model
+    from pnc.models.preprocessing import Preprocessed
 
 __all__ = [
     "Calibration",
@@ -72,3 +79,25 @@ __all__ = [
     "snapshot",
     "verify",
 ]
+
+_LOADED_WHEN_ASKED = {
+    **dict.fromkeys(("Calibration", "calibrate"), "pnc.method.calibration"),
+    **dict.fromkeys(("clone", "fit"), "pnc.method.pipeline"),
+    **dict.fromkeys(("Position", "Scan", "scan"), "pnc.method.positions"),
+    **dict.fromkeys(("CloneTask", "prepare_task"), "pnc.method.task"),
+    "from_exported": "pnc.models.exported_programs",
+    **dict.fromkeys(("LoadedModel", "load_model"), "pnc.models.model_specs"),
+    "Preprocessed": "pnc.models.preprocessing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LOADED_WHEN_ASKED:
+        raise AttributeError(f"module 'pnc' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LOADED_WHEN_ASKED[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

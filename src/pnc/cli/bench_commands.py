@@ -3,21 +3,23 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from pnc.bench import channel_methods as localize_bench
 from pnc.bench import coverage as coverage_bench
 from pnc.bench import file_attacks as files_bench
-from pnc.bench import library_classifiers, random_lives
+from pnc.bench import latency, library_classifiers, random_lives, scale
 from pnc.bench import lifecycle as lifecycle_bench
 from pnc.bench import position_strategies as positions_bench
+from pnc.bench import speed as speed_bench
 from pnc.bench.result_files import Cells, write_results
-from pnc.cli.arguments import check_outputs, use_threads
+from pnc.cli.arguments import check_outputs, read_device, use_threads
 from pnc.cli.bench_options import setting_of, show_claims
 from pnc.cli.compare_commands import measure_comparison, report_comparison
+from pnc.cli.options import Device
 from pnc.cli.output import progress, say
-from pnc.cli.scale_commands import measure_scale
-from pnc.cli.speed_commands import measure_speed
+from pnc.cli.plots import draw_growth
 from pnc.foundation.class_names import listed, parse_classes
 from pnc.foundation.errors import InputError
 
@@ -220,5 +222,90 @@ def measure_lifecycle(
 
 bench.command("compare")(measure_comparison)
 bench.command("compare-report")(report_comparison)
-bench.command("scale")(measure_scale)
-bench.command("speed")(measure_speed)
+
+
+@bench.command("scale")
+def measure_scale(
+    stream: Annotated[int, typer.Option(help="Images of 32x32 that are streamed.", min=100)] = 50_000,
+    large: Annotated[int, typer.Option(help="Images of 224x224 for the ResNet-50 pair; 0: without it.", min=0)] = 500,
+    many: Annotated[int, typer.Option(help="Images of 32x32 for the memory of a scan.", min=100)] = 5_000,
+    plot: Annotated[bool, typer.Option(help="Draw a picture too; needs the extra `plots`.")] = True,
+    out: Annotated[Path, typer.Option(help="Folder for scale.json, .md, .png and .jsonl.")] = Path("results"),
+    device: Device = "cpu",
+    threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 2,
+) -> None:
+    """Time and memory as supports and networks grow, and in two processes.
+
+    Takes half an hour on two cores; rows that are in scale.jsonl already are not made again.
+    """
+    if 0 < large < 100:
+        raise InputError(f"large: expected 0, for no ResNet-50 pair, or at least 100 images; got {large}")
+    read_device(device)
+    paths = {suffix: out / f"scale.{suffix}" for suffix in ("json", "md", "jsonl", "png")}
+    check_outputs(dict(paths))
+    kept = Cells(paths["jsonl"], {"threads": threads, "device": device}, scale.KEYS)
+    with progress() as bar:
+        rows = scale.run(scale.cells(stream, large, many, device), threads, kept, bar.step, device)
+    if plot:
+        draw_growth({cell: scale.points(rows, cell) for cell in scale.GROWTH}, paths["png"])
+    command = f"pnc bench scale --stream {stream} --large {large} --many {many} --device {device} --threads {threads}"
+    found = scale.claims(rows)
+    text = scale.markdown(rows, threads, paths["png"].name if plot else None)
+    write_results(out, "scale", command, {"rows": rows}, found, text, torch.device(device))
+    show_claims(found, paths["md"])
+
+
+@bench.command("speed")
+def measure_speed(
+    source: Annotated[str, typer.Option(help="File of `pnc pretrain`: the network that knows the new classes.")],
+    target: Annotated[str, typer.Option(help="File of `pnc pretrain`: the network that shall get them.")],
+    data: Annotated[str, typer.Option(help="Images: digits, parquet:PATH, folder:PATH, hf:NAME.")],
+    support: Annotated[str, typer.Option(help="Images per new / per base class.")] = "100/20",
+    flip: Annotated[bool, typer.Option(help="Use mirror images too.")] = True,
+    seeds: Annotated[int, typer.Option(help="How many supports, seeds 0, 1, ...; for the jobs.", min=1)] = 1,
+    parts: Annotated[str, typer.Option(help="What to measure: latency (with what attaching costs), job.")] = (
+        "latency,job"
+    ),
+    layouts: Annotated[
+        str, typer.Option(help="Of latency, beside eager networks as they are: channels_last, compiled.")
+    ] = "channels_last,compiled",
+    data_name: Annotated[str | None, typer.Option(help="What the results call the images.")] = None,
+    json_path: Annotated[Path, typer.Option("--json", help="Results; the table goes beside it.")] = Path(
+        "results/speed.json"
+    ),
+    device: Device = "cpu",
+    threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 1,
+) -> None:
+    """Time to make a clone, to run it and to attach it, beside whole networks, the paper's search and fine-tuning.
+
+    Takes a quarter of an hour, half of it the paper's search; what was measured already is not measured again. The
+    machine should have nothing else to do.
+    """
+    outputs = {suffix: json_path.with_suffix(suffix) for suffix in (".json", ".md", ".jsonl")}
+    check_outputs(dict(outputs))
+    chosen = _chosen("parts", parts, ("latency", "job"))
+    others = _chosen("layouts", layouts, latency.LAYOUTS[1:])
+    setting = setting_of(source, target, data, support, flip, outputs[".jsonl"], device=device)
+    facts = {"source": source, "target": target, "data": data_name or data, "support": support, "flip": flip}
+    cells = Cells(outputs[".jsonl"], {**facts, "threads": threads, "device": device}, speed_bench.KEYS)
+    wanted = [*chosen, "life"] if "latency" in chosen else chosen
+    with use_threads(threads), progress() as bar:
+        rows = speed_bench.run(setting, wanted, [latency.LAYOUTS[0], *others], range(seeds), cells, bar.step)
+        command = (
+            f"pnc bench speed --source {source} --target {target} --data {data_name or data} --support {support} "
+            f"--{'' if flip else 'no-'}flip --seeds {seeds} --parts {parts} --layouts '{layouts}' "
+            f"--device {device} --threads {threads}"
+        )
+        found = speed_bench.claims(rows)
+        text = speed_bench.markdown(rows, setting, data_name or data)
+        write_results(json_path.parent, json_path.stem, command, {**facts, "rows": rows}, found, text, setting.device)
+    show_claims(found, outputs[".md"])
+
+
+def _chosen(name: str, text: str, known: tuple[str, ...]) -> list[str]:
+    """Names out of `known`, separated by commas, none twice."""
+    chosen = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = [one for one in chosen if one not in known]
+    if unknown:
+        raise InputError(f"{name}: expected some of {', '.join(known)}, separated by commas; got {unknown[0]!r}")
+    return chosen

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from pnc.bench import main_job
 from pnc.cli.arguments import (
     ModelOptions,
     attach_clones,
@@ -24,6 +23,7 @@ from pnc.cli.options import Data, Device, Json, Names, Sources, Target, Threads,
 from pnc.cli.output import say, show_clone, show_facts, shown
 from pnc.composite.file_proof import Check, prove
 from pnc.composite.metrics import evaluate
+from pnc.composite.prediction import predict
 from pnc.data.image_set import class_subset, relabel
 from pnc.data.readers import load_data, load_images
 from pnc.foundation.class_names import listed
@@ -65,7 +65,7 @@ def evaluate_clones(
         )
     test = relabel(class_subset(images, there), net.classes)
     with use_threads(threads):
-        logits, target_logits = main_job.predict(net, test.images), main_job.predict(model.module, test.images)
+        logits, target_logits = predict(net, test.images), predict(model.module, test.images)
     facts = {
         "clones": list(net.clones),
         "classes": list(net.classes),
@@ -101,7 +101,7 @@ def predict_images(
     model = load_network(asked, known[0].base_classes, known[0].input_shape)
     pixels = load_images(images, model.input_shape)
     net = attach_clones(known, sources, model)
-    best = main_job.predict(net, pixels).float().softmax(1).topk(min(top, len(net.classes)), dim=1)
+    best = predict(net, pixels).float().softmax(1).topk(min(top, len(net.classes)), dim=1)
     facts = [
         {
             "image": str(path),

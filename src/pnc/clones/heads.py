@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-"""Penalty on the squared mixing weights, of terms of unit variance, against the sum of all samples' log-losses."""
-
 
 class DiscriminantHead(nn.Module):
     """Linear scores of all classes over the features of both networks.
@@ -114,15 +112,15 @@ def mixed_logits(fitted: Tensor, own: Tensor, level: Tensor, odds_weight: Tensor
         fitted: Log-odds of each new class against the base by the fitted scores, (B, K_new).
         own: The source's logits, (B, K_new).
         level: The logsumexp of the target's logits, (B, 1).
-        odds_weight: (4,), of the terms of `_odds_terms`, and a constant.
+        odds_weight: (4,), of the terms of `odds_terms`, and a constant.
         class_weight: (2,), of `fitted` and `own`.
     """
-    log_odds = (_odds_terms(fitted, own, level) * odds_weight[:3]).sum(1, keepdim=True) + odds_weight[3]
+    log_odds = (odds_terms(fitted, own, level) * odds_weight[:3]).sum(1, keepdim=True) + odds_weight[3]
     within = (fitted * class_weight[0] + own * class_weight[1]).log_softmax(1)
     return within + (log_odds + level)
 
 
-def _odds_terms(fitted: Tensor, own: Tensor, level: Tensor) -> Tensor:
+def odds_terms(fitted: Tensor, own: Tensor, level: Tensor) -> Tensor:
     """What log-odds of new against base are made of, (B, 3); arguments as in `mixed_logits`."""
     return torch.cat([fitted.logsumexp(1, keepdim=True), own.logsumexp(1, keepdim=True), level], 1)
 

@@ -24,14 +24,13 @@ from pnc.foundation.fingerprints import KnownFingerprint
 from pnc.foundation.network_state import Snapshot, undisturbed
 from pnc.graph.cut_points import LOGITS, extract
 from pnc.graph.recording import Recording, record
-from pnc.method.task import HasClones
 
 _LOCK = threading.RLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
 _RECORDED = "_plan", "_places", "_recording", "_trunks"
 """Attributes that come of recording the target."""
 
 
-class Composite(HasClones):
+class Composite(nn.Module):
     """A target and its clones. Made by `attach`.
 
     It takes images (B, C, H, W) of the size and type that its clones were made with, and gives logits (B, K_base +

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from pnc.foundation.tensor_bits import same_bits
 
-"""Types of values that files hold, and that fingerprints can name where they differ."""
-
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 
 

@@ -12,6 +12,7 @@ DTYPES = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float64),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
+"""Types of values that files hold, and that fingerprints can name where they differ."""
 
 
 _BYTES_FOR_THREADS = 1 << 24

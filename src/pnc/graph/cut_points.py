@@ -19,7 +19,6 @@ INPUT = "input"
 LOGITS = "logits"
 """Names the network's output in `extract`."""
 
-"""Share of a network without a cut point inside that is worth a word."""
 
 _KINDS: dict[int, Literal["map", "tokens", "vector"]] = {2: "vector", 3: "tokens", 4: "map"}
 

@@ -85,6 +85,7 @@ def constant_sources(node: fx.Node) -> list[fx.Node] | None:
 
 
 BATCH_SIZES = (2, 3)
+"""The two batch sizes at which a network is recorded; an integer that follows the batch is a multiple of both."""
 
 
 @dataclass(frozen=True)

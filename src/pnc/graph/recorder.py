@@ -21,8 +21,6 @@ from pnc.foundation.errors import RecordingError
 from pnc.graph.nodes import operation_name
 from pnc.graph.operation_tape import Kind, Op, Tape, TapeWriter, is_plain, strange_types, tensors_in
 
-"""The two batch sizes at which a network is recorded; an integer that follows the batch is a multiple of both."""
-
 _CONTAINERS = (
     nn.Sequential,
     nn.ModuleList,

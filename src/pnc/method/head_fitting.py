@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead, _odds_terms, mixed_logits, shortened
+from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead, mixed_logits, odds_terms, shortened
 from pnc.method.discriminants import ABSENT
 from pnc.method.logistic import logistic_regressions
 
 RIDGE = 1.0
+"""Penalty on the squared mixing weights, of terms of unit variance, against the sum of all samples' log-losses."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def choose_stacking(samples: HeadSamples) -> Stacking:
     base, own = samples.base_logits.double(), samples.own_logits.double()
     level = base.logsumexp(1, keepdim=True)
     fitted = _held_out_odds(samples).double()
-    odds, classes = _odds_terms(fitted, own, level), torch.stack([fitted, own], 2)
+    odds, classes = odds_terms(fitted, own, level), torch.stack([fitted, own], 2)
     if int(samples.folds.max()) == 0 and bool(own.any()):
         odds[:, 0], classes[:, :, 0] = 0, 0
     weights = balanced_weights(samples.labels, samples.n_base)

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from pnc.composite.composite import Composite
 from pnc.data.folded_samples import Samples, samples_of
 from pnc.data.image_set import ImageSet
 from pnc.data.image_store import MEMORY, check_images, to_device
@@ -30,10 +31,6 @@ _EXAMPLES = 4
 LEAST_MEMORY = 2**20
 IMAGES_SHARE = 0.5
 """Of the memory, what images may take before they go to a file."""
-
-
-class HasClones(nn.Module):
-    """Base of modules that have clones attached: as these come and go, such a module can be no target of others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +235,7 @@ def prepare_task(
     """
     if source is target:
         raise InputError("source and target are the same object; load the network twice if this is meant")
-    if isinstance(target, nn.Module) and any(isinstance(module, HasClones) for module in target.modules()):
+    if isinstance(target, nn.Module) and any(isinstance(module, Composite) for module in target.modules()):
         raise InputError(
             "target is a composite, whose classes come and go; clone into the network in it (composite.target), "
             "attach that clone to the composite too, and calibrate them together"

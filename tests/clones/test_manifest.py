@@ -18,7 +18,7 @@ from pnc.clones.manifest import Manifest, read_manifest
 from pnc.foundation.class_names import MAX_TEXT
 from pnc.foundation.errors import FileFormatError, InputError
 
-SCHEMA = Path(__file__).parents[1] / "docs" / "clone-file.schema.json"
+SCHEMA = Path(__file__).parents[2] / "docs" / "clone-file.schema.json"
 DIGEST = "0" * 64
 
 

@@ -1,6 +1,6 @@
 """Makes the clone files of format version 1 that stay in this folder for ever, and the logits that they must give.
 
-Run it from the root of a checkout, `python tests/data/make_clone_v1.py`, before the first release only: afterwards
+Run it from the root of a checkout, `python tests/golden/make_clone_v1.py`, before the first release only: afterwards
 these files are what other people have, and every later version of pnc must read them. Networks and images are made by
 arithmetic, not drawn, so that no random generator has to stay the same.
 """

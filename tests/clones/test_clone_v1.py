@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import pnc
 from pnc.foundation.errors import MismatchError
 
-FOLDER = Path(__file__).parent / "data"
-SCHEMA = Path(__file__).parents[1] / "docs" / "clone-file.schema.json"
+FOLDER = Path(__file__).parents[1] / "golden"
+SCHEMA = Path(__file__).parents[2] / "docs" / "clone-file.schema.json"
 LOGITS: dict[str, Any] = json.loads((FOLDER / "clone_v1.json").read_text())
 KINDS = {name: "full" if name.endswith("full") else "thin" for name in LOGITS}
 

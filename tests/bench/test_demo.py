@@ -91,7 +91,7 @@ def test_a_broken_promise_is_shown_and_ends_with_an_error(
 @pytest.mark.slow
 def test_the_command_shows_all_of_it_in_a_minute(tmp_path: Path) -> None:
     start = time.perf_counter()
-    words = [sys.executable, "-m", "pnc.cli", "demo", "--json", str(tmp_path / "demo.json")]
+    words = [sys.executable, "-m", "pnc", "demo", "--json", str(tmp_path / "demo.json")]
     found = subprocess.run(words, capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 60
     facts = json.loads((tmp_path / "demo.json").read_text())

@@ -20,7 +20,7 @@ from pnc.cli import app
 from pnc.models.model_specs import save_model
 from pnc.models.pretraining import Recipe
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def module_of(example: str) -> ModuleType:
