@@ -6,8 +6,8 @@ adapter and head are trained on part of the support; masks, where they are asked
 adapter, and both are trained again; the rest of the support measures it. The search goes one position up while that
 helps. At the best position, all is trained once more, on the whole support.
 
-Deviations: the head gives the new logits only, in the conditional form of `pnc.heads`, so that the target's own stay as
-they are; the learning rate is chosen on held-out images, at the deepest position; the search goes on over a few
+Deviations: the head gives the new logits only, in the conditional form of `clones/heads.py`, so that the target's own
+stay as they are; the learning rate is chosen on held-out images, at the deepest position; the search goes on over a few
 positions that do not help, since with the first of them as its end it stopped almost at once; and the source's own
 penultimate features are aimed at beside the right classes, since with the classes alone a few hundred images were
 learnt by heart, and no position above the second one helped.

@@ -36,7 +36,7 @@ from pnc.method.source_part import Part
 from pnc.method.task import CloneTask, Precision, Progress, prepare_task
 
 Strategy = Literal["scan", "sequential"]
-"""How a position is found: all in closed form, or as the paper does (`pnc.sequential`), the reference."""
+"""How a position is found: all in closed form, or as the paper does (`paper_search`), the reference."""
 
 MAX_NAME = 60
 """Characters up to which a clone is named after all of its classes."""

@@ -16,7 +16,7 @@ of the source put in, as by `pnc` but without its search; or no rival but a boun
 
 @dataclass(frozen=True)
 class Budget:
-    """What each rival that trains by gradient may spend: the same for all, `pnc.baselines.tuning` says how.
+    """What each rival that trains by gradient may spend: the same for all, `pnc.bench.rivals.tuning` says how.
 
     Attributes:
         first_steps: Of every setting of its space.

@@ -1,8 +1,8 @@
 """The selection function: which channels of the source's part a clone keeps, by every method, for a task.
 
-`taylor`, `magnitude` and `random` look at the part once (`pnc.localization`). `gates` starts from `taylor`, learns
+`taylor`, `magnitude` and `random` look at the part once (`channel_scores`). `gates` starts from `taylor`, learns
 ranks and norms by gradient where the clone will work, behind the adapter, and tunes the norms of what is left.
-`local-surrogate` learns ranks on the source alone, as the paper does in our reading (`pnc.surrogate`).
+`local-surrogate` learns ranks on the source alone, as the paper does in our reading (`paper_surrogate`).
 """
 
 from collections.abc import Iterator
