@@ -30,12 +30,12 @@ from pnc.bench.rivals import (
 from pnc.bench.rivals.frozen_features import features_of
 from pnc.bench.rivals.linear_probe import regression
 from pnc.bench.rivals.rival import Budget, Fitted, Rival
-from pnc.bench.rivals.tuning import Data, Method, Setting, extend_classifier, grid, tune
+from pnc.bench.rivals.tuning import Data, Hyperparameters, TuningMethod, extend_classifier, grid, tune
 from pnc.composite.composite import Composite
 from pnc.composite.metrics import evaluate
 from pnc.composite.prediction import predict
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.cut_points import INPUT
 from pnc.method.task import CloneTask, prepare_task
@@ -83,7 +83,7 @@ def fitted(name: str) -> tuple[Fitted, list[list[str]], bool]:
     for model in models:
         model.train()
     try:
-        before, state = [snapshot(model) for model in models], torch.get_rng_state()
+        before, state = [take_snapshot(model) for model in models], torch.get_rng_state()
         made = METHODS[name].fit(given, SHORT)
         predict(made.module, held_out_images().images[:10])
         changed = [differences(*both) for both in zip(models, before, strict=True)]
@@ -243,7 +243,7 @@ def test_settings_are_judged_on_images_that_were_not_trained_on(monkeypatch: pyt
     given, trained = task(flip=True), []
     train = tuning._Trainer.train
 
-    def caught(self: Any, setting: Setting, rows: Tensor) -> nn.Module:
+    def caught(self: Any, setting: Hyperparameters, rows: Tensor) -> nn.Module:
         trained.append(rows)
         return train(self, setting, rows)
 
@@ -269,12 +269,12 @@ def test_without_replay_no_base_sample_is_trained_on(monkeypatch: pytest.MonkeyP
 
 
 def test_a_setting_that_diverges_is_not_chosen() -> None:
-    made = tune(task(), Method(grid((1e6, 0.01))), replace(SHORTEST, n_second=2))
+    made = tune(task(), TuningMethod(grid((1e6, 0.01))), replace(SHORTEST, n_second=2))
     assert made.chosen["learning_rate"] == 0.01
 
 
 def test_larger_supports_get_more_steps_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = tuning._Trainer(task(), Method(grid((0.01,))), SHORT)  # 125 images
+    trainer = tuning._Trainer(task(), TuningMethod(grid((0.01,))), SHORT)  # 125 images
     assert trainer.steps(100) == 100
     monkeypatch.setattr(tuning, "ROWS", 50)
     assert trainer.steps(100) == 250
@@ -360,7 +360,7 @@ def test_importance_is_relative_and_a_strong_penalty_keeps_parameters() -> None:
     assert 0.3 < float(values.mean()) <= 1
     moved = []
     for strength in (0.0, 0.1):
-        settings = [Setting(0.01, strength=strength)]
+        settings = [Hyperparameters(0.01, strength=strength)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ewc, "grid", lambda *_, settings=settings, **__: settings)
             made = ewc.fit(given, replace(SHORTEST, last_steps=30)).module

@@ -28,7 +28,7 @@ from pnc.method.localization.channel_scores import one_shot_ranking
 from pnc.method.localization.gates import learn_gates
 from pnc.method.localization.norms import Batch, reestimate_statistics, tune_norms
 from pnc.method.localization.paper_surrogate import Neighbourhoods, neighbourhoods, surrogate_loss
-from pnc.method.source_part import Part
+from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Progress
 
 Method = Literal["gates", "taylor", "magnitude", "random", "local-surrogate"]
@@ -59,7 +59,7 @@ def localize(
     round_to: int = 1,
     steps: Steps = NO_STEPS,
     progress: Progress | None = None,
-) -> Part:
+) -> SourcePart:
     """Localize: take the source's part behind an adapter, at the density that is wanted.
 
     Args:
@@ -80,14 +80,14 @@ def localize(
     task = task.within(4 * adapter.source_cut.size + task.samples.images.n_bytes)
     body = source_body(task, adapter.source_cut)
     if density == 1 or not (spaces := channel_spaces(body)).spaces:
-        return Part(own_copy(body))
+        return SourcePart(own_copy(body))
     costs = Costs(body, spaces)
     kept = steps.get(_STEP)
     if kept is not None:
         masks = ChannelMasks.from_bytes(kept["masks"].numpy().tobytes(), spaces)
         module = compact(body, spaces, masks)
         module.load_state_dict({name: kept[f"module.{name}"] for name in module.state_dict()})
-        return Part(module, masks, costs.density(masks.flat))
+        return SourcePart(module, masks, costs.density(masks.flat))
     choice = _Choice(task, adapter, body, costs, progress)
     with task.autocast():
         ranking, learned = choice.ranking(density, method)
@@ -103,7 +103,7 @@ def localize(
             tune_norms(module, batches, NORMS_STEPS, choice.inputs, start=start, team=task.team)
     own = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     steps.keep(_STEP, {"masks": torch.frombuffer(bytearray(masks.to_bytes()), dtype=torch.uint8), **own})
-    return Part(module, masks, costs.density(masks.flat))
+    return SourcePart(module, masks, costs.density(masks.flat))
 
 
 class _Choice:
