@@ -21,9 +21,12 @@ from pnc.bench.rivals import (
     finetuning,
     icarl,
     joint_training,
+    lda,
+    linear_probe,
     lora,
     lwf,
     nearest_mean,
+    stacked_features,
     tempered,
     tuning,
 )
@@ -38,6 +41,7 @@ from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.cut_points import INPUT
+from pnc.method.head_fitting import balanced_weights
 from pnc.method.task import CloneTask, prepare_task
 
 SHORT = Budget(first_steps=1, second_steps=4, last_steps=80, n_second=1, batch_size=20)
@@ -45,6 +49,7 @@ SHORTEST = Budget(first_steps=1, second_steps=2, last_steps=3, n_second=1, batch
 TUNING = [name for name, rival in METHODS.items() if rival.kind == "tuning"]
 WITHOUT_REPLAY = ["fine-tuning", "fine-tuning (last stage)", "fine-tuning (head)"]
 NEED_BASE = {
+    **dict.fromkeys((rival.name for rival in stacked_features.RIVALS), "stacked features of both networks"),
     "ensemble with temperatures": "an ensemble with temperatures",
     "LDA on target features": "LDA on the target's features",
     "LDA on source features": "LDA on the source's features",
@@ -216,7 +221,7 @@ def test_the_probe_is_where_the_loss_has_no_slope() -> None:
     given = task()
     rows, labels = features_of(given).double(), given.samples.labels
     rows = (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-6)
-    weight, bias = (tensor.requires_grad_() for tensor in regression(rows, labels, 0.01))
+    weight, bias = (tensor.requires_grad_() for tensor in regression(rows, labels, balanced_weights(labels, 5), 0.01))
     loss = F.cross_entropy(rows @ weight.T + bias, labels, weight=1 / labels.bincount().double())
     slopes = torch.autograd.grad(loss + 0.01 / 2 * weight.square().sum(), [weight, bias])
     assert all(slope.abs().max() < 1e-3 for slope in slopes)  # where scikit-learn stops
@@ -224,8 +229,38 @@ def test_the_probe_is_where_the_loss_has_no_slope() -> None:
 
 def test_the_probe_knows_two_classes() -> None:
     rows = torch.tensor([[0.0], [1.0], [2.0], [3.0]], dtype=torch.float64)
-    weight, bias = regression(rows, torch.tensor([0, 0, 1, 1]), 0.001)
+    weight, bias = regression(rows, torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.float64), 0.001)
     assert (rows @ weight.T + bias).argmax(1).tolist() == [0, 0, 1, 1]
+
+
+def test_stacking_keeps_the_targets_logits_and_beats_the_plain_ensemble() -> None:
+    given, test = task(), held_out_images()
+    kept, free = (METHODS[rival.name].fit(given, SHORT) for rival in stacked_features.RIVALS)
+    logits, base = predict(kept.module, test.images), predict(given.target.model, test.images)
+    assert torch.equal(logits[:, :5], base)
+    found = {
+        name: evaluate(predict(module, test.images), test.labels, base)
+        for name, module in (
+            ("kept", kept.module),
+            ("free", free.module),
+            ("plain", ensemble.fit(given, SHORT).module),
+        )
+    }
+    assert found["kept"].conditional_kl == 0 < found["free"].conditional_kl
+    assert found["kept"].average_accuracy > found["plain"].average_accuracy
+    assert found["free"].average_accuracy > found["plain"].average_accuracy
+
+
+def test_calibrated_rivals_weigh_base_and_new_alike() -> None:
+    """With four base classes and one new one, no rival may learn that new is rare."""
+    given = task(classes=("7",))
+    images, labels = given.samples.images[:], given.samples.labels
+    for rival in (tempered.RIVAL, lda.ON_SOURCE, linear_probe.ON_SOURCE, *stacked_features.RIVALS):
+        chance = predict(rival.fit(given, SHORT).module, images).softmax(1)[:, 5]
+        balanced = torch.stack([chance[labels < 5].mean(), chance[labels == 5].mean()]).mean()
+        assert 0.4 < balanced < 0.6, (
+            rival.name
+        )  # half of the weight is new, and the mean of a fit is that of its labels
 
 
 def test_nearest_means_are_nearest() -> None:
