@@ -153,9 +153,6 @@ def test_each_sample_is_judged_by_scores_that_were_fitted_without_its_fold() -> 
     labels[held_out] = labels[held_out].flip(0)  # as many of each class, so that the weights stay
     odds = head_fitting._held_out_odds(samples)
     with_others = head_fitting._held_out_odds(replace(samples, labels=labels))
-        head_fitting._held_out_odds(samples),
-        head_fitting._held_out_odds(replace(samples, labels=labels)),
-    )
     # the regressions share their steps, so those of other folds reach this one by rounding and lengths of steps
     torch.testing.assert_close(odds[held_out], with_others[held_out], atol=0.05, rtol=0.05)
     assert float((odds - with_others)[~held_out].abs().max()) > 0.5
