@@ -16,7 +16,7 @@ from pnc.clones.clone import Clone, check_clones
 from pnc.composite.direct_calls import called_directly, flattened
 from pnc.composite.forward_plan import CloneStatus, Places, Plan, WantedClones, check_places, check_target, status_of
 from pnc.composite.fused_composite import FusedComposite
-from pnc.composite.verification import BATCH_SIZES, Report, verify_composite
+from pnc.composite.verification import PROBE_SIZES, Report, verify_composite
 from pnc.foundation.argument_checks import check_flag, check_module
 from pnc.foundation.class_names import listed, unknown_name
 from pnc.foundation.errors import ClassNameError, InputError

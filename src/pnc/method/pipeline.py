@@ -33,7 +33,7 @@ from pnc.method.paper_search import search
 from pnc.method.positions import scan
 from pnc.method.refinement import refined
 from pnc.method.settings import Bounds, Method, Removal, Strategy, check_strategy
-from pnc.method.source_part import Part
+from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Precision, Progress, check_task, prepare_task
 
 MAX_NAME = 60

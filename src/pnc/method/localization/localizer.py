@@ -27,7 +27,7 @@ from pnc.method.localization.gates import learn_gates
 from pnc.method.localization.norms import Batch, reestimate_statistics, tune_norms
 from pnc.method.localization.paper_surrogate import Neighbourhoods, neighbourhoods, surrogate_loss
 from pnc.method.settings import Method, Removal
-from pnc.method.source_part import Part
+from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Progress
 
 GATES_STEPS = 200
