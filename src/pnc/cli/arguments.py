@@ -28,7 +28,7 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[str | Pat
         outputs: Path by option; None where the option is not given.
         inputs: Files that are read; what is no file, such as a spec, is passed over.
     Raises:
-        InputError: a folder does not exist or cannot be written to; a path is no regular file, given twice, or an input.
+        InputError: a folder cannot be written to, or a path is given twice, an input, or there and no regular file.
     """
     taken = {Path(os.path.realpath(checked_path(path, "input"))) for path in inputs if path is not None}
     for option, path in outputs.items():
