@@ -10,7 +10,8 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shortened
@@ -39,7 +40,9 @@ _MANY_BYTES, _HOLES = 1 << 28, 64
 """From this size on, a file must hold at least one byte in so many: file systems keep long holes for nothing."""
 
 _CODES = ("F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL")
-_DTYPE_OF = dict(zip(_CODES, DTYPES, strict=True))
+DTYPE_OF = dict(zip(_CODES, DTYPES, strict=True))
+"""Types by their codes in safetensors."""
+
 _CODE_OF = dict(zip(DTYPES, _CODES, strict=True))
 
 
@@ -99,16 +102,30 @@ def read_tensors(path: str | Path, check: Check | None = None) -> tuple[dict[str
 def read_sealed(path: str | Path, check: Check | None = None) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
     """Read as `read_tensors` does, and return the digest too, which is right; None where the file has none."""
     path = Path(path)
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            _refuse(path, "it is no regular file")
-        with path.open("rb") as file:
+    with ExitStack() as stack:
+        with _file_errors(path):
+            if not stat.S_ISREG(path.stat().st_mode):
+                _refuse(path, "it is no regular file")
+            file = stack.enter_context(path.open("rb"))
             entries, metadata, n_before = _read_header(path, file)
-            if check is not None:
-                shapes = {e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries}
-                check(shapes, metadata)
+        if check is not None:  # whose errors are not the file's
+            check({e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries}, metadata)
+        with _file_errors(path):
             _refuse_holes(path, file)
             tensors = {entry.name: _read_tensor(path, file, entry, n_before) for entry in entries}
+    digest = metadata.pop(DIGEST_KEY, None)
+    if digest is not None and digest != _digest(tensors, metadata):
+        raise FileFormatError(
+            f"{path} is damaged: its content does not give the digest that it names; copy or make it again"
+        )
+    return dict(sorted(tensors.items())), metadata, digest
+
+
+@contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
+    """Within the block, an error of the system is a `FileFormatError` that names the file."""
+    try:
+        yield
     except PNCError:
         raise
     except FileNotFoundError as error:
@@ -116,12 +133,6 @@ def read_sealed(path: str | Path, check: Check | None = None) -> tuple[dict[str,
     except (OSError, ValueError) as error:  # ValueError: a path with NUL
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise FileFormatError(f"{path_text(path)} cannot be read: {reason}") from error
-    digest = metadata.pop(DIGEST_KEY, None)
-    if digest is not None and digest != _digest(tensors, metadata):
-        raise FileFormatError(
-            f"{path} is damaged: its content does not give the digest that it names; copy or make it again"
-        )
-    return dict(sorted(tensors.items())), metadata, digest
 
 
 def _refuse_holes(path: Path, file: BinaryIO) -> None:
@@ -179,7 +190,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[list[_Entry], dict[str, An
 def _entry(path: Path, name: str, facts: Any) -> _Entry:
     if not isinstance(facts, dict) or facts.keys() != {"dtype", "shape", "data_offsets"}:
         _refuse(path, f"the entry of {shortened(name)} is {shortened(facts)}")
-    dtype = _DTYPE_OF.get(facts["dtype"]) if isinstance(facts["dtype"], str) else None
+    dtype = DTYPE_OF.get(facts["dtype"]) if isinstance(facts["dtype"], str) else None
     if dtype is None:
         _refuse(path, f"{shortened(name)} has values of the type {shortened(facts['dtype'])}")
     shape, offsets = facts["shape"], facts["data_offsets"]
