@@ -154,7 +154,10 @@ def test_outputs_are_checked(
 
 
 def test_a_preprocessed_network_says_which_images_it_takes(tmp_path: Path) -> None:
-    code = "import pnc\nfrom pnc.models.reference_networks import cnn\n\ndef own(): return pnc.Preprocessed(cnn((3, 8, 8), 3), (3, 8, 8))\n"
+    code = (
+        "import pnc\nfrom pnc.models.reference_networks import cnn\n\n"
+        "def own(): return pnc.Preprocessed(cnn((3, 8, 8), 3), (3, 8, 8))\n"
+    )
     (tmp_path / "own.py").write_text(code)
     assert load_model(f"py:{tmp_path / 'own.py'}:own", classes=CLASSES).input_shape == (3, 8, 8)
     assert load_model(f"py:{tmp_path / 'own.py'}:own", None, CLASSES, (1, 5, 5)).input_shape == (1, 5, 5)

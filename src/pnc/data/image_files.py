@@ -38,6 +38,7 @@ _ONLY_IDENTIFIED = frozenset({"BUFR", "GRIB", "HDF5", "MPEG"})
 _DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError),
     *(RuntimeError, MemoryError, struct.error, zlib.error),
+    Warning,  # of Pillow's, where the caller makes errors of warnings
 )
 
 
