@@ -4,11 +4,16 @@ A network says so by an attribute `image_range`, a pair of numbers. It counts wh
 the first in an `nn.Sequential`: what stands in front of it may change values.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 
 from pnc.foundation.errors import InputError
 
+_UNCHECKED: ContextVar[bool] = ContextVar("unchecked", default=False)
 _SLACK = 1e-3  # of the range: resizing in floating point leaves it by so much at most
 
 
@@ -51,6 +56,16 @@ def check_range(values: tuple[float, float], module: nn.Module, role: str, argum
     )
 
 
+@contextmanager
+def values_unchecked() -> Iterator[None]:
+    """Within the block, in this thread, networks are run on noise, which has any values."""
+    token = _UNCHECKED.set(True)
+    try:
+        yield
+    finally:
+        _UNCHECKED.reset(token)
+
+
 def check_values(images: Tensor, module: nn.Module, role: str) -> None:
     """Refuse a batch outside of the range that a network says, where reading the values costs next to nothing.
 
@@ -64,7 +79,7 @@ def check_values(images: Tensor, module: nn.Module, role: str) -> None:
         return
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() or type(images) not in (Tensor, nn.Parameter):
         return
-    if torch._C._is_torch_function_mode_enabled() or torch._C._len_torch_dispatch_stack():
+    if _UNCHECKED.get() or torch._C._is_torch_function_mode_enabled() or torch._C._len_torch_dispatch_stack():
         return
     low, high = images.detach().aminmax()
     check_range((low.item(), high.item()), module, role, "images")

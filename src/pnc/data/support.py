@@ -196,6 +196,6 @@ def doubts(store: ImageStore, labels: Tensor, names: Sequence[str]) -> list[str]
     ]
     if pairs:
         one, other = (f"{row} ({names[int(labels[row])]})" for row in pairs[0])
-        images = "one image is" if len(pairs) == 1 else f"{len(pairs)} images are"
-        found.append(f"{images} given under two classes, such as numbers {one} and {other}")
+        number = "one image is" if len(pairs) == 1 else f"{len(pairs)} images are"
+        found.append(f"{number} given under two classes, such as numbers {one} and {other}")
     return found

@@ -162,7 +162,7 @@ def read_weights(path: Path, check: CheckFile | None = None) -> tuple[dict[str, 
         raise InputError(f"weights: {path_text(path)} cannot be read: {error.strerror or error}") from error
     is_safetensors = head[8:9] == b"{"  # behind the length of the header, whose bytes may look like anything
     other = next((words for beginning, words in _OTHER_FILES if not is_safetensors and re.match(beginning, head)), None)
-    is_checkpoint = head.startswith((b"PK", b"\x80"))  # a zip archive or a pickle
+    is_checkpoint = not is_safetensors and head.startswith((b"PK", b"\x80"))  # a zip archive or a pickle
     if other is None and path.suffix == ".safetensors" and is_checkpoint:
         other = "a file of torch.save, not of safetensors; rename it to .pt"
     if other is not None:
