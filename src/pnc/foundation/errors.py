@@ -23,3 +23,7 @@ class FileFormatError(PNCError, ValueError):
 
 class MismatchError(PNCError, ValueError):
     """A clone, a network and its weights do not belong together."""
+
+
+class PNCWarning(UserWarning):
+    """Something that a caller should know and that stops nothing; the command line turns one into one line."""
