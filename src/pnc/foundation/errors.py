@@ -23,3 +23,7 @@ class FileFormatError(PNCError, ValueError):
 
 class MismatchError(PNCError, ValueError):
     """A clone, a network and its weights do not belong together."""
+
+
+class ExportError(PNCError, RuntimeError):
+    """A composite cannot be exported, or what was exported does not give its logits; nothing was written."""

@@ -1,0 +1,74 @@
+"""The command `pnc export`: clones attached to their target, written for where they run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pnc.cli.arguments import (
+    ModelOptions,
+    attach_clones,
+    check_outputs,
+    check_trained,
+    load_network,
+    read_clone_facts,
+    use_threads,
+)
+from pnc.cli.options import Json, Names, Sources, Target, Threads, Weights, write_json
+from pnc.cli.output import say
+from pnc.composite.export import check_export_folder, check_export_path, export, export_split
+from pnc.composite.program_files import BATCH_SIZES
+from pnc.foundation.errors import InputError
+
+
+def export_clones(
+    clones: Annotated[list[Path], typer.Argument(help="Clone files to attach, one or more.")],
+    source: Sources,
+    target: Target,
+    out: Annotated[Path, typer.Option(help="File to write, .onnx or .pt2; with --split, a folder.")],
+    split: Annotated[
+        bool, typer.Option("--split", help="Write trunk.onnx and one file for each clone, which come and go.")
+    ] = False,
+    source_weights: Weights = None,
+    target_weights: Weights = None,
+    source_classes: Names = None,
+    target_classes: Names = None,
+    threads: Threads = None,
+    json_path: Json = None,
+) -> None:
+    """Attach clones and write the composite as ONNX or .pt2, for any number of images.
+
+    What is written is run and compared with the composite first; where it differs by more than rounding, nothing is
+    written.
+    """
+    asked = ModelOptions("target", target, target_weights, target_classes)
+    sources = [ModelOptions("source", spec, source_weights, source_classes) for spec in source]
+    inputs = [*clones, asked.file, *(one.file for one in sources)]
+    check_outputs({"json": json_path} if split else {"out": out, "json": json_path}, inputs)
+    if split and json_path is not None and json_path.resolve().parent == out.resolve() and not out.exists():
+        raise InputError(f"json: {json_path} lies in the folder that is to be made; choose another path")
+    (check_export_folder if split else check_export_path)(out)
+    check_trained(asked, *sources)
+    known = [read_clone_facts(path) for path in clones]
+    model = load_network(asked, known[0].base_classes, known[0].input_shape)
+    net = attach_clones(known, sources, model)
+    with use_threads(threads):
+        made = (export_split if split else export)(net, out)
+    sizes = {path.name if split else str(path): path.stat().st_size for path in made.files}
+    write_json(
+        json_path,
+        {
+            "out": str(out),
+            "files": sizes,
+            "clones": list(net.clones),
+            "classes": list(net.classes),
+            "largest_difference": made.difference,
+            "batch_sizes": list(BATCH_SIZES),
+        },
+    )
+    for name, n_bytes in sizes.items():
+        say(f"{out / name if split else name}: {n_bytes:,} bytes")
+    tried = ", ".join(map(str, BATCH_SIZES))
+    say(
+        f"run on batches of {tried}: logits differ from the composite's by at most {made.difference:.1g} of the largest"
+    )
