@@ -1,10 +1,12 @@
-"""The command `pnc export`: clones attached to their target, written for where they run."""
+"""The commands `pnc export` and `pnc bench export`: composites written for where they run, and what that gives."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pnc.bench import export as export_bench
+from pnc.bench.result_files import Cells, write_results
 from pnc.cli.arguments import (
     ModelOptions,
     attach_clones,
@@ -14,8 +16,9 @@ from pnc.cli.arguments import (
     read_clone_facts,
     use_threads,
 )
+from pnc.cli.bench_options import show_claims
 from pnc.cli.options import Json, Names, Sources, Target, Threads, Weights, write_json
-from pnc.cli.output import say
+from pnc.cli.output import progress, say
 from pnc.composite.export import check_export_folder, check_export_path, export, export_split
 from pnc.composite.program_files import BATCH_SIZES
 from pnc.foundation.errors import InputError
@@ -72,3 +75,28 @@ def export_clones(
     say(
         f"run on batches of {tried}: logits differ from the composite's by at most {made.difference:.1g} of the largest"
     )
+
+
+def measure_exports(
+    pairs: Annotated[
+        str | None, typer.Option(help="Patterns of pairs, separated by commas, such as 'zoo:*'; all by default.")
+    ] = None,
+    json_path: Annotated[Path, typer.Option("--json", help="Results; the tables go beside it.")] = Path(
+        "results/export.json"
+    ),
+    threads: Annotated[int, typer.Option(help="Threads for torch; onnxruntime has one.", min=1)] = 1,
+) -> None:
+    """Export composites of the zoo, timm, torchvision and transformers, whole and in parts; compare, weigh and time them.
+
+    Takes a quarter of an hour. Rows are kept beside the results as they come, and a stopped run goes on behind them.
+    """
+    wanted = export_bench.chosen(pairs)
+    outputs = {suffix: json_path.with_suffix(suffix) for suffix in (".json", ".md", ".jsonl")}
+    check_outputs(dict(outputs))
+    with use_threads(threads), progress() as bar:
+        cells = Cells(outputs[".jsonl"], {"threads": threads}, export_bench.KEYS)
+        rows = export_bench.run(wanted, cells, bar.step)
+        command = f"pnc bench export --threads {threads}" + (f" --pairs '{pairs}'" if pairs else "")
+        found, text = export_bench.claims(rows), export_bench.markdown(rows)
+        write_results(json_path.parent, json_path.stem, command, {"rows": rows}, found, text)
+    show_claims(found, outputs[".md"])

@@ -1,4 +1,4 @@
-"""Modules written as ONNX and as `.pt2`, by bytes: any number of images, and nothing in them of the machine they are from."""
+"""Modules as the bytes of ONNX and `.pt2` files: for any number of images, with no trace of the machine."""
 
 import importlib
 import io
@@ -109,7 +109,7 @@ def onnx_bytes(
 
 
 def _strip(graph: Any) -> None:
-    """Take off what the exporter notes of where each node comes from: paths of this machine, and half of a small file."""
+    """Take off the exporter's notes on where each node comes from: paths of this machine, and half of a small file."""
     for name in ("value_info", "metadata_props", "doc_string"):
         graph.ClearField(name)
     tables = ("node", "input", "output", "initializer")
