@@ -5,8 +5,8 @@ net = pnc.attach(target, clone)         # logits: the target's own, then the clo
 pnc.save(clone, "clone.safetensors")    # kilobytes
 net.detach(clone.name)                  # and the target is alone again, bit for bit
 
-Everything is loaded when it is first asked for: where clones only run, the code that makes them stays out of the process,
-and `OnnxComposite` runs without PyTorch.
+Everything is loaded when it is first asked for: where clones only run, the code that makes them stays out of the
+process, and `OnnxComposite` runs without PyTorch.
 """
 
 import importlib

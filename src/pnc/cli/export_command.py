@@ -86,7 +86,7 @@ def measure_exports(
     ),
     threads: Annotated[int, typer.Option(help="Threads for torch; onnxruntime has one.", min=1)] = 1,
 ) -> None:
-    """Export composites of the zoo, timm, torchvision and transformers, whole and in parts; compare, weigh and time them.
+    """Export composites of the zoo, timm, torchvision and transformers; compare, weigh and time what comes out.
 
     Takes a quarter of an hour. Rows are kept beside the results as they come, and a stopped run goes on behind them.
     """

@@ -1,4 +1,4 @@
-"""A composite in onnxruntime: the trunk and the clones of a split export, as files that come and go, without PyTorch."""
+"""A composite in onnxruntime, without PyTorch: the trunk and the clones of a split export, which come and go."""
 
 import importlib
 import json
