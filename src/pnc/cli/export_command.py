@@ -84,7 +84,6 @@ def measure_exports(
     json_path: Annotated[Path, typer.Option("--json", help="Results; the tables go beside it.")] = Path(
         "results/export.json"
     ),
-    threads: Annotated[int, typer.Option(help="Threads for torch; onnxruntime has one.", min=1)] = 1,
 ) -> None:
     """Export composites of the zoo, timm, torchvision and transformers; compare, weigh and time what comes out.
 
@@ -93,10 +92,10 @@ def measure_exports(
     wanted = export_bench.chosen(pairs)
     outputs = {suffix: json_path.with_suffix(suffix) for suffix in (".json", ".md", ".jsonl")}
     check_outputs(dict(outputs))
-    with use_threads(threads), progress() as bar:
-        cells = Cells(outputs[".jsonl"], {"threads": threads}, export_bench.KEYS)
+    with use_threads(1), progress() as bar:  # the clock is that of one thread
+        cells = Cells(outputs[".jsonl"], {}, export_bench.KEYS)
         rows = export_bench.run(wanted, cells, bar.step)
-        command = f"pnc bench export --threads {threads}" + (f" --pairs '{pairs}'" if pairs else "")
+        command = "pnc bench export" + (f" --pairs '{pairs}'" if pairs else "")
         found, text = export_bench.claims(rows), export_bench.markdown(rows)
         write_results(json_path.parent, json_path.stem, command, {"rows": rows}, found, text)
     show_claims(found, outputs[".md"])
