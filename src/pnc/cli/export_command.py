@@ -21,7 +21,6 @@ from pnc.cli.options import Json, Names, Sources, Target, Threads, Weights, writ
 from pnc.cli.output import progress, say
 from pnc.composite.export import check_export_folder, check_export_path, export, export_split
 from pnc.composite.program_files import BATCH_SIZES
-from pnc.foundation.errors import InputError
 
 
 def export_clones(
@@ -48,8 +47,6 @@ def export_clones(
     sources = [ModelOptions("source", spec, source_weights, source_classes) for spec in source]
     inputs = [*clones, asked.file, *(one.file for one in sources)]
     check_outputs({"json": json_path} if split else {"out": out, "json": json_path}, inputs)
-    if split and json_path is not None and json_path.resolve().parent == out.resolve() and not out.exists():
-        raise InputError(f"json: {json_path} lies in the folder that is to be made; choose another path")
     (check_export_folder if split else check_export_path)(out)
     check_trained(asked, *sources)
     known = [read_clone_facts(path) for path in clones]
