@@ -17,6 +17,7 @@ from pnc.bench.result_files import Cells, write_results
 from pnc.cli.arguments import check_outputs, read_device, use_threads
 from pnc.cli.bench_options import setting_of, show_claims
 from pnc.cli.compare_commands import measure_comparison, report_comparison
+from pnc.cli.export_command import measure_exports
 from pnc.cli.options import Device
 from pnc.cli.output import progress, say
 from pnc.cli.plots import draw_growth
@@ -222,6 +223,7 @@ def measure_lifecycle(
 
 bench.command("compare")(measure_comparison)
 bench.command("compare-report")(report_comparison)
+bench.command("export")(measure_exports)
 
 
 @bench.command("scale")

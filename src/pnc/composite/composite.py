@@ -346,6 +346,7 @@ class Composite(nn.Module):
             classes=(*self._base_classes, *(name for clone, _ in pairs for name in clone.classes)),
             base_priority=self._base_priority,
             probe=self._recording.probe,
+            clones=tuple(clone for clone, _ in pairs),
         )
         # Past Module.__setattr__: the trunk shares the target's weights, registered it would list each of them twice.
         self.__dict__["_plan"] = plan

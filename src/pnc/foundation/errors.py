@@ -27,3 +27,7 @@ class MismatchError(PNCError, ValueError):
 
 class PNCWarning(UserWarning):
     """Something that a caller should know and that stops nothing; the command line turns one into one line."""
+
+
+class ExportError(PNCError, RuntimeError):
+    """A composite cannot be exported, or what was exported does not give its logits; nothing was written."""
