@@ -2,21 +2,20 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pnc.bench.bench import Bench, Row, Rows
 from pnc.bench.compare import KEYS
 from pnc.bench.comparison_methods import BOUNDED, METHODS
 from pnc.bench.main_job import CLONE
 from pnc.bench.result_files import Cells, Claim, at_least, at_most, over_seeds, table
 from pnc.foundation.class_names import listed
 from pnc.foundation.errors import InputError
-
-Row = Mapping[str, Any]
 
 FIGURES = (
     "base_accuracy",
@@ -156,7 +155,13 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def regimes(rows: Sequence[Row]) -> list[Regime]:
+def bench(rows: Rows, pictures: Sequence[str] = ()) -> Bench:
+    """Report rows that `pnc bench compare` has made; `pictures` are paths that the Markdown shows."""
+    facts, text = {"rows": means(rows), "made_by": made_by(rows)}, partial(markdown, pictures=pictures)
+    return Bench("compare-report", KEYS, {}, lambda cells, progress: rows, claims, text, lambda rows: facts)
+
+
+def regimes(rows: Rows) -> list[Regime]:
     """The rows by table, in the order in which they came."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -164,12 +169,12 @@ def regimes(rows: Sequence[Row]) -> list[Regime]:
     return [Regime(key, tuple(some)) for key, some in found.items()]
 
 
-def means(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def means(rows: Rows) -> list[dict[str, Any]]:
     """One row for each method of each regime: means over classes and seeds."""
     return [{**regime.facts, **regime.figures(name)} for regime in regimes(rows) for name in regime.methods]
 
 
-def made_by(rows: Sequence[Row]) -> list[str]:
+def made_by(rows: Rows) -> list[str]:
     """Commits, environments and budgets that rows were made with, each once."""
     return sorted({json.dumps({key: row[key] for key in ("commit", "environment", "budget")}) for row in rows})
 
@@ -177,7 +182,7 @@ def made_by(rows: Sequence[Row]) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------- claims
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
+def claims(rows: Rows) -> list[Claim]:
     """What the comparison must show, computed; of regimes that have a clone only."""
     found, all_regimes = [], regimes(rows)
     for regime in all_regimes:
@@ -262,12 +267,12 @@ def _margin_of_ensemble(regime: Regime) -> float:
 # ------------------------------------------------------------------------------------------------------------- Markdown
 
 
-def summary(rows: Sequence[Row]) -> str:
+def summary(rows: Rows) -> str:
     """One table for each regime."""
     return "\n\n".join(_table(regime) for regime in regimes(rows))
 
 
-def markdown(rows: Sequence[Row], pictures: Sequence[str] = ()) -> str:
+def markdown(rows: Rows, pictures: Sequence[str] = ()) -> str:
     """Tables of all regimes, what was chosen, and what the columns mean."""
     parts = []
     for regime in regimes(rows):

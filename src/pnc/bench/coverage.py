@@ -5,7 +5,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from pnc.bench.bench import Bench, Row, Rows, one_by_one
 from pnc.bench.clock_and_memory import peak_memory
 from pnc.bench.library_classifiers import CLASSIFIERS, N_CLASSES, SHARES, build, check_libraries, family, prepared
 from pnc.bench.result_files import Cells, Claim, at_least, at_most, commit, table
@@ -63,28 +64,27 @@ _SCAN_CUTS = 3
 _EXPORT_TOLERANCE = 1e-4
 
 
-def run(models: Sequence[str], cells: Cells, progress: Progress | None = None) -> list[dict[str, Any]]:
-    """Measure models that `cells` does not hold yet.
+def bench(models: Sequence[str], again: bool = False) -> Bench:
+    """Measure models of `library_classifiers.CLASSIFIERS`, one row each.
 
     Args:
-        models: Names out of `classifiers.CLASSIFIERS`.
-        cells: Where rows are kept, by `KEYS`.
-        progress: Called with the model, the number of models done, and that of all.
-    Returns:
-        A row for each model, in their order.
+        models: Their names.
+        again: First measure time and memory of the rows that are there once more.
     Raises:
-        InputError: a library cannot be imported.
+        InputError: a library cannot be imported; raised before the first row is made.
     """
-    cells_of = {model: {"model": model, "size": CLASSIFIERS[model]} for model in models}
-    missing = [model for model, cell in cells_of.items() if cell not in cells]
-    if missing:
+    wanted = [{"model": model, "size": CLASSIFIERS[model]} for model in models]
+
+    def make(cell: Row) -> Row:
         check_libraries()
-    for done, model in enumerate(missing, start=len(models) - len(missing)):
-        if progress is not None:
-            progress(model, done, len(models))
-        cells.add({**measure(model), **cells_of[model], "commit": commit()})
-    rows = {(row["model"], row["size"]): row for row in cells.rows}
-    return [rows[model, CLASSIFIERS[model]] for model in models]
+        return {**measure(cell["model"]), **cell, "commit": commit()}
+
+    def rows(cells: Cells, progress: Progress | None) -> Rows:
+        if again:
+            measure_again(models, cells, progress)
+        return one_by_one(wanted, make)(cells, progress)
+
+    return Bench("coverage", KEYS, {}, rows, claims, markdown)
 
 
 def measure_again(models: Sequence[str], cells: Cells, progress: Progress | None = None) -> None:
@@ -93,9 +93,9 @@ def measure_again(models: Sequence[str], cells: Cells, progress: Progress | None
     Rows that the present commit has measured again are left as they are, so that a stopped run goes on.
 
     Args:
-        models: As in `run`.
-        cells: As in `run`.
-        progress: As in `run`.
+        models: As in `bench`.
+        cells: The rows.
+        progress: Called with the model, the models done, and the models in all.
     """
     now = commit()
     wanted = {(model, CLASSIFIERS[model]) for model in models}
@@ -285,7 +285,7 @@ def _export(row: dict[str, Any], net: Composite, shape: Sequence[int]) -> None:
 # ------------------------------------------------------------------------------------------------------------ results
 
 
-def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
+def claims(rows: Rows) -> list[Claim]:
     """What was asked for, beside what was measured."""
     n = len(rows)
     exact = [row for row in rows if row["exact"]]
@@ -336,7 +336,7 @@ below {LARGE} MB the interpreter's memory for the graph counts for more than the
 """.strip()
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def markdown(rows: Rows) -> str:
     """The rows as a table, and what its columns mean."""
     cells = [["" if row[column] is None else row[column] for column in COLUMNS] for row in rows]
     return f"{_LEGEND}\n\n{table(COLUMNS, cells)}"

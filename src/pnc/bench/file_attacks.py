@@ -6,7 +6,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,8 +18,9 @@ from typing import Any, Never
 import torch
 from torch import Tensor, nn
 
+from pnc.bench.bench import Bench, Row, Rows, one_by_one
 from pnc.bench.file_damage import FORGED, MUTATIONS
-from pnc.bench.result_files import Cells, Claim, at_least, at_most, table
+from pnc.bench.result_files import Claim, at_least, at_most, table
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import FileKind, inspect, load, save
 from pnc.composite.composite import attach
@@ -28,7 +29,7 @@ from pnc.foundation.fingerprints import fingerprint
 from pnc.foundation.tensor_bits import same_bits
 from pnc.method.pipeline import fit
 from pnc.method.positions import scan
-from pnc.method.task import Progress, prepare_task
+from pnc.method.task import prepare_task
 
 try:
     import resource
@@ -205,12 +206,8 @@ def _chunk_of_files(numbers: Sequence[int], folder: Path, seed: int) -> dict[str
             left = left[left.index(current[0]) + 1 :]
         elif left:
             raise InputError(f"bench: a process that reads files ended with {worker.exitcode} before its first file")
-    return {
-        "kinds": {
-            kind: {"files": counts.total(), **counts, "slowest": slowest[kind]} for kind, counts in kinds.items()
-        },
-        "bad": bad,
-    }
+    rows = {kind: {"files": counts.total(), **counts, "slowest": slowest[kind]} for kind, counts in kinds.items()}
+    return {"kinds": rows, "bad": bad}
 
 
 # ------------------------------------------------------------------------------------------------------------- killing
@@ -254,8 +251,8 @@ def _after_a_kill(there: Material, path: Path) -> dict[str, int]:
     while_writing = len(list(path.parent.iterdir())) > 1
     save(there.clone, path)
     left = len(list(path.parent.iterdir())) - 1
-    return {"kills": 1, **found, "neither": int(not any(found.values())), "while_writing": int(while_writing),
-            "left_behind": left}  # fmt: skip
+    neither = int(not any(found.values()))
+    return {"kills": 1, **found, "neither": neither, "while_writing": int(while_writing), "left_behind": left}
 
 
 def _chunk_of_kills(number: int, folder: Path, seed: str) -> dict[str, int]:
@@ -305,47 +302,43 @@ def measure_fingerprint(n_bytes: int) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------------------- the bench
-def run(n_files: int, n_kills: int, seed: int, cells: Cells, progress: Progress | None = None) -> list[dict[str, Any]]:
-    """Damage and read `n_files` files, kill `n_kills` processes that save, and time a fingerprint.
+def bench(n_files: int, n_kills: int, seed: int) -> Bench:
+    """Damage and read `n_files` files, kill `n_kills` processes while they save, and time a fingerprint.
 
     Args:
-        n_files: Of all kinds in equal shares.
+        n_files: Of all kinds of damage in equal shares.
         n_kills: Each at a random moment.
         seed: Of both.
-        cells: Chunks that are there already are not made again; keys: `KEYS`.
-        progress: Called with what is being done, and the chunks done and in all.
-    Returns:
-        One row for each chunk.
     Raises:
         InputError: this system cannot limit the memory of a process.
     """
     if resource is None or not Path("/proc/self/statm").exists():
         raise InputError("bench: files are read within a limit on memory, which needs Linux")
+    settings = {"files": n_files, "kills": n_kills, "seed": seed}
     wanted = [
         *(("files", start) for start in range(0, n_files, FILES_PER_CHUNK)),
         *(("kills", start) for start in range(0, n_kills, KILLS_PER_CHUNK)),
         ("fingerprint", 0),
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        for done, (part, start) in enumerate(wanted):
-            if progress is not None:
-                progress(f"{part} from {start}", done, len(wanted))
-            if {"part": part, "chunk": start} in cells:
-                continue
-            if part == "files":
-                facts = _chunk_of_files(range(start, min(start + FILES_PER_CHUNK, n_files)), Path(folder), seed)
-            elif part == "fingerprint":
-                facts = measure_fingerprint(FINGERPRINT_BYTES)
-            else:
-                place = Path(folder) / f"kills{start}"
-                place.mkdir()
-                facts = _chunk_of_kills(min(KILLS_PER_CHUNK, n_kills - start), place, f"{seed} {start}")
-            cells.add({"part": part, "chunk": start, **facts})
-    made = {tuple(row[key] for key in KEYS): row for row in cells.rows}
-    return [made[cell] for cell in wanted]
+
+    def make(cell: Row) -> Row:
+        start = cell["chunk"]
+        if cell["part"] == "fingerprint":
+            return measure_fingerprint(FINGERPRINT_BYTES)
+        with tempfile.TemporaryDirectory() as folder:
+            if cell["part"] == "files":
+                return _chunk_of_files(range(start, min(start + FILES_PER_CHUNK, n_files)), Path(folder), seed)
+            return _chunk_of_kills(min(KILLS_PER_CHUNK, n_kills - start), Path(folder), f"{seed} {start}")
+
+    def facts(rows: Rows) -> Row:
+        bad = [number for row in rows for number in row.get("bad", [])]
+        return {**settings, "rows": summary(rows), "bad": bad}
+
+    measure = one_by_one([dict(zip(KEYS, cell, strict=True)) for cell in wanted], make)
+    return Bench("files", KEYS, settings, measure, claims, markdown, facts)
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def summary(rows: Rows) -> list[dict[str, Any]]:
     """One row for each kind of damage, with `OUTCOMES` counted, one for the kills, and one for the fingerprint."""
     found = []
     for kind in MUTATIONS:
@@ -360,7 +353,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [*found, {"damage": "kill -9 while saving", **kills}, {"damage": "none: fingerprint", **timed[0]}]
 
 
-def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
+def claims(rows: Rows) -> list[Claim]:
     """What was asked for, beside what was counted."""
     *kinds, kills, timed = summary(rows)
     total = {key: sum(row[key] for row in kinds) for key in ("files", *OUTCOMES)}
@@ -379,7 +372,7 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
     ]
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def markdown(rows: Rows) -> str:
     """A table of the kinds of damage, and a sentence about the kills."""
     *kinds, kills, timed = summary(rows)
     header = ("damage", "files", *(name.replace("_", " ") for name in OUTCOMES), "slowest, s")

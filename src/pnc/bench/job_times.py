@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from pnc.bench.clock_and_memory import finish, peak_memory
-from pnc.bench.position_strategies import Setting
 from pnc.bench.result_files import Cells
 from pnc.bench.rivals.finetuning import WITH_REPLAY
 from pnc.bench.rivals.rival import Budget
 from pnc.bench.rivals.tuning import Hyperparameters, TuningMethod, train_once
+from pnc.bench.setting import Setting
 from pnc.data.image_set import class_subset, images_as_float
-from pnc.data.support import draw_support
 from pnc.foundation.network_state import evaluating
 from pnc.method.pipeline import clone
 from pnc.method.task import CloneTask, Progress, prepare_task
@@ -73,11 +72,8 @@ def _row(setting: Setting, seed: int, form: str, cells: Cells) -> dict[str, Any]
 def _work(setting: Setting, seed: int, form: str, cells: Cells, found: dict[str, Any]) -> Callable[[], None]:
     """What is timed; facts about its result go into `found`."""
     source, target = setting.source, setting.target
-    new = [name for name in source.classes if name not in target.classes]
-    generator = torch.Generator().manual_seed(seed)
-    support = draw_support(setting.train, new, target.classes, setting.n_new, setting.n_base, generator)
-    names: Any = {"classes": new, "source_classes": source.classes, "base_classes": target.classes}
-    settings: Any = {**names, "flip": setting.flip, "seed": seed}
+    support = setting.draw(setting.new_classes, seed)
+    settings = setting.arguments(setting.new_classes, seed)
 
     def make() -> None:
         made = clone(source.module, target.module, support, **CLONES[form], **settings)
@@ -113,7 +109,7 @@ def _network_macs(model: LoadedModel, device: torch.device) -> int:
 def _scratch(setting: Setting, seed: int) -> dict[str, Any]:
     """Training a network like the source on its classes, estimated: time of a step, times the steps of its recipe."""
     source = setting.source
-    new = [name for name in source.classes if name not in setting.target.classes]
+    new = setting.new_classes
     images = class_subset(setting.train, new)
     recipe = recipe_for(source.spec)
     device = setting.device

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pnc.bench.clock_and_memory import finish, peak_memory
-from pnc.bench.position_strategies import Setting
 from pnc.bench.result_files import Cells
+from pnc.bench.setting import Setting
 from pnc.channels.compaction import own_copy
 from pnc.clones.adapter import Adapter, Stitched
 from pnc.clones.branch import Branch
@@ -29,7 +29,6 @@ from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.composite.composite import Composite, attach
 from pnc.composite.layer_folding import folded
 from pnc.data.image_set import images_as_float
-from pnc.data.support import draw_support
 from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import fingerprint
 from pnc.graph.candidate_cuts import candidate_cuts
@@ -81,7 +80,7 @@ class SideBySide(nn.Module):
         return torch.cat([network(images) for network in self.networks], 1)
 
 
-class Bench:
+class CaseForms:
     """The forms of each case, made when they are first asked for.
 
     Args:
@@ -143,19 +142,14 @@ class Bench:
         """A clone of all classes at a density, or one of the class of that name."""
         key = name, round_to
         if key not in self._clones:
-            source, target = self._setting.source, self._setting.target
-            names = {"source_classes": source.classes, "base_classes": target.classes}
-            settings: Any = {**names, "flip": self._setting.flip, "seed": self._seed}
-            new = [one for one in source.classes if one not in target.classes]
-            generator = torch.Generator().manual_seed(self._seed)
-            sizes = self._setting.n_new, self._setting.n_base
+            setting, new = self._setting, self._setting.new_classes
+            source, target = setting.source.module, setting.target.module
             if name in new:
-                support = draw_support(self._setting.train, [name], target.classes, *sizes, generator)
-                chosen: Any = {"classes": [name], "density": DENSITIES[-1], "method": "taylor", "round_to": round_to}
-                self._clones[key] = clone(source.module, target.module, support, **chosen, **settings)
+                support, arguments = setting.draw([name], self._seed), setting.arguments([name], self._seed)
+                chosen: Any = {"density": DENSITIES[-1], "method": "taylor", "round_to": round_to}
+                self._clones[key] = clone(source, target, support, **arguments, **chosen)
             else:
-                support = draw_support(self._setting.train, new, target.classes, *sizes, generator)
-                task = prepare_task(source.module, target.module, support, classes=new, **settings)
+                task = prepare_task(source, target, setting.draw(new, self._seed), **setting.arguments(new, self._seed))
                 found = scan(task)
                 fitted = found.adapter(found.choose())
                 for density in DENSITIES:
@@ -165,7 +159,7 @@ class Bench:
 
     def _singles(self, number: int, round_to: int = 1) -> list[Clone]:
         """Clones of one class each; of the source's first classes in turn, under other names."""
-        new = [name for name in self._setting.source.classes if name not in self._setting.target.classes]
+        new = self._setting.new_classes
         chosen = [(n, new[n % min(len(new), N_DISTINCT)]) for n in range(number)]
         return [self._clone(name, round_to).renamed(f"{name} {n}", {name: f"{name} {n}"}) for n, name in chosen]
 
@@ -229,10 +223,10 @@ def cases(batches: Sequence[int], layouts: Sequence[str]) -> list[tuple[str, int
     return found + [one for one in others if one[2] != "compiled" or one[1] == batches[0]]
 
 
-def run_case(bench: Bench, case: str, batch: int, what: str) -> Iterator[dict[str, Any]]:
+def run_case(forms_of: CaseForms, case: str, batch: int, what: str) -> Iterator[dict[str, Any]]:
     """Rows of one case, one for each form; one row that says why, where there is no working compiler."""
-    images = bench.images[:batch]
-    forms = bench.one if what == "one clone" else bench.many if what == "many clones" else bench.laid_out(what)
+    images = forms_of.images[:batch]
+    forms = forms_of.one if what == "one clone" else forms_of.many if what == "many clones" else forms_of.laid_out(what)
     start = time.perf_counter()
     if what == "channels_last":
         images = images.to(memory_format=torch.channels_last)
@@ -247,7 +241,7 @@ def run_case(bench: Bench, case: str, batch: int, what: str) -> Iterator[dict[st
         seconds = time.perf_counter() - start
         for name, values in times.items():
             whole = times.get(_reference(name))
-            costs = {} if what == "compiled" else _costs(forms[name], images, weigh=batch == bench.batches[-1])
+            costs = {} if what == "compiled" else _costs(forms[name], images, weigh=batch == forms_of.batches[-1])
             yield {
                 "part": "latency",
                 "case": case,
@@ -344,13 +338,13 @@ def run_life(setting: Setting, case: str) -> Iterator[dict[str, Any]]:
 
 def run(setting: Setting, seed: int, layouts: Sequence[str], cells: Cells, progress: Progress | None = None) -> None:
     """Measure every case that is not in `cells` yet, latency first; keys: part, case and form."""
-    bench = Bench(setting, seed)
-    wanted = [("latency", case, batch, what) for case, batch, what in cases(bench.batches, layouts)]
+    forms_of = CaseForms(setting, seed)
+    wanted = [("latency", case, batch, what) for case, batch, what in cases(forms_of.batches, layouts)]
     wanted += [("life", case, 0, "") for case in ("pair", LARGE)]
     for done, (part, case, batch, what) in enumerate(wanted):
         if progress is not None:
             progress(f"{part}: {case}", done, len(wanted))
         if not any(row["part"] == part and row["case"] == case for row in cells.rows):
-            rows = run_case(bench, case, batch, what) if part == "latency" else run_life(setting, case)
+            rows = run_case(forms_of, case, batch, what) if part == "latency" else run_life(setting, case)
             for row in list(rows):  # all or none: ratios are between rows of one case
                 cells.add(row)

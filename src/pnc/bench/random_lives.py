@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
@@ -14,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pnc.bench.result_files import Cells
+from pnc.bench.bench import Measure, Rows, one_by_one
 from pnc.clones.branch import Scalars
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save
@@ -25,7 +26,7 @@ from pnc.foundation.tensor_bits import same_bits
 from pnc.method.calibration import calibrate
 from pnc.method.pipeline import fit
 from pnc.method.positions import scan
-from pnc.method.task import Progress, prepare_task
+from pnc.method.task import prepare_task
 from pnc.models.model_specs import build_model
 
 Action = Literal["attach", "detach", "disable", "only", "save", "calibrate"]
@@ -203,42 +204,34 @@ class Life:
             self.problems.append(f"{what}: classes are {self._net.classes}")
 
 
-def run(n_sequences: int, cells: Cells, progress: Progress | None = None) -> dict[str, Any]:
-    """Live so many random lives on one stage.
+def measure(n_sequences: int) -> Measure:
+    """Run so many random sequences on one stage; their cells begin with "seed", so that others fit beside them."""
+    stage = lru_cache(maxsize=1)(lambda: make_stage())  # made only if a chunk is missing
+    chunks = [range(first, min(first + CHUNK, n_sequences)) for first in range(0, n_sequences, CHUNK)]
+    by_name = {f"lives up to {numbers.stop}": numbers for numbers in chunks}
+    return one_by_one(
+        [{"seed": numbers.start, "clones": name} for name, numbers in by_name.items()],
+        lambda cell: _lives(stage(), by_name[cell["clones"]]),
+    )
 
-    Args:
-        n_sequences: How many.
-        cells: Lives that are there already are not lived again; their keys begin with "seed", and others may be there.
-        progress: Called with what is being done, the sequences done, and the sequences in all.
-    Returns:
-        Counts of sequences, of steps that did something by action, and of problems; and the first few of those.
-    """
-    stage: Stage | None = None
-    wanted = [range(first, min(first + CHUNK, n_sequences)) for first in range(0, n_sequences, CHUNK)]
-    found = []
-    for numbers in wanted:
-        cell = {"seed": numbers.start, "clones": f"lives up to {numbers.stop}"}
-        if cell not in cells:
-            stage = stage or make_stage()
-            cells.add({**cell, **_lives(stage, numbers, n_sequences, progress)})
-        found.append(next(row for row in cells.rows if {**row, **cell} == row))
-    problems = [problem for row in found for problem in row["problems"]]
+
+def summary(rows: Rows, n_sequences: int) -> dict[str, Any]:
+    """Count sequences, steps that did something by action, and problems; and give the first few of those."""
+    problems = [problem for row in rows for problem in row["problems"]]
     return {
         "n_sequences": n_sequences,
-        "steps": {action: sum(row["steps"][action] for row in found) for action in ACTIONS},
+        "steps": {action: sum(row["steps"][action] for row in rows) for action in ACTIONS},
         "n_problems": len(problems),
         "problems": problems[:20],
     }
 
 
-def _lives(stage: Stage, numbers: range, n_sequences: int, progress: Progress | None) -> dict[str, Any]:
+def _lives(stage: Stage, numbers: range) -> dict[str, Any]:
     """Steps and problems of the sequences of these numbers, each of which is its own seed."""
     done: Counter[str] = Counter()
     problems: list[str] = []
     with TemporaryDirectory() as folder:
         for number in numbers:
-            if progress is not None:
-                progress("random lives", number, n_sequences)
             generator = random.Random(number)
             life = Life(stage, Path(folder))
             for _ in range(generator.randint(1, MAX_STEPS)):

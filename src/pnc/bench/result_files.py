@@ -109,6 +109,9 @@ class Cells:
     def __contains__(self, cell: Mapping[str, Any]) -> bool:
         return self._key(cell) in self._rows
 
+    def __getitem__(self, cell: Mapping[str, Any]) -> dict[str, Any]:
+        return self._rows[self._key(cell)]
+
     @property
     def rows(self) -> list[dict[str, Any]]:
         """All rows, in the order in which they came."""

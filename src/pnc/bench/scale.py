@@ -10,7 +10,7 @@ import resource
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.utils.data import Dataset
 
+from pnc.bench.bench import Bench, Row, Rows, one_by_one
 from pnc.bench.clock_and_memory import finish, peak_memory
-from pnc.bench.result_files import Cells, Claim, at_most, commit, table
+from pnc.bench.result_files import Claim, at_most, commit, table
 from pnc.clones.clone_file import save
 from pnc.composite.composite import attach
 from pnc.data.image_store import GIB
@@ -29,7 +30,7 @@ from pnc.foundation.fingerprints import fingerprint
 from pnc.foundation.process_team import ALONE, Team, joined
 from pnc.method.pipeline import clone, fit
 from pnc.method.positions import scan
-from pnc.method.task import Precision, Progress, prepare_task
+from pnc.method.task import Precision, prepare_task
 from pnc.models.reference_networks import resnet
 
 SAMPLES = (64, 256, 1024)
@@ -111,34 +112,26 @@ def cells(n_stream: int, n_large: int, n_scan: int, device: str = "cpu") -> list
     ]
 
 
-def run(
-    wanted: Sequence[Mapping[str, Any]],
-    threads: int,
-    kept: Cells,
-    progress: Progress | None = None,
-    device: str = "cpu",
-) -> list[dict[str, Any]]:
-    """Measure the cells that are not there yet, one after the other, each in a process of its own.
+def bench(wanted: Rows, threads: int, device: str = "cpu", picture: str | None = None) -> Bench:
+    """Measure cells one after the other, each in a process of its own.
 
     Args:
         wanted: From `cells`.
         threads: For torch, in each process; the cells of several processes take one each.
-        kept: Where rows are kept, by `KEYS`.
-        progress: Called with the cell, the cells done, and the cells in all.
         device: Where networks are.
+        picture: Name of the picture that the Markdown shows.
     """
-    for done, cell in enumerate(wanted):
-        if progress is not None:
-            progress(f"{cell['cell']} {cell['n']}", done, len(wanted))
-        if cell in kept:
-            continue
+
+    def make(cell: Row) -> Row:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "row.pt"
             processes = cell["n"] if cell["cell"] == "clone, processes" else 1
             spawn(_measure, (dict(cell), processes, threads, device, _free_port(), str(out)), processes)
-            kept.add({**cell, **torch.load(out), "commit": commit()})
-    rows = {(row["cell"], row["n"]): row for row in kept.rows}
-    return [rows[cell["cell"], cell["n"]] for cell in wanted]
+            return {**torch.load(out), "commit": commit()}
+
+    settings, text = {"threads": threads, "device": device}, partial(markdown, threads=threads, picture=picture)
+    own_device, facts = torch.device(device), lambda rows: {"rows": rows}
+    return Bench("scale", KEYS, settings, one_by_one(wanted, make), claims, text, facts, own_device)
 
 
 def _free_port() -> int:
@@ -285,12 +278,12 @@ _CELLS: Mapping[str, Callable[[int, Team, torch.device], dict[str, Any]]] = {
 # ------------------------------------------------------------------------------------------------------------ results
 
 
-def points(rows: Sequence[Mapping[str, Any]], cell: str) -> list[tuple[float, float]]:
+def points(rows: Rows, cell: str) -> list[tuple[float, float]]:
     """How large the job was, and the seconds that it took of all threads, for the rows of a cell of `GROWTH`."""
     return [(row[GROWTH[cell]], row["cpu_seconds"]) for row in rows if row["cell"] == cell]
 
 
-def exponent(rows: Sequence[Mapping[str, Any]], cell: str) -> float:
+def exponent(rows: Rows, cell: str) -> float:
     """Slope of the logarithms of `points`, by least squares."""
     logs = [(math.log(size), math.log(seconds)) for size, seconds in points(rows, cell)]
     mean = [sum(values) / len(logs) for values in zip(*logs, strict=True)]
@@ -298,7 +291,7 @@ def exponent(rows: Sequence[Mapping[str, Any]], cell: str) -> float:
     return slope
 
 
-def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
+def claims(rows: Rows) -> list[Claim]:
     """What was asked for, beside what was measured."""
     at = {row["cell"]: row for row in rows}
     stream, many = at["clone, streaming"], at["scan, 32x32"]
@@ -323,7 +316,7 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
     ]
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], threads: int, picture: str | None) -> str:
+def markdown(rows: Rows, threads: int, picture: str | None) -> str:
     """The rows as a table, with what must be said."""
     shown = [["" if row[key] is None else row[key] for key in COLUMNS] for row in rows]
     large = next((row for row in rows if row["cell"] == LARGE), None)

@@ -1,46 +1,45 @@
 """Speed, side by side in one run: making a clone, running it, and attaching it; what was asked for, beside it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
-from typing import Any
 
 from pnc.bench import job_times, latency
+from pnc.bench.bench import Bench, Rows
 from pnc.bench.job_times import CLOSED, GATES, SEARCH, SEQUENTIAL, TUNED
 from pnc.bench.latency import ALIGNED, ALIGNED_SINGLES, LARGE, PLUMBING, WHOLE, several
-from pnc.bench.position_strategies import Setting
 from pnc.bench.result_files import Cells, Claim, at_most, over_seeds, table
+from pnc.bench.setting import Setting
 from pnc.method.task import Progress
 
 PARTS = ("latency", "life", "job")
 KEYS = ("part", "case", "form")
-Rows = Sequence[Mapping[str, Any]]
 
 
-def run(
-    setting: Setting,
-    parts: Sequence[str],
-    layouts: Sequence[str],
-    seeds: range,
-    cells: Cells,
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Measure what is not there yet.
+def bench(
+    setting: Setting, parts: Sequence[str], layouts: Sequence[str], seeds: range, threads: int, device: str
+) -> Bench:
+    """Measure some parts.
 
     Args:
         setting: Networks and images.
         parts: Out of `PARTS`; latency and life go together.
         layouts: Out of `latency.LAYOUTS`, the first one included.
         seeds: Of the jobs; latency is measured with clones of the first one.
-        cells: Rows that are there already are not made again; keys: `KEYS`.
-        progress: Called with what is being done, the steps done, and the steps in all.
-    Returns:
-        All rows.
+        threads: Of torch; rows depend on them, and on the device.
+        device: Where both networks are, as the command line named it.
     """
-    if "latency" in parts or "life" in parts:
-        latency.run(setting, seeds[0], layouts, cells, progress)
-    if "job" in parts:
-        job_times.run(setting, seeds, cells, progress)
-    return [row for row in cells.rows if row["part"] in parts]
+
+    def measure(cells: Cells, progress: Progress | None) -> Rows:
+        if "latency" in parts or "life" in parts:
+            latency.run(setting, seeds[0], layouts, cells, progress)
+        if "job" in parts:
+            job_times.run(setting, seeds, cells, progress)
+        return [row for row in cells.rows if row["part"] in parts]
+
+    settings, text = {**setting.facts, "threads": threads, "device": device}, partial(markdown, setting=setting)
+    facts = lambda rows: {**setting.facts, "rows": rows}  # noqa: E731
+    return Bench("speed", KEYS, settings, measure, claims, text, facts, setting.device)
 
 
 # ------------------------------------------------------------------------------------------------------------- claims
@@ -109,13 +108,9 @@ def _life_claims(rows: Rows) -> list[Claim]:
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def markdown(rows: Rows, setting: Setting, data: str) -> str:
-    """Tables of all parts; `data` is the name of the images."""
-    flips = ", with mirror images" if setting.flip else ""
-    lines = [
-        f"{data}; support of {setting.n_new}/{setting.n_base} images per new/base class{flips}. Source "
-        f"`{setting.source.spec}`, target `{setting.target.spec}`.",
-    ]
+def markdown(rows: Rows, setting: Setting) -> str:
+    """Tables of all parts."""
+    lines = [f"{setting.words}. Source `{setting.source.spec}`, target `{setting.target.spec}`."]
     job = [row for row in rows if row["part"] == "job"]
     if job:
         lines += ["", "## Making", "", _table(("form", "case", "seconds", "n_macs", "peak_bytes", "estimated"), job)]
