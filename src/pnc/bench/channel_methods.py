@@ -1,4 +1,4 @@
-"""Ways to choose channels, side by side: every method at several densities, against the clone at full density."""
+"""Ways to choose channels compared: every method at several densities, relative to the clone at full density."""
 
 import time
 from collections.abc import Sequence
@@ -30,14 +30,14 @@ FULL = "full"
 METHODS: tuple[str, ...] = get_args(Method)
 KEYS = ("classes", "seed", "method", "density")
 COLUMNS = ("relative", "average_accuracy", "cloned", "not_cloned", "part_macs_share", "seconds")
-"""Averages shown: accuracy as a share of that at full density, accuracy; of the masked source alone, with its own head,
-on classes that were cloned and on its others; MACs of the part as a share of those at full density; time."""
+"""Averages shown: accuracy as a share of that at full density; accuracy; that of the masked source alone, with its own
+head, on classes that were cloned and on its others; MACs of the part as a share of those at full density; time."""
 
 
 def bench(setting: Setting, groups: Sequence[Sequence[str]], seeds: Sequence[int]) -> Bench:
     """Make clones of each group of classes by each method at each density, and measure them on all test images.
 
-    The position is the scan's choice and the same for all methods. `seconds` is the time from the scan's result on.
+    All methods use the position that the scan chooses. `seconds` is the time after the scan.
     """
     settings = {**setting.facts, "n_test": setting.n_test}
     by_name = {"+".join(group): group for group in groups}
@@ -65,7 +65,7 @@ def _with_shares(rows: Rows) -> Rows:
 
 
 class _Case:
-    """One group of classes and one support: the scan's position, and what is measured there."""
+    """One group of classes and one support: the scan's position, and measurements there."""
 
     def __init__(self, setting: Setting, group: Sequence[str], seed: int) -> None:
         source, target = setting.source, setting.target
@@ -102,14 +102,14 @@ class _Case:
 
 
 def masked_source_accuracy(task: CloneTask, clone: Clone, images: ImageSet) -> dict[str, float | None]:
-    """Accuracy of the source with the clone's part in place of its own, over all of the source's classes.
+    """Accuracy of the source with its own part replaced by the clone's, over all of the source's classes.
 
     Args:
-        task: Whose source.
+        task: Has the source.
         clone: A clone of it.
         images: With the source's classes, in order.
     Returns:
-        `cloned`, on images of classes that were cloned, and `not_cloned`, on the others; None where there are none.
+        `cloned`, on images of classes that were cloned, and `not_cloned`, on the others; None without such images.
     """
     prefix = extract(task.source.recording, None, [clone.source_cut])
     classifier = extract(task.source.recording, task.source.head.features, [LOGITS])
@@ -126,7 +126,7 @@ def _mean(right: Tensor) -> float | None:
 
 
 def claims(rows: Rows) -> list[Claim]:
-    """What was asked for, beside what was measured: means over seeds, with half their range."""
+    """Required figures, with what was measured: means over seeds, with half their range."""
     found = []
     groups = list(dict.fromkeys(row["classes"] for row in rows))
     for group in groups:

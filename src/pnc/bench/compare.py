@@ -1,7 +1,8 @@
-"""The comparison: clones and their rivals on the same samples, cell by cell; a stopped run goes on where it was.
+"""The comparison: clones and rivals on the same samples, cell by cell, so that a stopped run can continue.
 
-A cell is one method on one support: data, pair of networks, images per class, classes to clone, seed. Its row holds all
-that it depends on and all that was measured; `pnc.bench.compare_report` makes tables, claims and pictures of the rows.
+A cell is one method on one support: data, pair of networks, images per class, classes to clone, seed. Its row holds
+everything that it depends on and everything measured; `pnc.bench.compare_report` turns rows into tables, claims and
+pictures.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from pnc.method.task import Progress, prepare_task
 from pnc.models.model_specs import LoadedModel
 
 KEYS = ("data", "target", "source", "support", "flip", "group", "classes", "n_test", "method", "seed")
-"""What names a cell."""
+"""Fields that name a cell."""
 
 SHIFTS = tuple(step / 2 for step in range(-16, 17))
 """Added to the new logits, for the curve of leak against new accuracy."""
@@ -57,10 +58,10 @@ def measure(
         budget: Of the methods that train.
         methods: Names out of `METHODS`.
         seeds: Of the supports and of all methods.
-        again: Methods whose cells are measured again, unless this very commit made them: so a stopped run goes on
-            here too.
+        again: Methods whose cells are measured again, except those of the current commit, so that a stopped run can
+            continue.
     Returns:
-        What measures the cells; progress says how long the rest takes.
+        A function that measures the cells; its progress includes the time left.
     """
 
     def run(cells: Cells, progress: Progress | None) -> Rows:
@@ -104,7 +105,7 @@ def _common(setting: Setting, names: Mapping[str, str], group: str) -> dict[str,
 
 
 def _time_left(methods: Sequence[str], rows: Rows) -> str:
-    """How long the given cells will take, going by those that are there."""
+    """Estimate the time for the given cells from the existing ones."""
     known: dict[str, list[float]] = {}
     for row in rows:
         known.setdefault(row["method"], []).append(row["cell_seconds"])
@@ -116,7 +117,7 @@ def _time_left(methods: Sequence[str], rows: Rows) -> str:
 
 
 class _Arena:
-    """Runs methods in one setting; what does not depend on the method is computed once."""
+    """Runs methods in one setting; computes once what does not depend on the method."""
 
     def __init__(self, setting: Setting, budget: Budget) -> None:
         self._setting, self._budget = setting, budget
@@ -124,7 +125,7 @@ class _Arena:
         self._tests: dict[tuple[str, ...], tuple[ImageSet, Tensor]] = {}
 
     def measure(self, rival: Rival, classes: Sequence[str], seed: int) -> dict[str, Any]:
-        """Make one method and measure it; the facts of a method that cannot use the support say why."""
+        """Run one method and measure it; if it cannot use the support, the facts hold the reason."""
         setting = self._setting
         if rival.sees_everything:
             setting = dataclasses.replace(setting, n_new=None, n_base=None, flip=False)
@@ -169,7 +170,7 @@ class _Arena:
         return not differences(self._setting.target.module, self._before)
 
     def _test(self, classes: tuple[str, ...]) -> tuple[ImageSet, Tensor]:
-        """Test images of base classes and of some new ones, and the target's logits of them."""
+        """Test images of base classes and of some new ones, and the target's logits for them."""
         if classes not in self._tests:
             test = self._setting.test_images(classes)
             self._tests[classes] = test, predict(self._setting.target.module, test.images)

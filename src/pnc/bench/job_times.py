@@ -1,4 +1,4 @@
-"""How long it takes to make a clone, beside the paper's search, fine-tuning with replay and training from scratch."""
+"""Time to make a clone, compared with the paper's search, fine-tuning with replay and training from scratch."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -30,18 +30,18 @@ CLONES: Mapping[str, Mapping[str, Any]] = {
     REFINED: {"refine": True},
     SEQUENTIAL: {"strategy": "sequential"},
 }
-"""What is timed, as settings of `clone`."""
+"""What is timed, as arguments of `clone`."""
 FORMS = (*CLONES, SEARCH, TUNED, SCRATCH)
 N_REPEATS = {CLOSED: 3}
-"""How often a form is timed for each seed, where more than once; the fastest way is the one that noise hits most."""
+"""How often a form is timed for each seed, if more than once; noise affects the fastest form most."""
 COUNTED = (CLOSED, TUNED)
-"""Forms whose operations are counted too, in one more run."""
+"""Forms whose operations are also counted, in an additional run."""
 N_STEPS = 8
-"""Steps of training from scratch that are timed; the first one does not count."""
+"""Steps of training from scratch that are timed; the first does not count."""
 
 
 def run(setting: Setting, seeds: range, cells: Cells, progress: Progress | None = None) -> None:
-    """Time every form that is not in `cells` yet, for every seed, each from two loaded networks on."""
+    """Time every form that is not in `cells` yet, for every seed, each starting from two loaded networks."""
     wanted = [(seed, form) for seed in seeds for form in FORMS]
     for done, (seed, form) in enumerate(wanted):
         if progress is not None:
@@ -52,7 +52,7 @@ def run(setting: Setting, seeds: range, cells: Cells, progress: Progress | None 
 
 
 def _row(setting: Setting, seed: int, form: str, cells: Cells) -> dict[str, Any]:
-    """Seconds of one form, with the peak of memory; and what was chosen by a search."""
+    """Seconds and peak memory of one form, and the choice of a search."""
     if form == SCRATCH:
         return _scratch(setting, seed)
     found: dict[str, Any] = {}
@@ -70,7 +70,7 @@ def _row(setting: Setting, seed: int, form: str, cells: Cells) -> dict[str, Any]
 
 
 def _work(setting: Setting, seed: int, form: str, cells: Cells, found: dict[str, Any]) -> Callable[[], None]:
-    """What is timed; facts about its result go into `found`."""
+    """The work to be timed; facts about its result go into `found`."""
     source, target = setting.source, setting.target
     support = setting.draw(setting.new_classes, seed)
     settings = setting.arguments(setting.new_classes, seed)
@@ -107,7 +107,7 @@ def _network_macs(model: LoadedModel, device: torch.device) -> int:
 
 
 def _scratch(setting: Setting, seed: int) -> dict[str, Any]:
-    """Training a network like the source on its classes, estimated: time of a step, times the steps of its recipe."""
+    """Estimate the training of a network like the source: time of a step times the steps of its recipe."""
     source = setting.source
     new = setting.new_classes
     images = class_subset(setting.train, new)

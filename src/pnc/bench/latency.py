@@ -1,7 +1,7 @@
-"""How fast composites run beside the target alone and beside whole networks, and what attaching and the like costs.
+"""Latency of composites compared with the target alone and with whole networks, and the cost of attaching.
 
-All forms of one case run in turn, round after round, so that whatever else the machine does hits all alike. Ratios are
-taken within each round. What the networks know does not matter here, so channels are chosen by one-shot scores.
+All forms of a case run in turn, round after round, so that other work on the machine affects all alike. Ratios are
+taken within each round. Accuracy does not matter here, so channels are chosen by one-shot scores.
 """
 
 import copy
@@ -41,14 +41,14 @@ from pnc.models.model_specs import LoadedModel, build_model
 
 BATCHES = (1, 8, 64)
 GPU_BATCHES = (*BATCHES, 1024)
-"""On GPUs, which smaller batches do not fill."""
+"""On GPUs, which smaller batches do not use fully."""
 DENSITIES = (1.0, 0.5, 0.3)
 ALIGNED, ALIGNED_SINGLES = "0.5, multiples of 8", "multiples of 8"
-"""Forms of which channels are kept in groups of 8 too, which convolutions on CPUs take at a time."""
+"""Forms with multiples of 8 channels, which convolutions on CPUs process at a time."""
 N_CLONES = (4, 16)
-"""Numbers of clones beside one, of one class each, at the lowest density."""
+"""Numbers of clones with one class each, at the lowest density."""
 N_DISTINCT = 4
-"""How many of them are of classes of their own."""
+"""How many of them have different classes."""
 LAYOUTS = ("as it is", "channels_last", "compiled")
 TARGET, WHOLE, FOLDED, PLUMBING = (
     "target",
@@ -58,10 +58,10 @@ TARGET, WHOLE, FOLDED, PLUMBING = (
 )
 LARGE = "timm:resnet50?pretrained=false"
 SECONDS = 8.0
-"""Time for the rounds of one case, about."""
+"""Approximate time for the rounds of one case."""
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 N_WARM = 3
-"""Rounds that do not count: the first ones compile, choose kernels and record what a GPU shall do."""
+"""Rounds that do not count: they compile, choose kernels and record GPU graphs."""
 
 _RECIPE = ("score", "standard_error", "macs_share", "n_new_samples", "n_base_samples")
 
@@ -76,12 +76,12 @@ class SideBySide(nn.Module):
         self.networks = nn.ModuleList(networks)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Give the logits of all of them."""
+        """Return the logits of all networks."""
         return torch.cat([network(images) for network in self.networks], 1)
 
 
 class CaseForms:
-    """The forms of each case, made when they are first asked for.
+    """The forms of each case, made on demand.
 
     Args:
         setting: Networks and images.
@@ -94,12 +94,12 @@ class CaseForms:
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """Sizes of batches, the largest one last."""
+        """Batch sizes, the largest last."""
         return GPU_BATCHES if self._setting.device.type == "cuda" else BATCHES
 
     @property
     def images(self) -> Tensor:
-        """As many test images as the largest batch has, where the networks are."""
+        """Test images for the largest batch, on the device of the networks."""
         return images_as_float(self._setting.test.images[: self.batches[-1]]).to(self._setting.device)
 
     @cached_property
@@ -115,7 +115,7 @@ class CaseForms:
 
     @cached_property
     def many(self) -> Forms:
-        """Several clones of one class each, and as many whole sources, each with tensors of its own."""
+        """Several clones with one class each, and as many whole sources, each with its own tensors."""
         target, source = self._setting.target.module, self._setting.source.module
         forms: dict[str, nn.Module] = {TARGET: target}
         for number in N_CLONES:
@@ -125,7 +125,7 @@ class CaseForms:
         return forms
 
     def laid_out(self, layout: str) -> Forms:
-        """The target, both networks and the clone at density .5, channels last or compiled."""
+        """The target, both networks and the clone at density .5, with channels last or compiled."""
         target, source = (copy.deepcopy(one.module) for one in (self._setting.target, self._setting.source))
         net = attach(target, self._clone("0.5"))
         forms = {TARGET: target, WHOLE: SideBySide(target, source), "density 0.5": net}
@@ -139,7 +139,7 @@ class CaseForms:
         return forms
 
     def _clone(self, name: str, round_to: int = 1) -> Clone:
-        """A clone of all classes at a density, or one of the class of that name."""
+        """A clone of all classes at the density `name`, or one of the class `name`."""
         key = name, round_to
         if key not in self._clones:
             setting, new = self._setting, self._setting.new_classes
@@ -158,7 +158,7 @@ class CaseForms:
         return self._clones[key]
 
     def _singles(self, number: int, round_to: int = 1) -> list[Clone]:
-        """Clones of one class each; of the source's first classes in turn, under other names."""
+        """Clones with one class each: the source's first classes in turn, renamed."""
         new = self._setting.new_classes
         chosen = [(n, new[n % min(len(new), N_DISTINCT)]) for n in range(number)]
         return [self._clone(name, round_to).renamed(f"{name} {n}", {name: f"{name} {n}"}) for n, name in chosen]
@@ -171,7 +171,7 @@ class CaseForms:
 
 
 def several(number: int) -> str:
-    """What so many whole sources beside the target are called."""
+    """Name of the form of the target with this number of whole sources."""
     return f"target + {number} sources"
 
 
@@ -185,7 +185,7 @@ def _both(net: Composite, name: str) -> dict[str, nn.Module]:
 
 
 def untrained_clone(source: LoadedModel, target: LoadedModel, example: Tensor) -> Clone:
-    """A clone from the last cut of both networks on, with an adapter and a head of zeros: as fast as a fitted one."""
+    """A clone at the last cut of both networks, with an adapter and a head of zeros: as fast as a fitted one."""
     networks: list[Network] = [
         read_network(one.module, example, one.classes, role) for one, role in ((source, "source"), (target, "target"))
     ]
@@ -214,9 +214,9 @@ def untrained_clone(source: LoadedModel, target: LoadedModel, example: Tensor) -
 
 
 def cases(batches: Sequence[int], layouts: Sequence[str]) -> list[tuple[str, int, str]]:
-    """(name, batch size, layout) of all cases; one clone and many ones as they are, and one in the other layouts.
+    """(name, batch size, form) of all cases: one clone and many clones, and one in the other layouts.
 
-    Compiled for the smallest batch only: it takes half a minute for each form.
+    Only the smallest batch is compiled: this takes half a minute for each form.
     """
     found = [(f"{what}, batch {batch}", batch, what) for batch in batches for what in ("one clone", "many clones")]
     others = [(f"{layout}, batch {batch}", batch, layout) for layout in layouts[1:] for batch in batches]
@@ -224,7 +224,7 @@ def cases(batches: Sequence[int], layouts: Sequence[str]) -> list[tuple[str, int
 
 
 def run_case(forms_of: CaseForms, case: str, batch: int, what: str) -> Iterator[dict[str, Any]]:
-    """Rows of one case, one for each form; one row that says why, where there is no working compiler."""
+    """Rows of one case, one for each form; a single row with the reason if there is no working compiler."""
     images = forms_of.images[:batch]
     forms = forms_of.one if what == "one clone" else forms_of.many if what == "many clones" else forms_of.laid_out(what)
     start = time.perf_counter()
@@ -233,7 +233,7 @@ def run_case(forms_of: CaseForms, case: str, batch: int, what: str) -> Iterator[
     with torch.inference_mode():
         try:
             times = measure({name: partial(form, images) for name, form in forms.items()}, images.device, SECONDS)
-        except RuntimeError as error:  # whatever torch's compiler says of the machine's
+        except RuntimeError as error:  # from torch's compiler, if the machine's does not work
             if what != "compiled":
                 raise
             yield {"part": "latency", "case": case, "form": TARGET, "batch": batch, "skipped": str(error)[:300]}
@@ -257,7 +257,7 @@ def run_case(forms_of: CaseForms, case: str, batch: int, what: str) -> Iterator[
 
 
 def _reference(form: str) -> str:
-    """What a form stands in for: the target with as many whole sources."""
+    """The form to compare with: the target with as many whole sources."""
     return next((several(number) for number in N_CLONES if f"{number} " in form), WHOLE)
 
 
@@ -269,7 +269,7 @@ def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
 def measure(
     calls: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float, most: int = MAX_ROUNDS
 ) -> dict[str, list[float]]:
-    """Time every call in every round, in seconds, after rounds that do not count; for `seconds` or `most` rounds."""
+    """Time every call in every round, in seconds, after warm-up rounds; for `seconds` or `most` rounds."""
     for call in [*calls.values()] * N_WARM:
         call()
     finish(device)
@@ -292,7 +292,7 @@ def _spread(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def _costs(form: nn.Module, images: Tensor, weigh: bool) -> dict[str, Any]:
-    """Multiply-accumulates for one image, as counted while it runs, and the peak of memory for a large batch."""
+    """Multiply-accumulates for one image, counted in a run, and peak memory if `weigh`."""
     with FlopCounterMode(display=False) as counter:
         form(images)
     costs: dict[str, Any] = {"n_macs": counter.get_total_flops() // (2 * len(images))}
@@ -303,7 +303,7 @@ def _costs(form: nn.Module, images: Tensor, weigh: bool) -> dict[str, Any]:
 
 
 def run_life(setting: Setting, case: str) -> Iterator[dict[str, Any]]:
-    """Rows of what attaching, detaching, fusing, loading and fingerprints cost: of the pair, or of large networks."""
+    """Rows for attaching, detaching, fusing, loading and fingerprints: of the pair, or of large networks."""
     if case == LARGE:
         try:
             models = [build_model(LARGE, None, None, seed) for seed in (0, 1)]
@@ -346,5 +346,5 @@ def run(setting: Setting, seed: int, layouts: Sequence[str], cells: Cells, progr
             progress(f"{part}: {case}", done, len(wanted))
         if not any(row["part"] == part and row["case"] == case for row in cells.rows):
             rows = run_case(forms_of, case, batch, what) if part == "latency" else run_life(setting, case)
-            for row in list(rows):  # all or none: ratios are between rows of one case
+            for row in list(rows):  # all or none, because ratios relate rows of one case
                 cells.add(row)

@@ -1,4 +1,4 @@
-"""Clones that were made apart beside one clone made of all their classes at once, before and after calibration."""
+"""Clones made separately, compared with one clone of all their classes, before and after calibration."""
 
 import hashlib
 import json
@@ -33,27 +33,27 @@ from pnc.method.task import Progress
 from pnc.models.model_specs import LoadedModel
 
 ARRANGEMENTS = ("one", "two", "four")
-"""How many clones the new classes are shared out to."""
+"""Number of clones that the new classes are divided among."""
 
 KEYS = ("seed", "clones")
 COLUMNS = ("base_accuracy", "new_accuracy", "average_accuracy", "leak", "conditional_kl")
 ALLOWED = 0.02
-"""Average accuracy that clones made apart may lose against one made of all classes."""
+"""Average accuracy that separate clones may lose compared with one of all classes."""
 
 
 CloneShare = tuple[int, tuple[str, ...]]
-"""One clone: which source, which classes."""
+"""One clone: the number of its source, and its classes."""
 
 
 def shares(new_classes: Sequence[str], arrangement: str) -> list[CloneShare]:
-    """Share the new classes out: the first half to the first source, and one class of each half to a clone of its own.
+    """Divide the new classes: the first half comes from the first source; with four clones, one class of each is alone.
 
     Raises:
         InputError: there are fewer than four classes.
     """
     new = tuple(new_classes)
     if len(new) < 4:
-        raise InputError(f"source: four clones need four new classes at least; got {len(new)}: {', '.join(new)}")
+        raise InputError(f"source: four clones need at least four new classes; got {len(new)}: {', '.join(new)}")
     half = (len(new) + 1) // 2
     if arrangement == "one":
         return [(0, new)]
@@ -67,9 +67,9 @@ class CloneMaker:
     """Makes the clones of all arrangements.
 
     Attributes:
-        setting: Networks, the first source among them, and images.
+        setting: Target, first source and images.
         second: Another source, which knows the same new classes.
-        folder: Where clones are kept as files, so that they are not made twice; None keeps none.
+        folder: Keeps clones as files, so that they are not made twice; None keeps none.
     """
 
     setting: Setting
@@ -105,7 +105,7 @@ class CloneMaker:
 def bench(maker: CloneMaker, seeds: Sequence[int], n_sequences: int) -> Bench:
     """Make and measure every arrangement for each seed, before and after calibration; and run random sequences.
 
-    The clones of an arrangement are made apart: each from the support's images of its own and of the base classes.
+    The clones of an arrangement are made separately, each from the support's images of its own and the base classes.
     Calibration then uses the same support, with all its classes, and nothing else.
 
     Raises:
@@ -163,7 +163,7 @@ def _row(maker: CloneMaker, seed: int, clones: str) -> dict[str, Any]:
 
 
 def _moved(log_odds: Tensor, features: Tensor, scalars: Scalars) -> Tensor:
-    """The log-odds of a calibrated clone, as the docs have them; (N, K_new), of uncalibrated ones and (N, D_s)."""
+    """Calibrated log-odds, as in the docs, (N, K_new), from uncalibrated ones and source features (N, D_s)."""
     moved = scalars.scale * log_odds + torch.tensor(scalars.offsets, dtype=log_odds.dtype)
     if scalars.rivals:
         against = against_rivals(features, features.new_tensor(scalars.rivals), log_odds.shape[1])
@@ -172,7 +172,7 @@ def _moved(log_odds: Tensor, features: Tensor, scalars: Scalars) -> Tensor:
 
 
 def _difference(net: Composite, test: ImageSet, expected: torch.Tensor, n_images: int = 64) -> float:
-    """Largest difference between what the composite gives and what was computed from its log-odds, on some images."""
+    """Largest difference between the composite's logits and those computed from its log-odds, on some images."""
     like = next(net.parameters())
     with torch.no_grad():
         found = net(images_as_float(test.images[:n_images]).to(like.device, like.dtype))
@@ -180,7 +180,7 @@ def _difference(net: Composite, test: ImageSet, expected: torch.Tensor, n_images
 
 
 def claims(rows: Rows, lives: Row) -> list[Claim]:
-    """What was asked for, beside what was measured: means over seeds, with half their range.
+    """Required figures, with what was measured: means over seeds, with half their range.
 
     Args:
         rows: One for each seed and arrangement.
@@ -225,15 +225,15 @@ def markdown(rows: Rows, lives: Row, setting: Setting) -> str:
     tested = "all test images" if setting.n_test is None else f"{setting.n_test} test images per class"
     lines = [
         f"{setting.words}; {tested}; means over {len({row['seed'] for row in rows})} seeds. "
-        "The clones of a row are made apart, each from the images of its "
-        "own and of the base classes; calibration then sees the whole support.",
+        "The clones of a row are made separately, each from the images of its own and the base classes; calibration "
+        "then uses the whole support.",
         "",
         *(f"- {a}: {words}" for a, words in shared.items()),
         "",
         table(("clones", "stage", *(key.replace("_", " ") for key in COLUMNS)), means),
         "",
-        "Every seed. loss: cross-entropy on the support, nats. off: largest difference of the composite's own logits "
-        "from those measured here, which are computed from one pass of log-odds.",
+        "Every seed. loss: cross-entropy on the support, nats. off: largest difference between the composite's logits "
+        "and those measured here, which are computed from one pass of log-odds.",
         "",
         table(("seed", "clones", "average, raw", "calibrated", "loss, raw", "calibrated", "calibrate s", "off"), every),
     ]
@@ -241,7 +241,7 @@ def markdown(rows: Rows, lives: Row, setting: Setting) -> str:
         steps = ", ".join(f"{count:,} {action}" for action, count in lives["steps"].items())
         lines += [
             "",
-            f"Random lives of a composite of four clones of tiny networks: {lives['n_sequences']:,} sequences "
+            f"Random sequences of operations on a composite of four clones of tiny networks: {lives['n_sequences']:,} "
             f"({steps}); after each step base logits, each clone's logits and class names are compared bit for bit, at "
             f"the end the target with its snapshot. Broken promises: {lives['n_problems']}.",
         ]

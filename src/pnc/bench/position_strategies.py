@@ -1,4 +1,4 @@
-"""Ways to find a position, side by side: closed form within bounds, density, refinement, the paper's search."""
+"""Ways to find a position compared: closed form within bounds, density, refinement, the paper's search."""
 
 import dataclasses
 import time
@@ -24,7 +24,7 @@ STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     "refined, 30% of the MACs": {"max_macs": 0.3, "refine": True},
     "sequential": {"strategy": "sequential"},
 }
-"""What is measured, as settings of `clone`."""
+"""What is measured, as arguments of `clone`."""
 
 KEYS = ("strategy", "seed")
 COLUMNS = ("base_accuracy", "new_accuracy", "average_accuracy", "held_out_score", "macs_share", "density", "seconds")
@@ -33,7 +33,7 @@ COLUMNS = ("base_accuracy", "new_accuracy", "average_accuracy", "held_out_score"
 def bench(setting: Setting, seeds: Sequence[int]) -> Bench:
     """Make a clone by each strategy for each seed, and measure it on all test images.
 
-    `seconds` is the time of the whole of `clone`, from two loaded networks on.
+    `seconds` is the time of the whole of `clone`, starting from two loaded networks.
     """
     wanted = [{"strategy": name, "seed": seed} for seed in seeds for name in STRATEGIES]
     measure = one_by_one(wanted, lambda cell: _row(setting, **cell))
@@ -64,7 +64,7 @@ def _row(setting: Setting, strategy: str, seed: int) -> Row:
 
 
 def claims(rows: Rows) -> list[Claim]:
-    """What was asked for, beside what was measured: means over seeds, with half their range."""
+    """Required figures, with what was measured: means over seeds, with half their range."""
     accuracy = {name: _values(rows, name, "average_accuracy") for name in STRATEGIES}
     shares = {name: _values(rows, name, "macs_share") for name in STRATEGIES}
     seconds = {name: _values(rows, name, "seconds") for name in STRATEGIES}

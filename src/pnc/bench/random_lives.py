@@ -1,4 +1,4 @@
-"""Random lives of a composite: clones come, go, are disabled, saved, loaded, calibrated, and every promise is checked.
+"""Random sequences of operations on a composite: attach, detach, disable, save, load, calibrate; all promises checked.
 
 The networks are tiny and untrained: nothing here depends on what they have learned.
 """
@@ -32,7 +32,7 @@ from pnc.models.model_specs import build_model
 Action = Literal["attach", "detach", "disable", "only", "save", "calibrate"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
 Step = tuple[Action, int]
-"""What is done, and a number that says to which of the clones."""
+"""The action, and a number that selects the clone."""
 
 MAX_STEPS = 10
 CHUNK = 50
@@ -40,22 +40,22 @@ SHAPE = (1, 8, 8)
 BASE = ("ant", "bee", "cat")
 GROUPS = (("dog",), ("elk", "fox"), ("gnu",), ("hen", "ibis"))
 CUTS = ("input", "block1_2", "block2_2", "block2_2")
-"""Where in the target the clones of these groups are: all over it, and two at one cut."""
+"""Target cuts of the clones of these groups: from the input to a late cut, and two at the same."""
 SOURCES = ("zoo:cnn?width=0.25", "zoo:resnet20?width=0.25")
 """The first two groups come from the first source, the others from the second."""
 
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A target, four clones from two sources, and images: made once, changed by no sequence.
+    """A target, four clones from two sources, and images: made once, and not changed by any sequence.
 
     Attributes:
         target: Takes all clones.
         clones: The clones.
-        sources: For each clone the network that it was made from.
-        images: That the checks look at.
+        sources: The source of each clone.
+        images: For the checks.
         support: Of all classes.
-        alone: For each clone the logits that it gives when it is the only one.
+        alone: The logits of each clone when it is attached alone.
         base: The target's own logits.
     """
 
@@ -103,9 +103,9 @@ class Life:
     """One composite on a stage, from its first clone to its last.
 
     Attributes:
-        stage: Where it lives.
-        folder: For files of clones.
-        problems: What was not as promised, in words.
+        stage: Networks, clones and images.
+        folder: For clone files.
+        problems: Broken promises, in words.
         done: How often each action did something.
     """
 
@@ -123,7 +123,7 @@ class Life:
         self._check("the first clone")
 
     def step(self, action: Action, index: int) -> None:
-        """Do one thing to one of the clones that it can be done to, if there is any, and check everything."""
+        """Apply an action to one of the clones that it fits, if there is any, and check everything."""
         missing = [one for one in range(len(GROUPS)) if one not in self._attached]
         fit = missing if action == "attach" else self._attached
         if fit or action == "disable":
@@ -132,7 +132,7 @@ class Life:
         self._check(action)
 
     def end(self) -> None:
-        """Take out what is left, and check that the target is as it was in every respect."""
+        """Detach the remaining clones, and check that the target has not changed in any respect."""
         for index in list(self._attached):
             self._detach(index)
         self._check("the end")
@@ -161,7 +161,7 @@ class Life:
         self._expect("only, new", found[:, len(BASE) :], self._logits(index))
 
     def _save(self, index: int) -> None:
-        """Save a clone as it is now, load it, and put it in the place of the one that was saved: at the end."""
+        """Save a clone in its current state, load it, and attach the loaded one instead, at the end."""
         path = self.folder / "clone.safetensors"
         save(self._net.clone(self.stage.clones[index].name), path, "full" if self.done["save"] % 2 else "thin")
         loaded = load(path, source=self.stage.sources[index])
@@ -176,7 +176,7 @@ class Life:
             self._scalars[one] = found.scalars[self.stage.clones[one].name]
 
     def _logits(self, index: int) -> Tensor:
-        """What a clone must give: alone, with the scalars that it has now."""
+        """Expected logits of a clone: those that it gives alone, with its current scalars."""
         scalars, original = self._scalars[index], self.stage.clones[index]
         if scalars.is_identity:
             return self.stage.alone[index]
@@ -205,7 +205,7 @@ class Life:
 
 
 def measure(n_sequences: int) -> Measure:
-    """Run so many random sequences on one stage; their cells begin with "seed", so that others fit beside them."""
+    """Run `n_sequences` random sequences on one stage; cells have the keys of `lifecycle`, and share its file."""
     stage = lru_cache(maxsize=1)(lambda: make_stage())  # made only if a chunk is missing
     chunks = [range(first, min(first + CHUNK, n_sequences)) for first in range(0, n_sequences, CHUNK)]
     by_name = {f"lives up to {numbers.stop}": numbers for numbers in chunks}
@@ -216,7 +216,7 @@ def measure(n_sequences: int) -> Measure:
 
 
 def summary(rows: Rows, n_sequences: int) -> dict[str, Any]:
-    """Count sequences, steps that did something by action, and problems; and give the first few of those."""
+    """Count sequences, effective steps by action, and problems; list the first problems."""
     problems = [problem for row in rows for problem in row["problems"]]
     return {
         "n_sequences": n_sequences,
@@ -227,7 +227,7 @@ def summary(rows: Rows, n_sequences: int) -> dict[str, Any]:
 
 
 def _lives(stage: Stage, numbers: range) -> dict[str, Any]:
-    """Steps and problems of the sequences of these numbers, each of which is its own seed."""
+    """Steps and problems of some sequences, whose numbers are their seeds."""
     done: Counter[str] = Counter()
     problems: list[str] = []
     with TemporaryDirectory() as folder:

@@ -50,7 +50,7 @@ def measure_comparison(
     support: Sizes = "100/20",
     classes: Annotated[str, typer.Option(help="all, single (one cell for each), fifth, or names of classes.")] = "all",
     methods: Annotated[str | None, typer.Option(help="Names, separated by commas; rivals: all but the bound.")] = None,
-    again: Annotated[str | None, typer.Option(help="Methods whose cells are made anew though they are there.")] = None,
+    again: Annotated[str | None, typer.Option(help="Methods whose existing cells are measured again.")] = None,
     flip: Mirror = True,
     seeds: Seeds = 3,
     n_test: NTest = None,
@@ -59,16 +59,16 @@ def measure_comparison(
         "results/compare"
     ),
     epochs: Annotated[int | None, typer.Option(help="Of networks that are trained here.", min=1)] = None,
-    runs: Annotated[Path, typer.Option(help="Where networks that are trained here are kept.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option(help="Folder for networks that are trained here.")] = Path("runs"),
     precision: Annotated[
         Precision, typer.Option(help="Of training; bfloat16 is faster where the processor has it.")
     ] = "float32",
     threads: OneThread = 1,
 ) -> None:
-    """Clone and rivals on the same samples, cell by cell; `pnc bench compare-report` makes tables of the rows.
+    """Compare the clone and rivals on the same samples; `pnc bench compare-report` makes tables of the rows.
 
-    Every rival that trains takes about a minute for each support, so all of them some 20; cells that are there are not
-    made again.
+    Every rival that trains takes about a minute for each support, all of them some 20; existing cells are not measured
+    again.
     """
     asked = ModelOptions("source", source, None, None), ModelOptions("target", target, None, None)
     if not all(one.spec.startswith("zoo:") for one in asked):  # one spec, trained on other classes, is another network
@@ -77,7 +77,7 @@ def measure_comparison(
     chosen, remade = choose_methods(methods), choose_methods(again) if again else []
     foreign = [one for one in remade if one not in chosen]
     if foreign:
-        raise InputError(f"again: {listed(foreign)} is no method of this run; name it in --methods too")
+        raise InputError(f"again: {listed(foreign)} is not a method of this run; name it in --methods too")
     name = data_name or data
     path = out / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.jsonl"
     out.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def report_comparison(
     ),
     plots: Annotated[bool, typer.Option(help="Draw pictures too; needs the extra `plots`.")] = True,
 ) -> None:
-    """Tables, claims and pictures of all rows in a folder: FOLDER.json and FOLDER.md, pictures in the folder."""
+    """Write tables, claims and pictures of all rows in a folder: FOLDER.json and FOLDER.md, pictures in FOLDER."""
     rows = compare_report.read_rows(folder)
     check_outputs({"json": folder.with_suffix(".json"), "md": folder.with_suffix(".md")})
     pictures = []
@@ -140,7 +140,7 @@ def _network(
     recipe: tuple[int | None, bool, Precision],
     step: Progress,
 ) -> LoadedModel:
-    """Load a network, or train it where it is a spec with random weights."""
+    """Load a network, or train it if its spec has random weights."""
     if not asked.spec.startswith("zoo:"):
         check_trained(asked)
         return load_network(asked, input_shape=images[0].input_shape)
@@ -158,7 +158,7 @@ def _network(
 
 
 def _logged(step: Progress) -> Progress:
-    """Also write a line for each step where nobody sees the bar, so that a log tells how far it is."""
+    """Also write a line for each step if there is no terminal for the bar, so that a log shows progress."""
 
     def both(what: str, done: int, total: int) -> None:
         step(what, done, total)
