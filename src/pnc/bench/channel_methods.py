@@ -20,9 +20,9 @@ from pnc.data.image_set import ImageSet, class_subset, images_as_float
 from pnc.foundation.network_state import evaluating
 from pnc.graph.cut_points import LOGITS, extract
 from pnc.method.adapter_fitting import CrossFitted
-from pnc.method.localization.localizer import Method
 from pnc.method.pipeline import fit
 from pnc.method.positions import scan
+from pnc.method.settings import Method
 from pnc.method.task import CloneTask, prepare_task
 
 DENSITIES = (0.5, 0.3)

@@ -52,7 +52,7 @@ from pnc.data.readers import load_data
 from pnc.foundation import process_team
 from pnc.foundation.errors import PNCError
 from pnc.method import pipeline, positions
-from pnc.method.localization.localizer import Method
+from pnc.method.settings import Method, Strategy
 from pnc.method.task import Precision, prepare_task
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -136,7 +136,7 @@ def clone(
         float | None, typer.Option(help="Bound on the accuracy that base images may lose, such as 0.02.")
     ] = None,
     strategy: Annotated[
-        pipeline.Strategy, typer.Option(help="scan: closed form; sequential: the paper's search, to compare with.")
+        Strategy, typer.Option(help="scan: closed form; sequential: the paper's search, to compare with.")
     ] = "scan",
     refine: Annotated[bool, typer.Option(help="Tune the adapter by gradient where that helps; takes minutes.")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the clone; by default made of its classes.")] = None,
