@@ -29,10 +29,10 @@ from pnc.composite.program_files import (
     pt2_runner,
 )
 from pnc.foundation.errors import InputError
+from pnc.foundation.file_writing import write_file
 from pnc.foundation.fingerprints import Fingerprint, fingerprint
 from pnc.foundation.network_state import undisturbed
 from pnc.foundation.tensor_bits import dtype_name
-from pnc.foundation.tensor_files import write_file
 from pnc.graph.cut_points import INPUT
 
 TRUNK = "trunk.onnx"
