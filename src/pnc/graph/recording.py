@@ -1,11 +1,12 @@
 """Read any classifier: `record` turns a network into a graph over its own weights, verified bit for bit.
 
-A recording runs the network's real forward at two batch sizes (`tracing.py`), merges the two tapes into one
-`torch.fx` graph (`merging.py`), and compares graph and network on fresh images at two further batch sizes. What
+A recording runs the network's real forward at two batch sizes (`recorder.py`), merges the two tapes into one
+`torch.fx` graph (`graph_builder.py`), and compares graph and network on fresh images at two further batch sizes. What
 cannot be reproduced exactly is refused with the reason.
 """
 
 import contextlib
+import os
 import random
 import sys
 import threading
@@ -29,7 +30,16 @@ from pnc.graph.subgraphs import dominators, part
 __all__ = ["BATCH_SIZES", "NodeInfo", "Recording", "info", "pick_logits", "record"]
 
 _PROBE_SIZE = 4  # other than both batch sizes; not prime, so that a rounded half of the batch shows too
-_LOCK = threading.RLock()  # recording patches `nn.Module.__call__`: one at a time
+_LOCK = threading.RLock()  # a recording changes flags and attributes of its network for a while: one at a time
+
+
+def _new_lock() -> None:
+    """Take another lock in the child of a fork: the old one may be held by a thread that the child does not have."""
+    global _LOCK
+    _LOCK = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
 
 
 @dataclass(frozen=True, eq=False)
