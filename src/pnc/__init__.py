@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pnc.method.task import CloneTask, prepare_task
     from pnc.models.exported_programs import from_exported
     from pnc.models.model_specs import LoadedModel, load_model
+    from pnc.models.outputs import Output
     from pnc.models.preprocessing import Preprocessed
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "InputError",
     "LoadedModel",
     "MismatchError",
+    "Output",
     "PNCError",
     "Position",
     "Preprocessed",
@@ -87,6 +89,7 @@ _LOADED_WHEN_ASKED = {
     **dict.fromkeys(("CloneTask", "prepare_task"), "pnc.method.task"),
     "from_exported": "pnc.models.exported_programs",
     **dict.fromkeys(("LoadedModel", "load_model"), "pnc.models.model_specs"),
+    "Output": "pnc.models.outputs",
     "Preprocessed": "pnc.models.preprocessing",
 }
 

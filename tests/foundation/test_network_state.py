@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from pnc.foundation import network_state
+from pnc.foundation import fingerprints
 from pnc.foundation.fingerprints import KnownFingerprint, fingerprint, first_difference
 from pnc.foundation.network_state import differences, evaluating, snapshot
 from pnc.foundation.tensor_bits import same_bits
@@ -141,7 +141,7 @@ def test_the_fingerprint_of_fixed_weights_is_fixed():
 def test_large_networks_are_digested_by_threads_to_the_same_digests(monkeypatch):
     model = network()
     expected = fingerprint(model)
-    monkeypatch.setattr("pnc.foundation.network_state._BYTES_FOR_THREADS", 0)
+    monkeypatch.setattr("pnc.foundation.tensor_bits._BYTES_FOR_THREADS", 0)
     assert fingerprint(model) == expected
 
 
@@ -157,12 +157,20 @@ def write_by_numpy(tensor):
     tensor.detach().numpy().reshape(-1)[-1] = 7
 
 
-@pytest.mark.parametrize("change", [lambda t: t.add_(1e-3), exchange, write_past_the_count, write_by_numpy])
+def reverse_by_numpy(tensor):
+    values = tensor.detach().numpy().reshape(-1)
+    values[:] = values[::-1].copy()
+
+
+CHANGES = [lambda t: t.add_(1e-3), exchange, write_past_the_count, write_by_numpy, reverse_by_numpy]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", ["0.weight", "1.running_mean", "4.bias"])
 def test_a_known_fingerprint_is_computed_anew_where_a_tensor_has_changed(monkeypatch, change, name):
     model, known, calls = network(), KnownFingerprint(), []
     model[1].running_mean.copy_(torch.arange(4.0))
-    monkeypatch.setattr(network_state, "fingerprint", lambda module: calls.append(module) or fingerprint(module))
+    monkeypatch.setattr(fingerprints, "fingerprint", lambda module: calls.append(module) or fingerprint(module))
     first = known.of(model)
     assert known.of(model) == first == fingerprint(model) and len(calls) == 1
     with torch.no_grad():

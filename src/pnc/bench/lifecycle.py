@@ -119,7 +119,7 @@ def _row(setting: Setting, seed: int, arrangement: str) -> dict[str, Any]:
     clones = [_clone(setting, support, part, seed) for part in parts(new, arrangement)]
     net = attach(target.module, *clones)
     test = relabel(class_subset(setting.test, net.classes), net.classes)
-    base_logits, log_odds, features = collect_log_odds(net, test.images, 250)
+    base_logits, log_odds, features = collect_log_odds(net.now(), test.images, 250)
     start = time.perf_counter()
     found = calibrate(net, support)
     seconds = time.perf_counter() - start

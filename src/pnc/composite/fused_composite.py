@@ -49,6 +49,7 @@ class FusedComposite(nn.Module):
         super().__init__()
         self.classes, self._features = plan.classes, plan.features
         self._like = plan.probe.new_empty(0, *plan.probe.shape[1:])
+        self._watch = plan.watch
         self.__dict__["_trunk"] = plan.trunk  # the target's tensors, not listed among its own, whose flags may be set
         parts = [folded_part(tap, branch.stitched) for tap, branch in zip(plan.taps, plan.branches, strict=True)]
         self.stems = nn.ModuleList(_stems(parts))
@@ -64,6 +65,7 @@ class FusedComposite(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Give logits (B, K_base + K_new) for images (B, C, H, W)."""
         check_like(images, self._like)
+        self._watch.check()
         made = self._trunk(images)
         if not self._n_clones:
             return cast(Tensor, made)

@@ -19,7 +19,7 @@ class RecordedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         kept = {name: value for name, value in self.__dict__.items() if name in _KEPT}
-        places = {node: Ref(place) for place, node in enumerate(self.graph.nodes)}
+        places: dict[fx.Node, Any] = {node: Ref(place) for place, node in enumerate(self.graph.nodes)}
         nodes = [
             _Node(
                 node.op,
@@ -78,7 +78,7 @@ def _rebuilt(kept: dict[str, Any], nodes: list[_Node]) -> RecordedModule:
         if isinstance(one.target, _Named):
             target = pkgutil.resolve_name(one.target.path)
         args, kwargs = map_aggregate(one.args, found), map_aggregate(one.kwargs, found)
-        node = graph.create_node(one.op, target, args, kwargs, name=one.name)  # type: ignore[arg-type]
+        node = graph.create_node(one.op, target, args, kwargs, name=one.name)
         node.meta.update(one.meta)
         made.append(node)
     root = nn.Module()

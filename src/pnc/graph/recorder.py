@@ -166,7 +166,8 @@ class Recorder(TorchFunctionMode):
                     module.__dict__[_CALLED] = value
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name, forward = self._modules[id(module)], module._call_impl
+        name = self._modules[id(module)]
+        forward: Callable[..., Any] = module._call_impl
         self._scopes.append(name)
         try:
             # A leaf that has been given other weights or hooks for this call is opened, as a graph could not tell.
