@@ -7,7 +7,7 @@ from torch import nn
 
 from pnc.foundation import fingerprints
 from pnc.foundation.fingerprints import KnownFingerprint, fingerprint, first_difference
-from pnc.foundation.network_state import differences, evaluating, snapshot
+from pnc.foundation.network_state import differences, evaluating, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
 
 
@@ -46,7 +46,7 @@ def test_evaluating_restores_each_flag_also_after_an_error():
 )
 def test_differences_names_every_kind_of_change(change, words):
     model = network()
-    before = snapshot(model)
+    before = take_snapshot(model)
     assert differences(model, before) == []
     change(model)
     found = differences(model, before)
@@ -65,7 +65,7 @@ def test_same_bits_tells_zeros_apart_and_nan_alike():
 def test_a_hook_in_place_of_another_is_a_difference():
     model = network()
     handle = model[0].register_forward_hook(lambda *_: None)
-    before = snapshot(model)
+    before = take_snapshot(model)
     handle.remove()
     model[0].register_forward_hook(lambda *_: None)
     assert differences(model, before) == ["hooks of submodule 0 changed"]

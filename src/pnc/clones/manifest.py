@@ -22,7 +22,7 @@ from pnc.graph.forward_prints import N_ANSWERS, N_IMAGES, ForwardPrint
 
 FORMAT = "pnc-clone"
 VERSION = 1
-Kind = Literal["thin", "full"]
+FileKind = Literal["thin", "full"]
 
 MAX_IMAGE = 1 << 24
 """Values that one image may have: 3x2048x2048 and more."""
@@ -44,7 +44,7 @@ _KEYS = (
 )
 _RECIPE_DEPTH = 4
 _ENTRY, _HEX_DIGITS = 16, frozenset("0123456789abcdef")
-_OPERATION, _MAX_ANSWER = re.compile(r"\w{1,100}:[0-9a-f]{4}"), 1e39
+_OPERATION, _MAX_ANSWER = re.compile(r"\w{1,100}:[0-9a-f]{4}", re.ASCII), 1e39
 _DIMS = {"vector": (1,), "tokens": (1, 2), "map": (1, 3)}
 """Where the channels may be, by kind of cut, batch counted."""
 
@@ -53,7 +53,7 @@ _DIMS = {"vector": (1,), "tokens": (1, 2), "map": (1, 3)}
 class Manifest:
     """Everything that a clone's file holds beside tensors; the fields are those of `pnc.Clone`."""
 
-    kind: Kind
+    kind: FileKind
     name: str
     classes: tuple[str, ...]
     base_classes: tuple[str, ...]
@@ -155,7 +155,7 @@ def _parsed(facts: Any, fail: Fail) -> Manifest:
     if source.sizes("input_shape", 3) != shape or math.prod(shape) > MAX_IMAGE:
         fail(f"input_shape: source and target must take the same images, of {MAX_IMAGE} values at most")
     return Manifest(
-        kind=cast(Kind, whole.choice("kind", get_args(Kind))),
+        kind=cast(FileKind, whole.choice("kind", get_args(FileKind))),
         name=whole.text("name"),
         classes=classes,
         base_classes=base_classes,

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from pnc.clones.branch import Branch, Scalars
-from pnc.clones.clone import Clone
+from pnc.clones.clone import Clone, check_clones
 from pnc.composite.clone_checks import check_forward, check_names, check_target
-from pnc.composite.forward_plan import CloneStatus, Plan, Rows, status_of
+from pnc.composite.forward_plan import CloneStatus, Plan, WantedClones, status_of
 from pnc.composite.fused_composite import FusedComposite
 from pnc.composite.recorded_target import RecordedTarget
 from pnc.composite.verification import Report, verify_composite
-from pnc.foundation.argument_checks import check_module
+from pnc.foundation.argument_checks import check_flag, check_module
 from pnc.foundation.class_names import unknown_name
 from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import KnownFingerprint
@@ -141,6 +141,7 @@ class Composite(nn.Module):
             ClassNameError: it has a class that is there already, or none of a name in `rename`.
             InputError: a clone of that name is attached already.
         """
+        check_clones([clone])
         clone = clone.renamed(name, rename)
         with _LOCK, torch.inference_mode(False):
             check_names(clone, self._base_classes, self._clones.values())
@@ -207,7 +208,7 @@ class Composite(nn.Module):
             yield self
 
     # -------------------------------------------------------------------------------------------------- as a module
-    def forward(self, images: Tensor, only: Rows | None = None) -> Tensor:
+    def forward(self, images: Tensor, only: WantedClones | None = None) -> Tensor:
         """Give logits (B, K_base + K_new) for images (B, C, H, W).
 
         Args:
@@ -233,8 +234,12 @@ class Composite(nn.Module):
         with undisturbed():
             return FusedComposite(self._plan)
 
+    def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """Give what calibration starts from, for images (B, C, H, W): `Plan.log_odds`."""
+        return self._plan.log_odds(images)
+
     def now(self) -> Plan:
-        """Give what a call reads now: one set of clones, whatever other threads do meanwhile."""
+        """Give what a call reads now: one set of clones."""
         return self._plan
 
     def train(self, mode: bool = True) -> Self:
@@ -247,7 +252,7 @@ class Composite(nn.Module):
 
         Args:
             before: From `pnc.snapshot(target)`: everything of the target is compared with that too.
-            images: Your own, as the composite takes them, (N, C, H, W), besides random ones.
+            images: Your own, (N, C, H, W), besides random ones.
         """
         return verify_composite(self, self._recorded.watch.difference(), list(self._clones.values()), images, before)
 
@@ -255,8 +260,7 @@ class Composite(nn.Module):
         """Record the target again, after layers, hooks, parameters or settings of it were replaced on purpose.
 
         Args:
-            allow_mismatch: Go on with clones that were made for the target as it was. Nobody has measured what comes
-                out.
+            allow_mismatch: Go on with clones that were made for the target as it was, as in `pnc.attach`.
         Raises:
             MismatchError: the clones were made for another target than it is now; the composite refuses calls as
                 before.
@@ -352,8 +356,6 @@ class Composite(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """One `with` block in which only the clones of these names are enabled."""
-
     names: tuple[str, ...]
 
 
@@ -377,11 +379,8 @@ def attach(target: nn.Module, *clones: Clone, allow_mismatch: bool = False) -> C
         RecordingError: the target cannot be recorded.
     """
     check_module(target, "target")
-    if not clones:
-        raise InputError("clones: give at least one")
-    wrong = next((one for one in clones if not isinstance(one, Clone)), None)
-    if wrong is not None:
-        raise InputError(f"clones: expected what pnc.clone or pnc.load gives, one by one; got {type(wrong).__name__}")
+    check_clones(clones)
+    check_flag(allow_mismatch, "allow_mismatch")
     if isinstance(target, Composite):
         raise InputError("target is a composite already; use its method attach, composite.attach(clone)")
     known = KnownFingerprint()

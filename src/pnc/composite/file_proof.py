@@ -7,7 +7,7 @@ from torch import nn
 
 from pnc.clones.clone_file import load, read_clone_file
 from pnc.composite.composite import attach
-from pnc.composite.verification import BATCH_SIZES, Report, snapshot
+from pnc.composite.verification import PROBE_SIZES, Report, snapshot
 from pnc.foundation.class_names import listed
 from pnc.foundation.fingerprints import first_difference
 from pnc.foundation.network_state import images_for
@@ -54,7 +54,7 @@ def prove(path: str | Path, target: nn.Module, source: nn.Module | None = None) 
         if difference is not None:
             return tuple(checks)
     assert source is not None
-    before = snapshot(target, images_for(target, manifest.input_shape, max(BATCH_SIZES)))
+    before = snapshot(target, images_for(target, manifest.input_shape, max(PROBE_SIZES)))
     net = attach(target, load(path, source=source))
     checks.append(_compared("attached", net.verify(before)))
     if checks[-1].ok:

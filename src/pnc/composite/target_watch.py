@@ -11,8 +11,8 @@ from pnc.foundation.errors import MismatchError
 
 _TABLES = {"_modules": "layers", "_forward_hooks": "hooks", "_forward_pre_hooks": "hooks"}
 _UNUSED = frozenset(
-    "training inplace momentum p groups output_padding in_channels out_channels in_features out_features kernel_size "
-    "num_features affine track_running_stats transposed call_super_init dump_patches".split()
+    {"training", "inplace", "momentum", "p", "groups", "output_padding", "in_channels", "out_channels", "in_features"}
+    | {"out_features", "kernel_size", "num_features", "affine", "track_running_stats", "transposed"}
 )
 """Attributes of layers that change nothing in eval mode, or not without a weight of another shape."""
 

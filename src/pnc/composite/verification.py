@@ -20,7 +20,7 @@ from pnc.graph.forward_prints import FAR, answers_gap, answers_of, pattern_image
 from pnc.graph.recorder import is_leaf
 from pnc.graph.recording import pick_logits, record
 
-BATCH_SIZES = (1, 3, 4)
+PROBE_SIZES = (1, 3, 4)
 """Sizes of the batches on which a composite is compared with its target: kernels may depend on them."""
 
 _BATCH = 64
@@ -64,7 +64,7 @@ def snapshot(target: nn.Module, images: Tensor | None = None) -> Snapshot:
     check_module(target, "target")
     logits = None if images is None else _logits(target, images)
     kept = None if images is None else images.detach().clone()
-    return dataclasses.replace(network_state.snapshot(target), images=kept, logits=logits)
+    return dataclasses.replace(network_state.take_snapshot(target), images=kept, logits=logits)
 
 
 def verify(target: nn.Module, before: Snapshot, *, images: Tensor | None = None) -> Report:
@@ -94,7 +94,7 @@ def verify(target: nn.Module, before: Snapshot, *, images: Tensor | None = None)
         if not same_bits(_logits(target, before.images), before.logits):
             found.append("logits of the probe batch changed")
     if images is not None:
-        recording = record(target, images[: max(BATCH_SIZES)])
+        recording = record(target, images[: max(PROBE_SIZES)])
         compared["logits of the recording"], other = _compared(recording.module, target, images)
         found += [f"the recording's logits differ from the target's own on {where}" for where in other]
     return Report(compared, tuple(found))
@@ -125,7 +125,7 @@ def verify_composite(
     ]
     n_logits, shape = 0, clones[0].input_shape if clones else None
     if changed is None:  # or else the composite refuses every call
-        batches = [] if shape is None else [(images_for(target, shape, max(BATCH_SIZES)), "random images")]
+        batches = [] if shape is None else [(images_for(target, shape, max(PROBE_SIZES)), "random images")]
         batches += [] if images is None else [(images.to(like_images(target)), "the given images")]
         for batch, what in batches:
             n, other = _compared(composite, target, batch)
@@ -147,7 +147,7 @@ def _compared(composite: nn.Module, target: nn.Module, images: Tensor) -> tuple[
         How many were compared; and where they differ, in words.
     """
     n_logits, other = 0, []
-    batches = [images[:size] for size in BATCH_SIZES if size <= len(images)] + list(images.split(_BATCH))
+    batches = [images[:size] for size in PROBE_SIZES if size <= len(images)] + list(images.split(_BATCH))
     for batch in batches:
         base = _logits(target, batch)
         n_logits += base.numel()

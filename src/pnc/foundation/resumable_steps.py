@@ -33,10 +33,7 @@ class Steps:
         self._found: dict[str, dict[str, Tensor]] = {}
         if path is None:
             return
-        if path.suffix != ".safetensors":
-            raise InputError(f"resume: expected a path that ends in .safetensors, got {path}")
-        if not path.parent.is_dir():
-            raise InputError(f"resume: there is no folder {path.parent}; make it first")
+        check_steps_path(path)
         there = path.exists()
         if there:
             tensors, facts = read_tensors(path)
@@ -76,6 +73,23 @@ class Steps:
         """Remove the file: nothing is left to go on with."""
         if self._path is not None and self._team.is_main:
             self._path.unlink(missing_ok=True)
+
+
+def check_steps_path(path: object) -> None:
+    """Refuse a path that no steps can be kept at, before any work.
+
+    Raises:
+        InputError: it is no path, has another suffix, its folder does not exist, or it is a folder itself.
+    """
+    if not isinstance(path, str | Path):
+        raise InputError(f"resume: expected a path that ends in .safetensors, got {type(path).__name__}")
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise InputError(f"resume: expected a path that ends in .safetensors, got {path}")
+    if not path.parent.is_dir():
+        raise InputError(f"resume: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise InputError(f"resume: {path} is a folder; give the path of a file in it")
 
 
 NO_STEPS = Steps()

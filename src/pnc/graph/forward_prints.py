@@ -138,12 +138,16 @@ def _described(node: fx.Node, module: fx.GraphModule, places: dict[Any, int]) ->
         layer = module.get_submodule(str(node.target))
         parts = [f"{type(part).__name__} {_settings(part)}" for part in layer.modules()]
         tensors = [_tensor(tensor, places) for tensor in [*layer.parameters(), *layer.buffers()]]
-        return re.sub(r"\W", "_", type(layer).__name__), f"{parts} {tensors}"
+        return _plain(type(layer).__name__), f"{parts} {tensors}"
     if node.op == "get_attr":
         owner, _, key = str(node.target).rpartition(".")
         return "tensor", _tensor(getattr(module.get_submodule(owner), key), places)
     name = family(node) if node.op in ("call_function", "call_method") else node.op
-    return re.sub(r"\W", "_", name), ""
+    return _plain(name), ""
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\W", "_", name, flags=re.ASCII)[:100] or "_"
 
 
 def _settings(layer: nn.Module) -> list[str]:

@@ -23,7 +23,7 @@ from pnc.foundation.errors import RecordingError
 from pnc.graph import image_sizes
 from pnc.graph.image_sizes import Dims
 from pnc.graph.nodes import operation_name
-from pnc.graph.operation_tape import Kind, Op, Tape, TapeWriter, is_plain, strange_types, tensors_in
+from pnc.graph.operation_tape import Op, OperationKind, Tape, TapeWriter, is_plain, strange_types, tensors_in
 
 _CALLED = "_compiled_call_impl"
 _CONTAINERS = (
@@ -198,7 +198,7 @@ class Recorder(TorchFunctionMode):
 
     def _execute(
         self,
-        kind: Kind,
+        kind: OperationKind,
         target: Any,
         run: Callable[..., Any],
         args: tuple[Any, ...],

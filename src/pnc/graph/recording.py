@@ -332,8 +332,8 @@ def _may_be_logits(tensor: Tensor) -> bool:
 def _named_tensors(out: object) -> dict[str, Tensor]:
     """The tensors of an output, by what `output=` calls the part that they are in; those of one part by their place."""
     found: dict[str, Tensor] = {}
-    for key, part in parts(out) or [(0, out)]:
-        inside = tensors_in(part)
+    for key, value in parts(out) or [(0, out)]:
+        inside = tensors_in(value)
         for place, tensor in enumerate(inside):
             found[repr(key) if len(inside) == 1 else f"({key!r}, {place})"] = tensor
     return found

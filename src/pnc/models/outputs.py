@@ -12,8 +12,8 @@ from pnc.foundation.errors import InputError
 class Output(nn.Module):
     """A network of which one output is taken for the logits, where several tensors could be.
 
-    It stands wherever a network stands, as a source and as a target: `pnc.Output(network, output=-1)`. Its fingerprint is
-    that of the network; the file of a clone remembers what was chosen by the answers that it gives.
+    Give it where a network is wanted, as a source or a target: `pnc.Output(network, output=-1)`. Its fingerprint is
+    that of the network; the file of a clone remembers which output was chosen by the answers that it gave.
 
     Args:
         network: Gives a tuple, list, mapping or object of tensors. It becomes a submodule, as it is.
