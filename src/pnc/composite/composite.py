@@ -154,8 +154,7 @@ class Composite(nn.Module):
         """Take a clone out, in any order; the others and the target stay as they are.
 
         Returns:
-            The clone as it was attached. What `calibrate` has changed is gone with it, unless `clone(name)` was asked
-            for it before.
+            The clone as it was attached; `clone(name)` before gives it as `calibrate` has changed it.
         Raises:
             InputError: no clone of that name is attached.
         """
@@ -235,7 +234,7 @@ class Composite(nn.Module):
             return FusedComposite(self._plan)
 
     def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """Give what calibration starts from, for images (B, C, H, W): `Plan.log_odds`."""
+        """Give what calibration starts from: `Plan.log_odds`."""
         return self._plan.log_odds(images)
 
     def now(self) -> Plan:
@@ -254,7 +253,8 @@ class Composite(nn.Module):
             before: From `pnc.snapshot(target)`: everything of the target is compared with that too.
             images: Your own, (N, C, H, W), besides random ones.
         """
-        return verify_composite(self, self._recorded.watch.difference(), list(self._clones.values()), images, before)
+        changed, clones = self._recorded.watch.difference(), list(self._clones.values())
+        return verify_composite(self, self.target, changed, clones, images, before)
 
     def refresh(self, *, allow_mismatch: bool = False) -> Self:
         """Record the target again, after layers, hooks, parameters or settings of it were replaced on purpose.

@@ -1,7 +1,7 @@
 """Proof on demand: is a network still what it was, and are a composite's base logits the target's own bits."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,9 @@ from pnc.foundation.fingerprints import first_difference
 from pnc.foundation.network_state import Snapshot, differences, evaluating, images_for, like_images
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.forward_prints import FAR, answers_gap, answers_of, pattern_images
+from pnc.graph.logits import pick_logits
 from pnc.graph.recorder import is_leaf
-from pnc.graph.recording import pick_logits, record
+from pnc.graph.recording import record
 
 PROBE_SIZES = (1, 3, 4)
 """Sizes of the batches on which a composite is compared with its target: kernels may depend on them."""
@@ -95,13 +96,14 @@ def verify(target: nn.Module, before: Snapshot, *, images: Tensor | None = None)
             found.append("logits of the probe batch changed")
     if images is not None:
         recording = record(target, images[: max(PROBE_SIZES)])
-        compared["logits of the recording"], other = _compared(recording.module, target, images)
-        found += [f"the recording's logits differ from the target's own on {where}" for where in other]
+        compared["logits of the recording"], other = _compared(recording.module, target, images.split(_BATCH))
+        found += [f"the recording's logits differ from the target's own on {size} images" for size in other]
     return Report(compared, tuple(found))
 
 
 def verify_composite(
     composite: nn.Module,
+    target: nn.Module,
     changed: str | None,
     clones: Sequence[Clone],
     images: Tensor | None = None,
@@ -110,13 +112,13 @@ def verify_composite(
     """Compare a composite's base logits with the target's own, and the target with what its clones were made for.
 
     Args:
-        composite: Gives the logits of its `target`, then others, (B, K_base + K_new).
+        composite: Gives the target's logits, then others, (B, K_base + K_new).
+        target: Gives (B, K_base).
         changed: What of the target was replaced since it was recorded, in words.
         clones: What is attached.
         images: Compared too, besides random ones.
         before: From `snapshot(target)`: compare the target with that too.
     """
-    target = composite.get_submodule("target")
     found = [] if changed is None else [f"the target has changed since it was recorded: {changed}"]
     found += [
         f"clone {clone.name!r} was made for another target: {difference}"
@@ -125,12 +127,14 @@ def verify_composite(
     ]
     n_logits, shape = 0, clones[0].input_shape if clones else None
     if changed is None:  # or else the composite refuses every call
-        batches = [] if shape is None else [(images_for(target, shape, max(PROBE_SIZES)), "random images")]
-        batches += [] if images is None else [(images.to(like_images(target)), "the given images")]
-        for batch, what in batches:
-            n, other = _compared(composite, target, batch)
+        probe = None if shape is None else images_for(target, shape, max(PROBE_SIZES))
+        batches = [] if probe is None else [probe[:size] for size in PROBE_SIZES]
+        n_logits, other = _compared(composite, target, batches)
+        found += [f"base logits differ from the target's own on {size} images" for size in other]
+        if images is not None:
+            n, other = _compared(composite, target, images.to(like_images(target)).split(_BATCH))
             n_logits += n
-            found += [f"base logits differ from the target's own on {where} of {what}" for where in other]
+            found += [f"base logits differ from the target's own on {size} of the given images" for size in other]
         found += _other_forward(target, clones)
     compared = {"base logits": n_logits, "fingerprints": len(clones)}
     if before is not None:
@@ -140,20 +144,15 @@ def verify_composite(
     return Report(compared, tuple(found), _notes(target, clones))
 
 
-def _compared(composite: nn.Module, target: nn.Module, images: Tensor) -> tuple[int, list[str]]:
-    """Compare first logits with the target's own, at several batch sizes and on all images.
-
-    Returns:
-        How many were compared; and where they differ, in words.
-    """
+def _compared(composite: nn.Module, target: nn.Module, batches: Iterable[Tensor]) -> tuple[int, list[int]]:
+    """Compare first logits with the target's own: how many were compared, and sizes of the batches that differ."""
     n_logits, other = 0, []
-    batches = [images[:size] for size in PROBE_SIZES if size <= len(images)] + list(images.split(_BATCH))
     for batch in batches:
         base = _logits(target, batch)
         n_logits += base.numel()
         if not same_bits(_logits(composite, batch)[:, : base.shape[1]].contiguous(), base):
-            other.append(f"a batch of {len(batch)}")
-    return n_logits, list(dict.fromkeys(other))
+            other.append(len(batch))
+    return n_logits, other
 
 
 def _other_forward(target: nn.Module, clones: Sequence[Clone]) -> list[str]:

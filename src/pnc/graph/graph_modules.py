@@ -8,8 +8,6 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.node import _get_qualified_name, map_aggregate, map_arg
 
-from pnc.graph.operation_tape import Ref
-
 
 class RecordedModule(fx.GraphModule):
     """A graph over its own modules and tensors.
@@ -19,7 +17,7 @@ class RecordedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         kept = {name: value for name, value in self.__dict__.items() if name in _KEPT}
-        places: dict[fx.Node, Any] = {node: Ref(place) for place, node in enumerate(self.graph.nodes)}
+        places: dict[fx.Node, Any] = {node: _Place(place) for place, node in enumerate(self.graph.nodes)}
         nodes = [
             _Node(
                 node.op,
@@ -38,8 +36,15 @@ _KEPT = "training", "_parameters", "_buffers", "_non_persistent_buffers_set", "_
 
 
 @dataclass(frozen=True)
+class _Place:
+    """Stands for the node at a place in the graph."""
+
+    index: int
+
+
+@dataclass(frozen=True)
 class _Node:
-    """A node, with `Ref` for the nodes among its arguments, and of its facts those that a recording knows."""
+    """A node, with `_Place` for the nodes among its arguments, and of its facts those that a recording knows."""
 
     op: str
     name: str
@@ -71,7 +76,7 @@ def _rebuilt(kept: dict[str, Any], nodes: list[_Node]) -> RecordedModule:
     made: list[fx.Node] = []
 
     def found(value: Any) -> Any:
-        return made[value.index] if isinstance(value, Ref) else value
+        return made[value.index] if isinstance(value, _Place) else value
 
     for one in nodes:
         target: str | Callable[..., Any] = one.target

@@ -10,7 +10,7 @@ import os
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,13 @@ from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import InputError, RecordingError
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.graph_builder import bind, merge
+from pnc.graph.logits import pick_logits
 from pnc.graph.nodes import BATCH_SIZES, NodeInfo, info
-from pnc.graph.operation_tape import Tape, parts, tensors_in
+from pnc.graph.operation_tape import Tape
 from pnc.graph.recorder import Recorder
 from pnc.graph.subgraphs import dominators, part
 
-__all__ = ["BATCH_SIZES", "NodeInfo", "Recording", "info", "pick_logits", "record", "unwrapped"]
+__all__ = ["BATCH_SIZES", "NodeInfo", "Recording", "info", "record", "unwrapped"]
 
 _PROBE_SIZE = 4  # other than both batch sizes; not prime, so that a rounded half of the batch shows too
 _LOCK = threading.RLock()  # a recording changes flags and attributes of its network for a while: one at a time
@@ -296,47 +297,6 @@ def _run_single(network: nn.Module, images: Tensor) -> Tensor | None:
     except RecordingError:
         _run(network, images[: BATCH_SIZES[0]])
         return None
-
-
-def pick_logits(out: object) -> Tensor:
-    """The logits in what a network's forward returned: a tensor, `.logits`, ["logits"], or the only tensor (B, K).
-
-    Raises:
-        RecordingError: there are none of shape (B, K), or several tensors could be the logits.
-    """
-    logits = getattr(out, "logits", None)
-    if logits is None and isinstance(out, Mapping):
-        logits = out.get("logits")
-    if logits is None:
-        found = _named_tensors(out)
-        fitting = {name: tensor for name, tensor in found.items() if _may_be_logits(tensor)}
-        if len(fitting) > 1:
-            shapes = ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in fitting.items())
-            raise RecordingError(
-                f"the network gives several tensors that could be the logits ({shapes}); choose one with "
-                f"pnc.Output(network, output={next(iter(fitting))})"
-            )
-        logits = next(iter((fitting or found).values()), None)
-    if not isinstance(logits, Tensor) or not _may_be_logits(logits):
-        what = type(out).__name__
-        if isinstance(logits, Tensor):
-            what = f"a tensor {tuple(logits.shape)} of {logits.dtype}"
-        raise RecordingError(f"the network must give logits (B, K), but gives {what}")
-    return logits
-
-
-def _may_be_logits(tensor: Tensor) -> bool:
-    return tensor.dim() == 2 and tensor.is_floating_point()
-
-
-def _named_tensors(out: object) -> dict[str, Tensor]:
-    """The tensors of an output, by what `output=` calls the part that they are in; those of one part by their place."""
-    found: dict[str, Tensor] = {}
-    for key, value in parts(out) or [(0, out)]:
-        inside = tensors_in(value)
-        for place, tensor in enumerate(inside):
-            found[repr(key) if len(inside) == 1 else f"({key!r}, {place})"] = tensor
-    return found
 
 
 def _tape(network: nn.Module, x: Tensor) -> Tape:

@@ -18,7 +18,7 @@ from pnc.foundation.errors import InputError, MismatchError, RecordingError
 from pnc.foundation.network_state import like_images
 from pnc.foundation.specs import split_spec
 from pnc.foundation.tensor_files import write_tensors
-from pnc.graph.recording import pick_logits
+from pnc.graph.logits import pick_logits
 from pnc.models.library_networks import (
     HF_OPTIONS,
     TIMM_OPTIONS,
