@@ -32,6 +32,9 @@ TOLERANCE, GPU_TOLERANCE = 1e-4, 1e-2
 ten times what other orders of summation make of float32, far below what a wrong rule would. On GPUs products may be
 rounded to eleven bits (TF32)."""
 
+MAGNIFYING = 1e4
+"""Weight of a head beyond which rounding alone may make such differences."""
+
 
 class FusedComposite(nn.Module):
     """What `Composite.fused` gives: base logits bit for bit, new ones up to rounding, from fewer operations.
@@ -103,9 +106,24 @@ class FusedComposite(nn.Module):
         tolerance = TOLERANCE if probe.device.type == "cpu" else GPU_TOLERANCE
         if not difference <= tolerance * max(scale, 1.0):
             raise PNCError(
-                f"the fused form differs from the composite by {difference:.2g} (largest logit {scale:.2g}); please "
-                "report the networks, and use the composite itself meanwhile"
+                f"the fused form differs from the composite by {difference:.2g} (largest logit {scale:.2g}); "
+                f"{_cause(plan)}, and use the composite itself meanwhile"
             )
+
+
+def _cause(plan: Plan) -> str:
+    """What may have made a difference, and what to do: large weights of a head magnify rounding."""
+    largest = {
+        name: max(float(tensor.abs().max()) for tensor in branch.head.buffers() if tensor.numel())
+        for name, branch in zip(plan.names, plan.branches, strict=True)
+    }
+    name = max(largest, key=lambda one: largest[one])
+    if largest[name] > MAGNIFYING:
+        return (
+            f"the head of clone {name!r} multiplies by up to {largest[name]:.2g}, which magnifies rounding, as where a "
+            "source says next to nothing of the images; clone it again from a better source"
+        )
+    return "please report the networks"
 
 
 # -------------------------------------------------------------------------------------------------------------- stems

@@ -74,6 +74,7 @@ def tune_norms(
         team: Processes that share every batch; all are given the same.
     """
     layers = tunable(batch_norms(segment))
+    _warn_of_others(batch_norms(segment), layers)
     before = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in layers]
     if start is not None:
         for layer, other in zip(batch_norms(segment), batch_norms(start), strict=True):
@@ -105,21 +106,21 @@ def batch_norms(segment: nn.Module) -> list[_BatchNorm]:
 
 
 def tunable(layers: Iterable[_BatchNorm]) -> list[_BatchNorm]:
-    """Those of some layers whose scale and shift are `weight` and `bias`, so that running statistics can stand for them.
+    """Those of some layers whose scale and shift are `weight` and `bias`: running statistics can stand for these.
 
-    Subclasses with a forward of their own are tried; a warning says which are left as they are, such as one that
-    multiplies by 1 + weight.
+    Subclasses with a forward of their own are tried: one may multiply by 1 + weight.
     """
-    affine = [layer for layer in layers if layer.affine]
-    kept = [layer for layer in affine if _is_torchs(layer) or _folds(layer)]
-    others = {type(layer).__name__ for layer in affine} - {type(layer).__name__ for layer in kept}
+    return [layer for layer in layers if layer.affine and (_is_torchs(layer) or _folds(layer))]
+
+
+def _warn_of_others(layers: list[_BatchNorm], tuned: list[_BatchNorm]) -> None:
+    others = {type(layer).__name__ for layer in layers if layer.affine and layer not in tuned}
     if others:
         warnings.warn(
-            f"norm layers of the kind {', '.join(sorted(others))} use their weight and bias in a way of their own; their "
+            f"norm layers of the kind {', '.join(sorted(others))} use weight and bias in a way of their own, so their "
             "scales and shifts are not tuned",
             stacklevel=2,
         )
-    return kept
 
 
 def _is_torchs(layer: _BatchNorm) -> bool:
