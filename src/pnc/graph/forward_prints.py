@@ -21,7 +21,7 @@ from pnc.graph.recording import Recording
 
 N_ANSWERS, N_IMAGES = 16, 3
 MAX_OPERATIONS = 4000
-CLOSE, FAR = 1e-3, 1e-2
+CLOSE, FAR = 1e-4, 1e-2
 """Differences of answers, relative to the largest, that are still of one function: where the graphs differ, and where
 they are equal, so that only rounding can be the cause: on GPUs products may be rounded to eleven bits (TF32)."""
 
