@@ -17,6 +17,7 @@ from pnc.bench.result_files import Cells, write_results
 from pnc.cli.arguments import check_outputs, read_device, use_threads
 from pnc.cli.bench_options import setting_of, show_claims
 from pnc.cli.compare_commands import measure_comparison, report_comparison
+from pnc.cli.option_names import Commands
 from pnc.cli.options import Device
 from pnc.cli.output import progress, say
 from pnc.cli.plots import draw_growth
@@ -24,6 +25,7 @@ from pnc.foundation.class_names import listed, parse_classes
 from pnc.foundation.errors import InputError
 
 bench = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode=None,
     help="Measure, and write what was measured as JSON and Markdown; a stopped bench goes on where it was.",

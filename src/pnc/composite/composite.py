@@ -5,7 +5,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self, cast
 
 import torch
@@ -14,16 +14,29 @@ from torch import Tensor, fx, nn
 from pnc.clones.branch import Branch, Scalars
 from pnc.clones.clone import Clone, check_clones
 from pnc.composite.direct_calls import called_directly, flattened
-from pnc.composite.forward_plan import CloneStatus, Places, Plan, WantedClones, check_places, check_target, status_of
+from pnc.composite.forward_plan import (
+    Block,
+    CloneStatus,
+    Places,
+    Plan,
+    WantedClones,
+    check_base_names,
+    check_places,
+    check_target,
+    network_of,
+    status_of,
+)
 from pnc.composite.fused_composite import FusedComposite
 from pnc.composite.verification import PROBE_SIZES, Report, verify_composite
-from pnc.foundation.argument_checks import check_flag, check_module
-from pnc.foundation.class_names import listed, unknown_name
+from pnc.foundation.argument_checks import check_flag
+from pnc.foundation.class_names import unknown_name
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.fingerprints import KnownFingerprint
 from pnc.foundation.network_state import Snapshot, undisturbed
+from pnc.foundation.plain_text import few_names
 from pnc.graph.cut_points import LOGITS, extract
 from pnc.graph.recording import Recording, record
+from pnc.models.model_specs import LoadedModel
 
 _LOCK = threading.RLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
 _RECORDED = "_plan", "_places", "_recording", "_trunks"
@@ -55,7 +68,7 @@ class Composite(nn.Module):
         self._base_classes = clone.base_classes
         self._input_shape = clone.input_shape
         self._clones: dict[str, Clone] = {}  # never changed in place, like the list of branches: readers need no lock
-        self._blocks: tuple[_Block, ...] = ()
+        self._blocks: tuple[Block, ...] = ()
         self._base_priority = 0.0
         self.branches.training = self.training = False
         self.register_load_state_dict_post_hook(_follow_weights)  # type: ignore[no-untyped-call]
@@ -175,7 +188,7 @@ class Composite(nn.Module):
     @contextmanager
     def disabled(self) -> Iterator[Self]:
         """Within the block the composite is the target alone: it gives the base logits only, in every thread."""
-        with self._block(_Block(())):
+        with self._block(Block(())):
             yield self
 
     @contextmanager
@@ -190,7 +203,7 @@ class Composite(nn.Module):
         if not names:
             raise InputError("names: give at least one clone, or use disabled() for the target alone")
         self._check_names(names)
-        with self._block(_Block(names)):
+        with self._block(Block(names)):
             yield self
 
     # -------------------------------------------------------------------------------------------------- as a module
@@ -245,9 +258,11 @@ class Composite(nn.Module):
         expected = {clone.name: clone.target for clone in self._clones.values()}
         return verify_composite(self, self.target, expected, images.to(parameter.device, parameter.dtype), before)
 
-    def extra_repr(self) -> str:
-        """Name what is attached."""
-        return ", ".join(f"{clone.name}: {', '.join(clone.classes)}" for clone in self._clones.values())
+    def __repr__(self) -> str:
+        clones = [f"{clone.name}: {few_names(clone.classes)}" for clone in self._clones.values()]
+        return (
+            f"Composite({type(self.target).__name__}: {few_names(self._base_classes)}; {'; '.join(clones) or 'alone'})"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles would copy the recording's weights apart from the target's, and blocks that never end.
@@ -291,11 +306,7 @@ class Composite(nn.Module):
                 f"clone {clone.name!r}: the composite has a class {clash[0]!r} already; "
                 f"attach it with rename={{{clash[0]!r}: ...}}, or attach clone.renamed(...)"
             )
-        if clone.base_classes != self._base_classes:
-            raise ClassNameError(
-                f"clone {clone.name!r} calls the target's outputs {listed(clone.base_classes)}, here they are "
-                f"{listed(self._base_classes)}; clone with the same base_classes"
-            )
+        check_base_names([clone], self._base_classes)
         if not allow_mismatch:
             check_target(self.target, [clone], self._known)
         check_places(self._places, clone)
@@ -306,7 +317,7 @@ class Composite(nn.Module):
             raise InputError(f"name: {unknown_name(unknown[0], self.clones, 'clone')}")
 
     @contextmanager
-    def _block(self, block: "_Block") -> Iterator[None]:
+    def _block(self, block: Block) -> Iterator[None]:
         """Enter a block of enabled clones; blocks may end in any order, as threads do."""
         with _LOCK:
             self._blocks = (*self._blocks, block)
@@ -355,18 +366,11 @@ class Composite(nn.Module):
         return self._trunks[cuts]
 
 
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """One `with` block in which only the clones of these names are enabled."""
-
-    names: tuple[str, ...]
-
-
-def attach(target: nn.Module, *clones: Clone, allow_mismatch: bool = False) -> Composite:
+def attach(target: nn.Module | LoadedModel, *clones: Clone, allow_mismatch: bool = False) -> Composite:
     """Put clones into a target: a new module around it, while the target itself stays as it is, bit for bit.
 
     Args:
-        target: The network that the clones were made for.
+        target: The network that the clones were made for; or what `load_model` gave: its names are compared too.
         clones: One or more; `Clone.renamed` helps where two have a name or a class in common.
         allow_mismatch: Attach them to another target too, such as a fine-tuned one, if they fit to it. Nobody has
             measured what comes out.
@@ -376,8 +380,8 @@ def attach(target: nn.Module, *clones: Clone, allow_mismatch: bool = False) -> C
         ClassNameError: two classes have one name, or two clones call the target's outputs differently.
         RecordingError: the target cannot be recorded.
     """
-    check_module(target, "target")
     check_clones(clones)
+    target = network_of(target, clones)
     check_flag(allow_mismatch, "allow_mismatch")
     if isinstance(target, Composite):
         raise InputError("target is a composite already; use its method attach, composite.attach(clone)")

@@ -9,14 +9,16 @@ from torch import Tensor, fx, nn
 from pnc.clones.branch import Branch
 from pnc.clones.clone import Clone
 from pnc.clones.position_grids import pool
-from pnc.foundation.class_names import unknown_name
-from pnc.foundation.errors import InputError, MismatchError
+from pnc.foundation.argument_checks import check_module
+from pnc.foundation.class_names import listed, unknown_name
+from pnc.foundation.errors import ClassNameError, InputError, MismatchError
 from pnc.foundation.fingerprints import KnownFingerprint, first_difference
 from pnc.foundation.tensor_bits import dtype_name
 from pnc.graph.batch_norm_means import last_norm
 from pnc.graph.classifier import find_head
 from pnc.graph.cut_points import CutPoint, cut_points
 from pnc.graph.recording import Recording
+from pnc.models.model_specs import LoadedModel
 
 WantedClones = Sequence[str | Collection[str] | None]
 """For each image of a batch the clones that are wanted: a name, several or none of them, or None for all enabled."""
@@ -68,6 +70,13 @@ def status_of(clone: Clone, branch: Branch, enabled: bool) -> CloneStatus:
         calibrated=not branch.scalars.is_identity,
         enabled=enabled,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One `with` block in which only the clones of these names are enabled."""
+
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +191,25 @@ def check_target(target: nn.Module, clones: Iterable[Clone], known: KnownFingerp
             raise MismatchError(
                 f"clone {clone.name!r} was made for another target: {difference}; attach it to that one, clone again, "
                 "or give allow_mismatch=True if you know better"
+            )
+
+
+def network_of(target: nn.Module | LoadedModel, clones: Iterable[Clone]) -> nn.Module:
+    """The network to attach clones to; where it comes with names of its outputs, the clones must use the same."""
+    if isinstance(target, LoadedModel):
+        check_base_names(clones, target.classes)
+        return target.module
+    check_module(target, "target")
+    return target
+
+
+def check_base_names(clones: Iterable[Clone], names: Sequence[str]) -> None:
+    """Raise a `ClassNameError` unless all clones call the target's outputs by these names, in this order."""
+    for clone in clones:
+        if clone.base_classes != tuple(names):
+            raise ClassNameError(
+                f"clone {clone.name!r} calls the target's outputs {listed(clone.base_classes)}, here they are "
+                f"{listed(names)}; clone with the same base_classes"
             )
 
 

@@ -19,6 +19,13 @@ PROBE_SIZES = (1, 3, 4)
 """Sizes of the batches on which a composite is compared with its target: kernels may depend on them."""
 
 
+UNPROVEN = (
+    "names of classes, position and scores are what the file says: its digest finds accidents, not forgeries, and says "
+    "nothing of who wrote it"
+)
+"""What no comparison with the networks shows."""
+
+
 @dataclass(frozen=True)
 class Report:
     """What was compared, bit for bit, and what was found.
@@ -26,10 +33,12 @@ class Report:
     Attributes:
         compared: How many of what.
         differences: In words; empty where all is equal.
+        unproven: What a comparison cannot show, in words.
     """
 
     compared: Mapping[str, int]
     differences: tuple[str, ...]
+    unproven: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -39,7 +48,7 @@ class Report:
     def __str__(self) -> str:
         counts = ", ".join(f"{count:,} {what}" for what, count in self.compared.items())
         if self.ok:
-            return f"all equal, bit for bit: {counts}"
+            return "; not proven: ".join([f"all equal, bit for bit: {counts}", *self.unproven])
         return "\n- ".join([f"{len(self.differences)} differences; compared were {counts}", *self.differences])
 
 
@@ -116,7 +125,7 @@ def verify_composite(
         report = verify(target, before)
         compared |= report.compared
         found += report.differences
-    return Report(compared, tuple(found))
+    return Report(compared, tuple(found), (UNPROVEN,) if expected else ())
 
 
 def _logits(network: nn.Module, images: Tensor) -> Tensor:

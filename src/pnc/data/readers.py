@@ -235,6 +235,11 @@ def load_images(paths: Sequence[str | Path], input_shape: Sequence[int]) -> Tens
     return _decode([Path(path).read_bytes() for path in paths], list(map(str, paths)), channels, (width, height))
 
 
+def is_image_file(path: Path) -> bool:
+    """Whether a file's name is that of an image."""
+    return path.suffix.lower() in _IMAGE_SUFFIXES
+
+
 def _decode_as_asked(encoded: Sequence[bytes], names: Sequence[str], options: Mapping[str, str]) -> Tensor:
     size = _option_int(options, "size", range(1, 4097))
     return _decode(encoded, names, _option_int(options, "channels", (1, 3)), (size, size) if size else None)

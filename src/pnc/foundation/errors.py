@@ -5,6 +5,10 @@ class PNCError(Exception):
     """Base of all errors of this package; the command line turns one into one line and exit code 2."""
 
 
+class PNCWarning(UserWarning):
+    """What works, but is probably not what was meant; the message has the figures."""
+
+
 class InputError(PNCError, ValueError):
     """An argument has a value that the function cannot take."""
 

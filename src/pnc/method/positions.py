@@ -25,6 +25,8 @@ from pnc.method.settings import Bounds
 from pnc.method.task import CloneTask, Progress, check_task
 
 MAX_CUTS = 12
+MAX_SHOWN = 15
+"""Positions that `print(scan)` shows."""
 DIGEST_BYTES = 16
 """In a clone's file, of the fingerprint of one tensor."""
 FACTS_BYTES = 3000
@@ -84,6 +86,12 @@ class Position:
         """Whether its adapter changes nothing, or only units: the clone sees what the source would."""
         return self.adapter_error <= NO_ERROR
 
+    def __repr__(self) -> str:
+        return (
+            f"Position({self.target_cut.name} > {self.source_cut.name}: log-loss {self.log_loss:.3f}, score "
+            f"{self.score:.3f} +- {self.standard_error:.3f}, {self.macs_share:.1%} of the source's MACs)"
+        )
+
     @property
     def names(self) -> tuple[str, str]:
         """Names of its two cuts."""
@@ -105,6 +113,18 @@ class Scan:
     adapters: Mapping[tuple[str, str], CrossFitted]
     outcomes: Mapping[tuple[str, str], Outcome]
     adapter_errors: Mapping[tuple[str, str], float]
+
+    def __str__(self) -> str:
+        shown, front = self.positions[:MAX_SHOWN], self.front()
+        lines = [f"{'*' if one in front else ' '} {repr(one)[9:-1]}" for one in shown]
+        more = len(self.positions) - len(shown)
+        lines += [f"  ... {more} more"] * bool(more)
+        return "\n".join(
+            [f"Scan of {len(self.positions)} positions, best first (* no other is better and cheaper)", *lines]
+        )
+
+    def __repr__(self) -> str:
+        return f"Scan({len(self.positions)} positions; best {self.positions[0]!r})"
 
     def adapter(self, position: Position) -> CrossFitted:
         """Give the adapters of a scored position."""

@@ -13,9 +13,10 @@ from pnc.data.image_set import ImageSet
 from pnc.data.image_store import MEMORY, check_images, to_device
 from pnc.data.support import StoredSupport, stored_support
 from pnc.foundation.argument_checks import check_choice, check_flag, check_module, check_whole
-from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name
+from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name, listed
 from pnc.foundation.errors import ClassNameError, InputError, RecordingError
 from pnc.foundation.network_state import undisturbed
+from pnc.foundation.plain_text import few_names
 from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.tensor_bits import dtype_name
 from pnc.graph.classifier import ClassifierLayer, find_head
@@ -28,6 +29,7 @@ Precision = Literal["float32", "bfloat16"]
 """What networks compute in while a clone is made."""
 
 _EXAMPLES = 4
+_NAMES = {"source": "source_classes", "target": "base_classes", "model": "classes"}
 LEAST_MEMORY = 2**20
 IMAGES_SHARE = 0.5
 """Of the memory, what images may take before they go to a file."""
@@ -127,6 +129,15 @@ class CloneTask:
         n_samples = len(self.samples.labels)
         return tuple(self.team.gather(_widened(torch.cat(parts)), rows, n_samples) for parts in made), places
 
+    def __repr__(self) -> str:
+        labels, groups = self.samples.labels, self.samples.groups
+        n_base = len(groups[labels < self.n_base].unique())
+        n_new = len(groups[labels >= self.n_base].unique())
+        return (
+            f"CloneTask({few_names(self.new_classes)} of {len(self.source.classes)} source classes, for a target of "
+            f"{self.n_base}; support of {n_new} new and {n_base} base images)"
+        )
+
     @property
     def _batch_size(self) -> int:
         """At most `batch_size`, and so that each process has a batch."""
@@ -173,12 +184,20 @@ def read_network(model: nn.Module, example: Tensor, classes: Sequence[str], argu
         recording = record(model, example)
         head = find_head(recording)
     except RecordingError as error:
-        raise RecordingError(f"{argument} on images {tuple(example.shape[1:])}: {error}") from error
+        hint = (
+            ""
+            if argument == "model" or "cannot process images" not in str(error)
+            else (
+                f"; where it takes other images than the support's, wrap it: pnc.Preprocessed({argument}, (C, H, W), "
+                "mean, std) with the channels and size that it was trained on"
+            )
+        )
+        raise RecordingError(f"{argument} on images {tuple(example.shape[1:])}: {error}{hint}") from error
     if not recording.probe_logits.isfinite().all():
         raise InputError(f"{argument} gives NaN or infinite logits on noise like the support; check its weights")
     if recording.n_classes != len(names):
         raise ClassNameError(
-            f"{argument} has {recording.n_classes} outputs but {len(names)} class names were given; "
+            f"{_NAMES[argument]} has {len(names)} names, the {argument} gives {recording.n_classes} logits; "
             "name every output, in order"
         )
     return Network(model, recording, head, names)
@@ -245,8 +264,9 @@ def prepare_task(
         raise ClassNameError(
             f"classes: {unwritable!r:.100} is no printable text of at most {MAX_TEXT} characters; rename it"
         )
-    given = stored_support(support, (*base, *new), int(IMAGES_SHARE * memory))
-    labels, store = _places(given, base, new), given.images
+    left_out = tuple(name for name in known if name not in {*base, *new})
+    given = stored_support(support, (*base, *new, *left_out), int(IMAGES_SHARE * memory))
+    labels, store = _places(given, base, new, left_out), given.images
     n_given = len(store)
     examples = store.read(torch.arange(min(n_given, _EXAMPLES)))
     if background is not None:
@@ -353,18 +373,24 @@ def _new_classes(classes: Sequence[str] | None, known: tuple[str, ...], base: tu
     return new
 
 
-def _places(support: StoredSupport, base: tuple[str, ...], new: tuple[str, ...]) -> Tensor:
+def _places(support: StoredSupport, base: tuple[str, ...], new: tuple[str, ...], left_out: tuple[str, ...]) -> Tensor:
     """Labels of a support as places among base and new classes, (N,)."""
     names = (*base, *new)
     counts = support.labels.bincount(minlength=len(support.names)).tolist()
     seen = {name: count for name, count in zip(support.names, counts, strict=True) if count}
+    dropped = [name for name in left_out if name in seen]
+    if dropped:
+        raise ClassNameError(
+            f"support has samples of {listed(dropped)}, which the source knows but `classes` leaves out: drop these "
+            "samples, as [sample for sample in support if its class is wanted], or clone these classes too"
+        )
     foreign = sorted(set(seen) - set(names))
     if foreign:
         raise ClassNameError(
-            f"support has samples of {', '.join(foreign)}, neither a base class nor a class to clone; leave them out"
+            f"support has samples of {listed(foreign)}, neither a base class nor a class to clone; leave them out"
         )
     missing = [name for name in new if name not in seen]
     if missing:
-        raise InputError(f"support has no sample of {', '.join(missing)}; every class to clone needs at least one")
+        raise InputError(f"support has no sample of {listed(missing)}; every class to clone needs at least one")
     place = torch.tensor([names.index(name) if name in names else -1 for name in support.names])
     return place[support.labels]

@@ -15,6 +15,7 @@ from torch import nn
 
 from pnc.foundation.class_names import check_class_names, listed, unknown_name
 from pnc.foundation.errors import InputError, MismatchError, RecordingError
+from pnc.foundation.plain_text import few_names
 from pnc.foundation.specs import split_spec
 from pnc.foundation.tensor_files import write_tensors
 from pnc.graph.recording import pick_logits
@@ -52,12 +53,22 @@ class LoadedModel:
     input_shape: Shape
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        accuracy = self.facts.get("test_accuracy")
+        known = f", test accuracy {accuracy:.3f}" if isinstance(accuracy, float) else ""
+        return (
+            f"LoadedModel({self.spec}: images {shape_text(self.input_shape)} to {len(self.classes)} classes, "
+            f"{few_names(self.classes)}{known})"
+        )
+
 
 def load_model(
     spec: str,
     weights: str | Path | None = None,
     classes: Sequence[str] | None = None,
     input_shape: Sequence[int] | None = None,
+    *,
+    unnamed: bool = False,
 ) -> LoadedModel:
     """Build the network that a spec names, with the weights of a file, of its library, or random ones.
 
@@ -81,6 +92,7 @@ def load_model(
             downloaded, and a network of timm or torchvision gets as many outputs as there are classes.
         classes: Names of the outputs, in order; by default those in the file, or of the library.
         input_shape: (C, H, W) of the images; by default the one in the file, or of the library's config.
+        unnamed: Number the outputs where nothing names them, instead of an error.
 
     Raises:
         InputError: an unknown spec, option or name, a path that is not there, a missing package, a library that cannot
@@ -91,7 +103,7 @@ def load_model(
     """
     path = Path(spec) if spec.endswith(".safetensors") else None
     if path is None and weights is None:
-        return _built(spec, classes, input_shape, seed=0, pretrained=True)
+        return _built(spec, classes, input_shape, seed=0, pretrained=True, unnamed=unnamed)
     if path is not None and weights is not None:
         raise InputError(
             f"weights: {spec} is a file of weights already; give weights= with another spec, such as zoo:..."
@@ -104,7 +116,8 @@ def load_model(
         raise MismatchError(
             f"classes: {len(classes)} names given for the {len(known)} outputs of {spec}: {listed(known)}"
         )
-    model = build_model(spec, known if classes is None else classes, input_shape or facts.get("input_shape"))
+    names, shape = known if classes is None else classes, input_shape or facts.get("input_shape")
+    model = _built(spec, names, shape, seed=0, pretrained=False, unnamed=unnamed)
     load_tensors(_inner(model.module), tensors)
     return replace(model, facts=facts)
 
@@ -138,7 +151,12 @@ def build_model(
 
 
 def _built(
-    spec: str, classes: Sequence[str] | None, input_shape: Sequence[int] | None, seed: int, pretrained: bool
+    spec: str,
+    classes: Sequence[str] | None,
+    input_shape: Sequence[int] | None,
+    seed: int,
+    pretrained: bool,
+    unnamed: bool = False,
 ) -> LoadedModel:
     scheme, name, options = split_spec(spec, "model")
     if scheme not in _SCHEMES:
@@ -146,11 +164,18 @@ def _built(
         raise InputError(f"model: {spec!r} is of no known kind; expected {known} or a .safetensors file of pnc")
     names = None if classes is None else check_class_names(classes, "classes")
     shape = None if input_shape is None else checked_shape(input_shape)
-    request = _Request(spec, name, options, names, shape, has_own_weights(spec) and pretrained)
+    request = _Request(spec, name, options, names, shape, has_own_weights(spec) and pretrained, unnamed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the accelerators
         model = _SCHEMES[scheme](request)
-        _check_outputs(model)
+        n_outputs = _check_outputs(model)
+    if unnamed and names is None and n_outputs != len(model.classes):
+        return replace(model, classes=tuple(map(str, range(n_outputs))))
+    if n_outputs != len(model.classes):
+        raise MismatchError(
+            f"classes: {model.spec} has {n_outputs} outputs, but {len(model.classes)} names were given; "
+            "give one per output"
+        )
     return model
 
 
@@ -181,6 +206,10 @@ def save_model(model: LoadedModel, path: str | Path, facts: Mapping[str, Any]) -
 
 
 # --------------------------------------------------------------------------------------------------- specs
+_N_UNNAMED = 10
+"""Outputs of a reference network whose number nobody said."""
+
+
 @dataclass(frozen=True)
 class _Request:
     """A parsed model spec with what the caller knows; `classes` and `input_shape` are None where not given."""
@@ -191,9 +220,12 @@ class _Request:
     classes: tuple[str, ...] | None
     input_shape: Shape | None
     pretrained: bool
+    unnamed: bool = False
 
     def known_classes(self, own: Sequence[str] | None = None) -> tuple[str, ...]:
         """Return the names that were given, else the network's own; an InputError where there are none."""
+        if self.classes is None and own is None and self.unnamed:
+            return tuple(map(str, range(_N_UNNAMED)))
         if self.classes is None and own is None:
             raise InputError(f"classes: {self.spec} does not name its outputs; give their names in order as classes=")
         return check_class_names(own or (), "classes") if self.classes is None else self.classes
@@ -260,7 +292,10 @@ def _build_py(request: _Request) -> LoadedModel:
         raise InputError(f"model: {name} in {place}: {error}; give a function that takes no arguments") from error
     except ValueError:  # of a function in C that does not tell its signature: calling it will show
         pass
-    network = function()
+    try:
+        network = function()
+    except Exception as error:
+        raise InputError(f"model: {request.spec} raised {_told(error)}") from error
     if not isinstance(network, nn.Module):
         raise InputError(f"model: {request.spec} returned {type(network).__name__}; expected a torch.nn.Module")
     return LoadedModel(network.eval(), request.spec, classes, request.known_shape(network))
@@ -278,7 +313,14 @@ def _imported(place: str) -> ModuleType:
         raise InputError(
             f"model: cannot import {place}: {error}; give a module that Python finds, or the path of a .py file"
         ) from error
+    except Exception as error:
+        raise InputError(f"model: cannot import {place}: it raised {_told(error)}") from error
     return module
+
+
+def _told(error: Exception) -> str:
+    """What an error of somebody else's code says, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 _LIBRARIES: dict[str, tuple[Callable[[Wish], Found], Sequence[str]]] = {
@@ -315,8 +357,8 @@ _SCHEMES: dict[str, Callable[[_Request], LoadedModel]] = {
 }
 
 
-def _check_outputs(model: LoadedModel) -> None:
-    """Run the network once: on images that it cannot take, or with outputs that the names do not fit, say so now."""
+def _check_outputs(model: LoadedModel) -> int:
+    """Run the network once: if it cannot take its images, say so now; the number of its outputs."""
     parameter = next(model.module.parameters(), torch.empty(0))
     images = torch.zeros(2, *model.input_shape, dtype=parameter.dtype, device=parameter.device)
     try:
@@ -331,11 +373,7 @@ def _check_outputs(model: LoadedModel) -> None:
         logits = pick_logits(output)
     except RecordingError as error:
         raise InputError(f"model: {model.spec}: {error}") from error
-    if logits.shape[1] != len(model.classes):
-        raise MismatchError(
-            f"classes: {model.spec} has {logits.shape[1]} outputs, but {len(model.classes)} names were given; "
-            "give one per output"
-        )
+    return logits.shape[1]
 
 
 def _own_spec(path: Path, facts: Mapping[str, Any]) -> str:
