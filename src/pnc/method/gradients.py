@@ -5,8 +5,7 @@ from typing import Any
 import torch
 
 from pnc.foundation.errors import InputError
-from pnc.graph.candidate_cuts import candidate_cuts
-from pnc.graph.cut_points import LOGITS, CutPoint, extract
+from pnc.graph.cut_points import LOGITS, CutPoint, cut_points, extract
 from pnc.method.settings import Removal
 from pnc.method.task import CloneTask
 
@@ -24,22 +23,19 @@ def uses_gradient(removal: Removal, refine: bool, sequential: bool = False) -> s
     return "refine=True" if refine else None
 
 
-def check_any_gradient(task: CloneTask, asked: str | None, max_cuts: int) -> None:
-    """Refuse, before the work, a source through no part of which a gradient flows.
+def check_whole_source(task: CloneTask, asked: str | None) -> None:
+    """Refuse, before the work, a source that no gradient flows through from its input on.
+
+    A later part of it may let one through; which position is chosen is not known yet.
 
     Args:
         task: Whose source.
         asked: From `uses_gradient`.
-        max_cuts: Cuts of the source that are tried.
     Raises:
         InputError: the message names what needs no gradient.
     """
-    if asked is None:
-        return
-    cuts = candidate_cuts(task.source.recording, max_cuts)
-    problems = [_problem(task, cut, asked) for cut in cuts]
-    if None not in problems:
-        raise InputError(_message(cuts[0], str(problems[0]), asked))
+    if asked is not None:
+        check_gradient(task, cut_points(task.source.recording)[0], asked)
 
 
 def check_gradient(task: CloneTask, cut: CutPoint, asked: str | None) -> None:

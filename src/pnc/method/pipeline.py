@@ -27,11 +27,11 @@ from pnc.graph.nodes import info
 from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.base_drop_bound import check_promise, least_priority
 from pnc.method.density_choice import TOLERANCE, joint_front, worth_trying
-from pnc.method.gradients import check_any_gradient, check_gradient, uses_gradient
+from pnc.method.gradients import check_gradient, check_whole_source, uses_gradient
 from pnc.method.held_out import Outcome, base_drop_facts, features_seen, fit_head, judge, outcome_of, run_parts
 from pnc.method.localization.localizer import localize
 from pnc.method.paper_search import search
-from pnc.method.positions import MAX_CUTS, scan
+from pnc.method.positions import scan
 from pnc.method.refinement import refined
 from pnc.method.settings import Bounds, Method, Removal, Strategy, check_strategy
 from pnc.method.source_part import SourcePart
@@ -150,7 +150,7 @@ def clone(
         if max_base_drop is not None:
             check_promise(max_base_drop, _n_images(task, base=True))
         usefulness(task)  # warns before the work
-        check_any_gradient(task, uses_gradient(removal, refine, strategy == "sequential"), MAX_CUTS)
+        check_whole_source(task, uses_gradient(removal, refine, strategy == "sequential"))
         if strategy == "sequential":
             return fit_sequential(
                 task, density=float(density), method=method, round_to=round_to, name=name, progress=progress
@@ -287,7 +287,7 @@ def fit_sequential(
     _check_others(name, None, progress)
     check_task(task)
     usefulness(task)
-    check_any_gradient(task, uses_gradient(Removal(density, method), refine=False, sequential=True), MAX_CUTS)
+    check_whole_source(task, uses_gradient(Removal(density, method), refine=False, sequential=True))
     found = search(task, lambda adapter: localize(task, adapter, density, method, round_to=round_to), progress)
     facts = {"learning_rate": found.learning_rate, "strategy": "sequential"}
     return _made(task, found.adapter, found.part, found.head, found.outcome, name, method, facts)
