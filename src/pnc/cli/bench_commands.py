@@ -8,6 +8,7 @@ import typer
 
 from pnc.bench import channel_methods as localize_bench
 from pnc.bench import coverage as coverage_bench
+from pnc.bench import few_images as few_bench
 from pnc.bench import file_attacks as files_bench
 from pnc.bench import latency, library_classifiers, random_lives, scale
 from pnc.bench import lifecycle as lifecycle_bench
@@ -135,6 +136,41 @@ def measure_localization(
         text = localize_bench.markdown(rows, setting, data_name or data)
         write_results(out, "localize", command, {**facts, "n_test": n_test, "rows": rows}, found, text)
     show_claims(found, out / "localize.md")
+
+
+@bench.command("few")
+def measure_few_images(
+    source: Annotated[list[str], typer.Option(help="Files of `pnc pretrain` that know new classes, one a pair.")],
+    target: Annotated[list[str], typer.Option(help="Files of `pnc pretrain`, the target of each source, in order.")],
+    data: Annotated[list[str], typer.Option(help="Images of each pair: digits, parquet:PATH, folder:PATH, hf:NAME.")],
+    data_name: Annotated[list[str] | None, typer.Option(help="What the results call the images of each pair.")] = None,
+    flip: Annotated[bool, typer.Option(help="Use mirror images too.")] = False,
+    seeds: Annotated[int, typer.Option(help="How many supports, seeds 0, 1, ...", min=1)] = 10,
+    n_test: Annotated[int, typer.Option(help="Test images per class, the first ones.", min=1)] = 200,
+    out: Annotated[Path, typer.Option(help="Folder for few.json, .md and .jsonl.")] = Path("results"),
+    threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 1,
+) -> None:
+    """Clones of one, two and five images per class beside ensembles of both whole networks.
+
+    Takes some minutes for each pair; rows that are in few.jsonl already are not made again.
+    """
+    names = data if data_name is None else data_name
+    if not len(source) == len(target) == len(data) == len(names):
+        raise InputError("data: give --source, --target, --data and --data-name equally often, once for each pair")
+    rows_path = out / "few.jsonl"
+    pairs = dict(zip(names, zip(source, target, data, strict=True), strict=True))
+    settings = {name: setting_of(*pair, "1/1", flip, rows_path, n_test) for name, pair in pairs.items()}
+    facts = {"pairs": {name: pair[:2] for name, pair in pairs.items()}, "flip": flip, "n_test": n_test}
+    cells = Cells(rows_path, facts, few_bench.KEYS)
+    with use_threads(threads), progress() as bar:
+        rows = few_bench.run(settings, range(seeds), cells, bar.step)
+        given = " ".join(
+            f"--source {s} --target {t} --data {name} --data-name {name}" for name, (s, t, _) in pairs.items()
+        )
+        command = f"pnc bench few {given} --{'' if flip else 'no-'}flip --seeds {seeds} --n-test {n_test}"
+        found = few_bench.claims(rows)
+        write_results(out, "few", command, {**facts, "rows": rows}, found, few_bench.markdown(rows))
+    show_claims(found, out / "few.md")
 
 
 @bench.command("files")

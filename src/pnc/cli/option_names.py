@@ -1,7 +1,8 @@
 """Messages of the library in the words of the command line: arguments become options."""
 
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import typer.core
@@ -23,7 +24,7 @@ class Commands(typer.core.TyperGroup):
             command = self.get_command(ctx, ctx.invoked_subcommand) if ctx.invoked_subcommand else None
             if command is None or isinstance(command, Commands):
                 raise
-            raise type(error)(as_options(str(error), options_of(command.params))) from error
+            raise type(error)(as_options(str(error), options_of(command.params), sys.argv)) from error
 
 
 def options_of(parameters: Iterable[Any]) -> dict[str, str]:
@@ -31,7 +32,7 @@ def options_of(parameters: Iterable[Any]) -> dict[str, str]:
     return {one.name: one.opts[0] for one in parameters if one.opts[0].startswith("--")}
 
 
-def as_options(message: str, options: Mapping[str, str]) -> str:
+def as_options(message: str, options: Mapping[str, str], given: Collection[str] = ()) -> str:
     """Write a message with options in the place of arguments.
 
     The first word, and the first two where they are a role and what belongs to it, become an option; so does every
@@ -40,21 +41,21 @@ def as_options(message: str, options: Mapping[str, str]) -> str:
     Args:
         message: Of an error of the library.
         options: By parameter of the command.
+        given: The words of the command line: weights that nobody gave are those of the network's own file.
 
     >>> as_options("max_macs=0.1: the cheapest adds more", {"max_macs": "--max-macs"})
     '--max-macs 0.1: the cheapest adds more'
-    >>> as_options("source: weights: they do not fit", {"source": "--source", "source_weights": "--source-weights"})
-    '--source-weights: they do not fit'
+    >>> as_options("source: classes: 4 is given twice", {"source": "--source", "source_classes": "--source-classes"})
+    '--source-classes: 4 is given twice'
     """
-    start = re.match(r"(?P<role>[a-z]+): (?P<what>[a-z]+)(?=:)", message)
-    own = f"{start['role']}_{start['what']}" if start else ""
-    if start and own in options:
-        message, role = options[own] + message[start.end() :], start["role"]
-    else:
-        found = re.match(r"([a-z_-]+)(?=[:=]|'s | has | names | must )", message)
-        option = _option(found[1], options) if found else None
-        role = found[1] if found and f"{found[1]}_classes" in options else ""
-        if found and option and (message[found.end()] in ":=" or "_" in found[1]):
+    start = re.match(r"(?P<role>[a-z]+): (?P<what>[a-z_]+)(?=:)", message)
+    role = ""
+    if start and (own := _own_option(start["role"], start["what"], options, given)):
+        message, role = own + message[start.end() :], start["role"]
+    elif found := re.match(r"([a-z_-]+)(?=[:=]|'s | has | names | must )", message):
+        option = _option(found[1], options)
+        role = found[1] if f"{found[1]}_classes" in options else ""
+        if option and (message[found.end()] in ":=" or "_" in found[1]):
             message = option + message[found.end() :]
 
     def renamed(found: re.Match[str]) -> str:
@@ -67,3 +68,11 @@ def as_options(message: str, options: Mapping[str, str]) -> str:
 def _option(name: str, options: Mapping[str, str]) -> str | None:
     key = _ELSEWHERE.get(name, name)
     return options.get(key) or options.get(key.replace("-", "_"))
+
+
+def _own_option(role: str, what: str, options: Mapping[str, str], given: Collection[str]) -> str | None:
+    """The option for what belongs to a network, such as its classes."""
+    own = options.get(f"{role}_{what}")
+    if own is not None:
+        return own if what != "weights" or own in given else None
+    return options.get(what) if role not in options else None

@@ -17,6 +17,7 @@ from pnc.composite.direct_calls import called_directly, flattened
 from pnc.composite.forward_plan import (
     Block,
     CloneStatus,
+    NamedNetwork,
     Places,
     Plan,
     WantedClones,
@@ -36,7 +37,6 @@ from pnc.foundation.network_state import Snapshot, undisturbed
 from pnc.foundation.plain_text import few_names
 from pnc.graph.cut_points import LOGITS, extract
 from pnc.graph.recording import Recording, record
-from pnc.models.model_specs import LoadedModel
 
 _LOCK = threading.RLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
 _RECORDED = "_plan", "_places", "_recording", "_trunks"
@@ -366,7 +366,7 @@ class Composite(nn.Module):
         return self._trunks[cuts]
 
 
-def attach(target: nn.Module | LoadedModel, *clones: Clone, allow_mismatch: bool = False) -> Composite:
+def attach(target: nn.Module | NamedNetwork, *clones: Clone, allow_mismatch: bool = False) -> Composite:
     """Put clones into a target: a new module around it, while the target itself stays as it is, bit for bit.
 
     Args:

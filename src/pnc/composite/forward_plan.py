@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +19,6 @@ from pnc.graph.batch_norm_means import last_norm
 from pnc.graph.classifier import find_head
 from pnc.graph.cut_points import CutPoint, cut_points
 from pnc.graph.recording import Recording
-from pnc.models.model_specs import LoadedModel
 
 WantedClones = Sequence[str | Collection[str] | None]
 """For each image of a batch the clones that are wanted: a name, several or none of them, or None for all enabled."""
@@ -194,9 +194,22 @@ def check_target(target: nn.Module, clones: Iterable[Clone], known: KnownFingerp
             )
 
 
-def network_of(target: nn.Module | LoadedModel, clones: Iterable[Clone]) -> nn.Module:
+@runtime_checkable
+class NamedNetwork(Protocol):
+    """What `load_model` gives: a network with names of its outputs. A protocol, as production loads no model specs."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The network."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of its outputs, in order."""
+
+
+def network_of(target: nn.Module | NamedNetwork, clones: Iterable[Clone]) -> nn.Module:
     """The network to attach clones to; where it comes with names of its outputs, the clones must use the same."""
-    if isinstance(target, LoadedModel):
+    if not isinstance(target, nn.Module) and isinstance(target, NamedNetwork):
         check_base_names(clones, target.classes)
         return target.module
     check_module(target, "target")
