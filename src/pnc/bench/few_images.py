@@ -41,7 +41,7 @@ def run(
     Returns:
         A row for each data set, number of images and seed; accuracies by method.
     """
-    wanted = [(data, n_images, seed) for data in settings for n_images in N_IMAGES for seed in seeds]
+    wanted = [(data, n_images, seed) for seed in seeds for data in settings for n_images in N_IMAGES]
     for done, (data, n_images, seed) in enumerate(wanted):
         if progress is not None:
             progress(f"{data}: {n_images} images per class, seed {seed}", done, len(wanted))
