@@ -9,7 +9,7 @@ import typer.core
 
 from pnc.foundation.errors import PNCError
 
-_ELSEWHERE = {"base_classes": "target_classes", "json": "json_path", "input-shape": "input_shape"}
+_ELSEWHERE = {"base_classes": "target_classes", "json": "json_path", "input-shape": "input_shape", "spec": "data"}
 """Arguments of the library, and first words of messages, that commands call otherwise."""
 
 
