@@ -5,8 +5,8 @@ net = pnc.attach(target, clone)         # logits: the target's own, then the clo
 pnc.save(clone, "clone.safetensors")    # kilobytes
 net.detach(clone.name)                  # and the target is alone again, bit for bit
 
-Every name is loaded when it is first asked for: importing the package takes no time, and where clones only run, the
-code that makes them stays out of the process.
+Everything is loaded when it is first asked for: where clones only run, the code that makes them stays out of the
+process, and `OnnxComposite` runs without PyTorch.
 """
 
 import importlib
@@ -17,14 +17,17 @@ if TYPE_CHECKING:
     from pnc.clones.clone import Clone
     from pnc.clones.clone_file import inspect, load, save
     from pnc.composite.composite import Composite, attach
+    from pnc.composite.export import Exported, export, export_split
     from pnc.composite.forward_plan import CloneStatus
     from pnc.composite.fused_composite import FusedComposite
+    from pnc.composite.onnx_composite import OnnxComposite
     from pnc.composite.verification import Report, snapshot, verify
     from pnc.data.image_set import ImageSet
     from pnc.data.readers import load_data
     from pnc.data.support import Support, draw_support
     from pnc.foundation.errors import (
         ClassNameError,
+        ExportError,
         FileFormatError,
         InputError,
         MismatchError,
@@ -48,12 +51,15 @@ __all__ = [
     "CloneStatus",
     "CloneTask",
     "Composite",
+    "ExportError",
+    "Exported",
     "FileFormatError",
     "FusedComposite",
     "ImageSet",
     "InputError",
     "LoadedModel",
     "MismatchError",
+    "OnnxComposite",
     "PNCError",
     "PNCWarning",
     "Position",
@@ -68,6 +74,8 @@ __all__ = [
     "calibrate",
     "clone",
     "draw_support",
+    "export",
+    "export_split",
     "fit",
     "from_exported",
     "inspect",
@@ -82,69 +90,31 @@ __all__ = [
     "verify",
 ]
 
-_PLACES = {
-    "pnc.clones.branch": ("Scalars",),
-    "pnc.clones.clone": ("Clone",),
-    "pnc.clones.clone_file": (
-        "inspect",
-        "load",
-        "save",
-    ),
-    "pnc.composite.composite": (
-        "Composite",
-        "attach",
-    ),
-    "pnc.composite.forward_plan": ("CloneStatus",),
-    "pnc.composite.fused_composite": ("FusedComposite",),
-    "pnc.composite.verification": (
-        "Report",
-        "snapshot",
-        "verify",
-    ),
-    "pnc.data.image_set": ("ImageSet",),
-    "pnc.data.readers": ("load_data",),
-    "pnc.data.support": (
-        "Support",
-        "draw_support",
-    ),
-    "pnc.foundation.errors": (
-        "ClassNameError",
-        "FileFormatError",
-        "InputError",
-        "MismatchError",
-        "PNCError",
-        "PNCWarning",
-        "RecordingError",
-    ),
-    "pnc.foundation.process_team": (
-        "Team",
-        "joined",
-    ),
-    "pnc.method.calibration": (
-        "Calibration",
-        "calibrate",
-    ),
-    "pnc.method.pipeline": (
-        "clone",
-        "fit",
-    ),
-    "pnc.method.positions": (
-        "Position",
-        "Scan",
-        "scan",
-    ),
-    "pnc.method.task": (
-        "CloneTask",
-        "prepare_task",
-    ),
-    "pnc.models.exported_programs": ("from_exported",),
-    "pnc.models.model_specs": (
-        "LoadedModel",
-        "load_model",
-    ),
-    "pnc.models.preprocessing": ("Preprocessed",),
+_NAMES_OF = {
+    "clones.branch": "Scalars",
+    "clones.clone": "Clone",
+    "clones.clone_file": "inspect load save",
+    "composite.composite": "Composite attach",
+    "composite.export": "Exported export export_split",
+    "composite.forward_plan": "CloneStatus",
+    "composite.fused_composite": "FusedComposite",
+    "composite.onnx_composite": "OnnxComposite",
+    "composite.verification": "Report snapshot verify",
+    "data.image_set": "ImageSet",
+    "data.readers": "load_data",
+    "data.support": "Support draw_support",
+    "foundation.errors": "ClassNameError ExportError FileFormatError InputError MismatchError PNCError PNCWarning "
+    "RecordingError",
+    "foundation.process_team": "Team joined",
+    "method.calibration": "Calibration calibrate",
+    "method.pipeline": "clone fit",
+    "method.positions": "Position Scan scan",
+    "method.task": "CloneTask prepare_task",
+    "models.exported_programs": "from_exported",
+    "models.model_specs": "LoadedModel load_model",
+    "models.preprocessing": "Preprocessed",
 }
-_LOADED_WHEN_ASKED = {name: place for place, names in _PLACES.items() for name in names}
+_LOADED_WHEN_ASKED = {name: f"pnc.{module}" for module, names in _NAMES_OF.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,24 +1,21 @@
 """What a clone of very few images is worth beside ensembles of both whole networks, over many supports."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import fmean
 from typing import Any
 
-import torch
-
-from pnc.bench.position_strategies import Setting
-from pnc.bench.result_files import Cells, Claim, at_least, table
+from pnc.bench.bench import Bench, Row, Rows, one_by_one
+from pnc.bench.result_files import Claim, at_least, table
 from pnc.bench.rivals import ensemble, tempered
 from pnc.bench.rivals.rival import Budget
+from pnc.bench.setting import Setting
 from pnc.composite.composite import attach
 from pnc.composite.metrics import evaluate
 from pnc.composite.prediction import predict
-from pnc.data.image_set import class_subset, relabel
-from pnc.data.support import draw_support
 from pnc.method.pipeline import fit
 from pnc.method.positions import scan
-from pnc.method.task import Progress, prepare_task
+from pnc.method.task import prepare_task
 
 KEYS = ("data", "n_images", "seed")
 N_IMAGES = (1, 2, 5)
@@ -28,44 +25,28 @@ ALLOWED = 0.01
 """Accuracy by which the mean of the clones may lie below the calibrated ensemble's."""
 
 
-def run(
-    settings: Mapping[str, Setting], seeds: Sequence[int], cells: Cells, progress: Progress | None = None
-) -> list[dict[str, Any]]:
+def bench(settings: Mapping[str, Setting], seeds: Sequence[int], facts: Mapping[str, Any]) -> Bench:
     """Make clones and ensembles from the same few images, and measure them on all test images.
 
     Args:
         settings: Networks and images by the name of the images; numbers of images are not theirs.
         seeds: Of the supports.
-        cells: Rows that are there already are not made again.
-        progress: Called with what is being done, the rows done, and the rows in all.
-    Returns:
-        A row for each data set, number of images and seed; accuracies by method.
+        facts: What rows depend on, as JSON values.
     """
-    wanted = [(data, n_images, seed) for seed in seeds for data in settings for n_images in N_IMAGES]
-    for done, (data, n_images, seed) in enumerate(wanted):
-        if progress is not None:
-            progress(f"{data}: {n_images} images per class, seed {seed}", done, len(wanted))
-        cell = {"data": data, "n_images": n_images, "seed": seed}
-        if cell not in cells:
-            cells.add({**cell, **_row(settings[data], n_images, seed)})
-    made = {tuple(row[key] for key in KEYS): row for row in cells.rows}
-    return [made[cell] for cell in wanted]
+    wanted = [
+        {"data": data, "n_images": n_images, "seed": seed}
+        for seed in seeds
+        for data in settings
+        for n_images in N_IMAGES
+    ]
+    measure = one_by_one(wanted, lambda cell: _row(settings[cell["data"]], cell["n_images"], cell["seed"]))
+    return Bench("few", KEYS, facts, measure, claims, markdown)
 
 
-def _row(setting: Setting, n_images: int, seed: int) -> dict[str, Any]:
-    source, target = setting.source, setting.target
-    new = [name for name in source.classes if name not in target.classes]
-    generator = torch.Generator().manual_seed(seed)
-    task = prepare_task(
-        source.module,
-        target.module,
-        draw_support(setting.train, new, target.classes, n_images, n_images, generator),
-        classes=new,
-        source_classes=source.classes,
-        base_classes=target.classes,
-        flip=setting.flip,
-        seed=seed,
-    )
+def _row(setting: Setting, n_images: int, seed: int) -> Row:
+    source, target, new = setting.source, setting.target, setting.new_classes
+    support = replace(setting, n_new=n_images, n_base=n_images).draw(new, seed)
+    task = prepare_task(source.module, target.module, support, **setting.arguments(new, seed))
     found = scan(task)
     made = fit(task, found.adapter(found.choose()))
     networks = {
@@ -73,25 +54,23 @@ def _row(setting: Setting, n_images: int, seed: int) -> dict[str, Any]:
         METHODS[1]: ensemble.fit(task, Budget()).module,
         METHODS[2]: tempered.fit(task, Budget()).module,
     }
-    names = [*target.classes, *new]
-    test = relabel(class_subset(setting.test, names), names)
+    test = setting.test_images(new)
     base_logits = predict(target.module, test.images)
-    facts = {
-        name: asdict(evaluate(predict(net, test.images), test.labels, base_logits)) for name, net in networks.items()
-    }
-    keys = ("base_accuracy", "new_accuracy", "average_accuracy")
-    accuracies = {name: {key: one[key] for key in keys} for name, one in facts.items()}
+    accuracies = {}
+    for name, net in networks.items():
+        facts = asdict(evaluate(predict(net, test.images), test.labels, base_logits))
+        accuracies[name] = {key: facts[key] for key in ("base_accuracy", "new_accuracy", "average_accuracy")}
     cuts = {"target_cut": made.target_cut.name, "source_cut": made.source_cut.name}
     return {"n_test": len(test), "accuracies": accuracies, **cuts, "held_out": made.held_out.is_held_out}
 
 
-def means(rows: Sequence[Mapping[str, Any]], data: str, n_images: int) -> dict[str, float]:
+def means(rows: Rows, data: str, n_images: int) -> dict[str, float]:
     """Average accuracy over the seeds, by method."""
     chosen = [row["accuracies"] for row in rows if (row["data"], row["n_images"]) == (data, n_images)]
     return {name: fmean(one[name]["average_accuracy"] for one in chosen) for name in METHODS}
 
 
-def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
+def claims(rows: Rows) -> list[Claim]:
     """What was asked for: never more than a point below either ensemble, in the mean over supports."""
     found = []
     for data, n_images in dict.fromkeys((row["data"], row["n_images"]) for row in rows):
@@ -102,7 +81,7 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
     return found
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def markdown(rows: Rows) -> str:
     """The means over seeds as a table, the worst seed, and every row."""
     cells = dict.fromkeys((row["data"], row["n_images"]) for row in rows)
     lines, every = [], []

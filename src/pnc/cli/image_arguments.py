@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pnc.data.readers import is_image_file
+from pnc.data.image_files import image_suffixes
 from pnc.foundation.class_names import listed
 from pnc.foundation.errors import InputError
 
@@ -39,7 +39,7 @@ def _named(word: str, folder: Path) -> list[tuple[Path, str]]:
         return _from_standard_input(folder)
     path = Path(word)
     if path.is_dir():
-        inside = sorted(file for file in path.rglob("*") if file.is_file() and is_image_file(file))
+        inside = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in image_suffixes())
         if not inside:
             raise InputError(f"images: there is no image in {path}; its files end in {_suffixes(path)}")
         return [(file, str(file)) for file in inside]

@@ -9,7 +9,7 @@ import typer
 
 from pnc.cli.output import STANDARD_OUTPUT, only_json, write_line
 from pnc.foundation.argument_checks import MAX_THREADS
-from pnc.foundation.tensor_files import write_file
+from pnc.foundation.file_writing import write_file
 
 Json = Annotated[
     Path | None,
