@@ -40,8 +40,7 @@ from pnc.graph.cut_points import LOGITS, extract
 from pnc.graph.recording import Recording, record
 
 _LOCK = threading.RLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
-_RECORDED = "_plan", "_places", "_recording", "_trunks"
-"""Attributes that come of recording the target."""
+_RECORDED = "_plan", "_places", "_recording", "_trunks"  # attributes that come of recording the target
 
 
 class Composite(nn.Module):
@@ -375,15 +374,13 @@ def attach(target: nn.Module | NamedNetwork, *clones: Clone, allow_mismatch: boo
     Args:
         target: The network that the clones were made for; or what `load_model` gave: its names are compared too.
         clones: One or more; `Clone.renamed` helps where two have a name or a class in common.
-        allow_mismatch: Attach them to another target too, such as a fine-tuned one, if they fit to it. Nobody has
-            measured what comes out.
+        allow_mismatch: Attach them to another target too, such as a fine-tuned one, if they fit; check what comes out.
     Raises:
         InputError: no clone is given, two have one name, or the target is a composite.
         MismatchError: a clone was made for another target; with `allow_mismatch`, it does not fit to this one.
         ClassNameError: two classes have one name, or two clones call the target's outputs differently.
         RecordingError: the target cannot be recorded.
     """
-    check_clones(clones)
     target = network_of(target, clones)
     check_flag(allow_mismatch, "allow_mismatch")
     if isinstance(target, Composite):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pnc.clones.branch import Branch
-from pnc.clones.clone import Clone
+from pnc.clones.clone import Clone, check_clones
 from pnc.clones.position_grids import pool
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.class_names import listed, unknown_name
@@ -209,8 +209,9 @@ class NamedNetwork(Protocol):
         """Names of its outputs, in order."""
 
 
-def network_of(target: nn.Module | NamedNetwork, clones: Iterable[Clone]) -> nn.Module:
+def network_of(target: nn.Module | NamedNetwork, clones: Sequence[Clone]) -> nn.Module:
     """The network to attach clones to; where it comes with names of its outputs, the clones must use the same."""
+    check_clones(clones)
     if not isinstance(target, nn.Module) and isinstance(target, NamedNetwork):
         check_base_names(clones, target.classes)
         return target.module

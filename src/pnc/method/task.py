@@ -14,15 +14,15 @@ from pnc.data.image_range import check_range
 from pnc.data.image_set import ImageSet
 from pnc.data.image_store import MEMORY, ImageStore, check_images, to_device
 from pnc.data.support import StoredSupport, doubts, stored_support
-from pnc.foundation.argument_checks import check_choice, check_flag, check_module, check_whole
+from pnc.foundation.argument_checks import check_choice
 from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name, listed
 from pnc.foundation.errors import ClassNameError, InputError, PNCWarning, RecordingError
 from pnc.foundation.network_state import undisturbed
 from pnc.foundation.plain_text import few_names
 from pnc.foundation.process_team import ALONE, Team
-from pnc.foundation.tensor_bits import dtype_name
 from pnc.graph.classifier import ClassifierLayer, find_head
 from pnc.graph.recording import Recording, info, record
+from pnc.method.settings import check_network, check_run
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the steps done, and the steps in all."""
@@ -32,7 +32,6 @@ Precision = Literal["float32", "bfloat16"]
 
 _EXAMPLES = 4
 _NAMES = {"source": "source_classes", "target": "base_classes", "model": "classes"}
-LEAST_MEMORY = 2**20
 IMAGES_SHARE = 0.5
 """Of the memory, what images may take before they go to a file."""
 
@@ -177,7 +176,7 @@ def read_network(model: nn.Module, example: Tensor, classes: Sequence[str], argu
         RecordingError: the network cannot be recorded, or cannot take such images.
         ClassNameError: the names do not fit to the outputs.
     """
-    _check_network(model, argument)
+    check_network(model, argument)
     names = check_class_names(classes, f"{argument} classes")
     parameter = next(model.parameters(), None)
     if parameter is not None:
@@ -256,8 +255,9 @@ def prepare_task(
             "attach that clone to the composite too, and calibrate them together"
         )
     for model, argument in ((source, "source"), (target, "target")):
-        _check_network(model, argument)
-    _check_settings(flip, seed, batch_size, memory, team, precision)
+        check_network(model, argument)
+    check_run(flip, seed, batch_size, memory, team)
+    check_choice(precision, "precision", get_args(Precision))
     base = check_class_names(base_classes, "base_classes")
     known = check_class_names(source_classes, "source_classes")
     new = _new_classes(classes, known, base)
@@ -302,30 +302,6 @@ def check_task(task: object) -> None:
     """Refuse what is no task, as the first argument of the steps of `clone`."""
     if not isinstance(task, CloneTask):
         raise InputError(f"task: expected what pnc.prepare_task gives, got {type(task).__name__}")
-
-
-def _check_network(model: nn.Module, argument: str) -> None:
-    """Refuse what is no network of float32, before anything is read."""
-    check_module(model, argument)
-    other = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
-    if other is not None:
-        raise InputError(
-            f"{argument} has parameters in {dtype_name(other)}, and clones are made in float32: give "
-            f"copy.deepcopy({argument}).float() here (precision='bfloat16' is faster), and cast the composite"
-        )
-
-
-def _check_settings(
-    flip: object, seed: object, batch_size: object, memory: object, team: object, precision: object
-) -> None:
-    """Refuse settings that are out of range."""
-    check_flag(flip, "flip")
-    check_whole(seed, "seed", 0)
-    check_whole(batch_size, "batch_size", 1)
-    check_whole(memory, "memory", LEAST_MEMORY)
-    check_choice(precision, "precision", get_args(Precision))
-    if not isinstance(team, Team):
-        raise InputError(f"team: expected a team of pnc.joined, got {type(team).__name__}")
 
 
 def _check_values(source: nn.Module, target: nn.Module, images: ImageStore, argument: str) -> None:

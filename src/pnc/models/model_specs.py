@@ -1,13 +1,9 @@
 """Networks from model specs, with their weights, the names of their outputs and the shape of their images."""
 
-import importlib
-import importlib.util
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,6 +26,7 @@ from pnc.models.library_networks import (
     torchvision_network,
 )
 from pnc.models.preprocessing import Preprocessed, checked_shape, shape_text
+from pnc.models.python_functions import called, python_function
 from pnc.models.reference_networks import Shape, cnn, mobilenetv2, resnet, vit_tiny
 from pnc.models.weight_files import FORMAT, VERSION, check_fit, load_tensors, read_weights
 
@@ -306,49 +303,11 @@ def _number(key: str, text: str, limit: int, whole: bool) -> float:
 
 
 def _build_py(request: _Request) -> LoadedModel:
-    place, _, name = request.name.rpartition(":")
-    relative = place.startswith(".") and not place.endswith(".py")
-    if not place or relative or request.options:
+    if request.options:
         raise InputError(f"model: expected py:MODULE:FUNCTION or py:FILE.py:FUNCTION, got {request.spec!r}")
-    function = getattr(_imported(place), name, None)
-    if not callable(function):
-        raise InputError(f"model: there is no function {name!r} in {place}")
-    classes = request.known_classes()
-    try:
-        inspect.signature(function).bind()
-    except TypeError as error:
-        raise InputError(f"model: {name} in {place}: {error}; give a function that takes no arguments") from error
-    except ValueError:  # a function in C without a signature: the call will show
-        pass
-    try:
-        network = function()
-    except Exception as error:
-        raise InputError(f"model: {request.spec} raised {_told(error)}") from error
-    if not isinstance(network, nn.Module):
-        raise InputError(f"model: {request.spec} returned {type(network).__name__}; expected a torch.nn.Module")
+    function, classes = python_function(request.name, request.spec), request.known_classes()
+    network = called(function, request.spec)
     return LoadedModel(network.eval(), request.spec, classes, request.known_shape(network))
-
-
-def _imported(place: str) -> ModuleType:
-    try:
-        if not place.endswith(".py"):
-            return importlib.import_module(place)
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        assert spec is not None and spec.loader is not None  # because of the suffix .py
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except (ImportError, SyntaxError, OSError) as error:
-        raise InputError(
-            f"model: cannot import {place}: {error}; give an importable module, or the path of a .py file"
-        ) from error
-    except Exception as error:
-        raise InputError(f"model: cannot import {place}: it raised {_told(error)}") from error
-    return module
-
-
-def _told(error: Exception) -> str:
-    """What an error of somebody else's code says, on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 _LIBRARIES: dict[str, tuple[Callable[[Wish], Found], Sequence[str]]] = {
