@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         InputError,
         MismatchError,
         PNCError,
+        PNCWarning,
         RecordingError,
     )
     from pnc.foundation.process_team import Team, joined
@@ -62,6 +63,7 @@ __all__ = [
     "OnnxComposite",
     "Output",
     "PNCError",
+    "PNCWarning",
     "Position",
     "Preprocessed",
     "RecordingError",
@@ -103,7 +105,8 @@ _NAMES_OF = {
     "data.image_set": "ImageSet",
     "data.readers": "load_data",
     "data.support": "Support draw_support",
-    "foundation.errors": "ClassNameError ExportError FileFormatError InputError MismatchError PNCError RecordingError",
+    "foundation.errors": "ClassNameError ExportError FileFormatError InputError MismatchError PNCError PNCWarning "
+    "RecordingError",
     "foundation.process_team": "Team joined",
     "method.calibration": "Calibration calibrate",
     "method.pipeline": "clone fit",

@@ -1,10 +1,13 @@
 """The `pnc` command. Every command takes `--json PATH` for the facts that it shows, and exits with 2 on bad input."""
 
 import importlib.metadata
+import io
+import os
 import sys
 import time
+import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -29,6 +32,7 @@ from pnc.cli.bench_commands import bench
 from pnc.cli.clone_commands import evaluate_clones, inspect_clone, predict_images, verify_clone
 from pnc.cli.export_command import export_clones
 from pnc.cli.network_commands import list_cuts, pretrain_network
+from pnc.cli.option_names import Commands
 from pnc.cli.options import (
     Data,
     Device,
@@ -45,21 +49,25 @@ from pnc.cli.options import (
     Weights,
     write_json,
 )
-from pnc.cli.output import complain, progress, say, show_clone, show_job, show_scan
+from pnc.cli.output import complain, only_json, progress, say, show_clone, show_job, show_scan
 from pnc.cli.plots import check_plot, draw_scan
 from pnc.clones import clone_file
+from pnc.clones.clone import check_name
+from pnc.clones.clone_file import check_file_name
 from pnc.data.image_store import GIB, MEMORY
 from pnc.data.readers import load_data
 from pnc.foundation import process_team
-from pnc.foundation.errors import PNCError
+from pnc.foundation.argument_checks import MAX_THREADS
+from pnc.foundation.errors import PNCError, PNCWarning
 from pnc.method import pipeline, positions
-from pnc.method.settings import Method, Strategy
+from pnc.method.settings import Bounds, Method, Removal, Strategy, check_strategy
 from pnc.method.task import Precision, prepare_task
 
 BAD_INPUT, INTERRUPTED = 2, 130
 _USAGE_ERROR: Any = typer.BadParameter.__base__  # of click or of typer itself, as typer's version has it
 
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -79,12 +87,15 @@ def start(
         say(f"pnc {importlib.metadata.version('pnc')}")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        say(context.get_help())
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(BAD_INPUT)
 
 
 @app.command()
 def demo(
-    seed: Seed = 0, threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 1, json_path: Json = None
+    seed: Seed = 0,
+    threads: Annotated[int, typer.Option(help="Threads for torch.", min=1, max=MAX_THREADS)] = 1,
+    json_path: Json = None,
 ) -> None:
     """Clone digits 5-9 into a network that knows 0-4.
 
@@ -170,6 +181,10 @@ def clone(
         check_trained(*asked)
         parse_support(support)
         wanted_density = parse_density(density)
+        removal, bounds = Removal(wanted_density, method, round_to), Bounds(max_macs, max_bytes, max_base_drop)
+        check_strategy(strategy, removal, bounds, refine)
+        check_name(name)
+        check_file_name(out)
         images = load_data(data, "train")
         unlabelled = None if background is None else load_data(background, "train")
         models = [load_network(one, input_shape=images.input_shape) for one in asked]
@@ -241,6 +256,7 @@ def scan(
         ModelOptions("target", target, target_weights, target_classes, device),
     )
     check_outputs({"plot": plot, "json": json_path}, [*(one.file for one in asked), data_file(data)])
+    Bounds(max_macs, max_bytes)
     if plot is not None:
         check_plot(plot)
     check_different(*asked)
@@ -282,13 +298,24 @@ app.command("cuts")(list_cuts)
 
 def main() -> None:
     """Run the command line: a wrong input is one line on standard error and exit code 2."""
+    only_json(None)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
     try:
-        code = app(standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = app(standalone_mode=False)
+        sys.stdout.flush()
     except PNCError as error:
         complain(str(error))
         sys.exit(BAD_INPUT)
     except _USAGE_ERROR as error:
         complain(f"{error.format_message()} (pnc COMMAND --help lists what there is)")
+        sys.exit(BAD_INPUT)
+    except OSError as error:  # a full disk, or standard output on one
+        complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ', while writing'}")
+        _drop_output()
         sys.exit(BAD_INPUT)
     except typer.Abort:
         code = INTERRUPTED
@@ -297,5 +324,24 @@ def main() -> None:
     sys.exit(code)
 
 
-if __name__ == "__main__":
-    main()
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Write a warning of ours as one line; others as Python does."""
+    if issubclass(category, PNCWarning):
+        complain(f"warning: {message}")
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+
+def _drop_output() -> None:
+    """Let what is still to be written go nowhere: Python would try once more at its end, and fail again."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -19,11 +19,13 @@ from pnc.cli.arguments import (
     read_device,
     use_threads,
 )
+from pnc.cli.image_arguments import image_files
 from pnc.cli.options import Data, Device, Json, Names, Sources, Target, Threads, Weights, write_json
 from pnc.cli.output import say, show_clone, show_facts, shown
 from pnc.composite.file_proof import Check, prove
 from pnc.composite.metrics import evaluate
 from pnc.composite.prediction import predict
+from pnc.composite.verification import UNPROVEN
 from pnc.data.image_set import class_subset, relabel
 from pnc.data.readers import load_data, load_images
 from pnc.foundation.class_names import listed
@@ -79,7 +81,13 @@ def evaluate_clones(
 
 
 def predict_images(
-    images: Annotated[list[Path], typer.Argument(help="Image files; cropped and resized to what the target takes.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Image files, folders or patterns such as 'photos/*.jpg'; - reads an image, or paths one a line, from "
+            "standard input. Images are cropped and resized to what the target takes."
+        ),
+    ],
     clones: Annotated[list[Path], typer.Option("--clone", help="Clone file to attach; may be given again.")],
     source: Sources,
     target: Target,
@@ -91,26 +99,27 @@ def predict_images(
     device: Device = "cpu",
     json_path: Json = None,
 ) -> None:
-    """Say what is on images, with clones attached."""
+    """Classify images with clones attached."""
     asked = ModelOptions("target", target, target_weights, target_classes, device)
     sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
-    check_outputs({"json": json_path}, [*images, *clones, asked.file, *(one.file for one in sources)])
-    check_trained(asked, *sources)
-    read_device(device)
-    known = [read_clone_facts(path) for path in clones]
-    model = load_network(asked, known[0].base_classes, known[0].input_shape)
-    pixels = load_images(images, model.input_shape)
+    with image_files(images) as files:
+        check_outputs({"json": json_path}, [*files, *clones, asked.file, *(one.file for one in sources)])
+        check_trained(asked, *sources)
+        read_device(device)
+        known = [read_clone_facts(path) for path in clones]
+        model = load_network(asked, known[0].base_classes, known[0].input_shape)
+        pixels = load_images(list(files), model.input_shape)
     net = attach_clones(known, sources, model)
     best = predict(net, pixels).float().softmax(1).topk(min(top, len(net.classes)), dim=1)
     facts = [
         {
-            "image": str(path),
+            "image": name,
             "classes": [
                 {"class": net.classes[index], "probability": probability}
                 for probability, index in zip(row.tolist(), ids.tolist(), strict=True)
             ],
         }
-        for path, row, ids in zip(images, best.values, best.indices, strict=True)
+        for name, row, ids in zip(files.values(), best.values, best.indices, strict=True)
     ]
     write_json(json_path, {"predictions": facts})
     for fact in facts:
@@ -161,13 +170,15 @@ def verify_clone(
         checks: tuple[Check, ...] = (Check("file", False, str(error)),)
     else:
         names = (known.base_classes, None)
-        models = [load_network(one, own, known.input_shape).module for one, own in zip(asked, names, strict=False)]
-        checks = prove(file, *models)
+        models = [load_network(one, own, known.input_shape) for one, own in zip(asked, names, strict=False)]
+        checks = prove(file, *(model.module for model in models), base_classes=models[0].classes)
     ok = all(check.ok for check in checks)
-    write_json(json_path, {"file": str(file), "ok": ok, "checks": [dataclasses.asdict(check) for check in checks]})
+    listed_checks = [dataclasses.asdict(check) for check in checks]
+    write_json(json_path, {"file": str(file), "ok": ok, "checks": listed_checks, "unproven": UNPROVEN})
     if checks[0].ok:
         show_facts({check.what: check.found for check in checks if check.ok})
     if not ok:
         say(f"FAILED: {checks[-1].what}: {checks[-1].found}")
         raise typer.Exit(1)
+    show_facts({"not proven": UNPROVEN})
     say(f"verified: {file}")

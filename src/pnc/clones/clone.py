@@ -7,9 +7,11 @@ from typing import Any
 
 from pnc.channels.channel_masks import ChannelMasks
 from pnc.clones.branch import Branch
+from pnc.clones.description import HeldOut, clone_lines, held_out_of
 from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name
 from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import Fingerprint
+from pnc.foundation.plain_text import facts_text, few_names
 from pnc.graph.cut_points import CutPoint
 from pnc.graph.forward_prints import ForwardPrint
 
@@ -58,6 +60,19 @@ class Clone:
     def source_cut(self) -> CutPoint:
         """Where it enters the source."""
         return self.branch.stitched.adapter.source_cut
+
+    @property
+    def held_out(self) -> HeldOut:
+        """How it fared on images of the support that its head was not fitted on."""
+        return held_out_of(self.recipe)
+
+    def __str__(self) -> str:
+        cuts = self.target_cut, self.source_cut
+        lines = clone_lines(self.name, self.classes, self.base_classes, cuts, self.recipe)
+        return facts_text("Clone", {**lines, "values": f"{self.n_params:,} added to the target"})
+
+    def __repr__(self) -> str:
+        return f"Clone({self.name!r}: {few_names(self.classes)}; {self.target_cut.name} > {self.source_cut.name})"
 
     @property
     def n_params(self) -> int:

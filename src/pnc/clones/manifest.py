@@ -242,7 +242,9 @@ def _is_plain(value: Any, depth: int) -> bool:
         return depth > 0 and all(_is_plain(part, depth - 1) for part in value)
     if isinstance(value, Mapping):
         return depth > 0 and all(_is_plain(k, 0) and _is_plain(v, depth - 1) for k, v in value.items())
-    return value is None or (isinstance(value, int | float) and abs(value) <= _MAX_COUNT)
+    return value is None or (
+        isinstance(value, int | float) and abs(value) <= (_MAX_COUNT if isinstance(value, float) else 2**63)
+    )
 
 
 class _Object:

@@ -1,12 +1,14 @@
 """Whether a clone fits to a target: its weights, its forward pass, the tensors that the clone reads, its names."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-from pnc.clones.clone import Clone
+from pnc.clones.clone import Clone, check_clones
+from pnc.foundation.argument_checks import check_module
 from pnc.foundation.class_names import listed
 from pnc.foundation.errors import ClassNameError, InputError, MismatchError
 from pnc.foundation.fingerprints import KnownFingerprint, first_difference
@@ -69,11 +71,7 @@ def check_names(clone: Clone, base_classes: tuple[str, ...], others: Iterable[Cl
             f"clone {clone.name!r}: the composite has a class {clash[0]!r} already; "
             f"attach it with rename={{{clash[0]!r}: ...}}, or attach clone.renamed(...)"
         )
-    if clone.base_classes != base_classes:
-        raise ClassNameError(
-            f"clone {clone.name!r} calls the target's outputs {listed(clone.base_classes)}, here they are "
-            f"{listed(base_classes)}; clone with the same base_classes"
-        )
+    check_base_names([clone], base_classes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,3 +109,36 @@ def check_places(places: Places, clone: Clone) -> None:
             f"clone {clone.name!r} was made for {len(clone.base_classes)} base classes, this target has "
             f"{places.n_classes}; attach it to the one that it was made for"
         )
+
+
+@runtime_checkable
+class NamedNetwork(Protocol):
+    """What `load_model` gives: a network with names of its outputs. A protocol, as production loads no model specs."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The network."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of its outputs, in order."""
+
+
+def network_of(target: nn.Module | NamedNetwork, clones: Sequence[Clone]) -> nn.Module:
+    """The network to attach clones to; where it comes with names of its outputs, the clones must use the same."""
+    check_clones(clones)
+    if not isinstance(target, nn.Module) and isinstance(target, NamedNetwork):
+        check_base_names(clones, target.classes)
+        return target.module
+    check_module(target, "target")
+    return target
+
+
+def check_base_names(clones: Iterable[Clone], names: Sequence[str]) -> None:
+    """Raise a `ClassNameError` unless all clones call the target's outputs by these names, in this order."""
+    for clone in clones:
+        if clone.base_classes != tuple(names):
+            raise ClassNameError(
+                f"clone {clone.name!r} calls the target's outputs {listed(clone.base_classes)}, here they are "
+                f"{listed(names)}; clone with the same base_classes"
+            )

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self, cast
 
 import torch
@@ -14,17 +14,18 @@ from torch import Tensor, nn
 
 from pnc.clones.branch import Branch, Scalars
 from pnc.clones.clone import Clone, check_clones
-from pnc.composite.clone_checks import check_forward, check_names, check_target
-from pnc.composite.forward_plan import CloneStatus, Plan, WantedClones, status_of
+from pnc.composite.clone_checks import NamedNetwork, check_forward, check_names, check_target, network_of
+from pnc.composite.forward_plan import Block, CloneStatus, Plan, WantedClones, status_of
 from pnc.composite.fused_composite import FusedComposite
 from pnc.composite.recorded_target import RecordedTarget
 from pnc.composite.verification import Report, verify_composite
 from pnc.data.image_range import check_values
-from pnc.foundation.argument_checks import check_flag, check_module
+from pnc.foundation.argument_checks import check_flag
 from pnc.foundation.class_names import unknown_name
 from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import KnownFingerprint
 from pnc.foundation.network_state import Snapshot, undisturbed
+from pnc.foundation.plain_text import few_names
 
 _LOCK = threading.RLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
 
@@ -64,7 +65,7 @@ class Composite(nn.Module):
         self._base_classes = clone.base_classes
         self._input_shape = clone.input_shape
         self._clones: dict[str, Clone] = {}  # never changed in place, like the list of branches: readers need no lock
-        self._blocks: tuple[_Block, ...] = ()
+        self._blocks: tuple[Block, ...] = ()
         self._base_priority = 0.0
         self.branches.training = self.training = False
         self.register_load_state_dict_post_hook(_follow_weights)  # type: ignore[no-untyped-call]
@@ -189,7 +190,7 @@ class Composite(nn.Module):
     @contextmanager
     def disabled(self) -> Iterator[Self]:
         """Within the block the composite is the target alone: it gives the base logits only, in every thread."""
-        with self._block(_Block(())):
+        with self._block(Block(())):
             yield self
 
     @contextmanager
@@ -204,7 +205,7 @@ class Composite(nn.Module):
         if not names:
             raise InputError("names: give at least one clone, or use disabled() for the target alone")
         self._check_names(names)
-        with self._block(_Block(names)):
+        with self._block(Block(names)):
             yield self
 
     # -------------------------------------------------------------------------------------------------- as a module
@@ -276,9 +277,11 @@ class Composite(nn.Module):
             self._update_plan()
         return self
 
-    def extra_repr(self) -> str:
-        """Name what is attached."""
-        return ", ".join(f"{clone.name}: {', '.join(clone.classes)}" for clone in self._clones.values())
+    def __repr__(self) -> str:
+        clones = [f"{clone.name}: {few_names(clone.classes)}" for clone in self._clones.values()]
+        return (
+            f"Composite({type(self.target).__name__}: {few_names(self._base_classes)}; {'; '.join(clones) or 'alone'})"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles would copy the recording's weights apart from the target's, and blocks that never end.
@@ -316,7 +319,7 @@ class Composite(nn.Module):
             raise InputError(f"name: {unknown_name(unknown[0], self.clones, 'clone')}")
 
     @contextmanager
-    def _block(self, block: "_Block") -> Iterator[None]:
+    def _block(self, block: Block) -> Iterator[None]:
         """Enter a block of enabled clones; blocks may end in any order, as threads do."""
         with _LOCK:
             self._blocks = (*self._blocks, block)
@@ -357,12 +360,7 @@ class Composite(nn.Module):
         self.__dict__["_plan"] = plan
 
 
-@dataclass(frozen=True, eq=False)
-class _Block:
-    names: tuple[str, ...]
-
-
-def attach(target: nn.Module, *clones: Clone, allow_mismatch: bool = False) -> Composite:
+def attach(target: nn.Module | NamedNetwork, *clones: Clone, allow_mismatch: bool = False) -> Composite:
     """Put clones into a target: a new module around it, while the target itself stays as it is, bit for bit.
 
     The target's forward pass is recorded, and compared with the recording, bit for bit, on random images at batch sizes
@@ -371,18 +369,16 @@ def attach(target: nn.Module, *clones: Clone, allow_mismatch: bool = False) -> C
     that is `net.verify(images=...)`.
 
     Args:
-        target: The network that the clones were made for.
+        target: The network that the clones were made for; or what `load_model` gave: its names are compared too.
         clones: One or more; `Clone.renamed` helps where two have a name or a class in common.
-        allow_mismatch: Attach them to another target too, such as a fine-tuned one, if they fit to it. Nobody has
-            measured what comes out.
+        allow_mismatch: Attach them to another target too, such as a fine-tuned one, if they fit; check what comes out.
     Raises:
         InputError: no clone is given, two have one name, or the target is a composite.
         MismatchError: a clone was made for another target; with `allow_mismatch`, it does not fit to this one.
         ClassNameError: two classes have one name, or two clones call the target's outputs differently.
         RecordingError: the target cannot be recorded.
     """
-    check_module(target, "target")
-    check_clones(clones)
+    target = network_of(target, clones)
     check_flag(allow_mismatch, "allow_mismatch")
     if isinstance(target, Composite):
         raise InputError("target is a composite already; use its method attach, composite.attach(clone)")

@@ -1,6 +1,7 @@
 """A clone's file tried on its networks: what `pnc verify` does."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -28,13 +29,20 @@ class Check:
     found: str
 
 
-def prove(path: str | Path, target: nn.Module, source: nn.Module | None = None) -> tuple[Check, ...]:
+def prove(
+    path: str | Path,
+    target: nn.Module,
+    source: nn.Module | None = None,
+    *,
+    base_classes: Sequence[str] | None = None,
+) -> tuple[Check, ...]:
     """Check a clone's file against its networks, attach the clone, compare, detach it, compare again.
 
     Args:
         path: The file.
         target: The network that the clone shall be attached to; it stays as it is.
         source: The one that the clone was made from; without it nothing can be attached.
+        base_classes: What the target's own file calls its outputs, where it does: the clone's file must call them so.
     Returns:
         What was checked, up to the first check that failed.
     Raises:
@@ -44,6 +52,12 @@ def prove(path: str | Path, target: nn.Module, source: nn.Module | None = None) 
     _, manifest = read_clone_file(path)
     n_bytes = Path(path).stat().st_size
     checks = [Check("file", True, f"whole: {manifest.kind}, {n_bytes:,} bytes, with the digest that it names")]
+    if base_classes is not None:
+        alike, there = tuple(base_classes) == manifest.base_classes, listed(base_classes)
+        other = f"the file calls the target's outputs {listed(manifest.base_classes)}, here they are {there}"
+        checks.append(Check("names", alike, f"of the target's outputs: {there}" if alike else other))
+        if not alike:
+            return tuple(checks)
     expected, only = {"target": (target, manifest.target), "source": (source, manifest.source)}, manifest.kind == "full"
     for role, (network, fingerprint) in expected.items():
         if network is None:
@@ -64,4 +78,5 @@ def prove(path: str | Path, target: nn.Module, source: nn.Module | None = None) 
 
 
 def _compared(what: str, report: Report) -> Check:
-    return Check(what, report.ok, str(report) if report.ok else listed(report.differences, 3))
+    text = str(replace(report, unproven=()))
+    return Check(what, report.ok, text if report.ok else listed(report.differences, 3))

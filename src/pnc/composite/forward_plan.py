@@ -68,6 +68,13 @@ def status_of(clone: Clone, branch: Branch, enabled: bool) -> CloneStatus:
 
 
 @dataclass(frozen=True, eq=False)
+class Block:
+    """One `with` block in which only the clones of these names are enabled."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """One forward pass. A call reads one plan, so that it sees all of one set of clones and nothing of another.
 

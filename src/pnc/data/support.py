@@ -14,6 +14,7 @@ from pnc.data.image_store import ImageStore, check_images
 from pnc.data.labelled_batches import batches, label_column, own_names
 from pnc.foundation.class_names import check_class_names, class_ids, listed
 from pnc.foundation.errors import InputError
+from pnc.foundation.plain_text import few_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,10 @@ class Support:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.images.shape[1:]))
+        return f"Support({len(self)} images {shape} of {len(self.labels.unique())} classes, {few_names(self.names)})"
 
 
 def as_support(data: Any, names: Sequence[str] | Mapping[Any, Any] | None = None) -> Support:

@@ -32,6 +32,7 @@ from pnc.foundation.argument_checks import check_whole
 from pnc.foundation.class_names import listed
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.network_state import undisturbed
+from pnc.foundation.plain_text import few_names
 from pnc.method.discriminants import choose_shrinkage, fit_discriminants
 from pnc.method.head_fitting import balanced_weights
 
@@ -75,6 +76,14 @@ class Calibration:
     loss_after: float
     n_images: int
     has_base: bool
+
+    def __str__(self) -> str:
+        known = "base and new classes" if self.has_base else "among the new classes only, as there was no base image"
+        clones = [f"{name} (scale {one.scale:.2f})" for name, one in self.scalars.items()]
+        return (
+            f"Calibration of {few_names(clones)} on {self.n_images} images: log-loss {self.loss_before:.3f}, then "
+            f"{self.loss_after:.3f}, {known}"
+        )
 
 
 @dataclass(frozen=True, eq=False)

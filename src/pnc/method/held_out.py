@@ -44,6 +44,11 @@ class Outcome:
         variance = sum(float(part.var(correction=0)) / len(part) for part in kinds) / len(kinds) ** 2
         return mean, variance**0.5
 
+    def of(self, base: bool) -> float | None:
+        """Mean over base or over new images; None where there are none."""
+        part = self.values[self.is_base == base]
+        return float(part.mean()) if len(part) else None
+
     def minus(self, other: "Outcome") -> tuple[float, float]:
         """Difference of both averages and its standard error, which is small: they are of the same images."""
         return replace(self, values=self.values - other.values).average
@@ -174,6 +179,18 @@ def outcome_of(measured: Tensor, task: CloneTask, rows: Tensor | None = None) ->
     is_base = torch.zeros(len(images), dtype=torch.bool)
     is_base[index] = labels < task.n_base
     return Outcome(values, is_base)
+
+
+def base_drop_facts(samples: HeadSamples, judged: Judged, task: CloneTask) -> dict[str, float]:
+    """For the recipe: the share of held-out base images that the target gets right and the composite does not.
+
+    Nothing where there is no base image, or none could be held out.
+    """
+    is_base = samples.labels < samples.n_base
+    if judged.stacking is None or samples.folds.max() == 0 or not is_base.any():
+        return {}
+    lost = (samples.base_logits.argmax(1) == samples.labels) & ~judged.correct
+    return {"expected_base_drop": outcome_of(lost[is_base], task, is_base).average[0]}
 
 
 def own_head(task: CloneTask) -> SourceHead:

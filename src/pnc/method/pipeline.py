@@ -27,7 +27,8 @@ from pnc.graph.nodes import info
 from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.base_drop_bound import check_promise, least_priority
 from pnc.method.density_choice import TOLERANCE, joint_front, worth_trying
-from pnc.method.held_out import Outcome, features_seen, fit_head, judge, outcome_of, run_parts
+from pnc.method.gradients import check_gradient, check_whole_source, uses_gradient
+from pnc.method.held_out import Outcome, base_drop_facts, features_seen, fit_head, judge, outcome_of, run_parts
 from pnc.method.localization.localizer import localize
 from pnc.method.paper_search import search
 from pnc.method.positions import scan
@@ -35,6 +36,7 @@ from pnc.method.refinement import refined
 from pnc.method.settings import Bounds, Method, Removal, Strategy, check_strategy
 from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Precision, Progress, check_task, prepare_task
+from pnc.method.usefulness import usefulness
 
 MAX_NAME = 60
 """Characters up to which a clone is named after all of its classes."""
@@ -147,6 +149,8 @@ def clone(
     with closing(task):
         if max_base_drop is not None:
             check_promise(max_base_drop, _n_images(task, base=True))
+        usefulness(task)  # warns before the work
+        check_whole_source(task, uses_gradient(removal, refine, strategy == "sequential"))
         if strategy == "sequential":
             return fit_sequential(
                 task, density=float(density), method=method, round_to=round_to, name=name, progress=progress
@@ -233,6 +237,8 @@ def fit(
         raise InputError(f"fitted: expected adapters, found.adapter(position) of a scan; got {type(fitted).__name__}")
     if max_base_drop is not None:
         check_promise(max_base_drop, _n_images(task, base=True))
+    usefulness(task)
+    check_gradient(task, fitted.adapter.source_cut, uses_gradient(Removal(density, method, round_to), refine))
     steps = steps.at(f"{fitted.adapter.target_cut.name} > {fitted.adapter.source_cut.name} at {density}")
     part = localize(task, fitted.adapter, density, method, round_to=round_to, steps=steps, progress=progress)
     error = fitted.error
@@ -251,7 +257,7 @@ def fit(
         judged = judged.lowered(nats)
         facts |= {"base_priority": nats, "max_base_drop": max_base_drop}
     head, outcome = fit_head(task, samples, judged), outcome_of(judged.correct, seen)
-    facts |= {"adapter_error": error}
+    facts |= {"adapter_error": error, **base_drop_facts(samples, judged, seen)}
     return _made(task, copy.deepcopy(fitted.adapter), part, head, outcome, name, method, facts)
 
 
@@ -280,6 +286,8 @@ def fit_sequential(
     density = Removal(density, method, round_to).fixed_density
     _check_others(name, None, progress)
     check_task(task)
+    usefulness(task)
+    check_whole_source(task, uses_gradient(Removal(density, method), refine=False, sequential=True))
     found = search(task, lambda adapter: localize(task, adapter, density, method, round_to=round_to), progress)
     facts = {"learning_rate": found.learning_rate, "strategy": "sequential"}
     return _made(task, found.adapter, found.part, found.head, found.outcome, name, method, facts)
@@ -298,6 +306,7 @@ def _made(
     """Put the pieces together; `facts` go into the recipe with what every clone says. One argument for each piece."""
     n_macs = adapter.n_macs + sum(info(node).n_macs for node in part.module.graph.nodes)
     score, standard_error = outcome.average
+    useful, kinds = usefulness(task), {"base_score": outcome.of(base=True), "new_score": outcome.of(base=False)}
     recipe = {
         "density": part.density,
         "flip": bool(len(task.samples.groups) > int(task.samples.groups.max()) + 1),
@@ -309,6 +318,10 @@ def _made(
         "score": score,
         "seed": task.seed,
         "standard_error": standard_error,
+        "n_folds": task.samples.n_folds,
+        "source_score": useful.source_score,
+        **({"doubts": list(useful.doubts)} if useful.doubts else {}),
+        **kinds,
         **facts,
     }
     return Clone(
