@@ -19,9 +19,9 @@ from pnc.data.support import draw_support
 from pnc.foundation.network_state import evaluating
 from pnc.graph.cut_points import LOGITS, extract
 from pnc.method.adapter_fitting import CrossFitted
-from pnc.method.localization.localizer import Method
 from pnc.method.pipeline import fit
 from pnc.method.positions import scan
+from pnc.method.settings import Method
 from pnc.method.task import CloneTask, Progress, prepare_task
 
 DENSITIES = (0.5, 0.3)

@@ -12,7 +12,7 @@ from pnc.bench import demo as demonstration
 from pnc.cli.arguments import (
     ModelOptions,
     check_different,
-    check_images,
+    check_input_shape,
     check_outputs,
     check_trained,
     choose_classes,
@@ -52,7 +52,7 @@ from pnc.data.readers import load_data
 from pnc.foundation import process_team
 from pnc.foundation.errors import PNCError
 from pnc.method import pipeline, positions
-from pnc.method.localization.localizer import Method
+from pnc.method.settings import Method, Strategy
 from pnc.method.task import Precision, prepare_task
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -136,12 +136,12 @@ def clone(
         float | None, typer.Option(help="Bound on the accuracy that base images may lose, such as 0.02.")
     ] = None,
     strategy: Annotated[
-        pipeline.Strategy, typer.Option(help="scan: closed form; sequential: the paper's search, to compare with.")
+        Strategy, typer.Option(help="scan: closed form; sequential: the paper's search, to compare with.")
     ] = "scan",
     refine: Annotated[bool, typer.Option(help="Tune the adapter by gradient where that helps; takes minutes.")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the clone; by default made of its classes.")] = None,
     kind: Annotated[
-        clone_file.Kind, typer.Option(help="thin: without the source's weights; full: with them.")
+        clone_file.FileKind, typer.Option(help="thin: without the source's weights; full: with them.")
     ] = "thin",
     memory: Memory = MEMORY / GIB,
     precision: Annotated[
@@ -172,7 +172,7 @@ def clone(
         images = load_data(data, "train")
         unlabelled = None if background is None else load_data(background, "train")
         models = [load_network(one, input_shape=images.input_shape) for one in asked]
-        check_images(images, *models)
+        check_input_shape(images, *models)
         new, base = choose_classes(classes, *models), models[1].classes
         started = time.perf_counter()
         with progress(team.is_main) as bar:
@@ -248,7 +248,7 @@ def scan(
     read_device(device)
     images = load_data(data, "train")
     models = [load_network(one, input_shape=images.input_shape) for one in asked]
-    check_images(images, *models)
+    check_input_shape(images, *models)
     new, base = choose_classes(classes, *models), models[1].classes
     with use_threads(threads), progress() as bar:
         task = prepare_task(

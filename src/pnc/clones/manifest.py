@@ -21,7 +21,7 @@ from pnc.graph.cut_points import CutPoint
 
 FORMAT = "pnc-clone"
 VERSION = 1
-Kind = Literal["thin", "full"]
+FileKind = Literal["thin", "full"]
 
 _MAX_SIZE, _MAX_COUNT = 1 << 20, 1 << 62
 _HEADS = (StackedHead.kind, SourceHead.kind, DiscriminantHead.kind)
@@ -48,7 +48,7 @@ _DIMS = {"vector": (1,), "tokens": (1, 2), "map": (1, 3)}
 class Manifest:
     """Everything that a clone's file holds beside tensors; the fields are those of `pnc.Clone`."""
 
-    kind: Kind
+    kind: FileKind
     name: str
     classes: tuple[str, ...]
     base_classes: tuple[str, ...]
@@ -143,7 +143,7 @@ def _parsed(facts: Any, fail: Fail) -> Manifest:
     if source.sizes("input_shape", 3) != shape or math.prod(shape) > MAX_IMAGE:
         fail(f"input_shape: source and target must take the same images, of {MAX_IMAGE} values at most")
     return Manifest(
-        kind=cast(Kind, whole.choice("kind", get_args(Kind))),
+        kind=cast(FileKind, whole.choice("kind", get_args(FileKind))),
         name=whole.text("name"),
         classes=classes,
         base_classes=base_classes,

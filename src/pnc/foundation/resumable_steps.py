@@ -34,11 +34,7 @@ class Steps:
         self._found: dict[str, dict[str, Tensor]] = {}
         if path is None:
             return
-        if path.suffix != ".safetensors":
-            raise InputError(f"resume: expected a path that ends in .safetensors, got {path}")
-        check_place(path, "resume")
-        if not path.parent.is_dir():
-            raise InputError(f"resume: there is no folder {path.parent}; make it first")
+        check_steps_path(path)
         there = path.exists()
         if there:
             tensors, facts = read_tensors(path)
@@ -88,6 +84,22 @@ def _steps(path: Path, tensors: Mapping[str, Tensor], names: object) -> dict[str
             raise FileFormatError(f"resume: {path} is damaged: {name[:80]!r} is of no step it names; remove the file")
         found[step][key] = tensor
     return found
+
+
+def check_steps_path(path: object) -> None:
+    """Refuse a path that no steps can be kept at, before any work.
+
+    Raises:
+        InputError: it is no path, has another suffix, its folder does not exist, or something but a file is there.
+    """
+    if not isinstance(path, str | Path):
+        raise InputError(f"resume: expected a path that ends in .safetensors, got {type(path).__name__}")
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise InputError(f"resume: expected a path that ends in .safetensors, got {path}")
+    check_place(path, "resume")
+    if not path.parent.is_dir():
+        raise InputError(f"resume: there is no folder {path.parent}; make it first")
 
 
 NO_STEPS = Steps()

@@ -14,13 +14,13 @@ from pnc.data.image_range import check_range
 from pnc.data.image_set import ImageSet
 from pnc.data.image_store import MEMORY, ImageStore, check_images, to_device
 from pnc.data.support import StoredSupport, doubts, stored_support
-from pnc.foundation.argument_checks import check_module, check_whole
+from pnc.foundation.argument_checks import check_choice, check_flag, check_module, check_whole
 from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name
 from pnc.foundation.errors import ClassNameError, InputError, PNCWarning, RecordingError
 from pnc.foundation.network_state import undisturbed
 from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.tensor_bits import dtype_name
-from pnc.graph.classifier import Head, find_head
+from pnc.graph.classifier import ClassifierLayer, find_head
 from pnc.graph.recording import Recording, info, record
 
 Progress = Callable[[str, int, int], None]
@@ -41,7 +41,7 @@ class Network:
 
     model: nn.Module
     recording: Recording
-    head: Head
+    head: ClassifierLayer
     classes: tuple[str, ...]
 
     @property
@@ -166,13 +166,7 @@ def read_network(model: nn.Module, example: Tensor, classes: Sequence[str], argu
         RecordingError: the network cannot be recorded, or cannot take such images.
         ClassNameError: the names do not fit to the outputs.
     """
-    check_module(model, argument)
-    other = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
-    if other is not None:
-        raise InputError(
-            f"{argument} has parameters in {dtype_name(other)}, and clones are made in float32: give "
-            f"copy.deepcopy({argument}).float() here (precision='bfloat16' is faster), and cast the composite"
-        )
+    _check_network(model, argument)
     names = check_class_names(classes, f"{argument} classes")
     parameter = next(model.parameters(), None)
     if parameter is not None:
@@ -242,12 +236,9 @@ def prepare_task(
             "target is a composite, whose classes come and go; clone into the network in it (composite.target), "
             "attach that clone to the composite too, and calibrate them together"
         )
-    check_whole(batch_size, "batch_size", 1)
-    check_whole(seed, "seed", 0)
-    if precision not in get_args(Precision):
-        raise InputError(f"precision: expected {' or '.join(get_args(Precision))}, got {precision!r}")
-    if memory < LEAST_MEMORY:
-        raise InputError(f"memory must be at least {LEAST_MEMORY} bytes; got {memory}")
+    for model, argument in ((source, "source"), (target, "target")):
+        _check_network(model, argument)
+    _check_settings(flip, seed, batch_size, memory, team, precision)
     base = check_class_names(base_classes, "base_classes")
     known = check_class_names(source_classes, "source_classes")
     new = _new_classes(classes, known, base)
@@ -299,6 +290,36 @@ def _warn_of_doubts(support: StoredSupport) -> None:
     if found:
         text = "; ".join([*found[:3], *([f"and so on ({len(found)} in all)"] if len(found) > 3 else [])])
         warnings.warn(f"support: {text}; were the images read rightly?", PNCWarning, stacklevel=4)
+
+
+def check_task(task: object) -> None:
+    """Refuse what is no task, as the first argument of the steps of `clone`."""
+    if not isinstance(task, CloneTask):
+        raise InputError(f"task: expected what pnc.prepare_task gives, got {type(task).__name__}")
+
+
+def _check_network(model: nn.Module, argument: str) -> None:
+    """Refuse what is no network of float32, before anything is read."""
+    check_module(model, argument)
+    other = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
+    if other is not None:
+        raise InputError(
+            f"{argument} has parameters in {dtype_name(other)}, and clones are made in float32: give "
+            f"copy.deepcopy({argument}).float() here (precision='bfloat16' is faster), and cast the composite"
+        )
+
+
+def _check_settings(
+    flip: object, seed: object, batch_size: object, memory: object, team: object, precision: object
+) -> None:
+    """Refuse settings that are out of range."""
+    check_flag(flip, "flip")
+    check_whole(seed, "seed", 0)
+    check_whole(batch_size, "batch_size", 1)
+    check_whole(memory, "memory", LEAST_MEMORY)
+    check_choice(precision, "precision", get_args(Precision))
+    if not isinstance(team, Team):
+        raise InputError(f"team: expected a team of pnc.joined, got {type(team).__name__}")
 
 
 def _widened(tensor: Tensor) -> Tensor:
