@@ -229,6 +229,7 @@ class Composite(nn.Module):
             Logits (B, K_base); and by name of the clone its uncalibrated logits minus the logsumexp of those,
             (B, K_new), with its features, (B, D_s).
         """
+        check_values(images, self.target, "the target")
         return self._plan.log_odds(images)
 
     def train(self, mode: bool = True) -> Self:
