@@ -172,7 +172,7 @@ def test_the_file_is_gone_after_an_error_too(monkeypatch):
 
 
 def test_a_memory_that_holds_nothing_is_refused():
-    with pytest.raises(InputError, match="memory must be at least 1048576 bytes; got 1000"):
+    with pytest.raises(InputError, match="memory: expected a whole number, at least 1048576; got 1000"):
         prepared(support(), memory=1000)
 
 
