@@ -238,6 +238,7 @@ class Composite(nn.Module):
 
     def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
         """Give what calibration starts from: `Plan.log_odds`."""
+        check_values(images, self.target, "the target")
         return self._plan.log_odds(images)
 
     def now(self) -> Plan:
