@@ -46,7 +46,7 @@ def test_nothing_is_taken_off_where_nothing_is_lost():
 
 
 def test_too_few_images_for_a_promise_are_refused_with_both_ways_out():
-    text = "10 base images are too few to verify that; give at least 49 (labelled, or as background), or allow 0.091 or more"
+    text = "are too few to verify that; give at least 49 (labelled, or as background), or allow 0.091 or more"
     with pytest.raises(InputError, match=re.escape(text)):
         check_promise(0.02, 10)
     check_promise(0.02, 49)
