@@ -43,7 +43,7 @@ def _check_alike(first: Tape, second: Tape) -> None:
     for op, other in zip(first.ops, second.ops, strict=False):
         if (op.kind, op.target, op.scope) != (other.kind, other.target, other.scope):
             raise RecordingError(
-                f"the network's operations depend on the batch size: {operation_name(op.target)} in {op.scope!r} at "
+                f"the network's computation depends on the batch size: {operation_name(op.target)} in {op.scope!r} at "
                 f"batch size {BATCH_SIZES[0]}, {operation_name(other.target)} in {other.scope!r} at {BATCH_SIZES[1]}"
             )
     if len(first.ops) != len(second.ops):
