@@ -225,7 +225,7 @@ def test_methods_by_name() -> None:
         choose_methods("LWF")
     with pytest.raises(pnc.InputError, match="give at least one"):
         choose_methods(",")
-    assert len(METHODS) == 24 and all(rival.name == name for name, rival in METHODS.items())
+    assert len(METHODS) == 26 and all(rival.name == name for name, rival in METHODS.items())
 
 
 def test_networks_are_trained_once(tmp_path: Path) -> None:

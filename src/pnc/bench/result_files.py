@@ -14,7 +14,8 @@ import torch
 
 from pnc.bench.clock_and_memory import CPU
 from pnc.foundation.errors import FileFormatError, InputError
-from pnc.foundation.tensor_files import canonical_json, write_file
+from pnc.foundation.file_writing import write_file
+from pnc.foundation.tensor_files import canonical_json
 
 
 @dataclass(frozen=True)

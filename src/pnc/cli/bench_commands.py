@@ -33,7 +33,8 @@ from pnc.cli.bench_options import (
     TargetFile,
     run_bench,
 )
-from pnc.cli.compare_commands import measure_comparison, report_comparison
+from pnc.cli.compare_commands import measure_comparison, report_comparison, tally_claims
+from pnc.cli.export_command import measure_exports
 from pnc.cli.options import Data, Device
 from pnc.cli.plots import check_plot, draw_growth
 from pnc.foundation.class_names import listed, parse_classes
@@ -179,6 +180,8 @@ def measure_lifecycle(
 
 bench.command("compare")(measure_comparison)
 bench.command("compare-report")(report_comparison)
+bench.command("claims")(tally_claims)
+bench.command("export")(measure_exports)
 
 
 @bench.command("scale")

@@ -1,4 +1,4 @@
-"""The commands `pnc bench compare` and `pnc bench compare-report`."""
+"""The commands `pnc bench compare`, `pnc bench compare-report` and `pnc bench claims`."""
 
 import re
 import sys
@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from pnc.bench import compare, compare_report
+from pnc.bench.claim_tally import markdown, read_claims
 from pnc.bench.comparison_methods import GROUPS, choose_methods, trained_network
 from pnc.bench.result_files import Cells
 from pnc.bench.rivals.rival import Budget
@@ -34,6 +35,7 @@ from pnc.data.image_set import ImageSet, sample_per_class
 from pnc.data.readers import load_data
 from pnc.foundation.class_names import listed, parse_classes
 from pnc.foundation.errors import InputError
+from pnc.foundation.file_writing import write_file
 from pnc.method.task import Precision, Progress
 from pnc.models.model_specs import LoadedModel
 from pnc.models.pretraining import recipe_for
@@ -166,3 +168,13 @@ def _logged(step: Progress) -> Progress:
             complain(f"{time.strftime('%H:%M')} {done}/{total} {what}")
 
     return both
+
+
+def tally_claims(
+    folder: Annotated[Path, typer.Argument(help="Folder with the results of benches.")] = Path("results"),
+) -> None:
+    """Count the claims of all results in a folder, and list those that do not hold: FOLDER/claims.md."""
+    tallies, path = read_claims(folder), folder / "claims.md"
+    check_outputs({"folder": path})
+    write_file(path, f"`pnc bench claims {folder.name}`\n\n{markdown(tallies)}")
+    say(f"{path}: {sum(len(one.failing) for one in tallies)} of {sum(one.n_claims for one in tallies)} do not hold")

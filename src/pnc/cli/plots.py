@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pnc.foundation.errors import InputError
-from pnc.foundation.tensor_files import write_file
+from pnc.foundation.file_writing import write_file
 from pnc.method.positions import Position, Scan
 
 

@@ -17,6 +17,7 @@ from pnc.composite.direct_calls import called_directly, flattened
 from pnc.composite.forward_plan import CloneStatus, Places, Plan, WantedClones, check_places, check_target, status_of
 from pnc.composite.fused_composite import FusedComposite
 from pnc.composite.verification import PROBE_SIZES, Report, verify_composite
+from pnc.data.image_range import check_values
 from pnc.foundation.argument_checks import check_flag, check_module
 from pnc.foundation.class_names import listed, unknown_name
 from pnc.foundation.errors import ClassNameError, InputError
@@ -203,9 +204,10 @@ class Composite(nn.Module):
                 enabled. A clone runs on those images alone that want it; for the others its logits are -inf, which is
                 a probability of 0.
         Raises:
-            InputError: the images are of another size or dtype; `only` has not one entry for each image, or names a
-                clone that is not enabled.
+            InputError: the images are of another size or dtype, or outside of the target's `image_range`; `only` has
+                not one entry for each image, or names a clone that is not enabled.
         """
+        check_values(images, self.target, "the target")
         return self._plan.logits(images, only)
 
     def fused(self) -> FusedComposite:
@@ -344,6 +346,7 @@ class Composite(nn.Module):
             classes=(*self._base_classes, *(name for clone, _ in pairs for name in clone.classes)),
             base_priority=self._base_priority,
             probe=self._recording.probe,
+            clones=tuple(clone for clone, _ in pairs),
         )
         # Past Module.__setattr__: the trunk shares the target's weights, registered it would list each of them twice.
         self.__dict__["_plan"] = plan

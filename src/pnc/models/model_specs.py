@@ -30,7 +30,7 @@ from pnc.models.library_networks import (
 )
 from pnc.models.preprocessing import Preprocessed, checked_shape, shape_text
 from pnc.models.reference_networks import Shape, cnn, mobilenetv2, resnet, vit_tiny
-from pnc.models.weight_files import FORMAT, VERSION, load_tensors, read_weights
+from pnc.models.weight_files import FORMAT, VERSION, check_fit, load_tensors, read_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,10 +77,11 @@ def load_model(
     Args:
         spec: As above.
         weights: A .safetensors file, or a checkpoint that ``torch.load(weights_only=True)`` reads: the state dict, or a
-            dict with it under "state_dict" or "model". A prefix "module." of all names is removed. Nothing is
-            downloaded then, and a network of timm or torchvision gets as many outputs as there are classes.
-        classes: Names of the outputs, in order; by default those of the file or the library.
-        input_shape: (C, H, W) of the images; by default that of the file or the library's config.
+            dict with it under "state_dict", "model_state_dict" or "model". What wrappers put in front of names is
+            removed. With it, nothing is downloaded, and a network of timm or torchvision gets as many outputs as there
+            are classes.
+        classes: Names of the outputs, in order; by default those in the file, or of the library.
+        input_shape: (C, H, W) of the images; by default the one in the file, or of the library's config.
 
     Raises:
         InputError: an unknown spec, option or name, a missing path or package, a library that cannot load its weights,
@@ -95,17 +96,26 @@ def load_model(
         raise InputError(
             f"weights: {spec} is already a file of weights; give weights= only with another spec, such as zoo:..."
         )
-    tensors, facts = read_weights(path or Path(str(weights)))
-    if path is not None:
-        spec = _own_spec(path, facts)
-    known = facts.get("classes")
-    if known and classes is not None and len(known) != len(classes):
-        raise MismatchError(
-            f"classes: {len(classes)} names given for the {len(known)} outputs of {spec}: {listed(known)}"
-        )
-    model = build_model(spec, known if classes is None else classes, input_shape or facts.get("input_shape"))
-    load_tensors(_inner(model.module), tensors)
-    return replace(model, facts=facts)
+    built: list[LoadedModel] = []
+
+    def build(shapes: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Build the network as soon as names and shapes of the file are known, and compare them: before values are."""
+        own = spec if path is None else _own_spec(path, facts)
+        known = facts.get("classes")
+        if known and classes is not None and len(known) != len(classes):
+            raise MismatchError(
+                f"classes: {len(classes)} names given for the {len(known)} outputs of {own}: {listed(known)}"
+            )
+        names, shape = known if classes is None else classes, input_shape or facts.get("input_shape")
+        model = build_model(own, names, shape, like=shapes)
+        check_fit(_inner(model.module), shapes)
+        built.append(model)
+
+    tensors, facts = read_weights(path or Path(str(weights)), build)
+    if not built:  # a file that shows its shapes by being read only
+        build(tensors, facts)
+    load_tensors(_inner(built[0].module), tensors)
+    return replace(built[0], facts=facts)
 
 
 def has_own_weights(spec: str) -> bool:
@@ -124,20 +134,37 @@ def has_own_weights(spec: str) -> bool:
 
 
 def build_model(
-    spec: str, classes: Sequence[str] | None, input_shape: Sequence[int] | None, seed: int = 0
+    spec: str,
+    classes: Sequence[str] | None,
+    input_shape: Sequence[int] | None,
+    seed: int = 0,
+    like: Mapping[str, torch.Tensor] | None = None,
 ) -> LoadedModel:
     """Build a network with random weights, determined by `seed`; the global random state does not change.
 
-    Nothing is downloaded, except the config for ``hf:ID``.
+    Nothing is downloaded but, for ``hf:ID``, the config. Reference networks are tried without memory first, on images
+    of any size.
+
+    Args:
+        spec: As for `load_model`.
+        classes: As for `load_model`.
+        input_shape: As for `load_model`.
+        seed: Of the weights.
+        like: Tensors that will be its weights, on the meta device: a reference network of other shapes is not built.
 
     Raises:
         InputError, MismatchError: as `load_model`.
     """
-    return _built(spec, classes, input_shape, seed, pretrained=False)
+    return _built(spec, classes, input_shape, seed, False, like)
 
 
 def _built(
-    spec: str, classes: Sequence[str] | None, input_shape: Sequence[int] | None, seed: int, pretrained: bool
+    spec: str,
+    classes: Sequence[str] | None,
+    input_shape: Sequence[int] | None,
+    seed: int,
+    pretrained: bool,
+    like: Mapping[str, torch.Tensor] | None = None,
 ) -> LoadedModel:
     scheme, name, options = split_spec(spec, "model")
     if scheme not in _SCHEMES:
@@ -147,9 +174,16 @@ def _built(
     shape = None if input_shape is None else checked_shape(input_shape)
     request = _Request(spec, name, options, names, shape, has_own_weights(spec) and pretrained)
     with torch.random.fork_rng(devices=[]):
+        if scheme == "zoo":  # whatever a file says, it takes neither memory nor time yet
+            with torch.device("meta"):
+                tried = _build_zoo(request)
+            if like is not None:
+                check_fit(tried.module, like)
+            _check_outputs(tried)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the accelerators
         model = _SCHEMES[scheme](request)
-        _check_outputs(model)
+        if scheme != "zoo":
+            _check_outputs(model)
     return model
 
 

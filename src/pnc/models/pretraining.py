@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pnc.data.image_set import ImageSet, images_as_float, relabel
 from pnc.foundation.errors import FileFormatError, InputError
+from pnc.foundation.file_writing import check_place, path_text
 from pnc.foundation.specs import split_spec
 from pnc.foundation.tensor_files import canonical_json, read_tensors, write_tensors
 from pnc.models.model_specs import LoadedModel, build_model, load_model, save_model
@@ -204,7 +205,8 @@ def _is_outdated(path: Path, identity: str, overwrite: bool) -> bool:
 
 def _check_place(out: Path, device: str) -> None:
     if out.suffix != ".safetensors":
-        raise InputError(f"out: expected a path that ends in .safetensors, got {out}")
+        raise InputError(f"out: expected a path that ends in .safetensors, got {path_text(out)}")
+    check_place(out, "out")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without that device
@@ -346,6 +348,9 @@ def _save_partial(run: _Run, partial: Path, identity: str) -> None:
 
 def _resume(run: _Run, partial: Path) -> None:
     tensors, facts = read_tensors(partial)
+    history = facts.get("history")
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise FileFormatError(f"out: the metadata of {partial} is damaged; remove the file, and training starts anew")
     weights = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
     load_tensors(run.model.module, weights)
     state: dict[int, dict[str, Tensor]] = {}
@@ -353,10 +358,12 @@ def _resume(run: _Run, partial: Path) -> None:
         part, _, rest = name.partition("/")
         if part == "optimizer":
             index, _, key = rest.partition("/")
+            if not index.isdecimal() or len(index) > 9:
+                raise FileFormatError(f"out: {partial} holds {name[:80]!r}; remove the file, and training starts anew")
             state.setdefault(int(index), {})[key] = tensor
     groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict({"state": state, "param_groups": groups})
-    run.history.extend(facts["history"])
+    run.history.extend(history)
 
 
 @contextmanager
