@@ -169,18 +169,18 @@ def calibrate(net: Composite, support: Any, *, background: Any = None, batch_siz
     has_base = bool((labels < len(base)).any())
     level, log_odds = base_logits.logsumexp(1, keepdim=True), torch.cat(list(found.values()), 1)
     owner = torch.arange(len(found)).repeat_interleave(torch.tensor([one.shape[1] for one in found.values()]))
-    told = [_against_rivals(one, labels - len(base), owner == place) for place, one in enumerate(features.values())]
+    against = [_against_rivals(one, labels - len(base), owner == place) for place, one in enumerate(features.values())]
     if not has_base:
         base_logits, level, labels = base_logits[:, :0], 0 * level, labels - len(base)
     raw = _Problem(base_logits, level, log_odds, labels, F.one_hot(owner, len(found)).double())
-    problem = replace(raw, level=level + torch.cat([one for one, _ in told], 1)[:, owner])
+    problem = replace(raw, level=level + torch.cat([one for one, _ in against], 1)[:, owner])
     scales, offsets = _most_probable(problem, fit_scales=has_base)
     if not has_base:
         offsets = offsets - offsets.mean()  # a common offset would only matter for base against new
     sizes = problem.owner.sum(0).long().tolist()
     scalars = {
         name: Scalars(float(scale), tuple(one.tolist()), rivals)
-        for name, scale, one, (_, rivals) in zip(found, scales, offsets.split(sizes), told, strict=True)
+        for name, scale, one, (_, rivals) in zip(found, scales, offsets.split(sizes), against, strict=True)
     }
     net.rescale(scalars)
     return Calibration(

@@ -101,7 +101,7 @@ class StoredRows:
 
 
 @dataclass(frozen=True)
-class _Plane:
+class _Subspace:
     """The subspace of all rows: it contains the solution of a ridge regression, so their coordinates suffice as inputs.
 
     Attributes:
@@ -114,7 +114,7 @@ class _Plane:
     pivot: Tensor
 
     @classmethod
-    def through(cls, folds: Sequence[StoredRows]) -> "_Plane":
+    def through(cls, folds: Sequence[StoredRows]) -> "_Subspace":
         """The subspace of the rows of all folds."""
         x = torch.cat([fold.x for fold in folds])
         scale = x.var(0, correction=0).clamp_min(1e-12).sqrt()
@@ -134,13 +134,13 @@ class Regression:
 
     def __init__(self, folds: Sequence[Moments | StoredRows], measured: Tensor | None = None) -> None:
         rows = [fold for fold in folds if isinstance(fold, StoredRows)]
-        plane = self._plane = _Plane.through(rows) if rows else None
+        subspace = self._subspace = _Subspace.through(rows) if rows else None
         self._folds = [fold for fold in folds if isinstance(fold, Moments)]
-        if plane is not None:
-            self._folds = [fold.moments(plane.axes) for fold in rows]
+        if subspace is not None:
+            self._folds = [fold.moments(subspace.axes) for fold in rows]
         self._all = _total(self._folds)
-        self._scale = torch.ones_like(self._all.x)  # coordinates in a plane are scaled already
-        if self._plane is None:
+        self._scale = torch.ones_like(self._all.x)  # coordinates in a subspace are scaled already
+        if self._subspace is None:
             self._scale = (self._all.about(*_means(self._all))[0].diagonal() / self._all.n).clamp_min(1e-12).sqrt()
         self._penalties = PENALTIES if len(folds) > 1 else PENALTIES[-1:]
         columns = torch.arange(len(self._all.y)) if measured is None else measured
@@ -168,9 +168,9 @@ class Regression:
             x_mean, y_mean = _means(moments)
             x_mean, y_mean = x_mean + moments.x_pivot.cpu().double(), y_mean + moments.y_pivot.cpu().double()
             bias = y_mean[columns] - weight @ x_mean
-            if self._plane is not None:
-                weight = weight @ self._plane.axes.T
-                bias = bias - weight @ self._plane.pivot
+            if self._subspace is not None:
+                weight = weight @ self._subspace.axes.T
+                bias = bias - weight @ self._subspace.pivot
             yield weight, bias
 
     def _without(self, fold: Moments) -> Moments:
