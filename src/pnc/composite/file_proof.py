@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from pnc.clones.clone_file import load, read_clone_file
@@ -11,6 +10,7 @@ from pnc.composite.composite import attach
 from pnc.composite.verification import PROBE_SIZES, Report, snapshot
 from pnc.foundation.class_names import listed
 from pnc.foundation.fingerprints import first_difference
+from pnc.foundation.network_state import images_for
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ def prove(path: str | Path, target: nn.Module, source: nn.Module | None = None) 
         if difference is not None:
             return tuple(checks)
     assert source is not None
-    parameter = next(target.parameters(), torch.empty(0))
-    images = torch.rand(max(PROBE_SIZES), *manifest.input_shape, generator=torch.Generator().manual_seed(0))
-    before = snapshot(target, images.to(parameter.device, parameter.dtype))
+    before = snapshot(target, images_for(target, manifest.input_shape, max(PROBE_SIZES)))
     net = attach(target, load(path, source=source))
     checks.append(_compared("attached", net.verify(before)))
     if checks[-1].ok:

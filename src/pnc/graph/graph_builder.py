@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from pnc.foundation.errors import RecordingError
 from pnc.foundation.tensor_bits import same_bits
+from pnc.graph.graph_modules import RecordedModule
 from pnc.graph.nodes import BATCH_SIZES, NodeInfo, info, operation_name
 from pnc.graph.operation_tape import Op, Ref, Tape
 
@@ -208,7 +209,7 @@ def bind(network: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor]) -
 
 def eval_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
     """A module of the graph over the attributes of `root`, in eval mode."""
-    module = fx.GraphModule(root, graph)
+    module = RecordedModule(root, graph)
     for part in module.modules():
         part.training = False
     return module

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from pnc.clones.branch import Scalars, against_rivals
 from pnc.composite.composite import Composite
+from pnc.composite.forward_plan import Plan
 from pnc.data.image_set import images_as_float
 from pnc.data.support import Support, as_images, as_support
 from pnc.foundation.argument_checks import check_whole
@@ -151,20 +152,21 @@ def calibrate(net: Composite, support: Any, *, background: Any = None, batch_siz
             classes that the target predicts for them.
         batch_size: Images per batch.
     Raises:
-        InputError: `net` is not a composite, no clone is enabled, a new class has no sample, or the background is empty
-            or of another shape.
+        InputError: `net` is not a composite, no clone is enabled, a new class has no sample, the background is empty
+            or of another shape, or another thread detached or replaced a clone meanwhile.
         ClassNameError: the support has samples of a class that the composite does not know.
     """
     if not isinstance(net, Composite):
         raise InputError(f"net: expected a composite, as returned by pnc.attach; got {type(net).__name__}")
     check_whole(batch_size, "batch_size", 1)
-    names, base = net.classes, net.base_classes
+    plan = net.now()  # one set of clones for the whole fit: other threads may change the composite
+    names, base = plan.classes, net.base_classes
     if len(names) == len(base):
         raise InputError("net: no clone is enabled; attach one, or leave the block of disabled()")
     data = as_support(support, names=names)
     labels = _labels(data, names, len(base))
     unlabelled = data.images[:0] if background is None else as_images(background, "background", data.images)
-    base_logits, found, features = collect_log_odds(net, torch.cat([data.images, unlabelled]), batch_size)
+    base_logits, found, features = collect_log_odds(plan, torch.cat([data.images, unlabelled]), batch_size)
     labels = torch.cat([labels, base_logits[len(labels) :].argmax(1)])
     has_base = bool((labels < len(base)).any())
     level, log_odds = base_logits.logsumexp(1, keepdim=True), torch.cat(list(found.values()), 1)
@@ -182,7 +184,7 @@ def calibrate(net: Composite, support: Any, *, background: Any = None, batch_siz
         name: Scalars(float(scale), tuple(one.tolist()), rivals)
         for name, scale, one, (_, rivals) in zip(found, scales, offsets.split(sizes), against, strict=True)
     }
-    net.rescale(scalars)
+    net.rescale(scalars, found_on=plan)
     return Calibration(
         scalars=scalars,
         loss_before=float(raw.loss(torch.ones_like(scales), torch.zeros_like(offsets))),
@@ -260,25 +262,24 @@ def _labels(data: Support, names: Sequence[str], n_base: int) -> Tensor:
 
 
 def collect_log_odds(
-    net: Composite, images: Tensor, batch_size: int = 128
+    plan: Plan, images: Tensor, batch_size: int = 128
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Run images through `Composite.log_odds`.
+    """Run images through `Plan.log_odds`.
 
     Args:
-        net: On any device.
+        plan: From `Composite.now`, on any device.
         images: (N, C, H, W), uint8 or floating point.
         batch_size: Images at a time.
     Returns:
         The target's logits (N, K_base) and, by name, each enabled clone's uncalibrated log-odds (N, K_new) and features
         (N, D_s); float64 on the CPU.
     """
-    like = next(net.parameters(), torch.empty(0))
     base_logits: list[Tensor] = []
     log_odds: dict[str, list[Tensor]] = {}
     features: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for batch in images.split(batch_size):
-            base, found = net.log_odds(images_as_float(batch).to(like.device, like.dtype))
+            base, found = plan.log_odds(images_as_float(batch).to(plan.probe))
             base_logits.append(base.double().cpu())
             for name, (one, own) in found.items():
                 log_odds.setdefault(name, []).append(one.double().cpu())

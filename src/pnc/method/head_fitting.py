@@ -11,6 +11,9 @@ from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead, in_half_
 from pnc.method.discriminants import ABSENT
 from pnc.method.logistic import logistic_regressions
 
+LEAST_SPREAD = 0.01
+"""Nats that a term is taken to vary by at least: what varies less, as of a source that says nothing, gets no large
+weight, which would only magnify its rounding."""
 RIDGE = 1.0
 """Penalty on the squared mixing weights, of terms of unit variance, against the sum of all samples' log-losses."""
 
@@ -142,7 +145,7 @@ def balanced_weights(labels: Tensor, n_base: int) -> Tensor:
 
 def _fit_odds(terms: Tensor, is_new: Tensor, weights: Tensor) -> Tensor:
     """Ridge logistic regression of new against base on terms (N, 3); weights (4,), the last one a constant."""
-    mean, scale = terms.mean(0), terms.std(0, correction=0).clamp_min(1e-6)
+    mean, scale = terms.mean(0), terms.std(0, correction=0).clamp_min(LEAST_SPREAD)
     rows, labels = (terms - mean) / scale, is_new.double()
 
     def loss(weight: Tensor) -> Tensor:
@@ -157,7 +160,7 @@ def _fit_odds(terms: Tensor, is_new: Tensor, weights: Tensor) -> Tensor:
 def _fit_classes(terms: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Ridge regression of the new classes (N,) on a weighted sum of logits (N, K_new, 2); the two weights."""
     terms = terms - terms.mean(1, keepdim=True)
-    scale = terms.square().mean((0, 1)).sqrt().clamp_min(1e-6)
+    scale = terms.square().mean((0, 1)).sqrt().clamp_min(LEAST_SPREAD)
 
     def loss(weight: Tensor) -> Tensor:
         losses = F.cross_entropy(terms / scale @ weight, labels, reduction="none")

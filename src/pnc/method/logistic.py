@@ -8,6 +8,8 @@ PENALTY = 50.0
 """Half of it times the squared weights (for features of unit variance) is added to the sum of the samples' log-losses.
 On Fashion-MNIST and CIFAR-10 (JPEG), with supports of 10/3 to 100/20, values from 20 to 100 differ little; 10 is too
 small."""
+LEAST_SPREAD = 1e-4
+"""Smallest standard deviation assumed for a feature, as a share of its mean; float32 has seven digits."""
 N_STEPS = 30
 """Steps of L-BFGS: on few samples, more steps only fit noise."""
 
@@ -25,7 +27,8 @@ def logistic_regressions(features: Tensor, labels: Tensor, weights: Tensor, pres
     """
     (n, n_features), n_fits, n_classes = features.shape, weights.shape[1], int(present.sum())
     mean, scale = features.mean(0), features.std(0, correction=0)
-    scale = scale.clamp_min(1e-6 * float(scale.max()) + 1e-12)  # constant features carry no information
+    # Constant features carry no information, and weights of nearly constant ones would only magnify rounding.
+    scale = scale.clamp_min(1e-6 * float(scale.max()) + 1e-12).maximum(LEAST_SPREAD * mean.abs())
     rows = torch.cat([(features - mean) / scale, features.new_ones(n, 1)], 1).float()
     places = (present.cumsum(0) - 1)[labels].repeat_interleave(n_fits)  # (N * R,)
     importance = weights.float().flatten()

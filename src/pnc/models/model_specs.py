@@ -15,9 +15,10 @@ from torch import nn
 
 from pnc.foundation.class_names import check_class_names, listed, unknown_name
 from pnc.foundation.errors import InputError, MismatchError, RecordingError
+from pnc.foundation.network_state import like_images
 from pnc.foundation.specs import split_spec
 from pnc.foundation.tensor_files import write_tensors
-from pnc.graph.recording import pick_logits
+from pnc.graph.logits import pick_logits
 from pnc.models.library_networks import (
     HF_OPTIONS,
     TIMM_OPTIONS,
@@ -350,8 +351,7 @@ _SCHEMES: dict[str, Callable[[_Request], LoadedModel]] = {
 
 def _check_outputs(model: LoadedModel) -> None:
     """Run the network once, to refuse a wrong image shape or number of class names at once."""
-    parameter = next(model.module.parameters(), torch.empty(0))
-    images = torch.zeros(2, *model.input_shape, dtype=parameter.dtype, device=parameter.device)
+    images = torch.zeros(2, *model.input_shape).to(like_images(model.module))
     try:
         with torch.no_grad():
             output = model.module(images)
