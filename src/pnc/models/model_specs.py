@@ -20,8 +20,8 @@ from pnc.models.library_networks import (
     HF_OPTIONS,
     TIMM_OPTIONS,
     TORCHVISION_OPTIONS,
-    Found,
-    Wish,
+    LibraryNetwork,
+    LibraryRequest,
     hf_network,
     timm_network,
     torchvision_network,
@@ -311,7 +311,7 @@ def _build_py(request: _Request) -> LoadedModel:
     return LoadedModel(network.eval(), request.spec, classes, request.known_shape(network))
 
 
-_LIBRARIES: dict[str, tuple[Callable[[Wish], Found], Sequence[str]]] = {
+_LIBRARIES: dict[str, tuple[Callable[[LibraryRequest], LibraryNetwork], Sequence[str]]] = {
     "timm": (timm_network, TIMM_OPTIONS),
     "torchvision": (torchvision_network, TORCHVISION_OPTIONS),
     "hf": (hf_network, HF_OPTIONS),
@@ -325,7 +325,7 @@ def _build_from_library(request: _Request) -> LoadedModel:
         if key not in known:
             raise InputError(f"model: {scheme}: {unknown_name(key, known, 'option')}")
     n_classes = None if request.classes is None or request.pretrained else len(request.classes)
-    found = build(Wish(request.spec, request.name, request.options, request.pretrained, n_classes))
+    found = build(LibraryRequest(request.spec, request.name, request.options, request.pretrained, n_classes))
     network = found.network.eval()
     return LoadedModel(network, request.spec, request.known_classes(found.classes), request.known_shape(network))
 
