@@ -55,6 +55,7 @@ def plan_of(target, branches, **settings) -> Plan:
             "base_priority": 0.0,
             "probe": target.recording.probe,
             "watch": TargetWatch(target.module, target.recording.module.graph),
+            "clones": (),
             **settings,
         }
     )

@@ -27,6 +27,7 @@ from pnc.cli.arguments import (
 )
 from pnc.cli.bench_commands import bench
 from pnc.cli.clone_commands import evaluate_clones, inspect_clone, predict_images, verify_clone
+from pnc.cli.export_command import export_clones
 from pnc.cli.network_commands import list_cuts, pretrain_network
 from pnc.cli.options import (
     Data,
@@ -275,6 +276,7 @@ app.command("eval")(evaluate_clones)
 app.command("predict")(predict_images)
 app.command("inspect")(inspect_clone)
 app.command("verify")(verify_clone)
+app.command("export")(export_clones)
 app.command("cuts")(list_cuts)
 
 

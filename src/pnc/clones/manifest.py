@@ -14,6 +14,7 @@ from reprlib import repr as shortened
 from typing import Any, Literal, Never, cast, get_args
 
 from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
+from pnc.data.image_store import MAX_IMAGE
 from pnc.foundation.class_names import MAX_TEXT, is_name
 from pnc.foundation.errors import FileFormatError, InputError
 from pnc.foundation.fingerprints import Fingerprint
@@ -23,9 +24,6 @@ from pnc.graph.forward_prints import N_ANSWERS, N_IMAGES, ForwardPrint
 FORMAT = "pnc-clone"
 VERSION = 1
 FileKind = Literal["thin", "full"]
-
-MAX_IMAGE = 1 << 24
-"""Values that one image may have: 3x2048x2048 and more."""
 
 _MAX_SIZE, _MAX_COUNT = 1 << 20, 1 << 62
 _HEADS = (StackedHead.kind, SourceHead.kind, DiscriminantHead.kind)

@@ -2,8 +2,6 @@
 
 import copy
 import math
-import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,22 +17,15 @@ from pnc.composite.forward_plan import CloneStatus, Plan, WantedClones, status_o
 from pnc.composite.fused_composite import FusedComposite
 from pnc.composite.recorded_target import RecordedTarget
 from pnc.composite.verification import Report, verify_composite
+from pnc.data.image_range import check_values
 from pnc.foundation.argument_checks import check_flag, check_module
 from pnc.foundation.class_names import unknown_name
 from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import KnownFingerprint
 from pnc.foundation.network_state import Snapshot, undisturbed
+from pnc.foundation.process_lock import ProcessLock
 
-_LOCK = threading.RLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
-
-
-def _new_lock() -> None:
-    """Take another lock in the child of a fork: the old one may be held by a thread that the child does not have."""
-    global _LOCK
-    _LOCK = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_new_lock)
+_LOCK = ProcessLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
 _RECORDED = "_plan", "_recorded"
 """Attributes that come of recording the target."""
 
@@ -216,9 +207,10 @@ class Composite(nn.Module):
                 enabled. A clone runs on those images alone that want it; for the others its logits are -inf, which is
                 a probability of 0.
         Raises:
-            InputError: the images are of another size or dtype; `only` has not one entry for each image, or names a
-                clone that is not enabled.
+            InputError: the images are of another size or dtype, or outside of the target's `image_range`; `only` has
+                not one entry for each image, or names a clone that is not enabled.
         """
+        check_values(images, self.target, "the target")
         return self._plan.logits(images, only)
 
     def fused(self) -> FusedComposite:
@@ -349,6 +341,7 @@ class Composite(nn.Module):
             base_priority=self._base_priority,
             probe=self._recorded.probe,
             watch=self._recorded.watch,
+            clones=tuple(clone for clone, _ in pairs),
         )
         # Past Module.__setattr__: the trunk shares the target's weights, registered it would list each of them twice.
         self.__dict__["_plan"] = plan

@@ -83,6 +83,7 @@ class Plan:
         base_priority: Nats that are taken off the new logits.
         probe: Images like those that the target was recorded with.
         watch: Says whether the target is still what was recorded.
+        clones: The clones that run, as values; the branches are their copies.
     """
 
     trunk: fx.GraphModule
@@ -96,6 +97,7 @@ class Plan:
     base_priority: float
     probe: Tensor
     watch: TargetWatch
+    clones: tuple[Clone, ...]
 
     def logits(self, images: Tensor, only: WantedClones | None = None) -> Tensor:
         """Give logits (B, K_base + K_new) for images (B, C, H, W): `Composite.forward`."""

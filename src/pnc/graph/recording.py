@@ -6,10 +6,8 @@ cannot be reproduced exactly is refused with the reason.
 """
 
 import contextlib
-import os
 import random
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from pnc.data.image_range import values_unchecked
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import InputError, RecordingError
+from pnc.foundation.process_lock import ProcessLock
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.graph_builder import bind, merge
 from pnc.graph.logits import pick_logits
@@ -31,16 +31,7 @@ from pnc.graph.subgraphs import dominators, part
 __all__ = ["BATCH_SIZES", "NodeInfo", "Recording", "info", "record", "unwrapped"]
 
 _PROBE_SIZE = 4  # other than both batch sizes; not prime, so that a rounded half of the batch shows too
-_LOCK = threading.RLock()  # a recording changes flags and attributes of its network for a while: one at a time
-
-
-def _new_lock() -> None:
-    """Take another lock in the child of a fork: the old one may be held by a thread that the child does not have."""
-    global _LOCK
-    _LOCK = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_new_lock)
+_LOCK = ProcessLock()  # a recording changes flags and attributes of its network for a while: one at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +68,7 @@ class Recording:
         return self.module.graph.output_node().all_input_nodes[0]
 
 
+@values_unchecked()
 def record(model: nn.Module, example: Tensor) -> Recording:
     """Record a classifier as a graph that gives the same bits.
 
@@ -96,7 +88,14 @@ def record(model: nn.Module, example: Tensor) -> Recording:
     network = unwrapped(model)
     _check(network, example)
     probe = _fresh_images(example)
-    with _LOCK, torch.inference_mode(False), torch.no_grad(), _random_state(example.device), _eager():
+    with (
+        _LOCK,
+        torch.inference_mode(False),
+        torch.no_grad(),
+        _random_state(example.device),
+        _eager(),
+        values_unchecked(),
+    ):
         state = _State(network)
         changed: list[str] = []
         try:

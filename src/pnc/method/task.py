@@ -1,5 +1,6 @@
 """A cloning task: two recorded networks, their class names and the support, every doubt settled at the door."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 
 from pnc.composite.composite import Composite
 from pnc.data.folded_samples import Samples, samples_of
+from pnc.data.image_range import check_range
 from pnc.data.image_set import ImageSet
-from pnc.data.image_store import MEMORY, check_images, to_device
-from pnc.data.support import StoredSupport, stored_support
+from pnc.data.image_store import MEMORY, ImageStore, check_images, to_device
+from pnc.data.support import StoredSupport, doubts, stored_support
 from pnc.foundation.argument_checks import check_choice, check_flag, check_module, check_whole
 from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name
-from pnc.foundation.errors import ClassNameError, InputError, RecordingError
+from pnc.foundation.errors import ClassNameError, InputError, PNCWarning, RecordingError
 from pnc.foundation.network_state import like_images, undisturbed
 from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.tensor_bits import dtype_name
@@ -253,9 +255,13 @@ def prepare_task(
     given = stored_support(support, (*base, *new), int(IMAGES_SHARE * memory))
     labels, store = _places(given, base, new), given.images
     n_given = len(store)
+    _check_values(source, target, store, "support")
+    if team.is_main:
+        _warn_of_doubts(given)
     examples = store.read(torch.arange(min(n_given, _EXAMPLES)))
     if background is not None:
         store.keep(_unlabelled(background, store.shape))
+        _check_values(source, target, store, "background")
     read = read_network(source, examples, known, "source"), read_network(target, examples, base, "target")
     if read[0].device != read[1].device:
         raise InputError(f"source is on {read[0].device}, target on {read[1].device}; move both to one device")
@@ -305,6 +311,20 @@ def _check_settings(
     check_choice(precision, "precision", get_args(Precision))
     if not isinstance(team, Team):
         raise InputError(f"team: expected a team of pnc.joined, got {type(team).__name__}")
+
+
+def _check_values(source: nn.Module, target: nn.Module, images: ImageStore, argument: str) -> None:
+    """Refuse images outside of the range that one of the networks says that it takes."""
+    for role, network in (("source", source), ("target", target)):
+        check_range(images.value_range, network, role, argument)
+
+
+def _warn_of_doubts(support: StoredSupport) -> None:
+    """Warn once, with figures, of a support that nothing can be learned from."""
+    found = doubts(support.images, support.labels, support.names)
+    if found:
+        text = "; ".join([*found[:3], *([f"and so on ({len(found)} in all)"] if len(found) > 3 else [])])
+        warnings.warn(f"support: {text}; were the images read rightly?", PNCWarning, stacklevel=4)
 
 
 def _widened(tensor: Tensor) -> Tensor:
