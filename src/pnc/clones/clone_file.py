@@ -22,7 +22,7 @@ from pnc.clones.clone import Clone
 from pnc.clones.heads import DiscriminantHead, Head, SourceHead, StackedHead
 from pnc.clones.manifest import FileKind, Manifest, read_manifest
 from pnc.foundation.argument_checks import check_module
-from pnc.foundation.errors import FileFormatError, InputError, MismatchError
+from pnc.foundation.errors import FileFormatError, InputError, MismatchError, PNCWarning
 from pnc.foundation.fingerprints import fingerprint, first_difference
 from pnc.foundation.network_state import images_for
 from pnc.foundation.tensor_bits import dtype_name
@@ -212,6 +212,7 @@ def _check_forward(path: str | Path, manifest: Manifest, found: ForwardPrint) ->
         warnings.warn(
             f"{path} is of an earlier version of pnc and says nothing of what its networks do with their weights: only "
             "the weights were compared; save the clone again",
+            PNCWarning,
             stacklevel=3,
         )
         return
@@ -226,6 +227,7 @@ def _check_forward(path: str | Path, manifest: Manifest, found: ForwardPrint) ->
     warnings.warn(
         f"source: {difference.text}, compared with the one that {path} was made from; its answers to a test pattern "
         "are the same",
+        PNCWarning,
         stacklevel=3,
     )
 

@@ -2,8 +2,6 @@
 
 import copy
 import math
-import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,17 +24,9 @@ from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import KnownFingerprint
 from pnc.foundation.network_state import Snapshot, undisturbed
 from pnc.foundation.plain_text import few_names
+from pnc.foundation.process_lock import ProcessLock
 
-_LOCK = threading.RLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
-
-
-def _new_lock() -> None:
-    """Take another lock in the child of a fork: the old one may be held by a thread that the child does not have."""
-    global _LOCK
-    _LOCK = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_new_lock)
+_LOCK = ProcessLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
 _RECORDED = "_plan", "_recorded"
 """Attributes that come of recording the target."""
 
