@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 from pnc.clones.branch import Scalars
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import inspect, load, save
+from pnc.composite.answering import Prediction, predict
 from pnc.composite.composite import Composite, attach
+from pnc.composite.evaluation import EvaluationReport, evaluate
 from pnc.composite.forward_plan import CloneStatus
 from pnc.composite.fused_composite import FusedComposite
 from pnc.composite.verification import Report, snapshot, verify
 from pnc.data.image_set import ImageSet
+from pnc.data.normalization import Normalization
 from pnc.data.readers import load_data
 from pnc.data.support import Support, draw_support
 from pnc.foundation.errors import (
@@ -47,14 +50,17 @@ __all__ = [
     "CloneStatus",
     "CloneTask",
     "Composite",
+    "EvaluationReport",
     "FileFormatError",
     "FusedComposite",
     "ImageSet",
     "InputError",
     "LoadedModel",
     "MismatchError",
+    "Normalization",
     "PNCError",
     "Position",
+    "Prediction",
     "Preprocessed",
     "RecordingError",
     "Report",
@@ -66,6 +72,7 @@ __all__ = [
     "calibrate",
     "clone",
     "draw_support",
+    "evaluate",
     "fit",
     "from_exported",
     "inspect",
@@ -73,6 +80,7 @@ __all__ = [
     "load",
     "load_data",
     "load_model",
+    "predict",
     "prepare_task",
     "save",
     "scan",

@@ -26,6 +26,7 @@ from pnc.cli.arguments import (
     use_threads,
 )
 from pnc.cli.bench_commands import bench
+from pnc.cli.calibrate_command import calibrate_clones
 from pnc.cli.clone_commands import evaluate_clones, inspect_clone, predict_images, verify_clone
 from pnc.cli.network_commands import list_cuts, pretrain_network
 from pnc.cli.options import (
@@ -273,6 +274,7 @@ def scan(
 
 app.command("eval")(evaluate_clones)
 app.command("predict")(predict_images)
+app.command("calibrate")(calibrate_clones)
 app.command("inspect")(inspect_clone)
 app.command("verify")(verify_clone)
 app.command("cuts")(list_cuts)

@@ -33,7 +33,7 @@ _RECORDED = "_plan", "_places", "_recording", "_trunks"
 class Composite(nn.Module):
     """A target and its clones. Made by `attach`.
 
-    It takes images (B, C, H, W) of the size and type that its clones were made with, and gives logits (B, K_base +
+    It takes images (B, *input_shape) of the type that its clones were made with, and gives logits (B, K_base +
     K_new): the target's, then each clone's in the order of attachment; `classes` names them. The target is neither
     copied nor changed: the composite runs the target's recorded forward pass over the target's own weights, always
     in eval mode, and reads the tensors that the clones need. Moving or casting the composite moves or casts the
@@ -53,7 +53,7 @@ class Composite(nn.Module):
         self.branches = nn.ModuleList()
         self._known = known
         self._base_classes = clone.base_classes
-        self._input_shape = clone.input_shape
+        self.input_shape = clone.input_shape
         self._clones: dict[str, Clone] = {}  # never changed in place, like the list of branches: readers need no lock
         self._blocks: tuple[_Block, ...] = ()
         self._base_priority = 0.0
@@ -240,7 +240,7 @@ class Composite(nn.Module):
             before: From `pnc.snapshot(target)`: everything of the target is compared with that too.
         """
         parameter = next(self.target.parameters(), torch.empty(0))
-        images = torch.rand(max(BATCH_SIZES), *self._input_shape, generator=torch.Generator().manual_seed(0))
+        images = torch.rand(max(BATCH_SIZES), *self.input_shape, generator=torch.Generator().manual_seed(0))
         expected = {clone.name: clone.target for clone in self._clones.values()}
         return verify_composite(self, self.target, expected, images.to(parameter.device, parameter.dtype), before)
 
@@ -320,7 +320,7 @@ class Composite(nn.Module):
     def _record(self) -> None:
         with _LOCK:
             parameter = next(self.target.parameters(), torch.empty(0))
-            example = torch.rand(2, *self._input_shape, generator=torch.Generator().manual_seed(0))
+            example = torch.rand(2, *self.input_shape, generator=torch.Generator().manual_seed(0))
             self._recording = record(self.target, example.to(parameter.device, parameter.dtype))
             self._places = Places.of(self._recording)
             self._trunks: dict[tuple[str, ...], fx.GraphModule] = {}

@@ -19,7 +19,7 @@ from pnc.foundation.specs import split_spec
 
 Split = Literal["train", "test"]
 
-_IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".pgm"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".pgm"})
 _PIL_MODES = {1: "L", 3: "RGB"}
 _GREY_MODES = frozenset({"1", "L", "LA", "La"})
 _ORIENTATION = 0x0112  # the EXIF tag; values from 5 swap width and height
@@ -204,7 +204,7 @@ def _read_folder(body: str, split: Split, options: Mapping[str, str]) -> ImageSe
         (class_id, file)
         for class_id, folder in enumerate(folders)
         for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in _IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
     ]
     if not files:
         raise InputError(f"spec: no image in {root}/CLASS/; expected one folder of images per class")
