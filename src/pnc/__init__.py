@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pnc.models.exported_programs import from_exported
     from pnc.models.model_specs import LoadedModel, load_model
     from pnc.models.preprocessing import Preprocessed
+    from pnc.report.page import write_report
 
 __all__ = [
     "Calibration",
@@ -86,6 +87,7 @@ __all__ = [
     "scan",
     "snapshot",
     "verify",
+    "write_report",
 ]
 
 _LOADED_WHEN_ASKED = {
@@ -96,6 +98,7 @@ _LOADED_WHEN_ASKED = {
     "from_exported": "pnc.models.exported_programs",
     **dict.fromkeys(("LoadedModel", "load_model"), "pnc.models.model_specs"),
     "Preprocessed": "pnc.models.preprocessing",
+    "write_report": "pnc.report.page",
 }
 
 

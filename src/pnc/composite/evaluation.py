@@ -111,7 +111,11 @@ def evaluate(net: Composite, data: Any, *, batch_size: int = 64) -> EvaluationRe
         InputError: `net` is no composite, no clone is enabled, or there are images of base or of new classes only.
         ClassNameError: a label is no class of the composite.
     """
-    found = answers(net, data, batch_size)
+    return report_of(net, answers(net, data, batch_size))
+
+
+def report_of(net: Composite, found: Answers) -> EvaluationReport:
+    """Sum up what a composite answered."""
     n_base = found.target_logits.shape[1]
     return EvaluationReport(
         clones=tuple(one.name for one in net.status() if one.enabled),
