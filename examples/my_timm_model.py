@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pnc
 
-# 1. What you have. The target takes grey 16x16 images that its loader normalizes in its own way; the source takes 32x32 in
+# 1. What you have. The target takes grey 16x16 images that its loader normalizes in its own way; the source 32x32 in
 #    colour, normalized in another. Here both are small and trained on the spot; yours come from your checkpoints, and
 #    networks of timm's hub with what their config says: pnc.load_model("timm:resnet18").
 TARGET_NORMALIZATION = pnc.Normalization(mean=0.3, std=0.35)
@@ -45,8 +45,8 @@ def main() -> None:
     train(target, images[old], train_set.labels[old])
 
     bare_source = timm.create_model("test_efficientnet", num_classes=5)
-    # 2. The source alone is wrapped. `given` says what the images went through before they came: that is undone, they are
-    #    resized and made colour, and normalized as the source wants it.
+    # 2. The source alone is wrapped. `given` says what the images went through before they came: that is undone, they
+    #    are resized and made colour, and normalized as the source wants it.
     source = pnc.Preprocessed(bare_source, (3, 32, 32), SOURCE_MEAN, SOURCE_STD, given=TARGET_NORMALIZATION)
     train(source, images[~old], train_set.labels[~old] - 5)
 
@@ -54,7 +54,7 @@ def main() -> None:
     counts = {label: 5 if label < 5 else 20 for label in range(10)}
     rows = torch.cat([(train_set.labels == label).nonzero().flatten()[:n] for label, n in counts.items()])
     loader = DataLoader(TensorDataset(images[rows], train_set.labels[rows]), batch_size=32)
-    clone = pnc.clone(source, target, loader, source_classes=NEW, base_classes=KNOWN, max_macs=1.0)
+    clone = pnc.clone(source, target, loader, source_classes=NEW, base_classes=KNOWN)
     pnc.save(clone, "my_clone.safetensors")
 
     # 4. In production: the target as it was, and a file beside it.

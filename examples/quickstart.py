@@ -8,7 +8,8 @@ import pnc
 train, test = pnc.load_data("digits", "train"), pnc.load_data("digits", "test")
 
 
-def trained(first: int) -> nn.Module:  # stands for two networks that you have: one for 0-4, one for 5-9
+def trained(first: int) -> nn.Module:
+    """Stands for two networks that you have: one for 0-4, one for 5-9."""
     torch.manual_seed(first)
     layers = [nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5)]
     network, own = nn.Sequential(*layers), (train.labels >= first) & (train.labels < first + 5)

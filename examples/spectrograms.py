@@ -1,7 +1,7 @@
 """Sounds are images too: a network that hears three kinds of sound gets two more from another network.
 
-All that pnc needs are images (B, C, H, W): here spectrograms, one channel, frequency by time. The sounds are made by the
-example itself. Run it: python examples/spectrograms.py (no download, half a minute).
+All that pnc needs are images (B, C, H, W): here spectrograms, one channel, frequency by time. The example makes the
+sounds itself. Run it: python examples/spectrograms.py (no download, half a minute).
 """
 
 import math

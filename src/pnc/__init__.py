@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pnc.models.exported_programs import from_exported
     from pnc.models.model_specs import LoadedModel, load_model
     from pnc.models.preprocessing import Preprocessed
+    from pnc.report.hub import from_pretrained, push_to_hub, save_pretrained
     from pnc.report.page import write_report
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "evaluate",
     "fit",
     "from_exported",
+    "from_pretrained",
     "inspect",
     "joined",
     "load",
@@ -83,7 +85,9 @@ __all__ = [
     "load_model",
     "predict",
     "prepare_task",
+    "push_to_hub",
     "save",
+    "save_pretrained",
     "scan",
     "snapshot",
     "verify",
@@ -98,6 +102,7 @@ _LOADED_WHEN_ASKED = {
     "from_exported": "pnc.models.exported_programs",
     **dict.fromkeys(("LoadedModel", "load_model"), "pnc.models.model_specs"),
     "Preprocessed": "pnc.models.preprocessing",
+    **dict.fromkeys(("from_pretrained", "push_to_hub", "save_pretrained"), "pnc.report.hub"),
     "write_report": "pnc.report.page",
 }
 

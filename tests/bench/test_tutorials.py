@@ -29,7 +29,7 @@ def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "all equal, bit for bit" in text
     assert (tmp_path / "digits.safetensors").stat().st_size < 100_000
     lines = (EXAMPLES / "quickstart.py").read_text().splitlines()
-    assert len([line for line in lines if line and not line.startswith(('"""', "import", "from"))]) <= 24
+    assert len([line for line in lines if line and not line.strip().startswith(('"""', "import", "from"))]) <= 24
 
 
 def test_my_timm_model(

@@ -1,1 +1,1 @@
-"""A composite's report, one page that says what it does and costs. Start with `page`."""
+"""What is told to others: a page on what clones do and cost, and model cards. Start with `page`."""
