@@ -18,7 +18,7 @@ from pnc.composite.prediction import predict
 from pnc.report import confusion as confusions
 from pnc.report.confusion import confusion
 from pnc.report.facts import collect_facts
-from pnc.report.figures import amount, draw_front, svg_of
+from pnc.report.figures import amount, draw_front, draw_networks, networks_height, svg_of
 
 FRONT = [{"macs_share": 0.1, "score": 0.8}, {"macs_share": 0.3, "score": 0.9}]
 
@@ -128,6 +128,11 @@ def test_pictures_are_written_as_png_too(page: Path) -> None:
     assert all((page.parent / "png" / name).read_bytes().startswith(b"\x89PNG") for name in names)
 
 
+def low_macs(net: pnc.Composite) -> int:
+    """What the clone `low` adds."""
+    return net.status()[0].n_macs
+
+
 def test_facts_are_read_from_the_clones(net: pnc.Composite, clones: tuple[pnc.Clone, pnc.Clone]) -> None:
     facts = collect_facts(net, held_out_images())
     whole, part = facts.clones
@@ -136,6 +141,8 @@ def test_facts_are_read_from_the_clones(net: pnc.Composite, clones: tuple[pnc.Cl
     kept = {name: (int(mask.sum()), len(mask)) for name, mask in clones[1].masks.kept.items()}  # type: ignore[union-attr]
     assert {name: (n, of) for name, n, of in part.channels} == kept
     own = (part.recipe["macs_share"], part.recipe["score"], True)
+    assert whole.adapter_macs > 0 == part.adapter_macs, "one cut at the input needs no adapter"
+    assert whole.adapter_macs + whole.kept * (whole.source_macs - whole.source_cut_macs) == pytest.approx(low_macs(net))
     assert part.front == ((0.1, 0.8, False), (0.3, 0.9, False), own)
     assert part.target_macs == part.source_macs, "both are the same small network, but for its classes"
     alone, low, high, together, networks = facts.costs
@@ -234,6 +241,14 @@ def test_what_cannot_be_reported_is_refused(
             with pytest.raises(pnc.InputError, match=r'is needed for this; pip install "pnc\[report\]"'):
                 pnc.write_report(net, held_out_images(), tmp_path / "r.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_clone_that_runs_next_to_nothing_of_its_source_shows_its_adapter(net: pnc.Composite) -> None:
+    whole = collect_facts(net, held_out_images()).clones[0]
+    late = replace(whole, source_cut_macs=whole.source_macs, adapter_macs=whole.target_macs // 2)
+    picture = svg_of(lambda axes: draw_networks(axes, late), networks_height(late), "late")
+    assert "the clone runs next to nothing of it" in picture and "adapter between them: 599 k" in picture
+    assert networks_height(late) > networks_height(replace(late, adapter_macs=0))
 
 
 def test_amounts_are_short() -> None:

@@ -49,6 +49,7 @@ class ClonePicture:
         target_cut_macs: Of the target's part before the cut.
         source_macs: Of the source.
         source_cut_macs: Of the source's part before the cut.
+        adapter_macs: Of the adapter, which makes the source's tensor of the target's.
         kept: Share of the source's part behind the cut that the clone computes.
         channels: Kept and all channels by layer of that part; empty where all are kept.
         front: (added MACs as a share of the source's, accuracy, whether it was chosen), cheapest first; may be empty.
@@ -63,6 +64,7 @@ class ClonePicture:
     target_cut_macs: int
     source_macs: int
     source_cut_macs: int
+    adapter_macs: int
     kept: float
     channels: tuple[tuple[str, int, int], ...]
     front: tuple[tuple[float, float, bool], ...]
@@ -177,6 +179,7 @@ def _picture(clone: Clone, target_macs: int) -> ClonePicture:
         target_cut_macs=clone.target_cut.n_macs,
         source_macs=source_macs,
         source_cut_macs=clone.source_cut.n_macs,
+        adapter_macs=adapter.n_macs,
         kept=min(1.0, part_macs / behind) if behind > 0 else 1.0,
         channels=tuple((name, int(mask.sum()), len(mask)) for name, mask in kept.items()),
         front=_front(clone.recipe),

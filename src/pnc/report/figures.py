@@ -86,11 +86,11 @@ def _drawn(draw: Draw, height: float, kind: str, ink: str, salt: str) -> bytes:
 
 
 def draw_networks(axes: Any, clone: ClonePicture) -> None:
-    """Draw target and source as bars to scale, and what the clone takes of them."""
-    longest = max(clone.target_macs, clone.source_macs, 1)
+    """Draw target, source and adapter as bars to scale, and what the clone takes of the source."""
+    longest = max(clone.target_macs, clone.source_macs, clone.adapter_macs, 1)
     target, source = clone.target_macs / longest, clone.source_macs / longest
     leaves, enters = clone.target_cut_macs / longest, clone.source_cut_macs / longest
-    axes.set(xlim=(-0.01, 1.01), ylim=(-0.6, 3.7))
+    axes.set(xlim=(-0.01, 1.01), ylim=(-2.2 if clone.adapter_macs else -0.6, 3.7))
     axes.axis("off")
     axes.barh(2.5, target, height=0.7, left=0, color=BLUE, align="center")
     axes.barh(0.5, source, height=0.7, left=0, fill=False, edgecolor=ORANGE, linewidth=1, linestyle=(0, (3, 2)))
@@ -103,8 +103,17 @@ def draw_networks(axes: Any, clone: ClonePicture) -> None:
     )
     axes.plot([leaves, leaves], [2.1, 2.9], color=_ink_of(axes), linewidth=1.4)
     axes.text(0, 3.05, f"target: {amount(clone.target_macs)} multiply-accumulates", va="bottom")
-    share = clone.recipe["macs_share"]
-    axes.text(0, -0.05, f"source: {amount(clone.source_macs)}; the clone takes {share:.0%} of it", va="top")
+    share = clone.kept * (clone.source_macs - clone.source_cut_macs) / max(clone.source_macs, 1)
+    runs = f"{share:.0%}" if share >= 0.005 else "next to nothing"
+    axes.text(0, -0.05, f"source: {amount(clone.source_macs)}; the clone runs {runs} of it", va="top")
+    if clone.adapter_macs:
+        axes.barh(-1.2, clone.adapter_macs / longest, height=0.35, left=0, color=ORANGE, align="center", alpha=0.6)
+        axes.text(0, -1.55, f"adapter between them: {amount(clone.adapter_macs)}", va="top")
+
+
+def networks_height(clone: ClonePicture) -> float:
+    """Inches of the picture of `draw_networks`."""
+    return 2.6 if clone.adapter_macs else 2.0
 
 
 def draw_front(axes: Any, clone: ClonePicture) -> None:

@@ -20,6 +20,7 @@ from pnc.report.figures import (
     draw_networks,
     draw_reliability,
     draw_trade,
+    networks_height,
     png_of,
     svg_of,
 )
@@ -81,7 +82,7 @@ def _pictures(facts: Facts) -> dict[str, tuple[Draw, float, str]]:
     found: dict[str, tuple[Draw, float, str]] = {}
     for number, clone in enumerate(facts.clones, 1):
         says = f"The target and the source of clone {clone.name} to scale, and what the clone takes of them"
-        found[f"networks_{number}"] = (partial(draw_networks, clone=clone), 2.0, says)
+        found[f"networks_{number}"] = (partial(draw_networks, clone=clone), networks_height(clone), says)
         if clone.front:
             says = f"Accuracy against cost of what clone {clone.name} was chosen from"
             found[f"front_{number}"] = (partial(draw_front, clone=clone), 3.2, says)
