@@ -16,7 +16,7 @@ from pnc.bench.rivals.rival import Budget
 from pnc.cli.app import app
 from pnc.composite.metrics import evaluate
 from pnc.foundation.fingerprints import fingerprint
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.process_team import ALONE
 from pnc.method import paper_search, refinement
 from pnc.method.localization import localizer
@@ -74,7 +74,7 @@ def test_every_way_to_clone_keeps_every_promise(nets, tmp_path, way):
     images = held_out_images().images.cuda()
     with torch.no_grad():
         expected = target(images)
-    before = [snapshot(one) for one in nets]
+    before = [take_snapshot(one) for one in nets]
     made = clone(nets, **WAYS[way])
     net = pnc.attach(target, made)
     assert accuracy(net, images) > 0.75

@@ -21,7 +21,7 @@ from pnc.bench import random_lives
 from pnc.bench.random_lives import ACTIONS, BASE, GROUPS, Life
 from pnc.clones.branch import Scalars
 from pnc.foundation.errors import ClassNameError, InputError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.graph.nodes import info
 from pnc.graph.recording import record
 from pnc.models.model_specs import build_model
@@ -266,7 +266,7 @@ def test_a_target_never_leaves_eval_mode_and_its_statistics_never_move(stage):
     task = pnc.prepare_task(stage.sources[3], target, support, **names)
     found = pnc.scan(task)
     clone = pnc.fit(task, found.adapter(max(found.positions, key=lambda position: position.n_params)))
-    before = snapshot(target)
+    before = take_snapshot(target)
     net = pnc.attach(target, clone)
     expected = net(images).detach()
     for parameter in net.branches.parameters():

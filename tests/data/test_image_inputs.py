@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from pnc.data.image_files import load_images
 from pnc.data.image_inputs import find_images, read_images
 from pnc.data.image_set import ImageSet
 from pnc.data.normalization import Normalization
-from pnc.data.readers import load_images
 from pnc.foundation.errors import InputError
 
 SHAPE = (3, 8, 8)
@@ -93,7 +93,7 @@ def test_what_is_no_image_is_refused(images: Any, message: str) -> None:
 
 
 def test_an_empty_folder_and_odd_channels_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has no image in it; files must end in .bmp"):
+    with pytest.raises(InputError, match="has no image in it, such as a .jpg or a .png file"):
         find_images(tmp_path)
     with pytest.raises(InputError, match="have 1 or 3 channels, this network takes 4"):
         read(Image.new("RGB", (8, 8)), (4, 8, 8))

@@ -8,11 +8,11 @@ from digits import NEW, held_out_images, pair, support
 from pnc.channels.compaction import own_copy
 from pnc.composite.metrics import evaluate
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.method import paper_search
 from pnc.method.held_out import Outcome, source_body
 from pnc.method.paper_search import depths, search
-from pnc.method.source_part import Part
+from pnc.method.source_part import SourcePart
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def clone(**settings):
 
 def test_a_sequential_clone_works_like_any_other(tmp_path):
     nets = pair()
-    before = [snapshot(net.module) for net in (nets.source, nets.target)]
+    before = [take_snapshot(net.module) for net in (nets.source, nets.target)]
     state = torch.get_rng_state()
     made = clone()
     assert torch.equal(torch.get_rng_state(), state)
@@ -89,7 +89,7 @@ def test_the_search_stops_where_the_next_positions_do_not_help(monkeypatch, pati
         return paper_search.Trained(None, None, None, learning_rate, Outcome(images * score, images == 1))
 
     monkeypatch.setattr(paper_search._Place, "fit", fit)
-    found = search(task(), lambda adapter: Part(own_copy(source_body(task(), adapter.source_cut))))
+    found = search(task(), lambda adapter: SourcePart(own_copy(source_body(task(), adapter.source_cut))))
     names, best = list(scores), 0.01
     further = [(names[3], best, False), (names[4], best, False)] if patience == 2 else []
     assert tried == [
@@ -116,5 +116,5 @@ def test_what_the_search_does_not_know_is_refused(settings):
 
 def test_an_unknown_strategy_is_refused():
     nets = pair()
-    with pytest.raises(InputError, match="strategy: expected one of scan, sequential, got 'best'"):
+    with pytest.raises(InputError, match="strategy: expected one of scan, sequential; got 'best'"):
         pnc.clone(nets.source.module, nets.target.module, support(), strategy="best", **nets.names())

@@ -17,7 +17,7 @@ import pnc
 from digits import BASE, NEW, pair
 from pnc.cli import app
 from pnc.foundation.errors import InputError, MismatchError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.recording import record
 from pnc.models import library_networks
@@ -97,8 +97,8 @@ def test_the_seed_decides_random_weights_and_the_global_state_stays(libs: Librar
     state = torch.get_rng_state()
     one, same, other = (build_model(spec, BASE, None, seed).module for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
-    assert not differences(one, snapshot(same))
-    assert differences(one, snapshot(other))
+    assert not differences(one, take_snapshot(same))
+    assert differences(one, take_snapshot(other))
     assert isinstance(one, Preprocessed) and one.input_shape == (1, 32, 32)
 
 
@@ -111,7 +111,7 @@ def test_weights_of_a_file_need_no_download(libs: Libraries, tmp_path: Path) -> 
     own = load_model(spec, tmp_path / "a.safetensors")
     assert (own.classes, own.input_shape) == (("a", "b"), (3, 16, 16))
     for model in (plain, own):
-        assert not differences(model.module, snapshot(made.module))
+        assert not differences(model.module, take_snapshot(made.module))
     with pytest.raises(InputError, match="give this spec yourself, and the file as weights="):
         load_model(str(tmp_path / "a.safetensors"))
 
@@ -134,7 +134,7 @@ def test_a_local_folder_of_timm(libs: Libraries, tmp_path: Path, labels: dict[st
     model = load_model(f"timm:local-dir:{tmp_path}")
     assert (model.classes, model.input_shape) == (expected, (3, 32, 32))
     assert (normalised(model), preprocessed(model).interpolation) == (((0.5,) * 3, (0.25,) * 3), "bilinear")
-    assert not differences(preprocessed(model).network, snapshot(network.eval()))
+    assert not differences(preprocessed(model).network, take_snapshot(network.eval()))
 
 
 def test_without_names_they_are_asked_for(libs: Libraries, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_its_weights_are_the_librarys(libs: Libraries, tmp_path: Path, monkeypat
     cached.parent.mkdir(parents=True)
     torch.save(made.state_dict(), cached)
     model = load_model("torchvision:shufflenet_v2_x0_5?size=32")
-    assert not differences(preprocessed(model).network, snapshot(made))
+    assert not differences(preprocessed(model).network, take_snapshot(made))
     with pytest.raises(MismatchError, match="has 1000 outputs, but 2 names were given"):
         load_model("torchvision:shufflenet_v2_x0_5?size=32", classes=["a", "b"])
 
@@ -193,7 +193,7 @@ def test_a_local_folder_of_transformers(libs: Libraries, tmp_path: Path) -> None
     model = load_model(f"hf:{tmp_path}")
     assert (model.classes, model.input_shape) == (NEW, (3, 32, 32))
     assert (normalised(model), preprocessed(model).interpolation) == (((0.5,) * 3, (0.5,) * 3), "bilinear")
-    assert not differences(preprocessed(model).network, snapshot(network))
+    assert not differences(preprocessed(model).network, take_snapshot(network))
     assert has_own_weights(f"hf:{tmp_path}") and not has_own_weights(f"hf:{tmp_path}?pretrained=false")
     untrained = load_model(f"hf:{tmp_path}?pretrained=false&size=16", classes=["a", "b"])
     assert (untrained.classes, untrained.input_shape) == (("a", "b"), (3, 16, 16))
@@ -224,7 +224,7 @@ def test_the_image_processor_is_followed(libs: Libraries, tmp_path: Path, settin
 
 def test_a_processor_with_a_twist_of_its_own_is_refused(libs: Libraries, tmp_path: Path) -> None:
     saved(libs, tmp_path, kind="EfficientNetImageProcessor", include_top=True, image_std=[0.25] * 3)
-    with pytest.raises(InputError, match="does something else than to resize, crop, scale and normalise; wrap"):
+    with pytest.raises(InputError, match="does more than resize, crop, scale and normalise; wrap"):
         load_model(f"hf:{tmp_path}")
 
 
@@ -264,7 +264,7 @@ def test_a_folder_without_image_processor_is_refused(libs: Libraries, tmp_path: 
         ("timm:resnet10", "there is no model of timm 'resnet10' (did you mean 'resnet10t'?); there are "),
         ("timm:resnet18.a1_in2k", "'resnet18.a1_in2k' (did you mean 'resnet18.a1_in1k'?); there are resnet18.a1_in1k"),
         ("timm:owner/name", "there is no model of timm 'owner/name'"),
-        ("timm:local-dir:no/such/folder", "timm cannot give timm:local-dir:no/such/folder: Config file not found"),
+        ("timm:local-dir:no/such/folder", "timm cannot load timm:local-dir:no/such/folder: Config file not found"),
         ("timm:resnet10t?sise=3", "timm: there is no option 'sise' (did you mean 'size'?); there are pretrained, size"),
         ("timm:resnet10t?size=big", "size=big: expected a whole number above 0"),
         ("timm:resnet10t?size=0", "size=0: expected a whole number above 0"),
@@ -273,7 +273,7 @@ def test_a_folder_without_image_processor_is_refused(libs: Libraries, tmp_path: 
         ("torchvision:renset18", "there is no classifier of torchvision 'renset18' (did you mean 'resnet18'?)"),
         ("torchvision:fasterrcnn_resnet50_fpn", "there is no classifier of torchvision 'fasterrcnn_resnet50_fpn'"),
         ("torchvision:resnet18?weights=V3", "there is no entry of weights 'V3'; there are IMAGENET1K_V1"),
-        ("hf:no/such/folder", "transformers cannot give hf:no/such/folder: "),
+        ("hf:no/such/folder", "transformers cannot load hf:no/such/folder: "),
     ],
 )
 def test_bad_specs_are_refused(libs: Libraries, spec: str, message: str) -> None:
@@ -295,10 +295,10 @@ def test_without_a_network_there_is_one_clear_error(
         with pytest.raises(InputError) as caught:
             load_model(spec)
         assert str(caught.value) == (
-            f"model: {spec.split(':')[0]} cannot give {spec}: Name or service not known; "
+            f"model: {spec.split(':')[0]} cannot load {spec}: Name or service not known; "
             "weights=FILE or ?pretrained=false need no download"
         )
-    with pytest.raises(InputError, match="^model: transformers cannot give hf:a/b: Name or service not known; give an"):
+    with pytest.raises(InputError, match="^model: transformers cannot load hf:a/b: Name or service not known; give an"):
         load_model("hf:a/b")
 
 

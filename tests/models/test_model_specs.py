@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pnc.foundation.errors import ClassNameError, FileFormatError, InputError, MismatchError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_files import read_tensors, write_tensors
 from pnc.models import model_specs
 from pnc.models.model_specs import LoadedModel, build_model, load_model, save_model
@@ -28,7 +28,7 @@ def network() -> LoadedModel:
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
-    return not differences(other, snapshot(one))
+    return not differences(other, take_snapshot(one))
 
 
 # ------------------------------------------------------------------------------------------------ specs
@@ -204,7 +204,7 @@ def test_classes_and_shape_that_are_given_win(network: LoadedModel, tmp_path: Pa
     assert (loaded.classes, loaded.input_shape) == (("x", "y", "z"), (1, 16, 16))
     with pytest.raises(MismatchError, match="2 names given for the 3 outputs of .*: ant, bee, cat"):
         load_model(str(path), classes=["x", "y"])
-    with pytest.raises(InputError, match="is a file of weights already; give weights= with another spec"):
+    with pytest.raises(InputError, match="is already a file of weights; give weights= only with another spec"):
         load_model(str(path), weights=path)
 
 
@@ -307,14 +307,12 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path, content: bytes
 
 def test_a_file_of_plain_weights_is_no_spec(network: LoadedModel, tmp_path: Path) -> None:
     safetensors.torch.save_file(network.module.state_dict(), tmp_path / "a.safetensors")
-    with pytest.raises(
-        InputError, match="does not say which network it is for; give the spec, and this file as weights="
-    ):
+    with pytest.raises(InputError, match="does not name its network; give the spec, and this file as weights="):
         load_model(str(tmp_path / "a.safetensors"))
 
 
 def test_weights_that_do_not_fit_are_named_and_nothing_is_changed(network: LoadedModel) -> None:
-    before = snapshot(network.module)
+    before = take_snapshot(network.module)
     tensors = dict(network.module.state_dict())
     tensors["classifier.weight"] = torch.zeros(5, 16)
     del tensors["block1.0.weight"]

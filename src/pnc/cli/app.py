@@ -12,7 +12,7 @@ from pnc.bench import demo as demonstration
 from pnc.cli.arguments import (
     ModelOptions,
     check_different,
-    check_images,
+    check_input_shape,
     check_outputs,
     check_trained,
     choose_classes,
@@ -28,6 +28,7 @@ from pnc.cli.arguments import (
 from pnc.cli.bench_commands import bench
 from pnc.cli.calibrate_command import calibrate_clones
 from pnc.cli.clone_commands import evaluate_clones, inspect_clone, predict_images, verify_clone
+from pnc.cli.export_command import export_clones
 from pnc.cli.network_commands import list_cuts, pretrain_network
 from pnc.cli.options import (
     Data,
@@ -54,7 +55,7 @@ from pnc.data.readers import load_data
 from pnc.foundation import process_team
 from pnc.foundation.errors import PNCError
 from pnc.method import pipeline, positions
-from pnc.method.localization.localizer import Method
+from pnc.method.settings import Method, Strategy
 from pnc.method.task import Precision, prepare_task
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -144,12 +145,12 @@ def clone(
         float | None, typer.Option(help="Bound on the accuracy that base images may lose, such as 0.02.")
     ] = None,
     strategy: Annotated[
-        pipeline.Strategy, typer.Option(help="scan: closed form; sequential: the paper's search, to compare with.")
+        Strategy, typer.Option(help="scan: closed form; sequential: the paper's search, to compare with.")
     ] = "scan",
     refine: Annotated[bool, typer.Option(help="Tune the adapter by gradient where that helps; takes minutes.")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the clone; by default made of its classes.")] = None,
     kind: Annotated[
-        clone_file.Kind, typer.Option(help="thin: without the source's weights; full: with them.")
+        clone_file.FileKind, typer.Option(help="thin: without the source's weights; full: with them.")
     ] = "thin",
     memory: Memory = MEMORY / GIB,
     precision: Annotated[
@@ -180,7 +181,7 @@ def clone(
         images = load_data(data, "train")
         unlabelled = None if background is None else load_data(background, "train")
         models = [load_network(one, input_shape=images.input_shape) for one in asked]
-        check_images(images, *models)
+        check_input_shape(images, *models)
         new, base = choose_classes(classes, *models), models[1].classes
         started = time.perf_counter()
         with progress(team.is_main) as bar:
@@ -256,7 +257,7 @@ def scan(
     read_device(device)
     images = load_data(data, "train")
     models = [load_network(one, input_shape=images.input_shape) for one in asked]
-    check_images(images, *models)
+    check_input_shape(images, *models)
     new, base = choose_classes(classes, *models), models[1].classes
     with use_threads(threads), progress() as bar:
         task = prepare_task(
@@ -285,6 +286,7 @@ app.command("calibrate")(calibrate_clones)
 app.command("report")(report_clones)
 app.command("inspect")(inspect_clone)
 app.command("verify")(verify_clone)
+app.command("export")(export_clones)
 app.command("cuts")(list_cuts)
 
 

@@ -9,7 +9,7 @@ import typer
 from pnc.cli.arguments import (
     ModelOptions,
     attach_clones,
-    check_images,
+    check_input_shape,
     check_outputs,
     check_trained,
     data_file,
@@ -68,7 +68,7 @@ def calibrate_clones(
     images = load_data(data, "train")
     unlabelled = None if background is None else load_data(background, "train")
     model = load_network(asked, known[0].base_classes, images.input_shape)
-    check_images(images, model)
+    check_input_shape(images, model)
     net = attach_clones(known, sources, model)
     new = net.classes[len(model.classes) :]
     drawn = draw(images, new, model.classes, support, seed)

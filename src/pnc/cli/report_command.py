@@ -8,7 +8,7 @@ import typer
 from pnc.cli.arguments import (
     ModelOptions,
     attach_clones,
-    check_images,
+    check_input_shape,
     check_outputs,
     check_trained,
     data_file,
@@ -60,7 +60,7 @@ def report_clones(
     known = [read_clone_facts(path) for path in clones]
     images = load_data(data, "test")
     model = load_network(asked, known[0].base_classes, images.input_shape)
-    check_images(images, model)
+    check_input_shape(images, model)
     net = attach_clones(known, sources, model)
     with use_threads(threads):
         write_report(net, images, out, files=clones, png=png)

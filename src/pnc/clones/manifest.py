@@ -13,6 +13,7 @@ from reprlib import repr as shortened
 from typing import Any, Literal, Never, cast, get_args
 
 from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
+from pnc.data.image_store import MAX_IMAGE
 from pnc.foundation.class_names import MAX_TEXT, is_name
 from pnc.foundation.errors import FileFormatError, InputError
 from pnc.foundation.fingerprints import Fingerprint
@@ -20,10 +21,7 @@ from pnc.graph.cut_points import CutPoint
 
 FORMAT = "pnc-clone"
 VERSION = 1
-Kind = Literal["thin", "full"]
-
-MAX_IMAGE = 1 << 24
-"""Values that one image may have: 3x2048x2048 and more."""
+FileKind = Literal["thin", "full"]
 
 _MAX_SIZE, _MAX_COUNT = 1 << 20, 1 << 62
 _HEADS = (StackedHead.kind, SourceHead.kind, DiscriminantHead.kind)
@@ -50,7 +48,7 @@ _DIMS = {"vector": (1,), "tokens": (1, 2), "map": (1, 3)}
 class Manifest:
     """Everything that a clone's file holds beside tensors; the fields are those of `pnc.Clone`."""
 
-    kind: Kind
+    kind: FileKind
     name: str
     classes: tuple[str, ...]
     base_classes: tuple[str, ...]
@@ -145,7 +143,7 @@ def _parsed(facts: Any, fail: Fail) -> Manifest:
     if source.sizes("input_shape", 3) != shape or math.prod(shape) > MAX_IMAGE:
         fail(f"input_shape: source and target must take the same images, of {MAX_IMAGE} values at most")
     return Manifest(
-        kind=cast(Kind, whole.choice("kind", get_args(Kind))),
+        kind=cast(FileKind, whole.choice("kind", get_args(FileKind))),
         name=whole.text("name"),
         classes=classes,
         base_classes=base_classes,

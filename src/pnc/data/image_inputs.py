@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pnc.data.image_files import image_errors, image_suffixes, load_images
 from pnc.data.image_set import ImageSet, images_as_float
 from pnc.data.normalization import Normalization
-from pnc.data.readers import IMAGE_SUFFIXES, load_images
 from pnc.data.support import Support
-from pnc.foundation.class_names import listed
 from pnc.foundation.errors import InputError
+from pnc.foundation.file_writing import checked_path, path_text
 
 _MODES = {1: "L", 3: "RGB"}
 
@@ -51,7 +51,7 @@ def find_images(images: Any) -> list[ImageInput]:
 
 def _found(images: Any) -> Iterable[ImageInput]:
     if isinstance(images, str | Path):
-        yield from (ImageInput(path, str(path)) for path in _files(Path(images)))
+        yield from (ImageInput(path, str(path)) for path in _files(checked_path(images, "images")))
     elif isinstance(images, ImageSet | Support):
         yield from _found(images.images)
     elif isinstance(images, Tensor):
@@ -74,18 +74,17 @@ def _found(images: Any) -> Iterable[ImageInput]:
 
 def _files(path: Path) -> Sequence[Path]:
     if not path.is_dir():
-        if not path.is_file():
-            raise InputError(f"images: there is no file or folder {path}")
+        if not path.exists():
+            raise InputError(f"images: there is no file or folder {path_text(path)}")
         return [path]
+    suffixes = image_suffixes()
     files = [
         file
         for file in sorted(path.rglob("*"))
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+        if file.suffix.lower() in suffixes and not file.name.startswith(".") and file.is_file()
     ]
     if not files:
-        raise InputError(
-            f"images: the folder {path} has no image in it; files must end in {listed(sorted(IMAGE_SUFFIXES))}"
-        )
+        raise InputError(f"images: the folder {path_text(path)} has no image in it, such as a .jpg or a .png file")
     return files
 
 
@@ -139,9 +138,10 @@ def _fitted(image: Any, input_shape: tuple[int, ...]) -> Tensor:
         raise InputError(f"images: Pillow images and arrays have 1 or 3 channels, this network takes {channels}")
     if image.mode == "F" or image.mode.startswith("I"):
         raise InputError(f"images: an image has more than 8 bits per channel (mode {image.mode}); convert it first")
-    upright = ImageOps.exif_transpose(image).convert(_MODES[channels])
-    if upright.size != (width, height):
-        upright = ImageOps.fit(upright, (width, height), method=Image.Resampling.BILINEAR)
+    with image_errors(getattr(image, "filename", None) or "an image"):
+        upright = ImageOps.exif_transpose(image).convert(_MODES[channels])
+        if upright.size != (width, height):
+            upright = ImageOps.fit(upright, (width, height), method=Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(upright).reshape(height, width, channels)).permute(2, 0, 1)[None]
 
 

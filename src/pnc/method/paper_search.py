@@ -29,7 +29,7 @@ from pnc.graph.cut_points import CutPoint, extract
 from pnc.method.held_out import Outcome, outcome_of, own_head, source_body
 from pnc.method.positions import MAX_CUTS
 from pnc.method.refinement import Schedule, Views, bounded, refining_loss, train, views
-from pnc.method.source_part import Part
+from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Network, Progress
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03)
@@ -44,13 +44,13 @@ class Trained:
     """What was trained at one position, and how held-out images fared."""
 
     adapter: Adapter
-    part: Part
+    part: SourcePart
     head: Head
     learning_rate: float
     outcome: Outcome
 
 
-def search(task: CloneTask, part_of: Callable[[Adapter], Part], progress: Progress | None = None) -> Trained:
+def search(task: CloneTask, part_of: Callable[[Adapter], SourcePart], progress: Progress | None = None) -> Trained:
     """Search for a position as the paper does.
 
     Args:
@@ -103,7 +103,7 @@ class _Place:
     """One position, ready to be trained at."""
 
     def __init__(
-        self, task: CloneTask, target_cut: CutPoint, source_cut: CutPoint, part_of: Callable[[Adapter], Part]
+        self, task: CloneTask, target_cut: CutPoint, source_cut: CutPoint, part_of: Callable[[Adapter], SourcePart]
     ) -> None:
         self._task, self._target_cut, self._source_cut, self._part_of = task, target_cut, source_cut, part_of
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,28 +15,26 @@ from pnc.clones.branch import Branch
 from pnc.clones.clone import Clone, check_name
 from pnc.clones.heads import Head
 from pnc.data.image_store import MEMORY
-from pnc.foundation.argument_checks import check_bound, check_whole
+from pnc.foundation.argument_checks import check_flag
 from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import fingerprint
 from pnc.foundation.network_state import undisturbed
 from pnc.foundation.process_team import ALONE, Team
-from pnc.foundation.resumable_steps import NO_STEPS, Steps
+from pnc.foundation.resumable_steps import NO_STEPS, Steps, check_steps_path
 from pnc.foundation.tensor_bits import value_digests
 from pnc.foundation.tensor_files import canonical_json
 from pnc.graph.nodes import info
 from pnc.method.adapter_fitting import CrossFitted
-from pnc.method.base_drop_bound import check_base_drop, check_promise, least_priority
+from pnc.method.base_drop_bound import check_promise, least_priority
 from pnc.method.density_choice import TOLERANCE, joint_front, worth_trying
 from pnc.method.held_out import Outcome, features_seen, fit_head, judge, outcome_of, run_parts
-from pnc.method.localization.localizer import Method, localize
+from pnc.method.localization.localizer import localize
 from pnc.method.paper_search import search
 from pnc.method.positions import scan
 from pnc.method.refinement import refined
-from pnc.method.source_part import Part
-from pnc.method.task import CloneTask, Precision, Progress, prepare_task
-
-Strategy = Literal["scan", "sequential"]
-"""How a position is found: all in closed form, or as the paper does (`paper_search`), the reference."""
+from pnc.method.settings import Bounds, Method, Removal, Strategy, check_strategy
+from pnc.method.source_part import SourcePart
+from pnc.method.task import CloneTask, Precision, Progress, check_task, prepare_task
 
 MAX_NAME = 60
 """Characters up to which a clone is named after all of its classes."""
@@ -83,31 +81,34 @@ def clone(
             an ImageSet. Labels are class names, or ids of base classes followed by new ones. Samples of base classes
             are optional; with some the new classes are told from the old ones better, also where only some of the base
             classes have any.
-        classes: Names of the classes to clone; None takes all of the source's that the target lacks. The support has
-            images of these and of base classes only.
         source_classes: Names of the source's outputs, in order.
         base_classes: Names of the target's outputs, in order.
+        classes: Names of the classes to clone; None takes all of the source's that the target lacks. The support has
+            images of these and of base classes only.
         background: Unlabelled images that the target is used on, with none or few of the new classes among them: a
             tensor (N, C, H, W) or an ImageSet. They serve as samples of the base classes that the target itself sees in
             them.
-        name: Of the clone; None makes one of the names of its classes.
+        flip: Use the mirror image of each sample too: right for photographs, wrong for digits.
         density: Share of the prunable multiply-accumulates of the source's part to keep, in (0, 1]. "auto" chooses it
             together with the position: the most promising few on the joint front are made, and the cheapest of them
             whose held-out score is as good as the best one's but for half a point is taken. It reaches a `max_macs`
             that no position meets at full density.
+        max_macs: Bound on the added MACs as a share of the source's.
+        max_base_drop: Bound on the accuracy that base images may lose, in (0, 1), such as 0.02: the new logits are
+            lowered until held-out base images keep it. It takes 1 / max_base_drop - 1 of these, 49 for 0.02. None
+            takes base and new images for equally likely.
+
+        The others have defaults that rarely need a change:
+
+        name: Of the clone; None makes one of the names of its classes.
         method: How channels are chosen below density 1: by "gates", learned with the norms by gradient (a minute), by
             one-shot scores "taylor", "magnitude" or "random", or by "local-surrogate", the paper's rule as we read it.
         round_to: Below density 1, keep multiples of so many channels, which may keep less than `density` allows:
             processors take 8, 16 or 32 channels as fast as one more than half of them.
-        max_macs: Bound on the added MACs as a share of the source's.
         max_bytes: Bound on the size of the thin file at full density.
-        max_base_drop: Bound on the accuracy that base images may lose, in (0, 1), such as 0.02: the new logits are
-            lowered until held-out base images keep it. It takes 1 / max_base_drop - 1 of these, 49 for 0.02. None
-            takes base and new images for equally likely.
         strategy: How the position is found. "sequential" is the reference to compare with: the paper's search, trained
             by gradient; it knows no bounds and takes minutes.
         refine: Tune the adapter by gradient, and keep what held-out images gain by; takes minutes.
-        flip: Use the mirror image of each sample too: right for photographs, wrong for digits.
         seed: Of every random choice; the same inputs and seed give the same clone.
         batch_size: Images that go through a network at a time.
         memory: Bytes that may be kept of the support at a time, beside what a batch takes. Images that a Dataset or a
@@ -124,17 +125,10 @@ def clone(
             the bounds, `density` is out of range, or `resume` is a file of something else.
         FileFormatError: `resume` is damaged.
     """
-    if density != "auto" and not (isinstance(density, int | float) and 0 < density <= 1):
-        raise InputError(
-            f"density must be in (0, 1], the share of prunable MACs that is kept, or 'auto'; got {density!r}"
-        )
-    check_base_drop(max_base_drop)
-    bounded = any(bound is not None for bound in (max_macs, max_bytes, max_base_drop)) or density == "auto"
-    _check_strategy(strategy, is_plain=not bounded and not refine)
-    check_name(name)
-    check_whole(round_to, "round_to", 1)
-    check_bound(max_macs, "max_macs")
-    check_bound(max_bytes, "max_bytes")
+    removal, bounds = Removal(density, method, round_to), Bounds(max_macs, max_bytes, max_base_drop)
+    check_flag(refine, "refine")
+    check_strategy(strategy, removal, bounds, refine)
+    _check_others(name, resume, progress)
     task = prepare_task(
         source,
         target,
@@ -159,8 +153,8 @@ def clone(
             )
         steps = NO_STEPS
         if resume is not None:
-            bounds = {"max_macs": max_macs, "max_bytes": max_bytes}
-            settings = {"density": density, "method": method, "round_to": round_to, **bounds}
+            cost = {"max_macs": max_macs, "max_bytes": max_bytes}
+            settings = {**vars(removal), **cost}
             steps = Steps(Path(resume), _identity(task, settings), team)
         found = scan(task, progress=progress)
         fit_one = partial(
@@ -184,14 +178,13 @@ def clone(
         return chosen
 
 
-def _check_strategy(strategy: str, is_plain: bool) -> None:
-    if strategy not in get_args(Strategy):
-        raise InputError(f"strategy: expected one of {', '.join(get_args(Strategy))}, got {strategy!r}")
-    if strategy == "sequential" and not is_plain:
-        raise InputError(
-            "strategy: the sequential search takes no max_macs, max_bytes, max_base_drop, refine or density='auto'; "
-            "leave them out"
-        )
+def _check_others(name: str | None, resume: str | Path | None, progress: Progress | None) -> None:
+    """Refuse what would be found out only after the work."""
+    check_name(name)
+    if resume is not None:
+        check_steps_path(resume)
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress: expected a function of (what, done, total) or None; got {type(progress).__name__}")
 
 
 def _cheapest_good(made: Sequence[Clone]) -> Clone:
@@ -228,7 +221,18 @@ def fit(
         name: As in `clone`.
         steps: What is there of an earlier call, and where what takes long is kept.
         progress: As in `clone`.
+    Raises:
+        InputError: an argument is out of range, or `fitted` is no adapters.
     """
+    density = Removal(density, method, round_to).fixed_density
+    Bounds(max_base_drop=max_base_drop)
+    check_flag(refine, "refine")
+    _check_others(name, None, progress)
+    check_task(task)
+    if not isinstance(fitted, CrossFitted):
+        raise InputError(f"fitted: expected adapters, found.adapter(position) of a scan; got {type(fitted).__name__}")
+    if max_base_drop is not None:
+        check_promise(max_base_drop, _n_images(task, base=True))
     steps = steps.at(f"{fitted.adapter.target_cut.name} > {fitted.adapter.source_cut.name} at {density}")
     part = localize(task, fitted.adapter, density, method, round_to=round_to, steps=steps, progress=progress)
     error = fitted.error
@@ -270,7 +274,12 @@ def fit_sequential(
         round_to: As in `clone`.
         name: As in `clone`.
         progress: As in `clone`.
+    Raises:
+        InputError: an argument is out of range.
     """
+    density = Removal(density, method, round_to).fixed_density
+    _check_others(name, None, progress)
+    check_task(task)
     found = search(task, lambda adapter: localize(task, adapter, density, method, round_to=round_to), progress)
     facts = {"learning_rate": found.learning_rate, "strategy": "sequential"}
     return _made(task, found.adapter, found.part, found.head, found.outcome, name, method, facts)
@@ -279,7 +288,7 @@ def fit_sequential(
 def _made(
     task: CloneTask,
     adapter: Adapter,
-    part: Part,
+    part: SourcePart,
     head: Head,
     outcome: Outcome,
     name: str | None,

@@ -8,7 +8,7 @@ from pnc.channels.channel_masks import ChannelMasks
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class SourcePart:
     """A part of the source, as an own copy without gradients.
 
     Attributes:

@@ -1,12 +1,15 @@
 """What a network wants done to its images, as a part of the network: colours, size, normalisation."""
 
+import math
 from collections.abc import Sequence
+from reprlib import repr as shortened
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pnc.data.image_store import MAX_IMAGE
 from pnc.data.normalization import Normalization
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import InputError
@@ -57,6 +60,7 @@ class Preprocessed(nn.Module):
     torch.Size([5, 2])
     """
 
+    image_range: tuple[float, float] | None = (0.0, 1.0)
     mean: Tensor | None
     std: Tensor | None
     given_mean: Tensor | None
@@ -86,6 +90,8 @@ class Preprocessed(nn.Module):
         means, stds = Normalization(mean, std).per_channel(self.input_shape[0])
         if given is not None and not isinstance(given, Normalization):
             raise InputError(f"given: expected pnc.Normalization(mean, std), got {type(given).__name__}")
+        if given is not None:
+            self.image_range = None  # what another loader's interpolation leaves beyond black and white is as good
         self._alike = given is not None and _same(given, means, stds)
         like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
         self.register_buffer("mean", _column(means, like) if any(means) else None)
@@ -139,10 +145,17 @@ def checked_shape(input_shape: Sequence[int]) -> Shape:
     """Return `input_shape` as (C, H, W).
 
     Raises:
-        InputError: it is not three positive whole numbers.
+        InputError: it is not three positive whole numbers, or more values than `MAX_IMAGE`.
     """
-    if len(input_shape) != 3 or any(not isinstance(size, int) or size < 1 for size in input_shape):
-        raise InputError(f"input_shape: expected three positive whole numbers (C, H, W), got {tuple(input_shape)}")
+    if len(input_shape) != 3 or any(type(size) is not int or size < 1 for size in input_shape):
+        raise InputError(
+            f"input_shape: expected three positive whole numbers (C, H, W), got {shortened(tuple(input_shape))}"
+        )
+    if math.prod(input_shape) > MAX_IMAGE:
+        raise InputError(
+            f"input_shape: {shortened(tuple(input_shape))} has {math.prod(input_shape):.3g} values; images may have "
+            f"{MAX_IMAGE}"
+        )
     return input_shape[0], input_shape[1], input_shape[2]
 
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save
-from pnc.clones.manifest import Kind
+from pnc.clones.manifest import FileKind
 from pnc.composite.evaluation import EvaluationReport
 from pnc.foundation.errors import InputError
-from pnc.foundation.tensor_files import write_file
+from pnc.foundation.file_writing import write_file
 from pnc.report.model_card import FILE, model_card
 
 
@@ -21,7 +21,7 @@ def save_pretrained(
     clone: Clone,
     folder: str | Path,
     *,
-    kind: Kind = "thin",
+    kind: FileKind = "thin",
     base_models: Sequence[str] = (),
     licence: str | None = None,
     evaluation: EvaluationReport | None = None,
@@ -50,7 +50,7 @@ def push_to_hub(
     clone: Clone,
     repository: str,
     *,
-    kind: Kind = "thin",
+    kind: FileKind = "thin",
     base_models: Sequence[str] = (),
     licence: str | None = None,
     evaluation: EvaluationReport | None = None,
@@ -128,7 +128,7 @@ def _check(clone: Clone, evaluation: EvaluationReport | None, dataset: str | Non
         raise InputError("dataset: evaluation needs the name of the images that it was measured on; give dataset=")
 
 
-def _write(clone: Clone, folder: Path, kind: Kind, card: str) -> None:
+def _write(clone: Clone, folder: Path, kind: FileKind, card: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

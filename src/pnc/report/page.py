@@ -9,7 +9,7 @@ from typing import Any
 from pnc.composite.composite import Composite
 from pnc.composite.evaluation import uncalibrated_warning
 from pnc.foundation.errors import InputError
-from pnc.foundation.tensor_files import write_file
+from pnc.foundation.file_writing import write_file
 from pnc.report.confusion import confusion
 from pnc.report.facts import Facts, collect_facts
 from pnc.report.figures import (

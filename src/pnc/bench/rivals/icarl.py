@@ -1,9 +1,9 @@
 """iCaRL: fine-tuning with distillation, then the nearest mean of exemplars in the tuned network's features.
 
 Rebuffi et al., 2017 (arXiv:1611.07725). Every class keeps as many exemplars as the base class with the fewest samples,
-chosen by herding: one after the other such that their mean stays nearest to that of all samples of the class.
-Deviations: softmax with distillation in place of one sigmoid for each class, since the target was not trained with
-these; minus the squared distances are scaled to logits, which changes no prediction.
+chosen one after the other by herding, so that their mean stays nearest to that of all samples of the class. Deviations:
+softmax with distillation instead of one sigmoid per class, because the target was not trained with sigmoids; negative
+squared distances are scaled to logits, which changes no prediction.
 """
 
 import torch
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from pnc.bench.rivals.lwf import LEARNING_RATES, WEIGHTS, distillation
 from pnc.bench.rivals.nearest_mean import NearestMean, best_scale
 from pnc.bench.rivals.rival import Budget, Fitted, Rival, need_base_samples
-from pnc.bench.rivals.tuning import Data, Method, grid, tune
+from pnc.bench.rivals.tuning import Data, TuningMethod, grid, tune
 from pnc.method.task import CloneTask
 
 
 def fit(task: CloneTask, budget: Budget) -> Fitted:
-    """Tune everything, then put the nearest mean of exemplars in the classifier's place."""
+    """Tune everything, then replace the classifier by the nearest mean of exemplars."""
     need_base_samples(task, "iCaRL")
     classifier, n_classes = task.target.head.module, task.n_base + len(task.new_classes)
 
@@ -32,11 +32,11 @@ def fit(task: CloneTask, budget: Budget) -> Fitted:
         return nn.Sequential(model, NearestMean(*best_scale(features, torch.stack(means), data.labels)))
 
     settings = grid(LEARNING_RATES, strengths=WEIGHTS)
-    return tune(task, Method(settings, strength="distillation", term=distillation, finish=by_exemplars), budget)
+    return tune(task, TuningMethod(settings, strength="distillation", term=distillation, finish=by_exemplars), budget)
 
 
 def herded(features: Tensor, number: int) -> Tensor:
-    """Choose `number` rows of (N, D), or all where there are fewer, such that their mean stays near the mean of all."""
+    """Choose `number` rows of (N, D), or all if there are fewer, so that their mean stays near the mean of all."""
     mean, total = features.mean(0), torch.zeros_like(features[0])
     left, chosen = list(range(len(features))), []
     for count in range(1, min(number, len(features)) + 1):

@@ -6,13 +6,14 @@ from torch import Tensor
 
 from pnc.bench.rivals.ensemble import DirectEnsemble
 from pnc.bench.rivals.rival import Budget, Fitted, Rival, need_base_samples
+from pnc.method.head_fitting import balanced_weights
 from pnc.method.task import CloneTask
 
 _STEPS = 100
 
 
 def fit(task: CloneTask, budget: Budget) -> Fitted:
-    """Fit three numbers by cross-entropy, every class weighing the same; what is to be chosen besides is nothing."""
+    """Fit three numbers by cross-entropy; base and new samples have equal weight, as in average accuracy."""
     need_base_samples(task, "an ensemble with temperatures")
     raw = DirectEnsemble(task.target.recording.module, task.source.recording.module, task.source_ids)
     with torch.no_grad():
@@ -24,21 +25,22 @@ def fit(task: CloneTask, budget: Budget) -> Fitted:
 
 
 def fit_scales(logits: Tensor, labels: Tensor, n_base: int) -> tuple[tuple[float, float], float]:
-    """Scales of base and of new logits, and the offset of the new ones, of the lowest balanced cross-entropy.
+    """Scales of base and new logits, and the offset of the new ones, with the lowest balanced cross-entropy.
 
     Args:
         logits: (N, K_base + K_new), float64.
-        labels: (N,), of every class.
+        labels: (N,), of all classes.
         n_base: K_base.
     """
-    weights = 1 / labels.bincount(minlength=logits.shape[1]).clamp_min(1).double()
+    weights = balanced_weights(labels, n_base)
+    weights = weights / weights.sum()
     values = torch.zeros(3, dtype=torch.float64, requires_grad=True)  # logarithms of both scales; offset
     optimizer = torch.optim.LBFGS([values], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         scaled = torch.cat([logits[:, :n_base] * values[0].exp(), logits[:, n_base:] * values[1].exp() + values[2]], 1)
-        value = F.cross_entropy(scaled, labels, weight=weights)
+        value = (F.cross_entropy(scaled, labels, reduction="none") * weights).sum()
         torch.autograd.backward(value)
         return value
 

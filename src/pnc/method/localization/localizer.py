@@ -7,7 +7,6 @@ ranks and norms by gradient where the clone will work, behind the adapter, and t
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,6 @@ from pnc.channels.compaction import compact, own_copy
 from pnc.channels.mac_budget import Costs, masks_within
 from pnc.clones.adapter import Adapter
 from pnc.clones.position_grids import pool
-from pnc.foundation.errors import InputError
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.graph.cut_points import LOGITS, extract
 from pnc.method.discriminants import fit_discriminants
@@ -28,10 +26,9 @@ from pnc.method.localization.channel_scores import one_shot_ranking
 from pnc.method.localization.gates import learn_gates
 from pnc.method.localization.norms import Batch, reestimate_statistics, tune_norms
 from pnc.method.localization.paper_surrogate import Neighbourhoods, neighbourhoods, surrogate_loss
-from pnc.method.source_part import Part
+from pnc.method.settings import Method, Removal
+from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Progress
-
-Method = Literal["gates", "taylor", "magnitude", "random", "local-surrogate"]
 
 GATES_STEPS = 200
 NORMS_STEPS = 300
@@ -59,7 +56,7 @@ def localize(
     round_to: int = 1,
     steps: Steps = NO_STEPS,
     progress: Progress | None = None,
-) -> Part:
+) -> SourcePart:
     """Localize: take the source's part behind an adapter, at the density that is wanted.
 
     Args:
@@ -73,21 +70,18 @@ def localize(
     Raises:
         InputError: an unknown method, or a density that cannot be met.
     """
-    if method not in get_args(Method):
-        raise InputError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
-    if not 0 < density <= 1:
-        raise InputError(f"density must be in (0, 1]: the share of prunable MACs that is kept; got {density}")
+    density = Removal(density, method, round_to).fixed_density
     task = task.within(4 * adapter.source_cut.size + task.samples.images.n_bytes)
     body = source_body(task, adapter.source_cut)
     if density == 1 or not (spaces := channel_spaces(body)).spaces:
-        return Part(own_copy(body))
+        return SourcePart(own_copy(body))
     costs = Costs(body, spaces)
     kept = steps.get(_STEP)
     if kept is not None:
         masks = ChannelMasks.from_bytes(kept["masks"].numpy().tobytes(), spaces)
         module = compact(body, spaces, masks)
         module.load_state_dict({name: kept[f"module.{name}"] for name in module.state_dict()})
-        return Part(module, masks, costs.density(masks.flat))
+        return SourcePart(module, masks, costs.density(masks.flat))
     choice = _Choice(task, adapter, body, costs, progress)
     with task.autocast():
         ranking, learned = choice.ranking(density, method)
@@ -103,7 +97,7 @@ def localize(
             tune_norms(module, batches, NORMS_STEPS, choice.inputs, start=start, team=task.team)
     own = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     steps.keep(_STEP, {"masks": torch.frombuffer(bytearray(masks.to_bytes()), dtype=torch.uint8), **own})
-    return Part(module, masks, costs.density(masks.flat))
+    return SourcePart(module, masks, costs.density(masks.flat))
 
 
 class _Choice:
