@@ -53,7 +53,7 @@ class Composite(nn.Module):
         self.branches = nn.ModuleList()
         self._known = known
         self._base_classes = clone.base_classes
-        self._input_shape = clone.input_shape
+        self.input_shape = clone.input_shape
         self._clones: dict[str, Clone] = {}  # never changed in place, like the list of branches: readers need no lock
         self._blocks: tuple[Block, ...] = ()
         self._base_priority = 0.0
@@ -261,7 +261,7 @@ class Composite(nn.Module):
             RecordingError: the target cannot be recorded.
         """
         with _LOCK, torch.inference_mode(False):
-            recorded = RecordedTarget(self.target, self._input_shape, self._known)
+            recorded = RecordedTarget(self.target, self.input_shape, self._known)
             recorded.check(self._clones.values(), allow_mismatch)
             self._recorded = recorded
             self.branches.to(recorded.probe)
@@ -324,7 +324,7 @@ class Composite(nn.Module):
 
     def _record(self) -> None:
         with _LOCK:
-            self._recorded = RecordedTarget(self.target, self._input_shape, self._known)
+            self._recorded = RecordedTarget(self.target, self.input_shape, self._known)
             self._update_plan()
 
     def _update_plan(self) -> None:
