@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pnc.method.task import CloneTask, prepare_task
     from pnc.models.exported_programs import from_exported
     from pnc.models.model_specs import LoadedModel, load_model
+    from pnc.models.outputs import Output
     from pnc.models.preprocessing import Preprocessed
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "LoadedModel",
     "MismatchError",
     "OnnxComposite",
+    "Output",
     "PNCError",
     "PNCWarning",
     "Position",
@@ -112,6 +114,7 @@ _NAMES_OF = {
     "method.task": "CloneTask prepare_task",
     "models.exported_programs": "from_exported",
     "models.model_specs": "LoadedModel load_model",
+    "models.outputs": "Output",
     "models.preprocessing": "Preprocessed",
 }
 _LOADED_WHEN_ASKED = {name: f"pnc.{module}" for module, names in _NAMES_OF.items() for name in names.split()}

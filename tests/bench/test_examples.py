@@ -1,4 +1,4 @@
-"""The examples run as they are written: on small data here."""
+"""The examples run unchanged, on small data."""
 
 import importlib.util
 import json
@@ -39,7 +39,7 @@ def fast_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cifar10(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module examples/cifar10.py, with little networks and few steps of fine-tuning."""
+    """The module examples/cifar10.py, with small networks and few steps of fine-tuning."""
     module = module_of("cifar10")
     monkeypatch.setattr(module, "SPEC", "zoo:cnn?width=0.25")
     monkeypatch.setattr(module, "RECIPE", Recipe(epochs=2, batch_size=64, crop_padding=1, flip=False))

@@ -118,7 +118,10 @@ def test_what_base_images_may_lose_is_bounded_or_refused(command: Command, tmp_p
     words = f"clone {NETWORKS} --data digits --out {{out}} --max-base-drop 0.02 --support"
     assert "base images may lose" in command(f"{words} 10/10", out=tmp_path / "c").out
     assert pnc.inspect(tmp_path / "c")["recipe"]["max_base_drop"] == 0.02
-    assert "0 base images cannot show that; give at least 49" in command(f"{words} 10/0", out=tmp_path / "d").complaint
+    assert (
+        "0 base images are too few to verify that; give at least 49"
+        in command(f"{words} 10/0", out=tmp_path / "d").complaint
+    )
     assert not (tmp_path / "d").exists()
 
 

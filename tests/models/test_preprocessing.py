@@ -40,7 +40,7 @@ def small(input_shape: tuple[int, int, int]) -> nn.Module:
 
 
 def operations(recording: Recording) -> list[str]:
-    """What is recorded in front of the network itself."""
+    """The recorded operations before the network itself."""
     found = []
     for node in recording.module.graph.nodes:
         if str(node.target).startswith("network."):
@@ -178,12 +178,12 @@ COLOURED = (3, 16, 16)
 
 
 def coloured(images: Tensor) -> Tensor:
-    """Digits at twice their size in three equal channels."""
+    """Digits at twice their size, in three equal channels."""
     return F.interpolate(images, COLOURED[1:], mode="bilinear", antialias=True).repeat(1, 3, 1, 1)
 
 
 def bare(classes: tuple[str, ...]) -> tuple[nn.Module, float, float]:
-    """A trained network that takes normalised digits, with the mean and std that they must be normalised by."""
+    """A trained network for normalised digits, with the mean and standard deviation of the normalisation."""
     module = copy.deepcopy(network(classes).module)
     normalize = module.get_submodule("normalize")
     mean, std = (normalize.get_buffer(name).item() for name in ("mean", "std"))
@@ -210,7 +210,7 @@ class Case:
 
 
 def case(name: str) -> Case:
-    """Networks of other sizes, colours and normalisations, and images as one of them or neither takes them."""
+    """Networks of different sizes, colours and normalisations, and images for one of them or neither."""
     grey, test = support(), held_out_images()
     colour = Support(coloured(grey.images), grey.labels, grey.names)
     coloured_test = ImageSet(coloured(test.images), test.labels, test.classes)
@@ -229,7 +229,7 @@ def case(name: str) -> Case:
 
 @cache
 def made(name: str) -> tuple[Case, pnc.Clone]:
-    """A case and its clone, whose networks are found as they were."""
+    """A case and its clone; its networks must not change."""
     nets = case(name)
     before = [take_snapshot(nets.source), take_snapshot(nets.target)]
     clone = pnc.clone(nets.source, nets.target, nets.support, source_classes=NEW, base_classes=BASE)

@@ -189,7 +189,7 @@ def measure_lifecycle(
     json_path: OutFile = Path("results/lifecycle.json"),
     threads: OneThread = 1,
 ) -> None:
-    """Many clones in one target: random sequences of operations, bit for bit, and what calibration gains.
+    """Test many clones in one target: random sequences of operations, bit for bit, and the gain by calibration.
 
     Takes some minutes for each seed and for the sequences; existing rows are not measured again.
     """
@@ -229,7 +229,7 @@ def measure_scale(
     device: Device = "cpu",
     threads: OneThread = 2,
 ) -> None:
-    """Time and memory as supports and networks grow, and in two processes.
+    """Measure time and memory as supports and networks grow, and in two processes.
 
     Takes half an hour on two cores; existing rows are not measured again.
     """
@@ -260,14 +260,14 @@ def measure_speed(
         "latency,job"
     ),
     layouts: Annotated[
-        str, typer.Option(help="Of latency, beside eager networks as they are: channels_last, compiled.")
+        str, typer.Option(help="Of latency, in addition to plain eager networks: channels_last, compiled.")
     ] = "channels_last,compiled",
     data_name: DataName = None,
     json_path: OutFile = Path("results/speed.json"),
     device: Device = "cpu",
     threads: OneThread = 1,
 ) -> None:
-    """Time to make a clone, to run it and to attach it, beside whole networks, the paper's search and fine-tuning.
+    """Time to make, run and attach a clone, compared with whole networks, the paper's search and fine-tuning.
 
     Takes a quarter of an hour, half of it the paper's search; existing rows are not measured again. The machine should
     have nothing else to do.

@@ -13,6 +13,7 @@ from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import Fingerprint
 from pnc.foundation.plain_text import facts_text, few_names
 from pnc.graph.cut_points import CutPoint
+from pnc.graph.forward_prints import ForwardPrint
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,8 @@ class Clone:
         target_features: The cut of the target's features that the head reads: the penultimate ones, or, without base
             samples, the input of its last BatchNorm layer.
         recipe: How it was made and what it promises: plain values.
+        source_forward: What the source does with its weights; None for clones of files that do not say it.
+        target_forward: The same of the target.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Clone:
     source_input_shape: tuple[int, ...]
     target_features: CutPoint
     recipe: Mapping[str, Any]
+    source_forward: ForwardPrint | None = None
+    target_forward: ForwardPrint | None = None
 
     @property
     def target_cut(self) -> CutPoint:

@@ -5,6 +5,7 @@ A `thin` file leaves the source's weights out: loading it takes them from the so
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -23,12 +24,14 @@ from pnc.clones.manifest import FileKind, Manifest, read_manifest
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import FileFormatError, InputError, MismatchError
 from pnc.foundation.fingerprints import fingerprint, first_difference
+from pnc.foundation.network_state import images_for
 from pnc.foundation.tensor_bits import dtype_name
 from pnc.foundation.tensor_files import DIGEST_KEY, read_sealed, write_tensors
 from pnc.graph.classifier import find_head
 from pnc.graph.cut_points import CutPoint, cut_points, extract
 from pnc.graph.dry_run import shapes_without_values
-from pnc.graph.recording import record
+from pnc.graph.forward_prints import ForwardPrint, forward_difference, forward_print
+from pnc.graph.recording import Recording, record
 
 __all__ = ["FileKind", "check_file_name", "inspect", "load", "read_clone_file", "save"]
 
@@ -121,6 +124,8 @@ def _manifest(clone: Clone, kind: FileKind) -> Manifest:
         target=clone.target,
         input_shape=clone.input_shape,
         recipe=clone.recipe,
+        source_forward=clone.source_forward,
+        target_forward=clone.target_forward,
     )
 
 
@@ -172,7 +177,12 @@ def load(
             f"{path} was made from another source: {difference}; load it with the source it was made from, or with "
             "allow_mismatch=True if you know better"
         )
-    body, masks, features = _body(path, source, manifest, tensors)
+    _check_size(path, source, manifest)
+    recording = record(source, images_for(source, manifest.input_shape))
+    forward = forward_print(source, recording)
+    if not allow_mismatch:
+        _check_forward(path, manifest, forward)
+    body, masks, features = _body(path, recording, manifest, tensors)
     branch = _skeleton(path, manifest, tensors, Stitched(_adapter(manifest, tensors), body, features)).cpu()
     for name, tensor in _fitted(branch).items():
         if name in tensors:
@@ -191,6 +201,32 @@ def load(
         source_input_shape=manifest.input_shape,
         target_features=manifest.target_features,
         recipe=manifest.recipe,
+        source_forward=forward if is_other else manifest.source_forward,
+        target_forward=manifest.target_forward,
+    )
+
+
+def _check_forward(path: str | Path, manifest: Manifest, found: ForwardPrint) -> None:
+    """Refuse a source that does something else with the weights than the one that the file names."""
+    if manifest.source_forward is None:
+        warnings.warn(
+            f"{path} is of an earlier version of pnc and says nothing of what its networks do with their weights: only "
+            "the weights were compared; save the clone again",
+            stacklevel=3,
+        )
+        return
+    difference = forward_difference(found, manifest.source_forward, weights=manifest.kind == "thin")
+    if difference is None:
+        return
+    if difference.is_other:
+        raise MismatchError(
+            f"{path} was made from another source, with the same weights and another forward pass: {difference.text}; "
+            "load it with the source it was made from, or with allow_mismatch=True if you know better"
+        )
+    warnings.warn(
+        f"source: {difference.text}, compared with the one that {path} was made from; its answers to a test pattern "
+        "are the same",
+        stacklevel=3,
     )
 
 
@@ -333,13 +369,9 @@ def _check_size(path: str | Path, source: nn.Module, manifest: Manifest) -> None
 
 
 def _body(
-    path: str | Path, source: nn.Module, manifest: Manifest, tensors: Mapping[str, Tensor]
+    path: str | Path, recording: Recording, manifest: Manifest, tensors: Mapping[str, Tensor]
 ) -> tuple[nn.Module, ChannelMasks | None, CutPoint]:
     """Rebuild the source's part: recorded anew, cut, compacted, with the file's own tensors for the source's."""
-    _check_size(path, source, manifest)
-    parameter = next(source.parameters(), torch.empty(0))
-    example = torch.rand(2, *manifest.input_shape, generator=torch.Generator().manual_seed(0))
-    recording = record(source, example.to(parameter.device, parameter.dtype))
     cut = manifest.source_cut
     if not any(cut.is_same_place(other) for other in cut_points(recording)):
         raise MismatchError(

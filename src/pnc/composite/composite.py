@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,38 +10,35 @@ from dataclasses import replace
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from pnc.clones.branch import Branch, Scalars
 from pnc.clones.clone import Clone, check_clones
-from pnc.composite.direct_calls import called_directly, flattened
-from pnc.composite.forward_plan import (
-    Block,
-    CloneStatus,
-    NamedNetwork,
-    Places,
-    Plan,
-    WantedClones,
-    check_base_names,
-    check_places,
-    check_target,
-    network_of,
-    status_of,
-)
+from pnc.composite.clone_checks import NamedNetwork, check_forward, check_names, check_target, network_of
+from pnc.composite.forward_plan import Block, CloneStatus, Plan, WantedClones, status_of
 from pnc.composite.fused_composite import FusedComposite
-from pnc.composite.verification import PROBE_SIZES, Report, verify_composite
+from pnc.composite.recorded_target import RecordedTarget
+from pnc.composite.verification import Report, verify_composite
 from pnc.data.image_range import check_values
 from pnc.foundation.argument_checks import check_flag
 from pnc.foundation.class_names import unknown_name
-from pnc.foundation.errors import ClassNameError, InputError
+from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import KnownFingerprint
 from pnc.foundation.network_state import Snapshot, undisturbed
 from pnc.foundation.plain_text import few_names
-from pnc.graph.cut_points import LOGITS, extract
-from pnc.graph.recording import Recording, record
 
 _LOCK = threading.RLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
-_RECORDED = "_plan", "_places", "_recording", "_trunks"  # attributes that come of recording the target
+
+
+def _new_lock() -> None:
+    """Take another lock in the child of a fork: the old one may be held by a thread that the child does not have."""
+    global _LOCK
+    _LOCK = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
+_RECORDED = "_plan", "_recorded"
+"""Attributes that come of recording the target."""
 
 
 class Composite(nn.Module):
@@ -57,8 +55,7 @@ class Composite(nn.Module):
     """
 
     _plan: Plan
-    _recording: Recording
-    _places: Places
+    _recorded: RecordedTarget
 
     def __init__(self, target: nn.Module, clone: Clone, known: KnownFingerprint) -> None:
         super().__init__()
@@ -149,8 +146,9 @@ class Composite(nn.Module):
         check_clones([clone])
         clone = clone.renamed(name, rename)
         with _LOCK, torch.inference_mode(False):
-            self._check(clone, allow_mismatch)
-            branch = copy.deepcopy(clone.branch).to(self._recording.probe.device)
+            check_names(clone, self._base_classes, self._clones.values())
+            self._recorded.check([clone], allow_mismatch)
+            branch = copy.deepcopy(clone.branch).to(self._recorded.probe.device)
             self._replace([*self._pairs(), (clone, branch)])
         return self
 
@@ -158,8 +156,7 @@ class Composite(nn.Module):
         """Take a clone out, in any order; the others and the target stay as they are.
 
         Returns:
-            The clone as it was attached. What `calibrate` has changed is gone with it, unless `clone(name)` was asked
-            for it before.
+            The clone as it was attached; `clone(name)` before gives it as `calibrate` has changed it.
         Raises:
             InputError: no clone of that name is attached.
         """
@@ -169,13 +166,18 @@ class Composite(nn.Module):
             self._replace([pair for pair in self._pairs() if pair[0].name != name])
         return found
 
-    def rescale(self, scalars: Mapping[str, Scalars]) -> Self:
+    def rescale(self, scalars: Mapping[str, Scalars], *, found_on: Plan | None = None) -> Self:
         """Set the scalars of some clones, all at once: `calibrate` finds good ones; `Scalars()` is none.
 
+        Args:
+            scalars: By name of the clone.
+            found_on: The set of clones that they were found for, from `now`: refuse them if one is another by now.
         Raises:
-            InputError: no clone of such a name is attached, or it has another number of classes.
+            InputError: no clone of such a name is attached, it has another number of classes, or it was replaced.
         """
         with _LOCK, torch.inference_mode(False):
+            if found_on is not None:
+                found_on.check_there([branch for _, branch in self._pairs()])
             self._check_names(list(scalars))
             self._replace(
                 [
@@ -235,29 +237,46 @@ class Composite(nn.Module):
             return FusedComposite(self._plan)
 
     def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """Give what calibration starts from: the target's logits, and what the enabled clones say against the base.
-
-        Returns:
-            Logits (B, K_base); and by name of the clone its uncalibrated logits minus the logsumexp of those,
-            (B, K_new), with its features, (B, D_s).
-        """
+        """Give what calibration starts from: `Plan.log_odds`."""
+        check_values(images, self.target, "the target")
         return self._plan.log_odds(images)
+
+    def now(self) -> Plan:
+        """Give what a call reads now: one set of clones."""
+        return self._plan
 
     def train(self, mode: bool = True) -> Self:
         """Set the flag of the composite alone: neither the target nor a clone ever leaves eval mode through it."""
         self.training = mode
         return self
 
-    def verify(self, before: Snapshot | None = None) -> Report:
-        """Compare base logits with the target's own on probe images, and the target with what the clones were made for.
+    def verify(self, before: Snapshot | None = None, *, images: Tensor | None = None) -> Report:
+        """Run the target's own forward beside its recording, and compare it with what the clones were made for.
 
         Args:
             before: From `pnc.snapshot(target)`: everything of the target is compared with that too.
+            images: Your own, (N, C, H, W), besides random ones.
         """
-        parameter = next(self.target.parameters(), torch.empty(0))
-        images = torch.rand(max(PROBE_SIZES), *self._input_shape, generator=torch.Generator().manual_seed(0))
-        expected = {clone.name: clone.target for clone in self._clones.values()}
-        return verify_composite(self, self.target, expected, images.to(parameter.device, parameter.dtype), before)
+        changed, clones = self._recorded.watch.difference(), list(self._clones.values())
+        return verify_composite(self, self.target, changed, clones, images, before)
+
+    def refresh(self, *, allow_mismatch: bool = False) -> Self:
+        """Record the target again, after layers, hooks, parameters or settings of it were replaced on purpose.
+
+        Args:
+            allow_mismatch: Go on with clones that were made for the target as it was, as in `pnc.attach`.
+        Raises:
+            MismatchError: the clones were made for another target than it is now; the composite refuses calls as
+                before.
+            RecordingError: the target cannot be recorded.
+        """
+        with _LOCK, torch.inference_mode(False):
+            recorded = RecordedTarget(self.target, self._input_shape, self._known)
+            recorded.check(self._clones.values(), allow_mismatch)
+            self._recorded = recorded
+            self.branches.to(recorded.probe)
+            self._update_plan()
+        return self
 
     def __repr__(self) -> str:
         clones = [f"{clone.name}: {few_names(clone.classes)}" for clone in self._clones.values()]
@@ -295,23 +314,6 @@ class Composite(nn.Module):
         self.branches, self._clones = branches, {clone.name: clone for clone, _ in pairs}
         self._update_plan()
 
-    def _check(self, clone: Clone, allow_mismatch: bool) -> None:
-        if clone.name in self._clones:
-            raise InputError(
-                f"clone: one named {clone.name!r} is attached already; detach it, or attach this one with another name="
-            )
-        taken = {*self._base_classes, *(name for other in self._clones.values() for name in other.classes)}
-        clash = [name for name in clone.classes if name in taken]
-        if clash:
-            raise ClassNameError(
-                f"clone {clone.name!r}: the composite has a class {clash[0]!r} already; "
-                f"attach it with rename={{{clash[0]!r}: ...}}, or attach clone.renamed(...)"
-            )
-        check_base_names([clone], self._base_classes)
-        if not allow_mismatch:
-            check_target(self.target, [clone], self._known)
-        check_places(self._places, clone)
-
     def _check_names(self, names: list[str] | tuple[str, ...]) -> None:
         unknown = [name for name in names if name not in self._clones]
         if unknown:
@@ -332,11 +334,7 @@ class Composite(nn.Module):
 
     def _record(self) -> None:
         with _LOCK:
-            parameter = next(self.target.parameters(), torch.empty(0))
-            example = torch.rand(2, *self._input_shape, generator=torch.Generator().manual_seed(0))
-            self._recording = record(self.target, example.to(parameter.device, parameter.dtype))
-            self._places = Places.of(self._recording)
-            self._trunks: dict[tuple[str, ...], fx.GraphModule] = {}
+            self._recorded = RecordedTarget(self.target, self._input_shape, self._known)
             self._update_plan()
 
     def _update_plan(self) -> None:
@@ -346,7 +344,7 @@ class Composite(nn.Module):
         taps, views = [clone.target_cut for clone, _ in pairs], [clone.target_features for clone, _ in pairs]
         cuts, features = tuple(dict.fromkeys(taps)), tuple(dict.fromkeys(views))
         plan = Plan(
-            trunk=self._trunk(tuple(cut.name for cut in (*cuts, *features))),
+            trunk=self._recorded.trunk(tuple(cut.name for cut in (*cuts, *features))),
             features=features,
             taps=tuple(map(cuts.index, taps)),
             views=tuple(map(features.index, views)),
@@ -355,21 +353,21 @@ class Composite(nn.Module):
             calibrated=tuple(not branch.scalars.is_identity for _, branch in pairs),
             classes=(*self._base_classes, *(name for clone, _ in pairs for name in clone.classes)),
             base_priority=self._base_priority,
-            probe=self._recording.probe,
             clones=tuple(clone for clone, _ in pairs),
+            probe=self._recorded.probe,
+            watch=self._recorded.watch,
         )
         # Past Module.__setattr__: the trunk shares the target's weights, registered it would list each of them twice.
         self.__dict__["_plan"] = plan
 
-    def _trunk(self, cuts: tuple[str, ...]) -> fx.GraphModule:
-        """The target up to its logits, with the tensors at `cuts`; kept, so that compiled code of it stays of use."""
-        if cuts not in self._trunks:
-            self._trunks[cuts] = called_directly(flattened(extract(self._recording, None, [*cuts, LOGITS])))
-        return self._trunks[cuts]
-
 
 def attach(target: nn.Module | NamedNetwork, *clones: Clone, allow_mismatch: bool = False) -> Composite:
     """Put clones into a target: a new module around it, while the target itself stays as it is, bit for bit.
+
+    The target's forward pass is recorded, and compared with the recording, bit for bit, on random images at batch sizes
+    1 and 4. The target is compared with the one that each clone was made for: names, types, shapes and values of all
+    tensors, a digest of the recorded graph, and answers to a fixed pattern. Nothing is compared on images of yours:
+    that is `net.verify(images=...)`.
 
     Args:
         target: The network that the clones were made for; or what `load_model` gave: its names are compared too.
@@ -391,6 +389,8 @@ def attach(target: nn.Module | NamedNetwork, *clones: Clone, allow_mismatch: boo
     composite = Composite(target, clones[0], known)
     for clone in clones:
         composite.attach(clone, allow_mismatch=True)  # the weights, which take longest, were compared once for all
+    if not allow_mismatch:
+        check_forward(composite._recorded.forward_print, clones)
     return composite
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from pnc.clones.clone_file import load, read_clone_file
@@ -12,6 +11,7 @@ from pnc.composite.composite import attach
 from pnc.composite.verification import PROBE_SIZES, Report, snapshot
 from pnc.foundation.class_names import listed
 from pnc.foundation.fingerprints import first_difference
+from pnc.foundation.network_state import images_for
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ def prove(
         if difference is not None:
             return tuple(checks)
     assert source is not None
-    parameter = next(target.parameters(), torch.empty(0))
-    images = torch.rand(max(PROBE_SIZES), *manifest.input_shape, generator=torch.Generator().manual_seed(0))
-    before = snapshot(target, images.to(parameter.device, parameter.dtype))
+    before = snapshot(target, images_for(target, manifest.input_shape, max(PROBE_SIZES)))
     net = attach(target, load(path, source=source))
     checks.append(_compared("attached", net.verify(before)))
     if checks[-1].ok:

@@ -191,7 +191,7 @@ def doubts(store: ImageStore, labels: Tensor, names: Sequence[str]) -> list[str]
         n_black = int(black[members].sum())
         if len(members) > 1 and len({digests[row] for row in members}) == 1:
             found.append(f"all {len(members)} images of {name!r} are equal")
-        elif n_black and n_black >= len(members) / 10:
+        elif n_black == len(members) == 1 or n_black >= max(2, len(members) / 10):
             found.append(f"{n_black} of {len(members)} images of {name!r} are black")
     first: dict[bytes, int] = {}
     pairs = [

@@ -11,6 +11,10 @@ from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead, in_half_
 from pnc.method.discriminants import ABSENT
 from pnc.method.logistic import logistic_regressions
 
+LEAST_SPREAD = 0.01
+"""Nats that a term is taken to vary by at least: what varies less, as of a source that says nothing, gets no large
+weight, which would only magnify its rounding."""
+
 
 @dataclass(frozen=True)
 class Prior:
@@ -178,7 +182,7 @@ def _fit_odds(terms: Tensor, is_new: Tensor, weights: Tensor, prior: Prior) -> t
     Returns:
         Weights (4,), the last one a constant; and the sum of losses and penalties.
     """
-    mean, scale = terms.mean(0), terms.std(0, correction=0).clamp_min(1e-6)
+    mean, scale = terms.mean(0), terms.std(0, correction=0).clamp_min(LEAST_SPREAD)
     rows, labels = (terms - mean) / scale, is_new.double()
     usual = torch.tensor(prior.odds).double()
     start = torch.cat([usual * scale, (usual * mean).sum()[None]])
@@ -200,7 +204,7 @@ def _fit_classes(terms: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -
         The two weights; and the sum of losses and penalties.
     """
     terms = terms - terms.mean(1, keepdim=True)
-    scale = terms.square().mean((0, 1)).sqrt().clamp_min(1e-6)
+    scale = terms.square().mean((0, 1)).sqrt().clamp_min(LEAST_SPREAD)
     start = torch.tensor(prior.classes).double() * scale
 
     def loss(weight: Tensor) -> Tensor:

@@ -336,6 +336,8 @@ def _made(
         source_input_shape=task.source.recording.input_shape,
         target_features=features_seen(task),
         recipe=recipe,
+        source_forward=task.source.forward_print,
+        target_forward=task.target.forward_print,
     )
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,10 +18,11 @@ from pnc.data.support import StoredSupport, doubts, stored_support
 from pnc.foundation.argument_checks import check_choice
 from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name, listed
 from pnc.foundation.errors import ClassNameError, InputError, PNCWarning, RecordingError
-from pnc.foundation.network_state import undisturbed
+from pnc.foundation.network_state import like_images, undisturbed
 from pnc.foundation.plain_text import few_names
 from pnc.foundation.process_team import ALONE, Team
 from pnc.graph.classifier import ClassifierLayer, find_head
+from pnc.graph.forward_prints import ForwardPrint, forward_print
 from pnc.graph.recording import Recording, info, record
 from pnc.method.settings import check_network, check_run
 
@@ -54,6 +56,11 @@ class Network:
     def n_macs(self) -> int:
         """Multiply-accumulates of one sample through the whole network."""
         return sum(info(node).n_macs for node in self.recording.module.graph.nodes)
+
+    @cached_property
+    def forward_print(self) -> ForwardPrint:
+        """What it does with its weights."""
+        return forward_print(self.model, self.recording)
 
     @property
     def n_params(self) -> int:
@@ -178,9 +185,7 @@ def read_network(model: nn.Module, example: Tensor, classes: Sequence[str], argu
     """
     check_network(model, argument)
     names = check_class_names(classes, f"{argument} classes")
-    parameter = next(model.parameters(), None)
-    if parameter is not None:
-        example = example.to(parameter.device, parameter.dtype)
+    example = example.to(like_images(model))
     try:
         recording = record(model, example)
         head = find_head(recording)

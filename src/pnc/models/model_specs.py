@@ -11,16 +11,17 @@ from torch import nn
 
 from pnc.foundation.class_names import check_class_names, listed, unknown_name
 from pnc.foundation.errors import InputError, MismatchError, RecordingError
+from pnc.foundation.network_state import like_images
 from pnc.foundation.plain_text import few_names
 from pnc.foundation.specs import split_spec
 from pnc.foundation.tensor_files import write_tensors
-from pnc.graph.recording import pick_logits
+from pnc.graph.logits import pick_logits
 from pnc.models.library_networks import (
     HF_OPTIONS,
     TIMM_OPTIONS,
     TORCHVISION_OPTIONS,
-    Found,
-    Wish,
+    LibraryNetwork,
+    LibraryRequest,
     hf_network,
     timm_network,
     torchvision_network,
@@ -310,7 +311,7 @@ def _build_py(request: _Request) -> LoadedModel:
     return LoadedModel(network.eval(), request.spec, classes, request.known_shape(network))
 
 
-_LIBRARIES: dict[str, tuple[Callable[[Wish], Found], Sequence[str]]] = {
+_LIBRARIES: dict[str, tuple[Callable[[LibraryRequest], LibraryNetwork], Sequence[str]]] = {
     "timm": (timm_network, TIMM_OPTIONS),
     "torchvision": (torchvision_network, TORCHVISION_OPTIONS),
     "hf": (hf_network, HF_OPTIONS),
@@ -324,7 +325,7 @@ def _build_from_library(request: _Request) -> LoadedModel:
         if key not in known:
             raise InputError(f"model: {scheme}: {unknown_name(key, known, 'option')}")
     n_classes = None if request.classes is None or request.pretrained else len(request.classes)
-    found = build(Wish(request.spec, request.name, request.options, request.pretrained, n_classes))
+    found = build(LibraryRequest(request.spec, request.name, request.options, request.pretrained, n_classes))
     network = found.network.eval()
     return LoadedModel(network, request.spec, request.known_classes(found.classes), request.known_shape(network))
 
@@ -346,8 +347,7 @@ _SCHEMES: dict[str, Callable[[_Request], LoadedModel]] = {
 
 def _check_outputs(model: LoadedModel) -> int:
     """Run the network once: if it cannot take its images, say so now; the number of its outputs."""
-    parameter = next(model.module.parameters(), torch.empty(0))
-    images = torch.zeros(2, *model.input_shape, dtype=parameter.dtype, device=parameter.device)
+    images = torch.zeros(2, *model.input_shape).to(like_images(model.module))
     try:
         with torch.no_grad():
             output = model.module(images)

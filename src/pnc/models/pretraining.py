@@ -351,7 +351,7 @@ def _resume(run: _Run, partial: Path) -> None:
     tensors, facts = read_tensors(partial)
     history = facts.get("history")
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
-        raise FileFormatError(f"out: the metadata of {partial} is damaged; remove the file, and training starts anew")
+        raise FileFormatError(f"out: the metadata of {partial} is damaged; remove the file to start training again")
     weights = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
     load_tensors(run.model.module, weights)
     state: dict[int, dict[str, Tensor]] = {}
@@ -360,7 +360,7 @@ def _resume(run: _Run, partial: Path) -> None:
         if part == "optimizer":
             index, _, key = rest.partition("/")
             if not index.isdecimal() or len(index) > 9:
-                raise FileFormatError(f"out: {partial} holds {name[:80]!r}; remove the file, and training starts anew")
+                raise FileFormatError(f"out: {partial} holds {name[:80]!r}; remove the file to start training again")
             state.setdefault(int(index), {})[key] = tensor
     groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict({"state": state, "param_groups": groups})
