@@ -54,8 +54,7 @@ from pnc.cli.output import complain, only_json, progress, say, show_clone, show_
 from pnc.cli.plots import check_plot, draw_scan
 from pnc.cli.report_command import report_clones
 from pnc.clones import clone_file
-from pnc.clones.clone import check_name
-from pnc.clones.clone_file import check_file_name
+from pnc.clones.clone import check_file_name, check_name
 from pnc.data.image_store import GIB, MEMORY
 from pnc.data.readers import load_data
 from pnc.foundation import process_team
