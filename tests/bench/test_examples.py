@@ -128,7 +128,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     lines = readme_block("On the command line", "sh").splitlines()
     assert [line.split()[:2] for line in lines] == [
         ["pnc", name]
-        for name in ("pretrain", "pretrain", "clone", "inspect", "verify", "eval", "predict", "cuts", "scan")
+        for name in ("pretrain", "pretrain", "clone", "inspect", "verify", "eval", "report", "predict", "cuts", "scan")
     ]
     for line in lines:
         small = line.replace("parquet:photos", "digits").replace("zoo:resnet20", "zoo:cnn?width=0.25 --epochs 2")

@@ -9,6 +9,7 @@ from torch import nn
 import pnc
 import small_pair
 from pnc.composite.clone_checks import check_forward
+from pnc.composite.file_proof import prove
 from pnc.foundation.errors import MismatchError
 from pnc.graph.forward_prints import forward_difference, forward_print, pattern_images
 from pnc.graph.recording import record
@@ -74,3 +75,10 @@ def test_many_classes_are_summed_and_the_pattern_is_the_same_everywhere():
     pattern = pattern_images((2, 4, 4))
     assert pattern.shape == (3, 2, 4, 4) and pattern.min() >= 0 and pattern.max() <= 1
     assert (pattern * 65536).long()[0, 0, 0].tolist() == [53006, 16558, 48259, 18238]
+
+
+def test_proving_a_file_names_another_forward_pass(file):
+    checks = prove(file, small_pair.like(small_pair.target(), small_pair.OTHERS["GELU"]), small_pair.source())
+    assert [check.what for check in checks] == ["file", "target", "source", "forward pass"]
+    assert not checks[-1].ok and "operation 4 is GELU where ReLU was" in checks[-1].found
+    assert all(check.ok for check in prove(file, small_pair.target(), small_pair.source()))

@@ -84,9 +84,7 @@ CASES = [
 @pytest.mark.parametrize(("kind", "output", "words"), CASES)
 def test_several_possible_logits_are_refused_until_one_is_chosen(kind, output, words, tmp_path):
     target, images = made(kind, 3), small_pair.images(5)
-    with pytest.raises(
-        RecordingError, match=rf"target .* several tensors that could be the logits .*{words}.*pnc.Output"
-    ):
+    with pytest.raises(RecordingError, match=rf"target .* several tensors that could be the logits .*{words}"):
         cloned(small_pair.source(), target)
     chosen = pnc.Output(target, output=output)
     assert fingerprint(chosen) == fingerprint(target)

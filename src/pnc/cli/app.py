@@ -29,6 +29,7 @@ from pnc.cli.arguments import (
     use_threads,
 )
 from pnc.cli.bench_commands import bench
+from pnc.cli.calibrate_command import calibrate_clones
 from pnc.cli.clone_commands import evaluate_clones, inspect_clone, predict_images, verify_clone
 from pnc.cli.export_command import export_clones
 from pnc.cli.network_commands import list_cuts, pretrain_network
@@ -51,9 +52,9 @@ from pnc.cli.options import (
 )
 from pnc.cli.output import complain, only_json, progress, say, show_clone, show_job, show_scan
 from pnc.cli.plots import check_plot, draw_scan
+from pnc.cli.report_command import report_clones
 from pnc.clones import clone_file
-from pnc.clones.clone import check_name
-from pnc.clones.clone_file import check_file_name
+from pnc.clones.clone import check_file_name, check_name
 from pnc.data.image_store import GIB, MEMORY
 from pnc.data.readers import load_data
 from pnc.foundation import process_team
@@ -95,6 +96,7 @@ def start(
 def demo(
     seed: Seed = 0,
     threads: Annotated[int, typer.Option(help="Threads for torch.", min=1, max=MAX_THREADS)] = 1,
+    report: Annotated[Path | None, typer.Option(help="Write a report on the clone here, a page of HTML.")] = None,
     json_path: Json = None,
 ) -> None:
     """Clone digits 5-9 into a network that knows 0-4.
@@ -102,10 +104,11 @@ def demo(
     Trains both networks first, and compares the clone with three other ways to do it. More threads than one only cost
     time with networks this small.
     """
-    check_outputs({"json": json_path})
+    check_outputs({"report": report, "json": json_path})
     with use_threads(threads), progress() as bar:
         facts = demonstration.run_demo(
             seed,
+            report=report,
             progress=bar.step,
             trained=lambda role, report: bar.step(f"training the {role}", report.epoch, report.epochs),
         )
@@ -114,6 +117,8 @@ def demo(
     say("by 20 images of each new digit and 5 of each old one.")
     say()
     show_job(facts)
+    if report is not None:
+        say(f"A report on the clone, to open in a browser: {report}")
     if not all(facts["verified"].values()):
         raise typer.Exit(1)
 
@@ -290,6 +295,8 @@ def scan(
 
 app.command("eval")(evaluate_clones)
 app.command("predict")(predict_images)
+app.command("calibrate")(calibrate_clones)
+app.command("report")(report_clones)
 app.command("inspect")(inspect_clone)
 app.command("verify")(verify_clone)
 app.command("export")(export_clones)

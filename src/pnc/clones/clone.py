@@ -15,6 +15,10 @@ from pnc.foundation.plain_text import facts_text, few_names
 from pnc.graph.cut_points import CutPoint
 from pnc.graph.forward_prints import ForwardPrint
 
+_FOREIGN_SUFFIXES = frozenset(
+    {".pt", ".pth", ".ckpt", ".bin", ".onnx", ".pkl", ".pickle", ".npz", ".h5", ".json", ".pt2", ".gguf"}
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Clone:
@@ -116,3 +120,17 @@ def check_clones(values: Sequence[object]) -> None:
     hint = "; write *clones" if isinstance(wrong, list | tuple) else ""
     hint = f"; read the file first: pnc.load({str(wrong)!r})" if isinstance(wrong, str | Path) else hint
     raise InputError(f"clones: expected what pnc.clone or pnc.load gives, one by one; got {type(wrong).__name__}{hint}")
+
+
+def check_file_name(path: str | Path) -> None:
+    """Refuse the suffix of another format, which other programs would read the file by.
+
+    Raises:
+        InputError: the message gives the path with the right one.
+    """
+    path = Path(path)
+    if path.suffix.lower() in _FOREIGN_SUFFIXES:
+        raise InputError(
+            f"out: clone files are safetensors, and {path.name} looks like another format; "
+            f"write {path.with_suffix('.safetensors').name}"
+        )

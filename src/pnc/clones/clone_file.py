@@ -18,11 +18,11 @@ from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import compact, own_copy
 from pnc.clones.adapter import Adapter, Stitched
 from pnc.clones.branch import Branch
-from pnc.clones.clone import Clone
+from pnc.clones.clone import Clone, check_file_name
 from pnc.clones.heads import DiscriminantHead, Head, SourceHead, StackedHead
 from pnc.clones.manifest import FileKind, Manifest, read_manifest
 from pnc.foundation.argument_checks import check_module
-from pnc.foundation.errors import FileFormatError, InputError, MismatchError
+from pnc.foundation.errors import FileFormatError, InputError, MismatchError, PNCWarning
 from pnc.foundation.fingerprints import fingerprint, first_difference
 from pnc.foundation.network_state import images_for
 from pnc.foundation.tensor_bits import dtype_name
@@ -33,13 +33,10 @@ from pnc.graph.dry_run import shapes_without_values
 from pnc.graph.forward_prints import ForwardPrint, forward_difference, forward_print
 from pnc.graph.recording import Recording, record
 
-__all__ = ["FileKind", "check_file_name", "inspect", "load", "read_clone_file", "save"]
+__all__ = ["FileKind", "inspect", "load", "read_clone_file", "save"]
 
 _STATISTICS = ("running_mean", "running_var")
 _ADAPTER, _HEAD, _BODY, _CALIBRATION, _MASKS = "adapter.", "head.", "body.", "calibration.", "masks"
-_FOREIGN_SUFFIXES = frozenset(
-    {".pt", ".pth", ".ckpt", ".bin", ".onnx", ".pkl", ".pickle", ".npz", ".h5", ".json", ".pt2", ".gguf"}
-)
 _LARGE_IMAGE = 1 << 18
 """Values of an image, about 3x295x295, from which on the source is tried without values before it is recorded."""
 _RIVALS = f"{_CALIBRATION}rivals"
@@ -72,20 +69,6 @@ def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
         raise InputError(f"clone: {broken} holds values that are not finite, and no reader would take it; clone again")
     write_tensors(path, tensors, _manifest(clone, kind).facts())
     return Path(path).stat().st_size
-
-
-def check_file_name(path: str | Path) -> None:
-    """Refuse the suffix of another format, which other programs would read the file by.
-
-    Raises:
-        InputError: the message gives the path with the right one.
-    """
-    path = Path(path)
-    if path.suffix.lower() in _FOREIGN_SUFFIXES:
-        raise InputError(
-            f"out: clone files are safetensors, and {path.name} looks like another format; "
-            f"write {path.with_suffix('.safetensors').name}"
-        )
 
 
 def _short(name: str, tensor: Tensor) -> Tensor:
@@ -212,6 +195,7 @@ def _check_forward(path: str | Path, manifest: Manifest, found: ForwardPrint) ->
         warnings.warn(
             f"{path} is of an earlier version of pnc and says nothing of what its networks do with their weights: only "
             "the weights were compared; save the clone again",
+            PNCWarning,
             stacklevel=3,
         )
         return
@@ -226,6 +210,7 @@ def _check_forward(path: str | Path, manifest: Manifest, found: ForwardPrint) ->
     warnings.warn(
         f"source: {difference.text}, compared with the one that {path} was made from; its answers to a test pattern "
         "are the same",
+        PNCWarning,
         stacklevel=3,
     )
 

@@ -10,7 +10,7 @@ from torch import nn
 from pnc.clones.clone import Clone, check_clones
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.class_names import listed
-from pnc.foundation.errors import ClassNameError, InputError, MismatchError
+from pnc.foundation.errors import ClassNameError, InputError, MismatchError, PNCWarning
 from pnc.foundation.fingerprints import KnownFingerprint, first_difference
 from pnc.graph.batch_norm_means import last_norm
 from pnc.graph.classifier import find_head
@@ -48,6 +48,7 @@ def check_forward(found: ForwardPrint, clones: Iterable[Clone]) -> None:
         warnings.warn(
             f"target: {difference.text}, compared with the one that clone {clone.name!r} was made for; its answers to "
             "a test pattern are the same",
+            PNCWarning,
             stacklevel=3,
         )
 

@@ -2,8 +2,6 @@
 
 import copy
 import math
-import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,17 +24,9 @@ from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import KnownFingerprint
 from pnc.foundation.network_state import Snapshot, undisturbed
 from pnc.foundation.plain_text import few_names
+from pnc.foundation.process_lock import ProcessLock
 
-_LOCK = threading.RLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
-
-
-def _new_lock() -> None:
-    """Take another lock in the child of a fork: the old one may be held by a thread that the child does not have."""
-    global _LOCK
-    _LOCK = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_new_lock)
+_LOCK = ProcessLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
 _RECORDED = "_plan", "_recorded"
 """Attributes that come of recording the target."""
 
@@ -63,7 +53,7 @@ class Composite(nn.Module):
         self.branches = nn.ModuleList()
         self._known = known
         self._base_classes = clone.base_classes
-        self._input_shape = clone.input_shape
+        self.input_shape = clone.input_shape
         self._clones: dict[str, Clone] = {}  # never changed in place, like the list of branches: readers need no lock
         self._blocks: tuple[Block, ...] = ()
         self._base_priority = 0.0
@@ -271,7 +261,7 @@ class Composite(nn.Module):
             RecordingError: the target cannot be recorded.
         """
         with _LOCK, torch.inference_mode(False):
-            recorded = RecordedTarget(self.target, self._input_shape, self._known)
+            recorded = RecordedTarget(self.target, self.input_shape, self._known)
             recorded.check(self._clones.values(), allow_mismatch)
             self._recorded = recorded
             self.branches.to(recorded.probe)
@@ -334,7 +324,7 @@ class Composite(nn.Module):
 
     def _record(self) -> None:
         with _LOCK:
-            self._recorded = RecordedTarget(self.target, self._input_shape, self._known)
+            self._recorded = RecordedTarget(self.target, self.input_shape, self._known)
             self._update_plan()
 
     def _update_plan(self) -> None:

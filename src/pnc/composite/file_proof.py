@@ -10,6 +10,7 @@ from pnc.clones.clone_file import load, read_clone_file
 from pnc.composite.composite import attach
 from pnc.composite.verification import PROBE_SIZES, Report, snapshot
 from pnc.foundation.class_names import listed
+from pnc.foundation.errors import MismatchError
 from pnc.foundation.fingerprints import first_difference
 from pnc.foundation.network_state import images_for
 
@@ -69,7 +70,10 @@ def prove(
             return tuple(checks)
     assert source is not None
     before = snapshot(target, images_for(target, manifest.input_shape, max(PROBE_SIZES)))
-    net = attach(target, load(path, source=source))
+    try:
+        net = attach(target, load(path, source=source))
+    except MismatchError as error:
+        return (*checks, Check("forward pass", False, str(error)))
     checks.append(_compared("attached", net.verify(before)))
     if checks[-1].ok:
         net.detach(manifest.name)
@@ -78,5 +82,5 @@ def prove(
 
 
 def _compared(what: str, report: Report) -> Check:
-    text = str(replace(report, unproven=()))
-    return Check(what, report.ok, text if report.ok else listed(report.differences, 3))
+    found = str(replace(report, unproven=())).replace("\n- ", "; ") if report.ok else listed(report.differences, 3)
+    return Check(what, report.ok, found)

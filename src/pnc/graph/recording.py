@@ -6,10 +6,8 @@ cannot be reproduced exactly is refused with the reason.
 """
 
 import contextlib
-import os
 import random
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +19,7 @@ from torch import Tensor, fx, nn
 from pnc.data.image_range import values_unchecked
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import InputError, RecordingError
+from pnc.foundation.process_lock import ProcessLock
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.graph_builder import bind, merge
 from pnc.graph.logits import pick_logits
@@ -32,16 +31,7 @@ from pnc.graph.subgraphs import dominators, part
 __all__ = ["BATCH_SIZES", "NodeInfo", "Recording", "info", "record", "unwrapped"]
 
 _PROBE_SIZE = 4  # other than both batch sizes; not prime, so that a rounded half of the batch shows too
-_LOCK = threading.RLock()  # a recording changes flags and attributes of its network for a while: one at a time
-
-
-def _new_lock() -> None:
-    """Take another lock in the child of a fork: the old one may be held by a thread that the child does not have."""
-    global _LOCK
-    _LOCK = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_new_lock)
+_LOCK = ProcessLock()  # a recording changes flags and attributes of its network for a while: one at a time
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,8 +44,8 @@ N_ERRORS_FINAL = 2.0
 """Standard errors of the difference to the best by which a position may lie behind after the first round."""
 N_ERRORS = 0.5
 """Standard errors of the difference to the best that are given up for lower cost; see docs/method.md."""
-FEW_IMAGES, N_ERRORS_EXACT = 5, 1.0
-"""Images of a new class up to which an exact position goes first, and within how many standard errors of the best."""
+FEW_IMAGES = 5
+"""Images of a new class up to which an exact position goes before all others."""
 COST_STEP = 0.1
 """Share of the source's multiply-accumulates by which costs must differ to count as different."""
 ROUNDING = 1e-12
@@ -109,16 +109,15 @@ class Scan:
         adapters: The fitted adapters of each, by the names of its two cuts, with what was seen behind them.
         outcomes: Log-likelihoods of the images of the support at each, by the names of its two cuts.
         adapter_errors: The adapters' errors of all pairs of cuts, scored or not, by the names of the two cuts.
-        n_errors_exact: Standard errors by which a position whose adapter changes nothing may seem worse than the best
-            one and still go before it: few held-out images tell too little of what another adapter loses, and where
-            nothing could be held out they tell nothing.
+        exact_first: Whether a position whose adapter changes nothing goes before all others: of few images, the best of
+            many others only seems to be better.
     """
 
     positions: tuple[Position, ...]
     adapters: Mapping[tuple[str, str], CrossFitted]
     outcomes: Mapping[tuple[str, str], Outcome]
     adapter_errors: Mapping[tuple[str, str], float]
-    n_errors_exact: float = 0.0
+    exact_first: bool = False
 
     def __str__(self) -> str:
         shown, front = self.positions[:MAX_SHOWN], self.front()
@@ -182,8 +181,7 @@ class Scan:
         those of the support; then the lowest log-loss. Of positions within the bounds, those that were scored on most
         images count.
 
-        With at most five images of a new class a position whose adapter changes nothing goes first if it lies within a
-        standard error of the best one, and always where there is a single image and nothing can be held out.
+        With at most five images of a new class a position whose adapter changes nothing goes before all others.
 
         Without base samples nothing tells what an adapter does to images of base classes, which it was not fitted on: a
         position whose adapter changes nothing, the whole source from its input on, then goes before all others.
@@ -209,15 +207,10 @@ class Scan:
             if not allowed:
                 raise InputError(f"max_bytes={max_bytes}: the smallest file of such a clone may have {smallest} bytes")
         exact = [p for p in allowed if p.is_exact]
-        if exact and (not has_base or self.n_errors_exact == math.inf):
+        if exact and (not has_base or self.exact_first):
             return min(exact, key=lambda p: p.n_macs)
         allowed = [p for p in allowed if p.n_images == max(q.n_images for q in allowed)]
         best = min(allowed, key=lambda p: p.log_loss)
-        first = min((p for p in allowed if p.is_exact), key=lambda p: p.log_loss, default=None)
-        if first is not None and self.n_errors_exact:
-            loss, error = self.loss_against(first, best)
-            if loss <= self.n_errors_exact * error + ROUNDING:
-                return first
         as_good = []
         for position in allowed:
             loss, error = self.loss_against(position, best)
@@ -264,16 +257,14 @@ def scan(
     if not exhaustive:
         adapters = _undominated(task, adapters)
     del fitter  # its moments are the largest thing here
-    return Scan(*_scored(whole, adapters, source_cuts, progress), errors, _trust_in_exact(whole))
+    return Scan(*_scored(whole, adapters, source_cuts, progress), errors, _has_few_images(whole))
 
 
-def _trust_in_exact(task: CloneTask) -> float:
-    """`n_errors_exact` for a support."""
+def _has_few_images(task: CloneTask) -> bool:
+    """Whether some new class has so few images that other positions than exact ones cannot be judged."""
     labels, groups = task.samples.labels, task.samples.groups
     fewest = min(len(groups[labels == place].unique()) for place in labels[labels >= task.n_base].unique())
-    if task.samples.n_folds == 1:
-        return math.inf
-    return N_ERRORS_EXACT if fewest <= FEW_IMAGES else 0.0
+    return fewest <= FEW_IMAGES
 
 
 def _scored(

@@ -43,5 +43,5 @@ def from_exported(program: ExportedProgram) -> nn.Module:
             'dynamic_shapes=({0: torch.export.Dim("batch")},)'
         )
     unwrapped = program.module()
-    assert isinstance(unwrapped, fx.GraphModule)  # what every program gives
-    return RecordedModule(unwrapped, unwrapped.graph).eval()  # anew, as train() and eval() of the first one raise
+    assert isinstance(unwrapped, fx.GraphModule)  # of every program
+    return RecordedModule(unwrapped, unwrapped.graph).eval()  # wrapped again: train() and eval() of `unwrapped` raise

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pnc.foundation.errors import InputError
+from pnc.foundation.errors import InputError, PNCWarning
 from pnc.foundation.process_team import ALONE, Team
 
 Batch = tuple[Tensor, Callable[[Tensor], Tensor]]
@@ -119,6 +119,7 @@ def _warn_of_others(layers: list[_BatchNorm], tuned: list[_BatchNorm]) -> None:
         warnings.warn(
             f"norm layers of the kind {', '.join(sorted(others))} use weight and bias in a way of their own, so their "
             "scales and shifts are not tuned",
+            PNCWarning,
             stacklevel=2,
         )
 
