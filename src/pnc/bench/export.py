@@ -284,7 +284,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     times = [
-        (row["pair"], batch, *(row["ms"][str(batch)].get(form, "") for form in FORMS), *(_gain(row, batch) or [""]))
+        (
+            row["pair"],
+            batch,
+            *(row["ms"][str(batch)].get(form, "") for form in FORMS),
+            next(iter(_gain(row, batch)), ""),
+        )
         for row in rows
         for batch in TIMED_BATCHES
     ]
