@@ -17,6 +17,7 @@ from pnc.channels.compaction import compact, own_copy
 from pnc.clones.adapter import Adapter, Stitched
 from pnc.clones.branch import Branch
 from pnc.clones.clone import Clone
+from pnc.clones.deltas import DTYPES, Deltas, check_fit, deltas_of, merge
 from pnc.clones.heads import DiscriminantHead, Head, SourceHead, StackedHead
 from pnc.clones.manifest import Kind, Manifest, read_manifest
 from pnc.foundation.argument_checks import check_module
@@ -33,6 +34,7 @@ __all__ = ["Kind", "inspect", "load", "read_clone_file", "save"]
 _STATISTICS = ("running_mean", "running_var")
 _ADAPTER, _HEAD, _BODY, _CALIBRATION, _MASKS = "adapter.", "head.", "body.", "calibration.", "masks"
 _RIVALS = f"{_CALIBRATION}rivals"
+_DELTAS = "deltas."
 
 
 def save(clone: Clone, path: str | Path, kind: Kind = "thin") -> int:
@@ -55,6 +57,8 @@ def save(clone: Clone, path: str | Path, kind: Kind = "thin") -> int:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CALIBRATION)}
     if clone.masks is not None:
         tensors[_MASKS] = torch.frombuffer(bytearray(clone.masks.to_bytes()), dtype=torch.uint8)
+    if clone.deltas is not None:
+        tensors |= {f"{_DELTAS}{name}": tensor for name, tensor in clone.deltas.tensors.items()}
     tensors |= {f"{_BODY}{name}": tensor for name, tensor in _body_tensors(clone, kind).items()}
     broken = _not_finite(tensors)
     if broken:
@@ -71,12 +75,17 @@ def _short(name: str, tensor: Tensor) -> Tensor:
 
 def _body_tensors(clone: Clone, kind: Kind) -> dict[str, Tensor]:
     state = clone.branch.stitched.body.state_dict()
-    return {name: state[name] for name in _body_names(state, kind, clone.masks is not None)}
+    return {name: state[name] for name in _body_names(state, kind, _is_changed(clone))}
 
 
-def _body_names(state: Mapping[str, Tensor], kind: Kind, masked: bool) -> list[str]:
-    """Which tensors of the source's part a file carries: all, or the statistics that were re-estimated for masks."""
-    return [name for name in state if kind == "full" or (masked and name.endswith(_STATISTICS))]
+def _is_changed(clone: Clone) -> bool:
+    """Whether the part's statistics are its own."""
+    return clone.masks is not None or clone.deltas is not None
+
+
+def _body_names(state: Mapping[str, Tensor], kind: Kind, changed: bool) -> list[str]:
+    """Which tensors of the source's part a file carries: all, or the statistics that were estimated anew."""
+    return [name for name in state if kind == "full" or (changed and name.endswith(_STATISTICS))]
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -140,7 +149,8 @@ def load(path: str | Path, *, source: nn.Module, allow_mismatch: bool = False) -
             f"{path} was made from another source: {difference}; load it with the source it was made from, or with "
             "allow_mismatch=True if you know better"
         )
-    body, masks, features = _body(path, source, manifest, tensors)
+    deltas = _deltas(tensors)
+    body, masks, features = _body(path, source, manifest, tensors, deltas)
     branch = _skeleton(path, manifest, tensors, Stitched(_adapter(manifest, tensors), body, features)).cpu()
     for name, tensor in _fitted(branch).items():
         if name in tensors:
@@ -153,6 +163,7 @@ def load(path: str | Path, *, source: nn.Module, allow_mismatch: bool = False) -
         base_classes=manifest.base_classes,
         branch=branch,
         masks=masks,
+        deltas=deltas,
         source=fingerprint(source) if is_other else manifest.source,
         target=manifest.target,
         input_shape=manifest.input_shape,
@@ -184,6 +195,8 @@ def read_clone_file(path: str | Path) -> tuple[dict[str, Tensor], Manifest]:
             continue
         if name == _MASKS:
             wanted: tuple[Any, Any] = torch.uint8, tensor.shape[:1]
+        elif name.startswith(_DELTAS) and name.removeprefix(_DELTAS) in DTYPES and manifest.version > 1:
+            wanted = DTYPES[name.removeprefix(_DELTAS)], tensor.shape[:1]
         elif name in expected:
             wanted = expected[name].dtype, expected[name].shape
         else:
@@ -257,6 +270,12 @@ def _fitted(branch: Branch) -> dict[str, Tensor]:
     }
 
 
+def _deltas(tensors: Mapping[str, Tensor]) -> Deltas | None:
+    """What a file says of changed weights; None for nothing."""
+    own = {name.removeprefix(_DELTAS): tensor for name, tensor in tensors.items() if name.startswith(_DELTAS)}
+    return deltas_of(own) if own else None
+
+
 def _check_head(path: str | Path, branch: Branch, manifest: Manifest) -> None:
     """Run the head once, on zeros of the sizes that it will meet."""
     n_base, n_features = len(manifest.base_classes), manifest.target_features.n_channels
@@ -278,9 +297,9 @@ def _described(tensor: Tensor) -> str:
 
 
 def _body(
-    path: str | Path, source: nn.Module, manifest: Manifest, tensors: Mapping[str, Tensor]
+    path: str | Path, source: nn.Module, manifest: Manifest, tensors: Mapping[str, Tensor], deltas: Deltas | None
 ) -> tuple[nn.Module, ChannelMasks | None, CutPoint]:
-    """Rebuild the source's part: recorded anew, cut, compacted, with the file's own tensors for the source's."""
+    """Rebuild the source's part: recorded anew, cut, compacted, changed by deltas, with the file's own tensors."""
     parameter = next(source.parameters(), torch.empty(0))
     example = torch.rand(2, *manifest.input_shape, generator=torch.Generator().manual_seed(0))
     recording = record(source, example.to(parameter.device, parameter.dtype))
@@ -299,9 +318,14 @@ def _body(
         body: nn.Module = compact(segment, spaces, masks)
     else:
         body = own_copy(segment)
+    if deltas is not None:
+        try:
+            (merge if manifest.kind == "thin" else check_fit)(body, deltas)
+        except MismatchError as error:
+            raise MismatchError(f"{path}: {error}") from error
     state = body.state_dict()
     own = {name.removeprefix(_BODY): tensor for name, tensor in tensors.items() if name.startswith(_BODY)}
-    wanted = _body_names(state, manifest.kind, masks is not None)
+    wanted = _body_names(state, manifest.kind, masks is not None or deltas is not None)
     for name in sorted(own.keys() ^ set(wanted)):
         what = "carries a tensor {!r} that has no place in" if name in own else "lacks the tensor {!r} of"
         raise MismatchError(f"{path} {what.format(name[:80])} this source; load it with the one it was made from")

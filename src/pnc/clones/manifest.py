@@ -19,7 +19,8 @@ from pnc.foundation.fingerprints import Fingerprint
 from pnc.graph.cut_points import CutPoint
 
 FORMAT = "pnc-clone"
-VERSION = 1
+VERSION = 2
+"""Of the files that are written; earlier ones are read."""
 Kind = Literal["thin", "full"]
 
 MAX_IMAGE = 1 << 24
@@ -63,6 +64,7 @@ class Manifest:
     target: Fingerprint
     input_shape: tuple[int, ...]
     recipe: Mapping[str, Any]
+    version: int = VERSION
 
     def facts(self) -> dict[str, Any]:
         """The metadata as JSON values.
@@ -72,7 +74,7 @@ class Manifest:
         """
         facts = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": self.version,
             "kind": self.kind,
             "name": self.name,
             "classes": list(self.classes),
@@ -135,7 +137,7 @@ Fail = Callable[[str], Never]
 
 def _parsed(facts: Any, fail: Fail) -> Manifest:
     whole = _Object(facts, "", _KEYS, fail)
-    whole.number("version", 1, VERSION, whole=True)
+    version = whole.number("version", 1, VERSION, whole=True)
     classes, base_classes = whole.names("classes"), whole.names("base_classes")
     if len({*classes, *base_classes}) < len(classes) + len(base_classes):
         fail("classes, base_classes: a name is there twice")
@@ -158,6 +160,7 @@ def _parsed(facts: Any, fail: Fail) -> Manifest:
         target=_fingerprint(target),
         input_shape=shape,
         recipe=_recipe(whole, fail),
+        version=version,
     )
 
 

@@ -27,6 +27,8 @@ Progress = Callable[[str, int, int], None]
 Precision = Literal["float32", "bfloat16"]
 """What networks compute in while a clone is made."""
 
+SCORED_FOLD = 0
+"""The fold that what is learned by gradient leaves out, to be scored on it."""
 _EXAMPLES = 4
 LEAST_MEMORY = 2**20
 IMAGES_SHARE = 0.5
@@ -106,6 +108,12 @@ class CloneTask:
         if n_images >= len(self.samples.groups.unique()):
             return self
         return replace(self, samples=self.samples.select(self.samples.spread(n_images, self.n_base)))
+
+    def unscored(self) -> "CloneTask":
+        """The same task without the images that score a clone, fold 0; itself, where nothing can be held out."""
+        if self.samples.n_folds == 1:
+            return self
+        return replace(self, samples=self.samples.select(self.samples.folds != SCORED_FOLD))
 
     @torch.no_grad()
     def run(
