@@ -58,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> None:
         new = [name for name in images[0].classes[N_BASE_CLASSES:] if name in source.classes][:N_NEW_CLASSES]
         cells = Cells(options.out / "tiny_imagenet.jsonl", {}, compare.KEYS)
         n_new, n_base = parse_support(options.support)
-        setting = compare.Setting(
+        setting = compare.ComparisonSetting(
             *(source, target, *images),
             data="Tiny-ImageNet",
             n_new=n_new,

@@ -16,7 +16,8 @@ from pnc.bench.rivals.rival import Budget
 from pnc.cli.app import app
 from pnc.composite.metrics import evaluate
 from pnc.foundation.fingerprints import fingerprint
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
+from pnc.foundation.process_team import ALONE
 from pnc.method import paper_search, refinement
 from pnc.method.localization import localizer
 from pnc.method.refinement import Schedule
@@ -73,7 +74,7 @@ def test_every_way_to_clone_keeps_every_promise(nets, tmp_path, way):
     images = held_out_images().images.cuda()
     with torch.no_grad():
         expected = target(images)
-    before = [snapshot(one) for one in nets]
+    before = [take_snapshot(one) for one in nets]
     made = clone(nets, **WAYS[way])
     net = pnc.attach(target, made)
     assert accuracy(net, images) > 0.75
@@ -215,7 +216,7 @@ def test_speed_is_measured(tmp_path, monkeypatch):
 
 
 def test_growth_is_measured():
-    row = scale._clone(*scale._pair(torch.device("cuda"), 1, 0.25), scale.Noise(60, 32), pnc.parallel.ALONE)
+    row = scale._clone(*scale._pair(torch.device("cuda"), 1, 0.25), scale.Noise(60, 32), ALONE)
     assert row["macs_share"] > 0 and 0 < row["peak_gib"] < 2
     assert not any(cell == {"cell": "clone, processes", "n": 99} for cell in scale.cells(100, 100, 100, "cuda"))
 

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from digits import BASE, NEW
 from pnc.bench import lifecycle, random_lives
-from pnc.bench.lifecycle import Setting, _file_name, parts
+from pnc.bench.lifecycle import LifecycleSetting, _file_name, parts
 from pnc.bench.result_files import Cells
 from pnc.cli.bench_commands import bench
 from pnc.data.image_set import ImageSet
@@ -69,7 +69,7 @@ def test_names_of_kept_clones_say_what_these_depend_on(folder):
     s, r, t = (load_model(str(folder / f"{name}.safetensors")) for name in "srt")
     images, labels = torch.zeros(2, 1, 2, 2), torch.tensor([0, 1])
     data, support = ImageSet(images, labels, ("a", "b")), Support(images, labels, ("a", "b"))
-    setting, part = Setting((s, r), t, data, data, 1, 1, False, folder), (0, ("5",))
+    setting, part = LifecycleSetting((s, r), t, data, data, 1, 1, False, folder), (0, ("5",))
     names = {
         _file_name(*given)
         for given in (

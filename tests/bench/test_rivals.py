@@ -21,23 +21,27 @@ from pnc.bench.rivals import (
     finetuning,
     icarl,
     joint_training,
+    lda,
+    linear_probe,
     lora,
     lwf,
     nearest_mean,
+    stacked_features,
     tempered,
     tuning,
 )
 from pnc.bench.rivals.frozen_features import features_of
 from pnc.bench.rivals.linear_probe import regression
 from pnc.bench.rivals.rival import Budget, Fitted, Rival
-from pnc.bench.rivals.tuning import Data, Method, Setting, extend_classifier, grid, tune
+from pnc.bench.rivals.tuning import Data, Hyperparameters, TuningMethod, extend_classifier, grid, tune
 from pnc.composite.composite import Composite
 from pnc.composite.metrics import evaluate
 from pnc.composite.prediction import predict
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.cut_points import INPUT
+from pnc.method.head_fitting import balanced_weights
 from pnc.method.task import CloneTask, prepare_task
 
 SHORT = Budget(first_steps=1, second_steps=4, last_steps=80, n_second=1, batch_size=20)
@@ -45,6 +49,7 @@ SHORTEST = Budget(first_steps=1, second_steps=2, last_steps=3, n_second=1, batch
 TUNING = [name for name, rival in METHODS.items() if rival.kind == "tuning"]
 WITHOUT_REPLAY = ["fine-tuning", "fine-tuning (last stage)", "fine-tuning (head)"]
 NEED_BASE = {
+    **dict.fromkeys((rival.name for rival in stacked_features.RIVALS), "stacked features of both networks"),
     "ensemble with temperatures": "an ensemble with temperatures",
     "LDA on target features": "LDA on the target's features",
     "LDA on source features": "LDA on the source's features",
@@ -83,7 +88,7 @@ def fitted(name: str) -> tuple[Fitted, list[list[str]], bool]:
     for model in models:
         model.train()
     try:
-        before, state = [snapshot(model) for model in models], torch.get_rng_state()
+        before, state = [take_snapshot(model) for model in models], torch.get_rng_state()
         made = METHODS[name].fit(given, SHORT)
         predict(made.module, held_out_images().images[:10])
         changed = [differences(*both) for both in zip(models, before, strict=True)]
@@ -216,7 +221,7 @@ def test_the_probe_is_where_the_loss_has_no_slope() -> None:
     given = task()
     rows, labels = features_of(given).double(), given.samples.labels
     rows = (rows - rows.mean(0)) / rows.std(0).clamp_min(1e-6)
-    weight, bias = (tensor.requires_grad_() for tensor in regression(rows, labels, 0.01))
+    weight, bias = (tensor.requires_grad_() for tensor in regression(rows, labels, balanced_weights(labels, 5), 0.01))
     loss = F.cross_entropy(rows @ weight.T + bias, labels, weight=1 / labels.bincount().double())
     slopes = torch.autograd.grad(loss + 0.01 / 2 * weight.square().sum(), [weight, bias])
     assert all(slope.abs().max() < 1e-3 for slope in slopes)  # where scikit-learn stops
@@ -224,8 +229,38 @@ def test_the_probe_is_where_the_loss_has_no_slope() -> None:
 
 def test_the_probe_knows_two_classes() -> None:
     rows = torch.tensor([[0.0], [1.0], [2.0], [3.0]], dtype=torch.float64)
-    weight, bias = regression(rows, torch.tensor([0, 0, 1, 1]), 0.001)
+    weight, bias = regression(rows, torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.float64), 0.001)
     assert (rows @ weight.T + bias).argmax(1).tolist() == [0, 0, 1, 1]
+
+
+def test_stacking_keeps_the_targets_logits_and_beats_the_plain_ensemble() -> None:
+    given, test = task(), held_out_images()
+    kept, free = (METHODS[rival.name].fit(given, SHORT) for rival in stacked_features.RIVALS)
+    logits, base = predict(kept.module, test.images), predict(given.target.model, test.images)
+    assert torch.equal(logits[:, :5], base)
+    found = {
+        name: evaluate(predict(module, test.images), test.labels, base)
+        for name, module in (
+            ("kept", kept.module),
+            ("free", free.module),
+            ("plain", ensemble.fit(given, SHORT).module),
+        )
+    }
+    assert found["kept"].conditional_kl == 0 < found["free"].conditional_kl
+    assert found["kept"].average_accuracy > found["plain"].average_accuracy
+    assert found["free"].average_accuracy > found["plain"].average_accuracy
+
+
+def test_calibrated_rivals_weigh_base_and_new_alike() -> None:
+    """With four base classes and one new one, no rival may learn that new is rare."""
+    given = task(classes=("7",))
+    images, labels = given.samples.images[:], given.samples.labels
+    for rival in (tempered.RIVAL, lda.ON_SOURCE, linear_probe.ON_SOURCE, *stacked_features.RIVALS):
+        chance = predict(rival.fit(given, SHORT).module, images).softmax(1)[:, 5]
+        balanced = torch.stack([chance[labels < 5].mean(), chance[labels == 5].mean()]).mean()
+        assert 0.4 < balanced < 0.6, (
+            rival.name
+        )  # half of the weight is new, and the mean of a fit is that of its labels
 
 
 def test_nearest_means_are_nearest() -> None:
@@ -243,7 +278,7 @@ def test_settings_are_judged_on_images_that_were_not_trained_on(monkeypatch: pyt
     given, trained = task(flip=True), []
     train = tuning._Trainer.train
 
-    def caught(self: Any, setting: Setting, rows: Tensor) -> nn.Module:
+    def caught(self: Any, setting: Hyperparameters, rows: Tensor) -> nn.Module:
         trained.append(rows)
         return train(self, setting, rows)
 
@@ -269,12 +304,12 @@ def test_without_replay_no_base_sample_is_trained_on(monkeypatch: pytest.MonkeyP
 
 
 def test_a_setting_that_diverges_is_not_chosen() -> None:
-    made = tune(task(), Method(grid((1e6, 0.01))), replace(SHORTEST, n_second=2))
+    made = tune(task(), TuningMethod(grid((1e6, 0.01))), replace(SHORTEST, n_second=2))
     assert made.chosen["learning_rate"] == 0.01
 
 
 def test_larger_supports_get_more_steps_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = tuning._Trainer(task(), Method(grid((0.01,))), SHORT)  # 125 images
+    trainer = tuning._Trainer(task(), TuningMethod(grid((0.01,))), SHORT)  # 125 images
     assert trainer.steps(100) == 100
     monkeypatch.setattr(tuning, "ROWS", 50)
     assert trainer.steps(100) == 250
@@ -360,7 +395,7 @@ def test_importance_is_relative_and_a_strong_penalty_keeps_parameters() -> None:
     assert 0.3 < float(values.mean()) <= 1
     moved = []
     for strength in (0.0, 0.1):
-        settings = [Setting(0.01, strength=strength)]
+        settings = [Hyperparameters(0.01, strength=strength)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ewc, "grid", lambda *_, settings=settings, **__: settings)
             made = ewc.fit(given, replace(SHORTEST, last_steps=30)).module

@@ -6,7 +6,7 @@ from torch import nn
 
 from channel_zoo import CASES, Chain, FusedAttention
 from pnc.channels.channel_spaces import KEPT, channel_spaces
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from segments import assert_compact_is_masked, network, segment_of
 
 
@@ -76,7 +76,7 @@ def test_looking_changes_nothing(name):
     module = network(CASES[name][0]).train()
     module.requires_grad_(True)
     segment = segment_of(module)
-    before, code, state = snapshot(module), segment.code, torch.get_rng_state()
+    before, code, state = take_snapshot(module), segment.code, torch.get_rng_state()
     first, second = channel_spaces(segment), channel_spaces(segment)
     assert not differences(module, before)
     assert segment.code == code

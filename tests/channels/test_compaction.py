@@ -24,7 +24,7 @@ from pnc.channels.channel_masks import channel_masks
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import compact, filled, mask_segment, output_channels, own_copy
 from pnc.foundation.errors import MismatchError, PNCError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.graph.candidate_cuts import candidate_cuts
 from pnc.graph.classifier import find_head
 from pnc.graph.cut_points import extract
@@ -142,7 +142,7 @@ def test_copies_own_all_they_have(form):
     module = network(lambda: Net(norm=LayerNorm2d(8), bn=nn.BatchNorm2d(8))).train()
     segment = segment_of(module)
     spaces = channel_spaces(segment)
-    before = snapshot(module)
+    before = take_snapshot(module)
     made = form(segment, spaces, half(spaces))
     tensors = [*made.parameters(), *made.buffers()]
     assert not any(t.requires_grad for t in tensors)
@@ -165,7 +165,7 @@ def test_parametrized_layers_become_plain_and_the_originals_stay():
             return self.mid(x)
 
     module = network(Normalized)
-    before = snapshot(module)
+    before = take_snapshot(module)
     smaller, masked, spaces, _ = halved(segment_of(module))
     assert [space.name for space in spaces.spaces] == ["first", "mid"]
     assert shapes(smaller)["mid.weight"] == (4, 4, 1, 1)

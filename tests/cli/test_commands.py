@@ -133,7 +133,7 @@ def test_background_images_stand_for_base_samples(command: Command, tmp_path: Pa
 def test_a_network_may_come_from_a_python_file_and_a_checkpoint(command: Command, tmp_path: Path) -> None:
     source = pair().source
     torch.save({"state_dict": source.module.state_dict()}, tmp_path / "s.pt")
-    code = "from pnc.networks import cnn\n\n\ndef make():\n    return cnn((1, 8, 8), 5)\n"
+    code = "from pnc.models.reference_networks import cnn\n\n\ndef make():\n    return cnn((1, 8, 8), 5)\n"
     (tmp_path / "mine.py").write_text(code)
     own = "--source py:{own}:make --source-weights {weights} --target {t} --data digits"
     places = {"own": tmp_path / "mine.py", "weights": tmp_path / "s.pt", "out": tmp_path / "c"}

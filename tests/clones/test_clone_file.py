@@ -12,7 +12,7 @@ from pnc.bench.file_attacks import material
 from pnc.clones.branch import Scalars
 from pnc.foundation.errors import FileFormatError, InputError, MismatchError
 from pnc.foundation.fingerprints import fingerprint
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_files import METADATA_KEY, read_tensors, write_tensors
 
 MADE = {}
@@ -113,7 +113,7 @@ def test_a_full_file_needs_the_architecture_only(tmp_path):
 def test_loading_leaves_the_source_alone(tmp_path):
     pnc.save(made(density=0.5), tmp_path / "f")
     source = copy.deepcopy(pair().source.module)
-    before = snapshot(source)
+    before = take_snapshot(source)
     clone = pnc.load(tmp_path / "f", source=source)
     for tensor in clone.branch.state_dict().values():
         tensor.zero_()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support
 from pnc.foundation.errors import ClassNameError, InputError, MismatchError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 
 SHARED = {}
 
@@ -48,7 +48,7 @@ def test_the_target_is_as_it_was_through_attach_use_and_detach():
     model = copy.deepcopy(target())
     model.train()
     model[0].eval() if isinstance(model, torch.nn.Sequential) else None
-    before = snapshot(model)
+    before = take_snapshot(model)
     net = pnc.attach(model, clone_of(NEW))
     net.train()
     net(images())
@@ -62,7 +62,7 @@ def test_a_target_in_training_mode_still_answers_as_in_eval_mode_and_keeps_its_s
     with torch.no_grad():
         expected = model(images())
     model.train()
-    before = snapshot(model)
+    before = take_snapshot(model)
     assert torch.equal(pnc.attach(model, clone_of(NEW))(images())[:, :5], expected)
     assert differences(model, before) == []
 
@@ -81,7 +81,7 @@ CLASSES = [("5", "6"), ("7",), ("8", "9")]
 @given(st.lists(st.tuples(st.sampled_from(["attach", "detach", "disable"]), st.integers(0, 2)), max_size=8))
 def test_any_order_of_attaching_and_detaching_gives_the_same_logits_per_clone(steps):
     model, x = target(), images(6)
-    before = snapshot(model)
+    before = take_snapshot(model)
     with torch.no_grad():
         base = model(x)
         alone = {c: pnc.attach(model, clone_of(c))(x)[:, 5:] for c in CLASSES}

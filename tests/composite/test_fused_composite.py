@@ -21,6 +21,7 @@ from pnc.composite.forward_plan import Plan
 from pnc.composite.fused_composite import FusedComposite
 from pnc.composite.layer_folding import folded_part
 from pnc.foundation.errors import InputError, PNCError
+from pnc.graph.cut_points import LOGITS, extract
 from pnc.models.model_specs import build_model
 
 NAMES = tuple("abcde")
@@ -42,7 +43,7 @@ def plan_of(target, branches, **settings) -> Plan:
     names = tuple(str(number) for number in range(len(branches)))
     return Plan(
         **{
-            "trunk": pnc.cuts.extract(target.recording, None, [*cuts, target.features, pnc.cuts.LOGITS]),
+            "trunk": extract(target.recording, None, [*cuts, target.features, LOGITS]),
             "features": (target.features,),
             "taps": tuple(cuts.index(branch.stitched.adapter.target_cut) for branch in branches),
             "views": (0,) * len(branches),

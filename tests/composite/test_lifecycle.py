@@ -21,8 +21,10 @@ from pnc.bench import random_lives
 from pnc.bench.random_lives import ACTIONS, BASE, GROUPS, Life
 from pnc.clones.branch import Scalars
 from pnc.foundation.errors import ClassNameError, InputError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
+from pnc.graph.nodes import info
 from pnc.graph.recording import record
+from pnc.models.model_specs import build_model
 
 N_BASE = len(BASE)
 NEW = tuple(name for group in GROUPS for name in group)
@@ -54,7 +56,7 @@ def test_status_says_what_is_attached_where_and_what_it_costs(stage, net):
     for row, clone in zip(rows, stage.clones, strict=True):
         assert (row.target_cut, row.source_cut) == (clone.target_cut.name, clone.source_cut.name)
         source_macs = record(stage.sources[stage.clones.index(clone)], stage.images)
-        total = sum(pnc.graph.info(node).n_macs for node in source_macs.module.graph.nodes)
+        total = sum(info(node).n_macs for node in source_macs.module.graph.nodes)
         assert row.n_macs == round(clone.recipe["macs_share"] * total)
         assert row.n_params == clone.n_params
         assert row.n_bytes >= 4 * row.n_params
@@ -151,7 +153,7 @@ def test_a_clone_taken_from_a_composite_is_a_value_of_its_own(stage, net, logits
 def test_a_composite_may_be_a_source_and_may_not_be_a_target(stage, net):
     with pytest.raises(InputError, match="target is a composite already; use its method attach"):
         pnc.attach(net, stage.clones[0])
-    target = pnc.models.build_model("zoo:cnn?width=0.25", ("yak", "zebra"), random_lives.SHAPE, seed=9).module
+    target = build_model("zoo:cnn?width=0.25", ("yak", "zebra"), random_lives.SHAPE, seed=9).module
     labels = torch.arange(3).repeat(4)
     images = torch.rand(12, *random_lives.SHAPE, generator=torch.Generator().manual_seed(0))
     support = pnc.Support(images, labels, ("yak", "zebra", "gnu"))
@@ -256,7 +258,7 @@ def test_channels_last_and_device(stage, net, logits):
 
 
 def test_a_target_never_leaves_eval_mode_and_its_statistics_never_move(stage):
-    target = pnc.models.build_model("zoo:resnet20?width=0.25", BASE, random_lives.SHAPE, seed=4).module
+    target = build_model("zoo:resnet20?width=0.25", BASE, random_lives.SHAPE, seed=4).module
     labels = torch.arange(5).repeat(6)
     images = torch.rand(30, *random_lives.SHAPE, generator=torch.Generator().manual_seed(0))
     support = pnc.Support(images, labels, (*BASE, *GROUPS[1]))
@@ -264,7 +266,7 @@ def test_a_target_never_leaves_eval_mode_and_its_statistics_never_move(stage):
     task = pnc.prepare_task(stage.sources[3], target, support, **names)
     found = pnc.scan(task)
     clone = pnc.fit(task, found.adapter(max(found.positions, key=lambda position: position.n_params)))
-    before = snapshot(target)
+    before = take_snapshot(target)
     net = pnc.attach(target, clone)
     expected = net(images).detach()
     for parameter in net.branches.parameters():

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from pnc.foundation import network_state
+from pnc.foundation import fingerprints
 from pnc.foundation.fingerprints import KnownFingerprint, fingerprint, first_difference
-from pnc.foundation.network_state import differences, evaluating, snapshot
+from pnc.foundation.network_state import differences, evaluating, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
 
 
@@ -46,7 +46,7 @@ def test_evaluating_restores_each_flag_also_after_an_error():
 )
 def test_differences_names_every_kind_of_change(change, words):
     model = network()
-    before = snapshot(model)
+    before = take_snapshot(model)
     assert differences(model, before) == []
     change(model)
     found = differences(model, before)
@@ -65,7 +65,7 @@ def test_same_bits_tells_zeros_apart_and_nan_alike():
 def test_a_hook_in_place_of_another_is_a_difference():
     model = network()
     handle = model[0].register_forward_hook(lambda *_: None)
-    before = snapshot(model)
+    before = take_snapshot(model)
     handle.remove()
     model[0].register_forward_hook(lambda *_: None)
     assert differences(model, before) == ["hooks of submodule 0 changed"]
@@ -141,7 +141,7 @@ def test_the_fingerprint_of_fixed_weights_is_fixed():
 def test_large_networks_are_digested_by_threads_to_the_same_digests(monkeypatch):
     model = network()
     expected = fingerprint(model)
-    monkeypatch.setattr("pnc.foundation.network_state._BYTES_FOR_THREADS", 0)
+    monkeypatch.setattr("pnc.foundation.tensor_bits._BYTES_FOR_THREADS", 0)
     assert fingerprint(model) == expected
 
 
@@ -162,7 +162,7 @@ def write_by_numpy(tensor):
 def test_a_known_fingerprint_is_computed_anew_where_a_tensor_has_changed(monkeypatch, change, name):
     model, known, calls = network(), KnownFingerprint(), []
     model[1].running_mean.copy_(torch.arange(4.0))
-    monkeypatch.setattr(network_state, "fingerprint", lambda module: calls.append(module) or fingerprint(module))
+    monkeypatch.setattr(fingerprints, "fingerprint", lambda module: calls.append(module) or fingerprint(module))
     first = known.of(model)
     assert known.of(model) == first == fingerprint(model) and len(calls) == 1
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import zoo
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.candidate_cuts import candidate_cuts, gaps
 from pnc.graph.classifier import find_head
@@ -42,7 +42,7 @@ def run(recording, start, outputs, x):
 @pytest.mark.parametrize("name", zoo.REPRODUCED)
 def test_prefix_then_suffix_is_the_network_at_every_cut(name):
     network = zoo.build(zoo.REPRODUCED[name])
-    before = snapshot(network)
+    before = take_snapshot(network)
     recording = record(network, zoo.images(2))
     cuts = cut_points(recording)
     assert cuts[0].name == INPUT

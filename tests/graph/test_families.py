@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.candidate_cuts import candidate_cuts
 from pnc.graph.classifier import find_head
@@ -85,7 +85,7 @@ def test_network_of_a_library_is_exact_and_untouched(name, torchvision):
         warnings.simplefilter("ignore")  # of the libraries, when they are imported
         torch.manual_seed(0)
         network, x = build(name, torchvision)
-    before = snapshot(network)
+    before = take_snapshot(network)
     recording = record(network, x[:2])
     assert not differences(network, before)
     head, cuts = find_head(recording), candidate_cuts(recording, limit=6)

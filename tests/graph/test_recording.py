@@ -12,7 +12,7 @@ from torch import nn
 
 import zoo
 from pnc.foundation.errors import InputError, RecordingError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.recording import info, record
 
@@ -35,7 +35,7 @@ def logits(network, x):
 
 
 def everything(network):
-    """What `snapshot` does not cover: attributes and gradients by identity, plain containers, global state."""
+    """What `take_snapshot` does not cover: attributes and gradients by identity, plain containers, global state."""
     attributes = {
         (name, key): (id(value), str(value) if isinstance(value, (dict, list, int)) else None)
         for name, module in network.named_modules()
@@ -49,7 +49,7 @@ def everything(network):
 @pytest.mark.parametrize("name", zoo.REPRODUCED)
 def test_recording_gives_the_same_bits_and_leaves_the_network_alone(name):
     network = zoo.build(zoo.REPRODUCED[name])
-    before, rest = snapshot(network), everything(network)
+    before, rest = take_snapshot(network), everything(network)
     recording = record(network, zoo.images(2))
     assert not differences(network, before)
     assert everything(network) == rest
@@ -67,7 +67,7 @@ def test_what_cannot_be_reproduced_is_refused_and_left_alone(name):
     if name == "lazy":
         before = None
     else:
-        before, rest = snapshot(network), everything(network)
+        before, rest = take_snapshot(network), everything(network)
     with pytest.raises(RecordingError, match=reason):
         record(network, zoo.images(2))
     if before is not None:
@@ -85,7 +85,7 @@ def test_network_is_untouched_when_its_forward_fails_half_way():
             raise KeyError("half way")
 
     network.conv.register_forward_pre_hook(fail)
-    before, rest = snapshot(network), everything(network)
+    before, rest = take_snapshot(network), everything(network)
     with pytest.raises(RecordingError, match="cannot process images of shape .* KeyError: 'half way'"):
         record(network, zoo.images(2))
     assert len(calls) == 2
@@ -262,7 +262,7 @@ def test_costs_of_attention_are_counted_inside_and_outside_of_leaves():
 def test_recording_follows_the_weights_but_nothing_else():
     network = zoo.build(zoo.Residual).train()
     recording = record(network, zoo.images(2))
-    before, x = snapshot(network), zoo.images(5, seed=5)
+    before, x = take_snapshot(network), zoo.images(5, seed=5)
     module = copy.deepcopy(recording.module)
     recording.module.to("meta")
     assert not differences(network, before)

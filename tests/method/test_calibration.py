@@ -10,7 +10,7 @@ import pnc
 from pnc.bench.random_lives import BASE, GROUPS
 from pnc.clones.branch import Scalars, against_rivals
 from pnc.foundation.errors import ClassNameError, InputError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
 from pnc.method.calibration import MIN_SCALE, _against_rivals, _most_probable, _Problem, collect_log_odds
 
@@ -113,7 +113,7 @@ def test_without_others_or_held_out_images_there_are_no_rivals():
 
 def test_calibrate_moves_what_it_says_and_nothing_else(stage, net):
     images = stage.images
-    before, clones = snapshot(net.target), [copy.deepcopy(clone.branch.state_dict()) for clone in stage.clones]
+    before, clones = take_snapshot(net.target), [copy.deepcopy(clone.branch.state_dict()) for clone in stage.clones]
     random_state = torch.get_rng_state()
     found = pnc.calibrate(net, stage.support)
     assert torch.equal(torch.get_rng_state(), random_state)

@@ -3,8 +3,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from pnc.clones import heads
 from pnc.clones.heads import source_head
+from pnc.method import head_fitting
 from pnc.method.head_fitting import HeadSamples, balanced_weights, choose_stacking, fit_scores, fit_stacked
 
 N_BASE, N_NEW = 3, 2
@@ -87,7 +87,7 @@ def log_loss(logits: torch.Tensor, samples: HeadSamples) -> float:
 def fitted_alone(samples: HeadSamples) -> torch.Tensor:
     """The composite's logits of each sample by scores fitted without its fold, before they are mixed with anything."""
     level = samples.base_logits.logsumexp(1, keepdim=True)
-    return torch.cat([samples.base_logits, heads._held_out_odds(samples) + level], 1)
+    return torch.cat([samples.base_logits, head_fitting._held_out_odds(samples) + level], 1)
 
 
 def test_stacking_keeps_to_the_networks_own_logits_where_the_discriminants_know_nothing():
@@ -151,7 +151,8 @@ def test_each_sample_is_judged_by_scores_that_were_fitted_without_its_fold() -> 
     held_out = samples.folds == 2
     labels = samples.labels.clone()
     labels[held_out] = labels[held_out].flip(0)  # as many of each class, so that the weights stay
-    odds, with_others = heads._held_out_odds(samples), heads._held_out_odds(replace(samples, labels=labels))
+    odds = head_fitting._held_out_odds(samples)
+    with_others = head_fitting._held_out_odds(replace(samples, labels=labels))
     # the regressions share their steps, so those of other folds reach this one by rounding and lengths of steps
     torch.testing.assert_close(odds[held_out], with_others[held_out], atol=0.05, rtol=0.05)
     assert float((odds - with_others)[~held_out].abs().max()) > 0.5

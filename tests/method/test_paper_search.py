@@ -8,16 +8,17 @@ from digits import NEW, held_out_images, pair, support
 from pnc.channels.compaction import own_copy
 from pnc.composite.metrics import evaluate
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
+from pnc.method import paper_search
 from pnc.method.held_out import Outcome, source_body
 from pnc.method.paper_search import depths, search
-from pnc.method.source_part import Part
+from pnc.method.source_part import SourcePart
 
 
 @pytest.fixture(autouse=True)
 def _fewer_steps(monkeypatch):
-    monkeypatch.setattr(pnc.sequential, "N_STEPS", 60)
-    monkeypatch.setattr(pnc.sequential, "LEARNING_RATES", (0.003, 0.01))
+    monkeypatch.setattr(paper_search, "N_STEPS", 60)
+    monkeypatch.setattr(paper_search, "LEARNING_RATES", (0.003, 0.01))
 
 
 @cache
@@ -41,7 +42,7 @@ def clone(**settings):
 
 def test_a_sequential_clone_works_like_any_other(tmp_path):
     nets = pair()
-    before = [snapshot(net.module) for net in (nets.source, nets.target)]
+    before = [take_snapshot(net.module) for net in (nets.source, nets.target)]
     state = torch.get_rng_state()
     made = clone()
     assert torch.equal(torch.get_rng_state(), state)
@@ -77,7 +78,7 @@ def test_positions_pair_equal_depths_deepest_first():
 @pytest.mark.parametrize("patience", [1, 2])
 def test_the_search_stops_where_the_next_positions_do_not_help(monkeypatch, patience):
     """Outcomes are given; what was trained to reach them does not matter here."""
-    monkeypatch.setattr(pnc.sequential, "PATIENCE", patience)
+    monkeypatch.setattr(paper_search, "PATIENCE", patience)
     scores = dict(zip((source.name for _, source in depths(task())), (0.5, 0.6, 0.6, 0.9, 0.1), strict=False))
     tried, images = [], torch.ones(10, dtype=torch.float64)
 
@@ -85,10 +86,10 @@ def test_the_search_stops_where_the_next_positions_do_not_help(monkeypatch, pati
         name = place._source_cut.name
         tried.append((name, learning_rate, bool(rows.all())))
         score = scores[name] - abs(learning_rate - 0.01)
-        return pnc.sequential.Trained(None, None, None, learning_rate, Outcome(images * score, images == 1))
+        return paper_search.Trained(None, None, None, learning_rate, Outcome(images * score, images == 1))
 
-    monkeypatch.setattr(pnc.sequential._Place, "fit", fit)
-    found = search(task(), lambda adapter: Part(own_copy(source_body(task(), adapter.source_cut))))
+    monkeypatch.setattr(paper_search._Place, "fit", fit)
+    found = search(task(), lambda adapter: SourcePart(own_copy(source_body(task(), adapter.source_cut))))
     names, best = list(scores), 0.01
     further = [(names[3], best, False), (names[4], best, False)] if patience == 2 else []
     assert tried == [

@@ -9,7 +9,7 @@ from pnc.composite.metrics import evaluate
 from pnc.data.image_set import class_subset, select
 from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 
 
 def accuracy(clone, classes=NEW):
@@ -36,7 +36,7 @@ def test_neither_network_nor_the_random_state_is_touched():
     nets = pair()
     nets.source.module.train()
     try:
-        before = [snapshot(nets.source.module), snapshot(nets.target.module)]
+        before = [take_snapshot(nets.source.module), take_snapshot(nets.target.module)]
         state = torch.get_rng_state()
         clone(density=0.5)
         assert torch.equal(torch.get_rng_state(), state)

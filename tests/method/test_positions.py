@@ -180,7 +180,7 @@ def test_each_image_goes_through_the_adapter_that_has_not_seen_it():
     position = scan.positions[-1]
     fitted, body = scan.adapter(position), source_body(task(), position.source_cut)
     (samples,) = run_parts(task(), [(fitted, body)])
-    taps = pnc.cuts.extract(task().target.recording, None, [position.target_cut, "logits"])
+    taps = extract(task().target.recording, None, [position.target_cut, "logits"])
     with torch.no_grad():
         tensor = taps(task().samples.images[:])[0]
         for fold in range(task().samples.n_folds):

@@ -8,10 +8,10 @@ from digits import NEW, pair, support
 from pnc.channels.compaction import own_copy
 from pnc.clones.adapter import Stitched
 from pnc.clones.heads import DiscriminantHead
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.method import refinement
 from pnc.method.held_out import run_parts, source_body
-from pnc.method.refinement import Schedule, class_loss, feature_loss, held_out_quality, refined, train, views
+from pnc.method.refinement import Schedule, composite_class_loss, feature_loss, held_out_quality, refined, train, views
 
 
 @cache
@@ -37,7 +37,7 @@ def place(n_base=5, choose=max):
 @pytest.mark.parametrize("n_base", [5, 0])
 def test_refinement_is_never_worse_on_held_out_folds_and_says_what_it_gained(n_base):
     fitted, part = place(n_base)
-    before = snapshot(part)
+    before = take_snapshot(part)
     found = refined(task(n_base), fitted, part)
     assert differences(part, before) == []
     closed, tuned = (
@@ -80,13 +80,13 @@ def test_training_lowers_the_loss_and_leaves_what_it_started_from():
     data = views(task(), fitted.adapter.target_cut)
     stitched = Stitched(fitted.adapter, part, features)
     head = DiscriminantHead(5, 10, data.target_features.shape[1] + data.source_features.shape[1])
-    before = [snapshot(module) for module in (stitched, head)]
-    steps = train(stitched, head, data, class_loss, Schedule(0.01, 60, 3), torch.Generator().manual_seed(0))
+    before = [take_snapshot(module) for module in (stitched, head)]
+    steps = train(stitched, head, data, composite_class_loss, Schedule(0.01, 60, 3), torch.Generator().manual_seed(0))
     assert len(steps) == 3
     assert [differences(module, was) for module, was in zip((stitched, head), before, strict=True)] == [[], []]
     with torch.no_grad():
         losses = [
-            float(class_loss(Stitched(adapter, part, features)(data.tensors), trained, data))
+            float(composite_class_loss(Stitched(adapter, part, features)(data.tensors), trained, data))
             for adapter, trained in [(fitted.adapter, head), *steps]
         ]
     assert losses[-1] < losses[1] < losses[0]

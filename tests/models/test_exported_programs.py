@@ -10,7 +10,7 @@ import pnc
 from digits import BASE, NEW, held_out_images, pair, support
 from pnc.composite.metrics import evaluate
 from pnc.foundation.errors import InputError, RecordingError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.recording import record
 from pnc.models.exported_programs import from_exported
@@ -49,7 +49,7 @@ def test_a_program_can_be_a_source_and_a_target(file: Path, tmp_path: Path) -> N
         labelled = support()
         if target is program:  # which knows the new digits, so that the names change places
             names = {"source_classes": BASE, "base_classes": NEW}
-        before = snapshot(program)
+        before = take_snapshot(program)
         clone = pnc.clone(source, target, labelled, **names)
         pnc.save(clone, tmp_path / "c.safetensors")
         net = pnc.attach(target, pnc.load(tmp_path / "c.safetensors", source=source))

@@ -17,7 +17,7 @@ import pnc
 from digits import BASE, NEW, pair
 from pnc.cli import app
 from pnc.foundation.errors import InputError, MismatchError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.recording import record
 from pnc.models import library_networks
@@ -97,8 +97,8 @@ def test_the_seed_decides_random_weights_and_the_global_state_stays(libs: Librar
     state = torch.get_rng_state()
     one, same, other = (build_model(spec, BASE, None, seed).module for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
-    assert not differences(one, snapshot(same))
-    assert differences(one, snapshot(other))
+    assert not differences(one, take_snapshot(same))
+    assert differences(one, take_snapshot(other))
     assert isinstance(one, Preprocessed) and one.input_shape == (1, 32, 32)
 
 
@@ -111,7 +111,7 @@ def test_weights_of_a_file_need_no_download(libs: Libraries, tmp_path: Path) -> 
     own = load_model(spec, tmp_path / "a.safetensors")
     assert (own.classes, own.input_shape) == (("a", "b"), (3, 16, 16))
     for model in (plain, own):
-        assert not differences(model.module, snapshot(made.module))
+        assert not differences(model.module, take_snapshot(made.module))
     with pytest.raises(InputError, match="give this spec yourself, and the file as weights="):
         load_model(str(tmp_path / "a.safetensors"))
 
@@ -134,7 +134,7 @@ def test_a_local_folder_of_timm(libs: Libraries, tmp_path: Path, labels: dict[st
     model = load_model(f"timm:local-dir:{tmp_path}")
     assert (model.classes, model.input_shape) == (expected, (3, 32, 32))
     assert (normalised(model), preprocessed(model).interpolation) == (((0.5,) * 3, (0.25,) * 3), "bilinear")
-    assert not differences(preprocessed(model).network, snapshot(network.eval()))
+    assert not differences(preprocessed(model).network, take_snapshot(network.eval()))
 
 
 def test_without_names_they_are_asked_for(libs: Libraries, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_its_weights_are_the_librarys(libs: Libraries, tmp_path: Path, monkeypat
     cached.parent.mkdir(parents=True)
     torch.save(made.state_dict(), cached)
     model = load_model("torchvision:shufflenet_v2_x0_5?size=32")
-    assert not differences(preprocessed(model).network, snapshot(made))
+    assert not differences(preprocessed(model).network, take_snapshot(made))
     with pytest.raises(MismatchError, match="has 1000 outputs, but 2 names were given"):
         load_model("torchvision:shufflenet_v2_x0_5?size=32", classes=["a", "b"])
 
@@ -193,7 +193,7 @@ def test_a_local_folder_of_transformers(libs: Libraries, tmp_path: Path) -> None
     model = load_model(f"hf:{tmp_path}")
     assert (model.classes, model.input_shape) == (NEW, (3, 32, 32))
     assert (normalised(model), preprocessed(model).interpolation) == (((0.5,) * 3, (0.5,) * 3), "bilinear")
-    assert not differences(preprocessed(model).network, snapshot(network))
+    assert not differences(preprocessed(model).network, take_snapshot(network))
     assert has_own_weights(f"hf:{tmp_path}") and not has_own_weights(f"hf:{tmp_path}?pretrained=false")
     untrained = load_model(f"hf:{tmp_path}?pretrained=false&size=16", classes=["a", "b"])
     assert (untrained.classes, untrained.input_shape) == (("a", "b"), (3, 16, 16))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pnc.foundation.errors import ClassNameError, FileFormatError, InputError, MismatchError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_files import read_tensors, write_tensors
 from pnc.models import model_specs
 from pnc.models.model_specs import LoadedModel, build_model, load_model, save_model
@@ -28,7 +28,7 @@ def network() -> LoadedModel:
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
-    return not differences(other, snapshot(one))
+    return not differences(other, take_snapshot(one))
 
 
 # ------------------------------------------------------------------------------------------------ specs
@@ -155,7 +155,8 @@ def test_outputs_are_checked(
 
 def test_a_preprocessed_network_says_which_images_it_takes(tmp_path: Path) -> None:
     code = (
-        "import pnc\nfrom pnc.networks import cnn\n\ndef own(): return pnc.Preprocessed(cnn((3, 8, 8), 3), (3, 8, 8))\n"
+        "import pnc\nfrom pnc.models.reference_networks import cnn\n\n"
+        "def own(): return pnc.Preprocessed(cnn((3, 8, 8), 3), (3, 8, 8))\n"
     )
     (tmp_path / "own.py").write_text(code)
     assert load_model(f"py:{tmp_path / 'own.py'}:own", classes=CLASSES).input_shape == (3, 8, 8)
@@ -313,7 +314,7 @@ def test_a_file_of_plain_weights_is_no_spec(network: LoadedModel, tmp_path: Path
 
 
 def test_weights_that_do_not_fit_are_named_and_nothing_is_changed(network: LoadedModel) -> None:
-    before = snapshot(network.module)
+    before = take_snapshot(network.module)
     tensors = dict(network.module.state_dict())
     tensors["classifier.weight"] = torch.zeros(5, 16)
     del tensors["block1.0.weight"]

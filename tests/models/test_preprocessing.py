@@ -18,7 +18,7 @@ from pnc.data.image_set import ImageSet
 from pnc.data.support import Support
 from pnc.foundation.errors import InputError, MismatchError
 from pnc.foundation.fingerprints import fingerprint
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.candidate_cuts import candidate_cuts
 from pnc.graph.classifier import find_head
@@ -158,7 +158,7 @@ def test_recording_and_cuts_are_exact(interpolation: Any, given: tuple[int, int,
     wrapped = Preprocessed(
         small((3, 32, 32)), (3, 32, 32), MEAN, STD, interpolation=interpolation, blue_first=True
     ).eval()
-    before = snapshot(wrapped)
+    before = take_snapshot(wrapped)
     recording = record(wrapped, images(2, *given))
     assert not differences(wrapped, before)
     assert recording.input_shape == given
@@ -231,7 +231,7 @@ def case(name: str) -> Case:
 def made(name: str) -> tuple[Case, pnc.Clone]:
     """A case and its clone, whose networks are found as they were."""
     nets = case(name)
-    before = [snapshot(nets.source), snapshot(nets.target)]
+    before = [take_snapshot(nets.source), take_snapshot(nets.target)]
     clone = pnc.clone(nets.source, nets.target, nets.support, source_classes=NEW, base_classes=BASE)
     assert not differences(nets.source, before[0])
     assert not differences(nets.target, before[1])
@@ -249,7 +249,7 @@ CASES = (
 @pytest.mark.parametrize("name", CASES)
 def test_networks_with_other_preprocessing_clone_into_each_other(name: str, tmp_path: Path) -> None:
     nets, clone = made(name)
-    before = snapshot(nets.target)
+    before = take_snapshot(nets.target)
     net = pnc.attach(nets.target, clone)
     with torch.no_grad():
         logits, own = net(nets.test.images), nets.target(nets.test.images)

@@ -12,7 +12,7 @@ from pnc.bench.result_files import Cells
 from pnc.data.image_set import ImageSet, class_subset, relabel, select
 from pnc.data.readers import load_data
 from pnc.foundation.errors import ClassNameError, InputError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_files import read_tensors
 from pnc.models.model_specs import load_model
 from pnc.models.pretraining import EpochReport, Recipe, augment, one_cycle, pretrain, recipe_for
@@ -159,12 +159,12 @@ def test_global_randomness_is_seeded_for_the_network_and_put_back(
     model = pretrain(spec, *sets, RECIPE, paths[1])
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads
-    assert not differences(model.module, snapshot(load_model(spec, weights=paths[0]).module))
+    assert not differences(model.module, take_snapshot(load_model(spec, weights=paths[0]).module))
 
 
 def test_another_seed_gives_another_network(sets: tuple[ImageSet, ImageSet], trained: Path, tmp_path: Path) -> None:
     other = pretrain(SPEC, *sets, replace(RECIPE, seed=1), tmp_path / "a.safetensors")
-    assert differences(other.module, snapshot(load_model(str(trained)).module))
+    assert differences(other.module, take_snapshot(load_model(str(trained)).module))
 
 
 def test_a_finished_run_is_not_made_again(sets: tuple[ImageSet, ImageSet], trained: Path) -> None:

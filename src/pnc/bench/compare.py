@@ -28,7 +28,7 @@ from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.support import draw_support
 from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import fingerprint
-from pnc.foundation.network_state import differences, evaluating, snapshot
+from pnc.foundation.network_state import differences, evaluating, take_snapshot
 from pnc.method.task import Progress, prepare_task
 from pnc.models.model_specs import LoadedModel
 
@@ -42,7 +42,7 @@ _REMOVAL_IMAGES = 500
 
 
 @dataclass(frozen=True)
-class Setting:
+class ComparisonSetting:
     """What the cells of one run share.
 
     Attributes:
@@ -83,7 +83,7 @@ class Setting:
 
 
 def run(
-    setting: Setting,
+    setting: ComparisonSetting,
     methods: Sequence[str],
     seeds: Sequence[int],
     cells: Cells,
@@ -135,7 +135,9 @@ def network_name(model: LoadedModel) -> str:
     return f"{model.spec} {fingerprint(model.module).weights[:8]}"
 
 
-def _cell(setting: Setting, names: Mapping[str, str], classes: Sequence[str], method: str, seed: int) -> dict[str, Any]:
+def _cell(
+    setting: ComparisonSetting, names: Mapping[str, str], classes: Sequence[str], method: str, seed: int
+) -> dict[str, Any]:
     return {
         "data": setting.data,
         **names,
@@ -149,7 +151,7 @@ def _cell(setting: Setting, names: Mapping[str, str], classes: Sequence[str], me
     }
 
 
-def _where(setting: Setting) -> dict[str, Any]:
+def _where(setting: ComparisonSetting) -> dict[str, Any]:
     return {"budget": dataclasses.asdict(setting.budget), "environment": environment(), "commit": commit()}
 
 
@@ -168,9 +170,9 @@ def _time_left(methods: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str
 class _Arena:
     """Runs methods in one setting; what does not depend on the method is computed once."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: ComparisonSetting) -> None:
         self._setting = setting
-        self._before = snapshot(setting.target.module)
+        self._before = take_snapshot(setting.target.module)
         self._tests: dict[tuple[str, ...], tuple[ImageSet, Tensor]] = {}
 
     def measure(self, rival: Rival, classes: Sequence[str], seed: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pnc.bench.rivals import (
     lora,
     lwf,
     nearest_mean,
+    stacked_features,
     tempered,
 )
 from pnc.bench.rivals.rival import Budget, Fitted, Rival
@@ -52,6 +53,7 @@ METHODS: Mapping[str, Rival] = {
         *clone_variants.RIVALS,
         ensemble.RIVAL,
         tempered.RIVAL,
+        *stacked_features.RIVALS,
         lda.ON_TARGET,
         lda.ON_SOURCE,
         linear_probe.ON_TARGET,

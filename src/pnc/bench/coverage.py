@@ -22,7 +22,7 @@ from pnc.channels.compaction import compact
 from pnc.clones.clone_file import load, save
 from pnc.composite.composite import Composite, attach
 from pnc.foundation.errors import PNCError
-from pnc.foundation.network_state import differences, evaluating, snapshot
+from pnc.foundation.network_state import differences, evaluating, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.candidate_cuts import candidate_cuts, gaps
 from pnc.graph.classifier import find_head
@@ -135,7 +135,7 @@ def measure(model: str) -> dict[str, Any]:
         network, images = built
         with evaluating(network):
             network(images)  # fills what it keeps between calls
-        before = snapshot(network)
+        before = take_snapshot(network)
         recording = _tried(row, "record", lambda: _record(row, network, images))
         if recording is not None:
             _tried(row, "exact", lambda: _check_exact(row, network, recording, images.shape[1:]))
@@ -245,7 +245,7 @@ def _cloned(source: nn.Module, target: nn.Module, shape: Sequence[int], density:
     """Clone two classes, check every promise, and give the composite."""
     base, known = [[f"{role} {i}" for i in range(N_CLASSES)] for role in ("old", "new")]
     labels = [name for name in base for _ in range(_N_BASE)] + [name for name in known[:2] for _ in range(_N_NEW)]
-    before = snapshot(target), snapshot(source)
+    before = take_snapshot(target), take_snapshot(source)
     task = prepare_task(
         source,
         target,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pnc.bench.file_damage import FORGED, MUTATIONS
 from pnc.bench.result_files import Cells, Claim, at_least, at_most, table
 from pnc.clones.clone import Clone
-from pnc.clones.clone_file import Kind, inspect, load, save
+from pnc.clones.clone_file import FileKind, inspect, load, save
 from pnc.composite.composite import attach
 from pnc.foundation.errors import InputError, PNCError
 from pnc.foundation.fingerprints import fingerprint
@@ -49,7 +49,7 @@ KILLED_WIDTH = 192
 _PATIENCE = 600.0
 """Seconds on the clock after which a process that says nothing is taken to hang; starting one takes a while."""
 
-_KINDS: tuple[Kind, ...] = ("thin", "full")
+_KINDS: tuple[FileKind, ...] = ("thin", "full")
 
 
 # ---------------------------------------------------------------------------------------------------- what is damaged

@@ -14,8 +14,7 @@ from pnc.bench.position_strategies import Setting
 from pnc.bench.result_files import Cells
 from pnc.bench.rivals.finetuning import WITH_REPLAY
 from pnc.bench.rivals.rival import Budget
-from pnc.bench.rivals.tuning import Method, train_once
-from pnc.bench.rivals.tuning import Setting as TuningSetting
+from pnc.bench.rivals.tuning import Hyperparameters, TuningMethod, train_once
 from pnc.data.image_set import class_subset, images_as_float
 from pnc.data.support import draw_support
 from pnc.foundation.network_state import evaluating
@@ -98,8 +97,8 @@ def _work(setting: Setting, seed: int, form: str, cells: Cells, found: dict[str,
     def tune() -> None:
         rows = [row for row in cells.rows if (row["form"], row["case"]) == (SEARCH, f"seed {seed}")]
         chosen = rows[0]["chosen"]
-        one = TuningSetting(chosen["learning_rate"], chosen["train_norm"], n_steps=chosen["steps"])
-        train_once(task(), Method((one,)), Budget())
+        one = Hyperparameters(chosen["learning_rate"], chosen["train_norm"], n_steps=chosen["steps"])
+        train_once(task(), TuningMethod((one,)), Budget())
         found["chosen"] = chosen
 
     return make if form in CLONES else search if form == SEARCH else tune

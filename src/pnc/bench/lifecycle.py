@@ -39,7 +39,7 @@ ALLOWED = 0.02
 
 
 @dataclass(frozen=True)
-class Setting:
+class LifecycleSetting:
     """What all arrangements share.
 
     Attributes:
@@ -68,11 +68,11 @@ class Setting:
         return tuple(name for name in self.sources[0].classes if name not in self.target.classes)
 
 
-Part = tuple[int, tuple[str, ...]]
+CloneShare = tuple[int, tuple[str, ...]]
 """One clone: which source, which classes."""
 
 
-def parts(new_classes: Sequence[str], arrangement: str) -> list[Part]:
+def parts(new_classes: Sequence[str], arrangement: str) -> list[CloneShare]:
     """Share the new classes out: the first half to the first source, and one class of each half to a clone of its own.
 
     Raises:
@@ -89,7 +89,9 @@ def parts(new_classes: Sequence[str], arrangement: str) -> list[Part]:
     return [(0, new[:1]), (0, new[1:half]), (1, new[half : half + 1]), (1, new[half + 1 :])]
 
 
-def run(setting: Setting, seeds: Sequence[int], cells: Cells, progress: Progress | None = None) -> list[dict[str, Any]]:
+def run(
+    setting: LifecycleSetting, seeds: Sequence[int], cells: Cells, progress: Progress | None = None
+) -> list[dict[str, Any]]:
     """Make and measure every arrangement for each seed, before and after calibration.
 
     The clones of an arrangement are made apart: each from the support's images of its own and of the base classes.
@@ -112,7 +114,7 @@ def run(setting: Setting, seeds: Sequence[int], cells: Cells, progress: Progress
     return [made[cell] for cell in wanted]
 
 
-def _row(setting: Setting, seed: int, arrangement: str) -> dict[str, Any]:
+def _row(setting: LifecycleSetting, seed: int, arrangement: str) -> dict[str, Any]:
     target, new = setting.target, setting.new_classes
     generator = torch.Generator().manual_seed(seed)
     support = draw_support(setting.train, new, target.classes, setting.n_new, setting.n_base, generator)
@@ -152,7 +154,7 @@ def _moved(log_odds: Tensor, features: Tensor, scalars: Scalars) -> Tensor:
     return moved
 
 
-def _clone(setting: Setting, support: Support, part: Part, seed: int) -> Clone:
+def _clone(setting: LifecycleSetting, support: Support, part: CloneShare, seed: int) -> Clone:
     """Make one clone, or read it where it was made before with the same settings."""
     index, classes = part
     source, target = setting.sources[index], setting.target
@@ -175,7 +177,7 @@ def _clone(setting: Setting, support: Support, part: Part, seed: int) -> Clone:
     return made
 
 
-def _file_name(setting: Setting, support: Support, part: Part, seed: int) -> str:
+def _file_name(setting: LifecycleSetting, support: Support, part: CloneShare, seed: int) -> str:
     """Of a kept clone: whatever it depends on, but for the version of the library, makes the name another one."""
     index, classes = part
     networks = [fingerprint(one.module).weights for one in (setting.sources[index], setting.target)]
@@ -225,7 +227,11 @@ def _values(rows: Sequence[Mapping[str, Any]], arrangement: str, stage: str, key
 
 
 def markdown(
-    rows: Sequence[Mapping[str, Any]], lives: Mapping[str, Any], setting: Setting, data: str, n_test: int | None
+    rows: Sequence[Mapping[str, Any]],
+    lives: Mapping[str, Any],
+    setting: LifecycleSetting,
+    data: str,
+    n_test: int | None,
 ) -> str:
     """The means over seeds as a table, then every row; `data` is the name of the images."""
     flips = ", with mirror images" if setting.flip else ""

@@ -21,7 +21,7 @@ from pnc.composite.prediction import predict
 from pnc.data.image_set import ImageSet
 from pnc.data.support import Support
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.method.pipeline import fit
 from pnc.method.positions import scan
 from pnc.method.task import CloneTask, Progress, prepare_task
@@ -70,7 +70,7 @@ def run(job: Job, rivals: Sequence[str], folder: Path, progress: Progress | None
         has `not_applicable`, the reason, in place of all figures.
     """
     target, source = job.target, job.source
-    before = snapshot(target.module)
+    before = take_snapshot(target.module)
     images = job.test.images
     target_logits = predict(target.module, images)
     rows = [_target_row(target_logits, job.test.labels)]

@@ -20,7 +20,7 @@ from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save
 from pnc.composite.composite import attach
 from pnc.data.support import Support
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
 from pnc.method.calibration import calibrate
 from pnc.method.pipeline import fit
@@ -114,7 +114,7 @@ class Life:
     done: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self._before = snapshot(self.stage.target)
+        self._before = take_snapshot(self.stage.target)
         self._net = attach(self.stage.target, self.stage.clones[0])
         self._attached = [0]
         self._scalars: dict[int, Scalars] = {0: Scalars()}

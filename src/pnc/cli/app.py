@@ -12,7 +12,7 @@ from pnc.bench import demo as demonstration
 from pnc.cli.arguments import (
     ModelOptions,
     check_different,
-    check_images,
+    check_input_shape,
     check_outputs,
     check_trained,
     choose_classes,
@@ -141,7 +141,7 @@ def clone(
     refine: Annotated[bool, typer.Option(help="Tune the adapter by gradient where that helps; takes minutes.")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the clone; by default made of its classes.")] = None,
     kind: Annotated[
-        clone_file.Kind, typer.Option(help="thin: without the source's weights; full: with them.")
+        clone_file.FileKind, typer.Option(help="thin: without the source's weights; full: with them.")
     ] = "thin",
     memory: Memory = MEMORY / GIB,
     precision: Annotated[
@@ -172,7 +172,7 @@ def clone(
         images = load_data(data, "train")
         unlabelled = None if background is None else load_data(background, "train")
         models = [load_network(one, input_shape=images.input_shape) for one in asked]
-        check_images(images, *models)
+        check_input_shape(images, *models)
         new, base = choose_classes(classes, *models), models[1].classes
         started = time.perf_counter()
         with progress(team.is_main) as bar:
@@ -248,7 +248,7 @@ def scan(
     read_device(device)
     images = load_data(data, "train")
     models = [load_network(one, input_shape=images.input_shape) for one in asked]
-    check_images(images, *models)
+    check_input_shape(images, *models)
     new, base = choose_classes(classes, *models), models[1].classes
     with use_threads(threads), progress() as bar:
         task = prepare_task(

@@ -173,7 +173,7 @@ def _same_file(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
 
 
-def check_images(images: ImageSet, *models: LoadedModel) -> None:
+def check_input_shape(images: ImageSet, *models: LoadedModel) -> None:
     """Refuse images of another shape than the networks were made for."""
     for model in models:
         if images.input_shape != model.input_shape:

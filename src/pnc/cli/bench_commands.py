@@ -199,7 +199,7 @@ def measure_lifecycle(
             f"source: both must know the same classes; {source[0]} knows {listed(first.source.classes)}, "
             f"{source[1]} knows {listed(second.source.classes)}"
         )
-    setting = lifecycle_bench.Setting(
+    setting = lifecycle_bench.LifecycleSetting(
         (first.source, second.source), first.target, first.train, first.test, first.n_new, first.n_base, flip, keep
     )
     lifecycle_bench.parts(setting.new_classes, "four")

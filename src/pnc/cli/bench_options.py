@@ -8,7 +8,7 @@ from pnc.bench.result_files import Claim
 from pnc.cli.arguments import (
     ModelOptions,
     check_different,
-    check_images,
+    check_input_shape,
     check_outputs,
     check_trained,
     data_file,
@@ -44,7 +44,7 @@ def setting_of(
     train, test = load_data(data, "train"), load_data(data, "test")
     test = test if n_test is None else sample_per_class(test, n_test, "first")
     models = [load_network(one, input_shape=train.input_shape) for one in asked]
-    check_images(train, *models)
+    check_input_shape(train, *models)
     return positions_bench.Setting(models[0], models[1], train, test, n_new, n_base, flip)
 
 

@@ -10,7 +10,7 @@ import typer
 from pnc.cli.arguments import (
     ModelOptions,
     attach_clones,
-    check_images,
+    check_input_shape,
     check_outputs,
     check_trained,
     data_file,
@@ -55,7 +55,7 @@ def evaluate_clones(
     known = [read_clone_facts(path) for path in clones]
     images = load_data(data, "test")
     model = load_network(asked, known[0].base_classes, images.input_shape)
-    check_images(images, model)
+    check_input_shape(images, model)
     net = attach_clones(known, sources, model)
     there = [name for name, count in images.counts().items() if count and name in net.classes]
     if not set(there) & set(model.classes) or set(there) <= set(model.classes):

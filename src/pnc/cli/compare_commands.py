@@ -18,7 +18,7 @@ from pnc.bench.rivals.rival import Budget
 from pnc.cli.arguments import (
     ModelOptions,
     check_different,
-    check_images,
+    check_input_shape,
     check_outputs,
     check_trained,
     data_file,
@@ -90,10 +90,10 @@ def measure_comparison(
             _network(one, names, images, runs, (epochs, flip, precision), step)
             for one, names in zip(asked, halves, strict=True)
         ]
-        check_images(images[0], *models)
+        check_input_shape(images[0], *models)
         new = [known for known in models[0].classes if known not in models[1].classes]
         group = classes if classes in GROUPS else ", ".join(parse_classes(classes, new))
-        setting = compare_bench.Setting(
+        setting = compare_bench.ComparisonSetting(
             source=models[0],
             target=models[1],
             train=images[0],

@@ -19,7 +19,7 @@ from pnc.clones.branch import Branch
 from pnc.clones.clone import Clone
 from pnc.clones.deltas import DTYPES, Deltas, check_fit, deltas_of, merge
 from pnc.clones.heads import DiscriminantHead, Head, SourceHead, StackedHead
-from pnc.clones.manifest import Kind, Manifest, read_manifest
+from pnc.clones.manifest import FileKind, Manifest, read_manifest
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import FileFormatError, InputError, MismatchError
 from pnc.foundation.fingerprints import fingerprint, first_difference
@@ -29,7 +29,7 @@ from pnc.graph.classifier import find_head
 from pnc.graph.cut_points import CutPoint, cut_points, extract
 from pnc.graph.recording import record
 
-__all__ = ["Kind", "inspect", "load", "read_clone_file", "save"]
+__all__ = ["FileKind", "inspect", "load", "read_clone_file", "save"]
 
 _STATISTICS = ("running_mean", "running_var")
 _ADAPTER, _HEAD, _BODY, _CALIBRATION, _MASKS = "adapter.", "head.", "body.", "calibration.", "masks"
@@ -37,7 +37,7 @@ _RIVALS = f"{_CALIBRATION}rivals"
 _DELTAS = "deltas."
 
 
-def save(clone: Clone, path: str | Path, kind: Kind = "thin") -> int:
+def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
     """Write a clone to a file, whole or not at all; the same clone gives the same bytes.
 
     Args:
@@ -50,8 +50,8 @@ def save(clone: Clone, path: str | Path, kind: Kind = "thin") -> int:
         InputError: the kind is unknown, the path cannot be written to, a value is not finite, or a name is not
             printable.
     """
-    if kind not in get_args(Kind):
-        raise InputError(f"kind: expected {' or '.join(get_args(Kind))}, got {kind!r}")
+    if kind not in get_args(FileKind):
+        raise InputError(f"kind: expected {' or '.join(get_args(FileKind))}, got {kind!r}")
     tensors = {name: _short(name, tensor) for name, tensor in _fitted(clone.branch).items() if tensor.numel()}
     if clone.branch.scalars.is_identity:  # which is what a file without them stands for
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CALIBRATION)}
@@ -73,7 +73,7 @@ def _short(name: str, tensor: Tensor) -> Tensor:
     return short if name.startswith(_HEAD) and torch.equal(short.to(tensor.dtype), tensor) else tensor
 
 
-def _body_tensors(clone: Clone, kind: Kind) -> dict[str, Tensor]:
+def _body_tensors(clone: Clone, kind: FileKind) -> dict[str, Tensor]:
     state = clone.branch.stitched.body.state_dict()
     return {name: state[name] for name in _body_names(state, kind, _is_changed(clone))}
 
@@ -83,7 +83,7 @@ def _is_changed(clone: Clone) -> bool:
     return clone.masks is not None or clone.deltas is not None
 
 
-def _body_names(state: Mapping[str, Tensor], kind: Kind, changed: bool) -> list[str]:
+def _body_names(state: Mapping[str, Tensor], kind: FileKind, changed: bool) -> list[str]:
     """Which tensors of the source's part a file carries: all, or the statistics that were estimated anew."""
     return [name for name in state if kind == "full" or (changed and name.endswith(_STATISTICS))]
 
@@ -93,7 +93,7 @@ def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     return next(wrong, None)
 
 
-def _manifest(clone: Clone, kind: Kind) -> Manifest:
+def _manifest(clone: Clone, kind: FileKind) -> Manifest:
     return Manifest(
         kind=kind,
         name=clone.name,

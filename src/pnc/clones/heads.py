@@ -128,7 +128,7 @@ def odds_terms(fitted: Tensor, own: Tensor, level: Tensor) -> Tensor:
 Head = DiscriminantHead | SourceHead | StackedHead
 
 
-def shortened(head: DiscriminantHead) -> DiscriminantHead:
+def in_half_precision(head: DiscriminantHead) -> DiscriminantHead:
     """Round the weights to half precision, in place: eleven bits say all that few samples know."""
     short = head.weight.half()
     if bool(short.isfinite().all()):

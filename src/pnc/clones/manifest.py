@@ -21,7 +21,7 @@ from pnc.graph.cut_points import CutPoint
 FORMAT = "pnc-clone"
 VERSION = 2
 """Of the files that are written; earlier ones are read."""
-Kind = Literal["thin", "full"]
+FileKind = Literal["thin", "full"]
 
 MAX_IMAGE = 1 << 24
 """Values that one image may have: 3x2048x2048 and more."""
@@ -51,7 +51,7 @@ _DIMS = {"vector": (1,), "tokens": (1, 2), "map": (1, 3)}
 class Manifest:
     """Everything that a clone's file holds beside tensors; the fields are those of `pnc.Clone`."""
 
-    kind: Kind
+    kind: FileKind
     name: str
     classes: tuple[str, ...]
     base_classes: tuple[str, ...]
@@ -147,7 +147,7 @@ def _parsed(facts: Any, fail: Fail) -> Manifest:
     if source.sizes("input_shape", 3) != shape or math.prod(shape) > MAX_IMAGE:
         fail(f"input_shape: source and target must take the same images, of {MAX_IMAGE} values at most")
     return Manifest(
-        kind=cast(Kind, whole.choice("kind", get_args(Kind))),
+        kind=cast(FileKind, whole.choice("kind", get_args(FileKind))),
         name=whole.text("name"),
         classes=classes,
         base_classes=base_classes,

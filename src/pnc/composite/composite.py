@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 from pnc.clones.branch import Branch, Scalars
 from pnc.clones.clone import Clone
 from pnc.composite.direct_calls import called_directly, flattened
-from pnc.composite.forward_plan import CloneStatus, Places, Plan, Rows, check_places, check_target, status_of
+from pnc.composite.forward_plan import CloneStatus, Places, Plan, WantedClones, check_places, check_target, status_of
 from pnc.composite.fused_composite import FusedComposite
-from pnc.composite.verification import BATCH_SIZES, Report, verify_composite
+from pnc.composite.verification import PROBE_SIZES, Report, verify_composite
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.class_names import listed, unknown_name
 from pnc.foundation.errors import ClassNameError, InputError
@@ -193,7 +193,7 @@ class Composite(nn.Module):
             yield self
 
     # -------------------------------------------------------------------------------------------------- as a module
-    def forward(self, images: Tensor, only: Rows | None = None) -> Tensor:
+    def forward(self, images: Tensor, only: WantedClones | None = None) -> Tensor:
         """Give logits (B, K_base + K_new) for images (B, C, H, W).
 
         Args:
@@ -240,7 +240,7 @@ class Composite(nn.Module):
             before: From `pnc.snapshot(target)`: everything of the target is compared with that too.
         """
         parameter = next(self.target.parameters(), torch.empty(0))
-        images = torch.rand(max(BATCH_SIZES), *self._input_shape, generator=torch.Generator().manual_seed(0))
+        images = torch.rand(max(PROBE_SIZES), *self._input_shape, generator=torch.Generator().manual_seed(0))
         expected = {clone.name: clone.target for clone in self._clones.values()}
         return verify_composite(self, self.target, expected, images.to(parameter.device, parameter.dtype), before)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from pnc.clones.clone_file import load, read_clone_file
 from pnc.composite.composite import attach
-from pnc.composite.verification import BATCH_SIZES, Report, snapshot
+from pnc.composite.verification import PROBE_SIZES, Report, snapshot
 from pnc.foundation.class_names import listed
 from pnc.foundation.fingerprints import first_difference
 
@@ -55,7 +55,7 @@ def prove(path: str | Path, target: nn.Module, source: nn.Module | None = None) 
             return tuple(checks)
     assert source is not None
     parameter = next(target.parameters(), torch.empty(0))
-    images = torch.rand(max(BATCH_SIZES), *manifest.input_shape, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(max(PROBE_SIZES), *manifest.input_shape, generator=torch.Generator().manual_seed(0))
     before = snapshot(target, images.to(parameter.device, parameter.dtype))
     net = attach(target, load(path, source=source))
     checks.append(_compared("attached", net.verify(before)))

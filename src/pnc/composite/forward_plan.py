@@ -18,7 +18,7 @@ from pnc.graph.classifier import find_head
 from pnc.graph.cut_points import CutPoint, cut_points
 from pnc.graph.recording import Recording
 
-Rows = Sequence[str | Collection[str] | None]
+WantedClones = Sequence[str | Collection[str] | None]
 """For each image of a batch the clones that are wanted: a name, several or none of them, or None for all enabled."""
 
 _EXAMPLE = "['pets', ('pets', 'birds'), (), None]"
@@ -98,7 +98,7 @@ class Plan:
     base_priority: float
     probe: Tensor
 
-    def logits(self, images: Tensor, only: Rows | None = None) -> Tensor:
+    def logits(self, images: Tensor, only: WantedClones | None = None) -> Tensor:
         """Give logits (B, K_base + K_new) for images (B, C, H, W): `Composite.forward`."""
         rows = [None] * len(self.names) if only is None else self._rows(only, images.shape[0])
         inputs, logits = self._run(images)
@@ -121,7 +121,7 @@ class Plan:
             logits = logits.index_copy(0, index, run(*(one.index_select(0, index) for one in inputs)))
         return logits
 
-    def _rows(self, only: Rows, n_images: int) -> list[list[int] | None]:
+    def _rows(self, only: WantedClones, n_images: int) -> list[list[int] | None]:
         """For each clone the rows that ask for it, None where all do."""
         if isinstance(only, str) or not isinstance(only, Sequence):
             raise InputError(f"only: expected a list with one entry for each image, such as {_EXAMPLE}; got {only!r}")

@@ -24,7 +24,7 @@ from pnc.clones.branch import Branch, against_rivals
 from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.clones.position_grids import from_grid, grid_size, pool, resize, to_grid
 from pnc.composite.forward_plan import Plan, check_like
-from pnc.composite.layer_folding import Part, folded_part, grows
+from pnc.composite.layer_folding import FoldedPart, folded_part, grows
 from pnc.foundation.errors import InputError, PNCError
 
 TOLERANCE, GPU_TOLERANCE = 1e-4, 1e-2
@@ -120,7 +120,7 @@ class _Stem(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, places: Sequence[int], parts: Sequence[Part]) -> None:
+    def __init__(self, places: Sequence[int], parts: Sequence[FoldedPart]) -> None:
         super().__init__()
         first = parts[0]
         self.tap, self.places, self._stride = first.tap, tuple(places), first.stride
@@ -162,7 +162,7 @@ class _Stem(nn.Module):
         return maps.contiguous(memory_format=torch.channels_last)
 
 
-def _stems(parts: Sequence[Part]) -> list[_Stem]:
+def _stems(parts: Sequence[FoldedPart]) -> list[_Stem]:
     """The fewest stems that serve all clones."""
     groups: dict[Any, list[int]] = {}
     for place, part in enumerate(parts):

@@ -25,7 +25,7 @@ _LANES = 16
 
 
 @dataclass
-class Part:
+class FoldedPart:
     """One clone on its way to the fused form.
 
     Attributes:
@@ -69,13 +69,13 @@ def _fold(body: fx.GraphModule, given: Tensor) -> "_Layers":
     return layers
 
 
-def folded_part(tap: int, stitched: Stitched) -> Part:
+def folded_part(tap: int, stitched: Stitched) -> FoldedPart:
     """Give a clone's part with all folded that can be; `stitched` keeps its tensors."""
     adapter = copy.deepcopy(stitched.adapter)
     body = flattened(own_copy(cast(fx.GraphModule, stitched.body)))
     cut = adapter.source_cut
     layers = _fold(body, torch.zeros(2, *cut.shape, dtype=adapter.weight.dtype, device=adapter.weight.device))
-    part = Part(tap, adapter, (1, 1), body)
+    part = FoldedPart(tap, adapter, (1, 1), body)
     while _fold_into_adapter(part, layers):
         pass
     body.delete_all_unused_submodules()
@@ -85,7 +85,7 @@ def folded_part(tap: int, stitched: Stitched) -> Part:
     return part
 
 
-def _takes_channels_last(part: Part) -> bool:
+def _takes_channels_last(part: FoldedPart) -> bool:
     """Whether the part has convolutions, and nothing that only takes the usual layout."""
     given = next(node for node in part.body.graph.nodes if node.op == "placeholder")
     shape = given.meta["tensor_meta"].shape
@@ -171,7 +171,7 @@ def _bypass(node: fx.Node, source: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def _fold_into_adapter(part: Part, layers: _Layers) -> bool:
+def _fold_into_adapter(part: FoldedPart, layers: _Layers) -> bool:
     """Fold the layer behind the adapter into it, where that is linear, alone there, and saves; whether it did."""
     given = next(iter(part.body.graph.nodes))
     adapter, cut = part.adapter, part.adapter.source_cut

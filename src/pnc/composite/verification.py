@@ -15,7 +15,7 @@ from pnc.foundation.network_state import Snapshot, differences, evaluating
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.recording import pick_logits
 
-BATCH_SIZES = (1, 3, 4)
+PROBE_SIZES = (1, 3, 4)
 """Sizes of the batches on which a composite is compared with its target: kernels may depend on them."""
 
 
@@ -54,7 +54,7 @@ def snapshot(target: nn.Module, images: Tensor | None = None) -> Snapshot:
     check_module(target, "target")
     logits = None if images is None else _logits(target, images)
     kept = None if images is None else images.detach().clone()
-    return dataclasses.replace(network_state.snapshot(target), images=kept, logits=logits)
+    return dataclasses.replace(network_state.take_snapshot(target), images=kept, logits=logits)
 
 
 def verify(target: nn.Module, before: Snapshot) -> Report:
@@ -106,7 +106,7 @@ def verify_composite(
         if (difference := first_difference(target, fingerprint)) is not None
     ]
     n_logits = 0
-    for size in BATCH_SIZES:
+    for size in PROBE_SIZES:
         base = _logits(target, images[:size])
         n_logits += base.numel()
         if not same_bits(_logits(composite, images[:size])[:, : base.shape[1]].contiguous(), base):

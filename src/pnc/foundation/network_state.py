@@ -70,7 +70,7 @@ class Snapshot:
     logits: Tensor | None = None
 
 
-def snapshot(module: nn.Module) -> Snapshot:
+def take_snapshot(module: nn.Module) -> Snapshot:
     """Copy the state of `module` that `differences` compares later: costs one copy of its weights."""
     tensors = dict(_named_tensors(module))
     submodules = dict(module.named_modules(remove_duplicate=False))

@@ -13,7 +13,7 @@ from pnc.graph.subgraphs import costs_before, needs_of
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
+class ClassifierLayer:
     """What turns features into logits.
 
     Attributes:
@@ -32,7 +32,7 @@ class Head:
     bias: Tensor | None
 
 
-def find_head(recording: Recording) -> Head:
+def find_head(recording: Recording) -> ClassifierLayer:
     """The layer that makes the logits, and the features that it reads.
 
     Walks from the logits back to the last operations that multiply and add. If that is one layer, its input are the
@@ -62,8 +62,8 @@ def find_head(recording: Recording) -> Head:
     return _head(recording, found[-1], module)
 
 
-def _head(recording: Recording, features: CutPoint, module: str | None) -> Head:
-    return Head(features, module, features.n_channels, *_affine_map(recording, features, module))
+def _head(recording: Recording, features: CutPoint, module: str | None) -> ClassifierLayer:
+    return ClassifierLayer(features, module, features.n_channels, *_affine_map(recording, features, module))
 
 
 def _last_layers(recording: Recording) -> list[fx.Node]:

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from pnc.foundation.errors import RecordingError
 
-Kind = Literal["placeholder", "get_attr", "call_module", "call_function", "call_method", "output"]
+OperationKind = Literal["placeholder", "get_attr", "call_module", "call_function", "call_method", "output"]
 
 _ATOMS = (int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(...), type(None))
 
@@ -39,7 +39,7 @@ class Op:
     it changed, and of its results; a view holds the storage of its base. `flops` counts the whole batch.
     """
 
-    kind: Kind
+    kind: OperationKind
     target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from pnc.foundation.errors import RecordingError
 from pnc.graph.nodes import operation_name
-from pnc.graph.operation_tape import Kind, Op, Tape, TapeWriter, is_plain, strange_types, tensors_in
+from pnc.graph.operation_tape import Op, OperationKind, Tape, TapeWriter, is_plain, strange_types, tensors_in
 
 _CONTAINERS = (
     nn.Sequential,
@@ -169,7 +169,7 @@ class Recorder(TorchFunctionMode):
 
     def _execute(
         self,
-        kind: Kind,
+        kind: OperationKind,
         target: Any,
         run: Callable[..., Any],
         args: tuple[Any, ...],

@@ -14,7 +14,7 @@ from pnc.foundation.process_team import Team
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.cut_points import CutPoint
 from pnc.method.head_fitting import HeadSamples
-from pnc.method.ridge import Moments, Regression, Rows
+from pnc.method.ridge import Moments, Regression, StoredRows
 
 Form = tuple[int, int]
 """A grid size, or `PREFIX`."""
@@ -89,7 +89,7 @@ class AdapterFitter:
             self._assign_columns(t, s)
             if t.is_alike(s):
                 self._equal[t.name, s.name] = True
-        self._seen: dict[tuple[str, Form], dict[int, Moments | Rows]] = {}
+        self._seen: dict[tuple[str, Form], dict[int, Moments | StoredRows]] = {}
         self._regressions: dict[tuple[str, Form], Regression] = {}
         self._lowest = dict.fromkeys((cut.name for cut in source_cuts), math.inf)
         self._device = torch.device("cpu")
@@ -200,7 +200,7 @@ class AdapterFitter:
         if fold not in folds:
             first = next(iter(folds.values()), None)
             pivots = (x.mean(0), y.mean(0)) if first is None else (first.x_pivot, first.y_pivot)
-            folds[fold] = (Rows if self._is_wide(cut, form) else Moments)(*pivots)
+            folds[fold] = (StoredRows if self._is_wide(cut, form) else Moments)(*pivots)
         if counted:
             folds[fold].add(x, y)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead, mixed_logits, odds_terms, shortened
+from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead, in_half_precision, mixed_logits, odds_terms
 from pnc.method.discriminants import ABSENT
 from pnc.method.logistic import logistic_regressions
 
@@ -184,7 +184,7 @@ def _minimize(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 
 def fit_stacked(samples: HeadSamples, stacking: Stacking, own: SourceHead) -> StackedHead:
     """Fit scores on all samples, and mix them with the source's own classifier as was chosen."""
-    head = StackedHead(shortened(fit_scores(samples)), own)
+    head = StackedHead(in_half_precision(fit_scores(samples)), own)
     head.odds_weight.copy_(stacking.odds_weight)
     head.class_weight.copy_(stacking.class_weight)
     return head

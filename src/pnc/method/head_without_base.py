@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead, shortened
+from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead, in_half_precision
 from pnc.method.discriminants import ABSENT
 from pnc.method.head_fitting import HeadSamples
 
@@ -46,7 +46,7 @@ def remembering_head(samples: HeadSamples, mean: Tensor, own: SourceHead) -> Sta
     fitted.weight[samples.n_base :, : rows.shape[1]] = weight
     fitted.bias[1 : samples.n_base] = ABSENT  # all base classes together are the first one, whose score is zero
     fitted.bias[samples.n_base :] = bias - math.log(n_new)
-    head = StackedHead(shortened(fitted), own)
+    head = StackedHead(in_half_precision(fitted), own)
     head.odds_weight.copy_(torch.tensor([share, 1.0, -1.0, 0.0]))
     head.class_weight.copy_(torch.tensor([0.0, 1.0]))
     return head

@@ -6,8 +6,8 @@ adapter and head are trained on part of the support; masks, where they are asked
 adapter, and both are trained again; the rest of the support measures it. The search goes one position up while that
 helps. At the best position, all is trained once more, on the whole support.
 
-Deviations: the head gives the new logits only, in the conditional form of `pnc.heads`, so that the target's own stay as
-they are; the learning rate is chosen on held-out images, at the deepest position; the search goes on over a few
+Deviations: the head gives the new logits only, in the conditional form of `clones/heads.py`, so that the target's own
+stay as they are; the learning rate is chosen on held-out images, at the deepest position; the search goes on over a few
 positions that do not help, since with the first of them as its end it stopped almost at once; and the source's own
 penultimate features are aimed at beside the right classes, since with the classes alone a few hundred images were
 learnt by heart, and no position above the second one helped.
@@ -29,7 +29,7 @@ from pnc.graph.cut_points import CutPoint, extract
 from pnc.method.held_out import Outcome, outcome_of, own_head, source_body
 from pnc.method.positions import MAX_CUTS
 from pnc.method.refinement import Schedule, Views, bounded, refining_loss, train, views
-from pnc.method.source_part import Part
+from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Network, Progress
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03)
@@ -44,13 +44,13 @@ class Trained:
     """What was trained at one position, and how held-out images fared."""
 
     adapter: Adapter
-    part: Part
+    part: SourcePart
     head: Head
     learning_rate: float
     outcome: Outcome
 
 
-def search(task: CloneTask, part_of: Callable[[Adapter], Part], progress: Progress | None = None) -> Trained:
+def search(task: CloneTask, part_of: Callable[[Adapter], SourcePart], progress: Progress | None = None) -> Trained:
     """Search for a position as the paper does.
 
     Args:
@@ -103,7 +103,7 @@ class _Place:
     """One position, ready to be trained at."""
 
     def __init__(
-        self, task: CloneTask, target_cut: CutPoint, source_cut: CutPoint, part_of: Callable[[Adapter], Part]
+        self, task: CloneTask, target_cut: CutPoint, source_cut: CutPoint, part_of: Callable[[Adapter], SourcePart]
     ) -> None:
         self._task, self._target_cut, self._source_cut, self._part_of = task, target_cut, source_cut, part_of
 

@@ -26,7 +26,7 @@ from pnc.graph.cut_points import extract
 from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.localization.aim import Aim, Answers
 from pnc.method.localization.norms import batch_norms, reestimate_statistics, training_norms
-from pnc.method.source_part import Part
+from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Progress
 
 Tune = Literal["weights", "low-rank", "norms", "none"]
@@ -61,7 +61,7 @@ class Tuned:
         scored: The adapter that belongs to `part.held_out`.
     """
 
-    part: Part
+    part: SourcePart
     fitted: CrossFitted
     scored: CrossFitted
 
@@ -69,7 +69,7 @@ class Tuned:
 def tune_part(
     task: CloneTask,
     fitted: CrossFitted,
-    part: Part,
+    part: SourcePart,
     tune: Literal["weights", "low-rank"],
     steps: Steps = NO_STEPS,
     progress: Progress | None = None,

@@ -32,11 +32,11 @@ from pnc.method.localization.localizer import Method, localize
 from pnc.method.paper_search import search
 from pnc.method.positions import scan
 from pnc.method.refinement import refined
-from pnc.method.source_part import Part
+from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Precision, Progress, prepare_task
 
 Strategy = Literal["scan", "sequential"]
-"""How a position is found: all in closed form, or as the paper does (`pnc.sequential`), the reference."""
+"""How a position is found: all in closed form, or as the paper does (`paper_search`), the reference."""
 
 MAX_NAME = 60
 """Characters up to which a clone is named after all of its classes."""
@@ -279,7 +279,7 @@ def fit_sequential(
 def _made(
     task: CloneTask,
     adapter: Adapter,
-    part: Part,
+    part: SourcePart,
     head: Head,
     outcome: Outcome,
     name: str | None,

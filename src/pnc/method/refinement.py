@@ -50,7 +50,7 @@ class Views:
         return Views(*(tensor[rows] for tensor in vars(self).values()))
 
 
-Loss = Callable[[Tensor, Head, Views], Tensor]
+RefiningLoss = Callable[[Tensor, Head, Views], Tensor]
 """(the clone's features (B, D_s), the head, the batch) -> loss."""
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -97,7 +97,7 @@ def train(
     stitched: Stitched,
     head: Head,
     data: Views,
-    loss: Loss,
+    loss: RefiningLoss,
     schedule: Schedule,
     generator: torch.Generator,
     team: Team = ALONE,
@@ -148,7 +148,7 @@ def _frozen(module: Module) -> Module:
     return frozen
 
 
-def class_loss(features: Tensor, head: Head, batch: Views) -> Tensor:
+def composite_class_loss(features: Tensor, head: Head, batch: Views) -> Tensor:
     """Cross entropy of the composite's logits; among the new ones alone where `head` knows no base samples."""
     new, n_base = head(batch.target_features, features, batch.base_logits), batch.base_logits.shape[1]
     if isinstance(head, SourceHead):
@@ -164,7 +164,7 @@ def feature_loss(features: Tensor, head: Head, batch: Views) -> Tensor:
 
 def refining_loss(features: Tensor, head: Head, batch: Views) -> Tensor:
     """What adapters are refined by."""
-    return feature_loss(features, head, batch) + CLASS_WEIGHT * class_loss(features, head, batch)
+    return feature_loss(features, head, batch) + CLASS_WEIGHT * composite_class_loss(features, head, batch)
 
 
 @dataclass(frozen=True, eq=False)

@@ -64,7 +64,7 @@ def _averaged(y: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return means, (grouped - means[:, None]).square().mean(1).sum(0)
 
 
-class Rows:
+class StoredRows:
     """Rows x (n, C) and y (n, D) themselves: where they are fewer than C, `Moments` would take more time and memory."""
 
     def __init__(self, x_pivot: Tensor, y_pivot: Tensor) -> None:
@@ -114,7 +114,7 @@ class _Plane:
     pivot: Tensor
 
     @classmethod
-    def through(cls, folds: Sequence[Rows]) -> "_Plane":
+    def through(cls, folds: Sequence[StoredRows]) -> "_Plane":
         """The plane of the rows of all folds."""
         x = torch.cat([fold.x for fold in folds])
         scale = x.var(0, correction=0).clamp_min(1e-12).sqrt()
@@ -132,8 +132,8 @@ class Regression:
         measured: Places of the columns of y whose errors are measured; None for all.
     """
 
-    def __init__(self, folds: Sequence[Moments | Rows], measured: Tensor | None = None) -> None:
-        rows = [fold for fold in folds if isinstance(fold, Rows)]
+    def __init__(self, folds: Sequence[Moments | StoredRows], measured: Tensor | None = None) -> None:
+        rows = [fold for fold in folds if isinstance(fold, StoredRows)]
         plane = self._plane = _Plane.through(rows) if rows else None
         self._folds = [fold for fold in folds if isinstance(fold, Moments)]
         if plane is not None:

@@ -9,7 +9,7 @@ from pnc.clones.deltas import Deltas
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class SourcePart:
     """A part of the source, as an own copy without gradients.
 
     Attributes:

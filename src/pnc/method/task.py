@@ -18,7 +18,7 @@ from pnc.foundation.errors import ClassNameError, InputError, RecordingError
 from pnc.foundation.network_state import undisturbed
 from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.tensor_bits import dtype_name
-from pnc.graph.classifier import Head, find_head
+from pnc.graph.classifier import ClassifierLayer, find_head
 from pnc.graph.recording import Recording, info, record
 
 Progress = Callable[[str, int, int], None]
@@ -41,7 +41,7 @@ class Network:
 
     model: nn.Module
     recording: Recording
-    head: Head
+    head: ClassifierLayer
     classes: tuple[str, ...]
 
     @property

@@ -10,7 +10,7 @@ from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import mask_segment
 from pnc.channels.mac_budget import Costs, masks_within
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.method.localization import channel_scores
 from pnc.method.localization.channel_scores import (
     class_loss,
@@ -143,7 +143,7 @@ def chosen(segment, inputs, density, **options):
 def test_ranking_changes_nothing_and_can_be_had_again(method):
     module = network(SqueezeExcite).requires_grad_(True).train()
     segment = segment_of(module)
-    before, state = snapshot(module), torch.get_rng_state()
+    before, state = take_snapshot(module), torch.get_rng_state()
     masks, again = (chosen(segment, images(4), 0.6, method=method) for _ in range(2))
     assert masks.to_bytes() == again.to_bytes()
     assert not differences(module, before)

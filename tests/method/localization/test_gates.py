@@ -7,7 +7,7 @@ from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import mask_segment
 from pnc.channels.mac_budget import Costs, masks_within
 from pnc.channels.module_inlining import opened
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.method.localization.channel_scores import Gated
 from pnc.method.localization.gates import learn_gates
 from segments import half, network, segment_of
@@ -65,7 +65,7 @@ def test_nothing_of_the_segment_changes_and_the_copy_differs_in_its_norms_only(t
     module = network(NormInBetween).requires_grad_(True).train()
     segment = segment_of(module)
     spaces = channel_spaces(segment)
-    before, state = snapshot(module), torch.get_rng_state()
+    before, state = take_snapshot(module), torch.get_rng_state()
     arguments = (segment, Costs(segment, spaces), zeros(spaces), 0.5)
     (ranking, learned), (again, _) = (
         learn_gates(*arguments, towards(lambda x: x.mean((1, 2, 3), keepdim=True)), 5, tune=tune) for _ in range(2)

@@ -13,7 +13,7 @@ from pnc.channels.mac_budget import Costs
 from pnc.data.image_set import class_subset
 from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.method.held_out import source_body
 from pnc.method.localization import localizer
 from pnc.method.localization.localizer import Method, localize
@@ -44,7 +44,7 @@ def n_macs(part):
 def test_every_method_keeps_the_budget_repeats_itself_and_changes_nothing(method):
     task, adapter = case()
     nets = pair()
-    before = [snapshot(nets.source.module), snapshot(nets.target.module)]
+    before = [take_snapshot(nets.source.module), take_snapshot(nets.target.module)]
     state = torch.get_rng_state()
     steps = []
     part, again = (localize(task, adapter, 0.4, method, progress=lambda *step: steps.append(step)) for _ in range(2))

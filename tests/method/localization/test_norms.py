@@ -6,7 +6,7 @@ from channel_zoo import Net, NormInBetween
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import compact
 from pnc.foundation.errors import InputError
-from pnc.foundation.network_state import differences, snapshot
+from pnc.foundation.network_state import differences, take_snapshot
 from pnc.method.localization.norms import reestimate_statistics, training_norms, tune_norms
 from segments import half, network, segment_of
 
@@ -47,7 +47,7 @@ def test_only_statistics_change():
 
 def test_all_comes_back_after_an_error():
     part = compacted()
-    before, momentum = snapshot(part), part.norm.momentum
+    before, momentum = take_snapshot(part), part.norm.momentum
     with pytest.raises(RuntimeError):
         reestimate_statistics(part, [images(4), torch.zeros(4, 2, 8, 8, dtype=torch.float64)])
     assert not differences(part, before)
@@ -148,7 +148,7 @@ def test_channels_of_scale_zero_stay_as_they_are_and_signs_stay():
 
 def test_segments_without_batch_norms_are_left_alone():
     part = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).eval().requires_grad_(False)
-    before = snapshot(part)
+    before = take_snapshot(part)
     x = torch.randn(3, 4)
     tune_norms(part, iter([(x, lambda out: out.sum())]), 1, [x])
     assert not differences(part, before)
@@ -156,7 +156,7 @@ def test_segments_without_batch_norms_are_left_alone():
 
 def test_flags_come_back_after_an_error():
     part = compacted()
-    before, momentum = snapshot(part), part.norm.momentum
+    before, momentum = take_snapshot(part), part.norm.momentum
     with pytest.raises(ZeroDivisionError), training_norms(part) as parameters:
         assert part.norm.training and len(parameters) == 2 and parameters[0].requires_grad
         raise ZeroDivisionError

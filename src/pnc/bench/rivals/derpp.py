@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pnc.bench.rivals.rival import Budget, Fitted, Rival, need_base_samples
-from pnc.bench.rivals.tuning import Data, Method, grid, tune
+from pnc.bench.rivals.tuning import Data, TuningMethod, grid, tune
 from pnc.method.task import CloneTask
 
 LEARNING_RATES = (0.1, 0.3, 0.03, 1.0)
@@ -26,7 +26,7 @@ def fit(task: CloneTask, budget: Budget) -> Fitted:
     """Tune everything, with the target's logits of base samples as further labels."""
     need_base_samples(task, "DER++")
     settings = grid(LEARNING_RATES, strengths=WEIGHTS)
-    return tune(task, Method(settings, strength="logit_weight", term=remembered_logits), budget)
+    return tune(task, TuningMethod(settings, strength="logit_weight", term=remembered_logits), budget)
 
 
 RIVAL = Rival("DER++", "tuning", fit, {"learning_rate": LEARNING_RATES, "logit_weight": WEIGHTS})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pnc.bench.rivals.rival import Budget, Fitted, Rival
-from pnc.bench.rivals.tuning import Data, Method, grid, tune, validation_rows
+from pnc.bench.rivals.tuning import Data, TuningMethod, grid, tune, validation_rows
 from pnc.method.task import CloneTask
 
 LEARNING_RATES = (0.1, 0.3, 0.03, 1.0)
@@ -35,7 +35,7 @@ def fit(task: CloneTask, budget: Budget) -> Fitted:
         return strength / 2 * torch.stack(moved).sum()
 
     settings = grid(LEARNING_RATES, strengths=WEIGHTS)
-    return tune(task, Method(settings, strength="penalty", term=penalty), budget)
+    return tune(task, TuningMethod(settings, strength="penalty", term=penalty), budget)
 
 
 def fisher_information(task: CloneTask) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ setting, and nothing else.
 from collections.abc import Sequence
 
 from pnc.bench.rivals.rival import Budget, Fitted, Rival, need_base_samples
-from pnc.bench.rivals.tuning import Method, Scope, grid, tune
+from pnc.bench.rivals.tuning import Scope, TuningMethod, grid, tune
 from pnc.method.task import CloneTask
 
 LEARNING_RATES = (0.1, 0.03, 0.3, 0.01, 1.0, 0.003)
@@ -22,7 +22,7 @@ def _rival(name: str, scope: Scope, replay: bool) -> Rival:
     def fit(task: CloneTask, budget: Budget) -> Fitted:
         if replay:
             need_base_samples(task, "fine-tuning with replay")
-        return tune(task, Method(grid(rates, norms), scope=scope, replay=replay), budget)
+        return tune(task, TuningMethod(grid(rates, norms), scope=scope, replay=replay), budget)
 
     return Rival(name, "tuning", fit, {"learning_rate": rates, "train_norm": norms})
 

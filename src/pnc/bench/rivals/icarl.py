@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pnc.bench.rivals.lwf import LEARNING_RATES, WEIGHTS, distillation
 from pnc.bench.rivals.nearest_mean import NearestMean, best_scale
 from pnc.bench.rivals.rival import Budget, Fitted, Rival, need_base_samples
-from pnc.bench.rivals.tuning import Data, Method, grid, tune
+from pnc.bench.rivals.tuning import Data, TuningMethod, grid, tune
 from pnc.method.task import CloneTask
 
 
@@ -32,7 +32,7 @@ def fit(task: CloneTask, budget: Budget) -> Fitted:
         return nn.Sequential(model, NearestMean(*best_scale(features, torch.stack(means), data.labels)))
 
     settings = grid(LEARNING_RATES, strengths=WEIGHTS)
-    return tune(task, Method(settings, strength="distillation", term=distillation, finish=by_exemplars), budget)
+    return tune(task, TuningMethod(settings, strength="distillation", term=distillation, finish=by_exemplars), budget)
 
 
 def herded(features: Tensor, number: int) -> Tensor:

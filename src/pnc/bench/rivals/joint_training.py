@@ -1,7 +1,7 @@
 """Joint training on all images of all classes, from the target's weights on: a bound of what tuning can reach."""
 
 from pnc.bench.rivals.rival import Budget, Fitted, Rival, need_base_samples
-from pnc.bench.rivals.tuning import Method, Setting, train_once
+from pnc.bench.rivals.tuning import Hyperparameters, TuningMethod, train_once
 from pnc.method.task import CloneTask
 
 LEARNING_RATE = 0.05
@@ -12,7 +12,7 @@ def fit(task: CloneTask, budget: Budget) -> Fitted:
     """Tune everything for some epochs; nothing is searched."""
     need_base_samples(task, "joint training")
     n_steps = -(-EPOCHS * len(task.samples.labels) // budget.batch_size)
-    return train_once(task, Method([Setting(LEARNING_RATE, n_steps=n_steps)]), budget)
+    return train_once(task, TuningMethod([Hyperparameters(LEARNING_RATE, n_steps=n_steps)]), budget)
 
 
 RIVAL = Rival("joint training on everything", "bound", fit, sees_everything=True)

@@ -12,14 +12,15 @@ from pnc.method.task import CloneTask
 
 
 def fit(task: CloneTask, budget: Budget, role: Role = "target") -> Fitted:
-    """Fit scikit-learn's LDA with the Ledoit-Wolf shrinkage and equal priors on all classes of the support."""
+    """Fit scikit-learn's LDA with the Ledoit-Wolf shrinkage; base and new weigh the same, as in the measure."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     need_base_samples(task, f"LDA on the {role}'s features")
     n_classes = task.n_base + len(task.new_classes)
     if task.samples.labels.bincount(minlength=n_classes).min() < 2:  # it estimates one covariance for each class
         raise InputError(f"LDA on the {role}'s features needs two samples of every class; the support has one of some")
-    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=np.full(n_classes, 1 / n_classes))
+    priors = np.repeat([0.5 / task.n_base, 0.5 / len(task.new_classes)], [task.n_base, len(task.new_classes)])
+    model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=priors)
     model.fit(features_of(task, role).double().numpy(), task.samples.labels.numpy())
     classifier = Linear(torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_))
     return Fitted(on_features(task, classifier, role))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pnc.bench.rivals.rival import Budget, Fitted, Rival
-from pnc.bench.rivals.tuning import Method, grid, tune
+from pnc.bench.rivals.tuning import TuningMethod, grid, tune
 from pnc.method.task import CloneTask
 
 LEARNING_RATES = (0.1, 0.3, 0.03, 1.0)
@@ -61,7 +61,7 @@ def fit(task: CloneTask, budget: Budget) -> Fitted:
                 model.set_submodule(name, LowRank(layer, int(strength), generator))
 
     settings = grid(LEARNING_RATES, (False,), RANKS)
-    return tune(task, Method(settings, strength="rank", begin=begin), budget)
+    return tune(task, TuningMethod(settings, strength="rank", begin=begin), budget)
 
 
 RIVAL = Rival("LoRA", "tuning", fit, {"learning_rate": LEARNING_RATES, "rank": RANKS})

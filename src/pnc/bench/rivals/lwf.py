@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pnc.bench.rivals.rival import Budget, Fitted, Rival
-from pnc.bench.rivals.tuning import Data, Method, grid, tune
+from pnc.bench.rivals.tuning import Data, TuningMethod, grid, tune
 from pnc.method.task import CloneTask
 
 LEARNING_RATES = (0.1, 0.3, 0.03, 1.0)
@@ -27,7 +27,7 @@ def distillation(model: nn.Module, logits: Tensor, batch: Data, strength: float)
 def fit(task: CloneTask, budget: Budget) -> Fitted:
     """Tune everything, with distillation on every sample."""
     settings = grid(LEARNING_RATES, strengths=WEIGHTS)
-    return tune(task, Method(settings, strength="distillation", term=distillation), budget)
+    return tune(task, TuningMethod(settings, strength="distillation", term=distillation), budget)
 
 
 RIVAL = Rival("LwF", "tuning", fit, {"learning_rate": LEARNING_RATES, "distillation": WEIGHTS})

@@ -9,14 +9,14 @@ from torch import nn
 from pnc.foundation.errors import InputError
 from pnc.method.task import CloneTask, Precision
 
-Kind = Literal["ensemble", "features", "tuning", "clone", "bound"]
+RivalKind = Literal["ensemble", "features", "tuning", "clone", "bound"]
 """Both networks side by side; a classifier on one network's frozen features; parameters of the target trained; a part
 of the source put in, as by `pnc` but without its search; or no rival but a bound: it sees what the others do not."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What each rival that trains by gradient may spend: the same for all, `pnc.baselines.tuning` says how.
+    """What each rival that trains by gradient may spend: the same for all, `pnc.bench.rivals.tuning` says how.
 
     Attributes:
         first_steps: Of every setting of its space.
@@ -64,7 +64,7 @@ class Rival:
     """
 
     name: str
-    kind: Kind
+    kind: RivalKind
     fit: Callable[[CloneTask, Budget], Fitted]
     space: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     sees_everything: bool = False

@@ -6,13 +6,14 @@ from torch import Tensor
 
 from pnc.bench.rivals.ensemble import DirectEnsemble
 from pnc.bench.rivals.rival import Budget, Fitted, Rival, need_base_samples
+from pnc.method.head_fitting import balanced_weights
 from pnc.method.task import CloneTask
 
 _STEPS = 100
 
 
 def fit(task: CloneTask, budget: Budget) -> Fitted:
-    """Fit three numbers by cross-entropy, every class weighing the same; what is to be chosen besides is nothing."""
+    """Fit three numbers by cross-entropy; base and new samples weigh the same, as in the average accuracy."""
     need_base_samples(task, "an ensemble with temperatures")
     raw = DirectEnsemble(task.target.recording.module, task.source.recording.module, task.source_ids)
     with torch.no_grad():
@@ -31,14 +32,15 @@ def fit_scales(logits: Tensor, labels: Tensor, n_base: int) -> tuple[tuple[float
         labels: (N,), of every class.
         n_base: K_base.
     """
-    weights = 1 / labels.bincount(minlength=logits.shape[1]).clamp_min(1).double()
+    weights = balanced_weights(labels, n_base)
+    weights = weights / weights.sum()
     values = torch.zeros(3, dtype=torch.float64, requires_grad=True)  # logarithms of both scales; offset
     optimizer = torch.optim.LBFGS([values], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
         scaled = torch.cat([logits[:, :n_base] * values[0].exp(), logits[:, n_base:] * values[1].exp() + values[2]], 1)
-        value = F.cross_entropy(scaled, labels, weight=weights)
+        value = (F.cross_entropy(scaled, labels, reduction="none") * weights).sum()
         torch.autograd.backward(value)
         return value
 

@@ -41,7 +41,7 @@ accumulates behind it, or the classifier alone. What lies before is run once, an
 
 
 @dataclass(frozen=True)
-class Setting:
+class Hyperparameters:
     """One point of a space: learning rate of SGD, whether BatchNorm uses batch statistics, the method's own number."""
 
     learning_rate: float
@@ -79,7 +79,7 @@ Term = Callable[[nn.Module, Tensor, Data, float], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Method:
+class TuningMethod:
     """A way of tuning.
 
     Attributes:
@@ -92,7 +92,7 @@ class Method:
         finish: Makes the classifier of what was trained, from the samples that it was trained on.
     """
 
-    settings: Sequence[Setting]
+    settings: Sequence[Hyperparameters]
     strength: str | None = None
     scope: Scope = "all"
     replay: bool = True
@@ -100,7 +100,7 @@ class Method:
     begin: Callable[[nn.Module, float, torch.Generator], None] | None = None
     finish: Callable[[nn.Module, Data], nn.Module] | None = None
 
-    def words(self, setting: Setting) -> dict[str, Any]:
+    def words(self, setting: Hyperparameters) -> dict[str, Any]:
         """A setting in the method's own words, as plain values."""
         own = {} if self.strength is None else {self.strength: setting.strength}
         return {
@@ -126,12 +126,12 @@ class Quality:
 
 def grid(
     learning_rates: Sequence[float], train_norm: Sequence[bool] = (True,), strengths: Sequence[float] = (0.0,)
-) -> tuple[Setting, ...]:
+) -> tuple[Hyperparameters, ...]:
     """All combinations."""
-    return tuple(Setting(*values) for values in itertools.product(learning_rates, train_norm, strengths))
+    return tuple(Hyperparameters(*values) for values in itertools.product(learning_rates, train_norm, strengths))
 
 
-def tune(task: CloneTask, method: Method, budget: Budget) -> Fitted:
+def tune(task: CloneTask, method: TuningMethod, budget: Budget) -> Fitted:
     """Choose the setting on held-out support, then tune a copy of the target on all of it."""
     trainer = _Trainer(task, method, budget)
     held_out = validation_rows(task)
@@ -140,7 +140,7 @@ def tune(task: CloneTask, method: Method, budget: Budget) -> Fitted:
     if not (held_out & is_new).any():
         chosen = replace(method.settings[0], n_steps=trainer.steps(budget.last_steps))
         return Fitted(trainer.whole(trainer.train(chosen, every)), method.words(chosen))
-    trials: list[tuple[Quality, Setting]] = []
+    trials: list[tuple[Quality, Hyperparameters]] = []
     settings = [replace(one, n_steps=trainer.steps(budget.first_steps)) for one in method.settings]
     for n_steps, n_left in ((budget.second_steps, budget.n_second), (budget.last_steps, 1), (0, 0)):
         made = [(trainer.quality(trainer.train(one, ~held_out), held_out), one) for one in settings]
@@ -153,7 +153,7 @@ def tune(task: CloneTask, method: Method, budget: Budget) -> Fitted:
     return Fitted(trainer.whole(trainer.train(chosen, every)), method.words(chosen), rows)
 
 
-def train_once(task: CloneTask, method: Method, budget: Budget) -> Fitted:
+def train_once(task: CloneTask, method: TuningMethod, budget: Budget) -> Fitted:
     """Tune a copy of the target on the whole support with the method's first setting; nothing is searched."""
     trainer, setting = _Trainer(task, method, budget), method.settings[0]
     trained = trainer.train(setting, torch.ones_like(task.samples.labels, dtype=torch.bool))
@@ -173,7 +173,7 @@ def validation_rows(task: CloneTask) -> Tensor:
 class _Trainer:
     """Trains with one setting after the other; holds what they share."""
 
-    def __init__(self, task: CloneTask, method: Method, budget: Budget) -> None:
+    def __init__(self, task: CloneTask, method: TuningMethod, budget: Budget) -> None:
         self._task, self._method, self._budget = task, method, budget
         self._device = task.target.device
         self._cut = first_trained(task, method.scope)
@@ -183,7 +183,7 @@ class _Trainer:
         """Steps for a support of this size."""
         return round(n_steps * min(MOST, max(1.0, len(self._data.labels) / ROWS)))
 
-    def train(self, setting: Setting, rows: Tensor) -> nn.Module:
+    def train(self, setting: Hyperparameters, rows: Tensor) -> nn.Module:
         """Train a copy of the target, or of its last part, on some rows of the support, (N,) bool."""
         method, generator = self._method, torch.Generator().manual_seed(self._task.seed)
         model = extend_classifier(self._task, self._cut, generator)
@@ -194,7 +194,7 @@ class _Trainer:
         model.eval().requires_grad_(False)
         return model if method.finish is None else method.finish(model, data)
 
-    def _descend(self, model: nn.Module, setting: Setting, data: Data, generator: torch.Generator) -> None:
+    def _descend(self, model: nn.Module, setting: Hyperparameters, data: Data, generator: torch.Generator) -> None:
         budget, term = self._budget, self._method.term
         weights = (1 / data.labels.bincount().clamp_min(1).double())[data.labels].cpu()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

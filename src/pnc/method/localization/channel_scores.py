@@ -20,7 +20,7 @@ from pnc.graph.nodes import BATCH_SIZES, batch_dims, shape_of
 
 OneShot = Literal["taylor", "magnitude", "random"]
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+SegmentLoss = Callable[[Tensor, Tensor], Tensor]
 """(outputs of the segment (B, ...), indices of these samples among the inputs (B,)) -> loss per sample (B,)."""
 
 N_PROJECTIONS = 4
@@ -35,7 +35,7 @@ def one_shot_ranking(
     inputs: Tensor,
     generator: torch.Generator,
     method: OneShot = "taylor",
-    loss: Loss | None = None,
+    loss: SegmentLoss | None = None,
 ) -> dict[str, Tensor]:
     """Rank the units of a segment for `masks_within`.
 
@@ -65,7 +65,7 @@ def taylor_scores(
     spaces: ChannelSpaces,
     inputs: Tensor,
     generator: torch.Generator,
-    loss: Loss | None = None,
+    loss: SegmentLoss | None = None,
 ) -> dict[str, Tensor]:
     """Effect of removing each unit, to first order, from gradients at gates of 1 on whatever is read of it.
 
@@ -104,7 +104,7 @@ def taylor_scores(
     return by_space(spaces, total)
 
 
-def class_loss(classify: Callable[[Tensor], Tensor], labels: Tensor) -> Loss:
+def class_loss(classify: Callable[[Tensor], Tensor], labels: Tensor) -> SegmentLoss:
     """Cross entropy of a classifier behind the segment, as the loss of `taylor_scores`.
 
     Args:

@@ -1,8 +1,8 @@
 """The selection function: which channels of the source's part a clone keeps, by every method, for a task.
 
-`taylor`, `magnitude` and `random` look at the part once (`pnc.localization`). `gates` starts from `taylor`, learns
+`taylor`, `magnitude` and `random` look at the part once (`channel_scores`). `gates` starts from `taylor`, learns
 ranks and norms by gradient where the clone will work, behind the adapter, and tunes the norms of what is left.
-`local-surrogate` learns ranks on the source alone, as the paper does in our reading (`pnc.surrogate`).
+`local-surrogate` learns ranks on the source alone, as the paper does in our reading (`paper_surrogate`).
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from pnc.method.localization.channel_scores import one_shot_ranking
 from pnc.method.localization.gates import learn_gates
 from pnc.method.localization.norms import Batch, reestimate_statistics, tune_norms
 from pnc.method.localization.paper_surrogate import Neighbourhoods, neighbourhoods, surrogate_loss
-from pnc.method.source_part import Part
+from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Progress
 
 Method = Literal["gates", "taylor", "magnitude", "random", "local-surrogate"]
@@ -54,7 +54,7 @@ def localize(
     round_to: int = 1,
     steps: Steps = NO_STEPS,
     progress: Progress | None = None,
-) -> Part:
+) -> SourcePart:
     """Localize: take the source's part behind an adapter, at the density that is wanted.
 
     Channels are chosen without the fold that scores the clone; what follows from the choice is made without it, for the
@@ -80,7 +80,7 @@ def localize(
     task = task.within(4 * adapter.source_cut.size + task.samples.images.n_bytes)
     body = source_body(task, adapter.source_cut)
     if density == 1 or not (spaces := channel_spaces(body)).spaces:
-        return Part(own_copy(body))
+        return SourcePart(own_copy(body))
     costs = Costs(body, spaces)
     seen = task.unscored() if hold_out else task
     kept = steps.get(_STEP)
@@ -89,7 +89,7 @@ def localize(
         modules = [compact(body, spaces, masks) for _ in range(1 if seen is task else 2)]
         for place, module in enumerate(modules):
             module.load_state_dict({name: kept[f"{place}.{name}"] for name in module.state_dict()})
-        return Part(modules[0], masks, costs.density(masks.flat), held_out=modules[1] if len(modules) > 1 else None)
+        return SourcePart(modules[0], masks, costs.density(masks.flat), held_out=modules[1] if len(modules) > 1 else None)
     choice = _Choice(seen, adapter, body, costs, progress)
     with task.autocast():
         ranking, learned = choice.ranking(density, method)
@@ -106,7 +106,7 @@ def localize(
     if held_out is not None:
         own |= {f"1.{name}": tensor for name, tensor in held_out.state_dict().items()}
     steps.keep(_STEP, {"masks": torch.frombuffer(bytearray(masks.to_bytes()), dtype=torch.uint8), **own})
-    return Part(module, masks, costs.density(masks.flat), held_out=held_out)
+    return SourcePart(module, masks, costs.density(masks.flat), held_out=held_out)
 
 
 class _Choice:
