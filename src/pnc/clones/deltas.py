@@ -4,7 +4,7 @@ A clone that was tuned runs on weights that are rounded already: merging is elem
 the file gets the same bits.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -15,6 +15,8 @@ from pnc.foundation.errors import MismatchError
 CODE_BITS = 6
 """Of a weight's delta, sign included; see docs/method.md for what fewer lose."""
 _LARGEST = 2 ** (CODE_BITS - 1) - 1
+HEADER_BYTES = 400
+"""What naming the tensors takes, at most."""
 _PACK, _PACKED = 4, 3
 """Codes that are packed together, and the bytes that they take."""
 
@@ -109,10 +111,20 @@ def low_rank_deltas(
     )
 
 
+def delta_bytes(part: nn.Module, rank: int | None = None) -> int:
+    """What deltas of a part take in a file: of low rank, or, with None, of all weights."""
+    weights = [weight for _, weight in _weights(part)]
+    n_bytes: int = HEADER_BYTES + 2 * sum(p.numel() for p in part.parameters() if p.dim() < 2)
+    if rank is None:
+        n_values = sum(weight.numel() for weight in weights)
+        return n_bytes + -(-n_values // _PACK) * _PACKED + 4 * sum(map(len, weights))
+    return n_bytes + 2 * sum(rank_of(weight, rank) * sum(weight.flatten(1).shape) for weight in weights)
+
+
 def rank_of(weight: Tensor, rank: int) -> int:
     """The rank that a weight's delta has where `rank` is asked for."""
     rows = weight.flatten(1)
-    return min(rank, *rows.shape)
+    return min(rank, rows.shape[0], rows.shape[1])
 
 
 @torch.no_grad()
@@ -200,10 +212,7 @@ def _unpacked(packed: Tensor) -> Tensor:
         return packed.to(torch.int8)
     low, middle, high = packed.cpu().int().reshape(-1, _PACKED).unbind(1)
     whole = low | middle << 8 | high << 16
-    codes = torch.stack(list(_sixes(whole)), 1).flatten()
-    return (codes - (codes > _LARGEST) * 2**CODE_BITS).to(torch.int8)
-
-
-def _sixes(whole: Tensor) -> Iterator[Tensor]:
-    for place in range(_PACK):
-        yield whole >> CODE_BITS * place & (2**CODE_BITS - 1)
+    places = [whole >> CODE_BITS * place & (2**CODE_BITS - 1) for place in range(_PACK)]
+    codes = torch.stack(places, 1).flatten()
+    signed: Tensor = codes - (codes > _LARGEST) * 2**CODE_BITS
+    return signed.to(torch.int8)

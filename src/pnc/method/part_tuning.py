@@ -1,16 +1,16 @@
 """Tuning of what was cut out: a part's own weights, distilled from the source on fresh views of images.
 
 The source answers for any image, so no label is needed: each step draws images of the support, unlabelled ones too,
-crops them at random, mixes half of the batches in pairs, and asks the source itself what the part should give. First the
-part is tuned without the fold that scores the clone; a copy of that is what is scored. The last steps see all images. In
-the end the change of every weight is rounded to what a file holds, and BatchNorm statistics are estimated anew, before
-any head is fitted: so the clone in memory is the one in the file.
+crops them at random, mixes half of the batches in pairs, and asks the source itself what the part should give. First
+the part is tuned without the fold that scores the clone; a copy of that is what is scored. The last steps see all
+images. In the end the change of every weight is rounded to what a file holds, and BatchNorm statistics are estimated
+anew, before any head is fitted: so the clone in memory is the one in the file.
 """
 
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,11 @@ from pnc.channels.compaction import own_copy
 from pnc.clones.adapter import Adapter
 from pnc.clones.deltas import Deltas, deltas_of, low_rank_deltas, merge, rank_of, rounded_deltas
 from pnc.data.image_store import Images, to_device
+from pnc.foundation.errors import InputError
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.graph.cut_points import extract
 from pnc.method.adapter_fitting import CrossFitted
+from pnc.method.file_size import tuned_bytes
 from pnc.method.localization.aim import Aim, Answers
 from pnc.method.localization.norms import batch_norms, reestimate_statistics, training_norms
 from pnc.method.source_part import SourcePart
@@ -31,7 +33,7 @@ from pnc.method.task import CloneTask, Progress
 
 Tune = Literal["weights", "low-rank", "norms", "none"]
 """What of a part is tuned once channels are gone; `tuned` does the first two, the localizer the norms."""
-DISTILLED = ("weights", "low-rank")
+Distilled = Literal["weights", "low-rank"]
 
 N_STEPS = 600
 SCORED_SHARE = 2 / 3
@@ -47,6 +49,7 @@ MIXED = 0.5
 """Share of the batches whose images are mixed in pairs."""
 N_STATISTICS = 2_000
 """Images that statistics of BatchNorm layers are estimated on, at most."""
+
 
 _STEP = "tuned"
 
@@ -66,11 +69,38 @@ class Tuned:
     scored: CrossFitted
 
 
+def check_tuning(tune: str | None, refine: bool) -> None:
+    """Refuse a kind of tuning that does not exist, and one that moves the adapter beside `refine`.
+
+    Raises:
+        InputError: the message says what there is.
+    """
+    if tune is not None and tune not in get_args(Tune):
+        raise InputError(f"tune: expected one of {', '.join(get_args(Tune))}, got {tune!r}")
+    if refine and tune in ("weights", "low-rank"):
+        raise InputError(f"refine: tune={tune!r} moves the adapter already; leave one of them out")
+
+
+def what_to_tune(
+    task: CloneTask, adapter: Adapter, part: SourcePart, tune: Tune | None, max_bytes: int | None
+) -> Distilled | None:
+    """What of a part is distilled: what was asked for; by default what fits into the bytes, where channels are gone."""
+    if part.masks is None and (adapter.is_identity or tune is None):
+        return None  # it is the source itself, or close to it
+    if tune is not None:
+        return tune if tune == "weights" or tune == "low-rank" else None
+    kinds: tuple[tuple[Distilled, int | None], ...] = ("weights", None), ("low-rank", RANK)
+    for kind, rank in kinds:
+        if max_bytes is None or tuned_bytes(task, adapter, part.module, rank) <= max_bytes:
+            return kind
+    return None
+
+
 def tune_part(
     task: CloneTask,
     fitted: CrossFitted,
     part: SourcePart,
-    tune: Literal["weights", "low-rank"],
+    tune: Distilled,
     steps: Steps = NO_STEPS,
     progress: Progress | None = None,
 ) -> Tuned:

@@ -2,18 +2,18 @@
 
 import copy
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import nn
 
-from pnc.clones.adapter import Adapter, Stitched
-from pnc.clones.branch import Branch
+from pnc.clones.adapter import Adapter
 from pnc.clones.clone import Clone, check_name
-from pnc.clones.heads import Head
 from pnc.data.image_store import MEMORY
 from pnc.foundation.argument_checks import check_bound, check_whole
 from pnc.foundation.errors import InputError
@@ -23,13 +23,14 @@ from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.foundation.tensor_bits import value_digests
 from pnc.foundation.tensor_files import canonical_json
-from pnc.graph.nodes import info
 from pnc.method.adapter_fitting import CrossFitted
+from pnc.method.assembly import assembled, n_images
 from pnc.method.base_drop_bound import check_base_drop, check_promise, least_priority
-from pnc.method.density_choice import TOLERANCE, joint_front, worth_trying
-from pnc.method.held_out import Outcome, features_seen, fit_head, judge, outcome_of, run_parts
+from pnc.method.density_choice import Effort, Prefer, check_effort, closed_form, joint_front, smallest_good
+from pnc.method.held_out import Outcome, fit_head, gain_by_sight, judge, outcome_of, run_parts
 from pnc.method.localization.localizer import Method, localize
 from pnc.method.paper_search import search
+from pnc.method.part_tuning import Tune, check_tuning, tune_part, what_to_tune
 from pnc.method.positions import scan
 from pnc.method.refinement import refined
 from pnc.method.source_part import SourcePart
@@ -37,9 +38,6 @@ from pnc.method.task import CloneTask, Precision, Progress, prepare_task
 
 Strategy = Literal["scan", "sequential"]
 """How a position is found: all in closed form, or as the paper does (`paper_search`), the reference."""
-
-MAX_NAME = 60
-"""Characters up to which a clone is named after all of its classes."""
 
 
 @undisturbed()
@@ -53,8 +51,11 @@ def clone(
     base_classes: Sequence[str],
     background: Any = None,
     name: str | None = None,
-    density: float | Literal["auto"] = 1.0,
-    method: Method = "gates",
+    density: float | Literal["auto"] = "auto",
+    method: Method | None = None,
+    tune: Tune | None = None,
+    prefer: Prefer = "balanced",
+    effort: Effort = "minutes",
     round_to: int = 1,
     max_macs: float | None = None,
     max_bytes: int | None = None,
@@ -72,9 +73,8 @@ def clone(
 ) -> Clone:
     """Clone what the source knows about some classes, for the target; both networks stay as they are.
 
-    Scans all positions in closed form, takes the cheapest whose held-out log-loss is within half a standard error of
-    the best, localizes channels if `density` asks for it, and fits the head. It is the one verb that most users need,
-    hence its arguments.
+    Scans all positions in closed form, cuts out the part of the source that is worth its cost, tunes it on views of the
+    support, and fits the head. It is the one verb that most users need, hence its arguments.
 
     Args:
         source: Classifier that knows the classes, (B, C, H, W) to (B, K).
@@ -92,15 +92,21 @@ def clone(
             them.
         name: Of the clone; None makes one of the names of its classes.
         density: Share of the prunable multiply-accumulates of the source's part to keep, in (0, 1]. "auto" chooses it
-            together with the position: the most promising few on the joint front are made, and the cheapest of them
-            whose held-out score is as good as the best one's but for half a point is taken. It reaches a `max_macs`
-            that no position meets at full density.
-        method: How channels are chosen below density 1: by "gates", learned with the norms by gradient (a minute), by
-            one-shot scores "taylor", "magnitude" or "random", or by "local-surrogate", the paper's rule as we read it.
+            together with the position, as `prefer` says; in closed form it is 1.
+        method: How channels are chosen below density 1: by "gates", learned by gradient, by one-shot scores "taylor",
+            "magnitude" or "random", or by "local-surrogate", the paper's rule as we read it. None takes "taylor", or
+            "gates" where only norms are tuned.
+        tune: What of the part is tuned below density 1, by distillation from the source: its "weights", changes of
+            "low-rank" of them (a third of the file), scales and shifts of BatchNorm "norms" alone, or "none". None
+            takes the weights, or what `max_bytes` has room for. At density 1 the part is tuned only if this is given,
+            and only behind a fitted adapter.
+        prefer: What an automatic density gives up for lower cost: "accuracy" nothing, "balanced" about half a point,
+            "small" about two.
+        effort: "minutes", or "seconds" for closed form alone: then nothing is learned by gradient.
         round_to: Below density 1, keep multiples of so many channels, which may keep less than `density` allows:
             processors take 8, 16 or 32 channels as fast as one more than half of them.
         max_macs: Bound on the added MACs as a share of the source's.
-        max_bytes: Bound on the size of the thin file at full density.
+        max_bytes: Bound on the size of the thin file.
         max_base_drop: Bound on the accuracy that base images may lose, in (0, 1), such as 0.02: the new logits are
             lowered until held-out base images keep it. It takes 1 / max_base_drop - 1 of these, 49 for 0.02. None
             takes base and new images for equally likely.
@@ -128,8 +134,12 @@ def clone(
         raise InputError(
             f"density must be in (0, 1], the share of prunable MACs that is kept, or 'auto'; got {density!r}"
         )
+    check_effort(effort, prefer)
+    check_tuning(tune, refine)
+    if effort == "seconds" or refine or strategy == "sequential":
+        density, tune = closed_form(density, method, tune, refine, effort, strategy)
     check_base_drop(max_base_drop)
-    bounded = any(bound is not None for bound in (max_macs, max_bytes, max_base_drop)) or density == "auto"
+    bounded = any(bound is not None for bound in (max_macs, max_bytes, max_base_drop))
     _check_strategy(strategy, is_plain=not bounded and not refine)
     check_name(name)
     check_whole(round_to, "round_to", 1)
@@ -152,22 +162,29 @@ def clone(
     )
     with closing(task):
         if max_base_drop is not None:
-            check_promise(max_base_drop, _n_images(task, base=True))
+            check_promise(max_base_drop, n_images(task, base=True))
         if strategy == "sequential":
             return fit_sequential(
-                task, density=float(density), method=method, round_to=round_to, name=name, progress=progress
+                task,
+                density=float(density),
+                method=method or "gates",
+                round_to=round_to,
+                name=name,
+                progress=progress,
             )
         steps = NO_STEPS
         if resume is not None:
             bounds = {"max_macs": max_macs, "max_bytes": max_bytes}
-            settings = {"density": density, "method": method, "round_to": round_to, **bounds}
+            settings = {"density": density, "method": method, "tune": tune, "round_to": round_to, **bounds}
             steps = Steps(Path(resume), _identity(task, settings), team)
         found = scan(task, progress=progress)
         fit_one = partial(
-            fit,
+            fit_and_judge,
             task,
             method=method,
+            tune=tune,
             round_to=round_to,
+            max_bytes=max_bytes,
             max_base_drop=max_base_drop,
             refine=refine,
             name=name,
@@ -175,11 +192,10 @@ def clone(
             progress=progress,
         )
         if density == "auto":
-            tried = worth_trying(joint_front(task, found, max_macs, max_bytes))
-            made = [fit_one(found.adapter(one.position), density=one.density) for one in tried]
-            chosen = _cheapest_good(made)
+            front = joint_front(task, found, max_macs, max_bytes)
+            chosen = smallest_good(front, prefer, lambda one: fit_one(found.adapter(one.position), density=one.density))
         else:
-            chosen = fit_one(found.adapter(found.choose(max_macs, max_bytes)), density=density)
+            chosen, _ = fit_one(found.adapter(found.choose(max_macs, max_bytes)), density=density)
         steps.finish()
         return chosen
 
@@ -189,16 +205,8 @@ def _check_strategy(strategy: str, is_plain: bool) -> None:
         raise InputError(f"strategy: expected one of {', '.join(get_args(Strategy))}, got {strategy!r}")
     if strategy == "sequential" and not is_plain:
         raise InputError(
-            "strategy: the sequential search takes no max_macs, max_bytes, max_base_drop, refine or density='auto'; "
-            "leave them out"
+            "strategy: the sequential search takes no max_macs, max_bytes, max_base_drop or refine; leave them out"
         )
-
-
-def _cheapest_good(made: Sequence[Clone]) -> Clone:
-    """The cheapest clone whose held-out accuracy is as good as the best one's but for a tolerance."""
-    best = max(one.recipe["score"] for one in made)
-    good = [one for one in made if one.recipe["score"] >= best - TOLERANCE]
-    return min(good, key=lambda one: one.recipe["macs_share"])
 
 
 @undisturbed()
@@ -207,48 +215,104 @@ def fit(
     fitted: CrossFitted,
     *,
     density: float = 1.0,
-    method: Method = "gates",
+    method: Method | None = None,
+    tune: Tune | None = None,
     round_to: int = 1,
+    max_bytes: int | None = None,
     max_base_drop: float | None = None,
     refine: bool = False,
     name: str | None = None,
     steps: Steps = NO_STEPS,
     progress: Progress | None = None,
 ) -> Clone:
-    """Make the clone at one position: localize, compact, fit the head. The steps of `clone` after the scan.
+    """Make the clone at one position: localize, compact, tune, fit the head. The steps of `clone` after the scan.
 
     Args:
         task: From `prepare_task`.
         fitted: The adapters of a position, from `scan`: `found.adapter(found.choose())`.
         density: As in `clone`.
         method: As in `clone`.
+        tune: As in `clone`.
         round_to: As in `clone`.
+        max_bytes: As in `clone`.
         max_base_drop: As in `clone`.
         refine: As in `clone`.
         name: As in `clone`.
         steps: What is there of an earlier call, and where what takes long is kept.
         progress: As in `clone`.
     """
+    return fit_and_judge(
+        task,
+        fitted,
+        density=density,
+        method=method,
+        tune=tune,
+        round_to=round_to,
+        max_bytes=max_bytes,
+        max_base_drop=max_base_drop,
+        refine=refine,
+        name=name,
+        steps=steps,
+        progress=progress,
+    )[0]
+
+
+def fit_and_judge(
+    task: CloneTask,
+    fitted: CrossFitted,
+    *,
+    density: float,
+    method: Method | None,
+    tune: Tune | None,
+    round_to: int,
+    max_bytes: int | None,
+    max_base_drop: float | None,
+    refine: bool,
+    name: str | None,
+    steps: Steps,
+    progress: Progress | None,
+) -> tuple[Clone, Outcome]:
+    """As `fit`; and how each image of the support fares when it is held out."""
+    check_tuning(tune, refine)
     steps = steps.at(f"{fitted.adapter.target_cut.name} > {fitted.adapter.source_cut.name} at {density}")
-    part = localize(task, fitted.adapter, density, method, round_to=round_to, steps=steps, progress=progress)
-    error = fitted.error
-    facts: dict[str, Any] = {}
+    method = method or ("gates" if tune == "norms" else "taylor")
+    norms = tune == "norms"
+    part = localize(
+        task, fitted.adapter, density, method, norms=norms, round_to=round_to, steps=steps, progress=progress
+    )
+    facts: dict[str, Any] = {"adapter_error": fitted.error, "method": None if part.masks is None else method}
+    scored = fitted
     if refine:
         found = refined(task, fitted, part.module, steps, progress)
-        fitted, facts = found.fitted, {"refine": {"gain": found.gain, "steps": found.n_steps}}
+        fitted = scored = found.fitted
+        facts["refine"] = {"gain": found.gain, "steps": found.n_steps}
+    elif is_tuned := what_to_tune(task, fitted.adapter, part, tune, max_bytes):
+        done = tune_part(task, fitted, part, is_tuned, steps, progress)
+        part, fitted, scored = done.part, done.fitted, done.scored
+        facts["tune"] = is_tuned
+    elif norms and part.masks is not None:
+        facts["tune"] = "norms"
     seen = task.within(16 * (task.source.head.features.n_channels + task.target.head.features.n_channels), share=0.5)
     if fitted.samples is not None and part.masks is None and len(seen.samples.labels) == len(task.samples.labels):
         samples = fitted.samples
     else:
         (samples,) = run_parts(seen, [(fitted, part.module)], progress)
-    judged = judge(samples)
+    judged, unseen = judge(samples), None
+    if part.held_out is not None:
+        (of_others,) = run_parts(seen, [(scored, part.held_out)], progress)
+        unseen = judge(of_others)
     if max_base_drop is not None:
         nats = least_priority(judged.logits, samples.labels, seen.samples.groups, task.n_base, max_base_drop)
-        judged = judged.lowered(nats)
+        judged, unseen = judged.lowered(nats), None if unseen is None else unseen.lowered(nats)
         facts |= {"base_priority": nats, "max_base_drop": max_base_drop}
-    head, outcome = fit_head(task, samples, judged), outcome_of(judged.correct, seen)
-    facts |= {"adapter_error": error}
-    return _made(task, copy.deepcopy(fitted.adapter), part, head, outcome, name, method, facts)
+    outcome, gain_error = outcome_of(judged.correct, seen), 0.0
+    if unseen is not None:
+        gain, gain_error = gain_by_sight(judged, unseen, seen)
+        outcome = replace(outcome, values=outcome.values - gain)
+    average, error = outcome.average
+    score = max(0.0, average), math.hypot(error, gain_error)
+    head = fit_head(task, samples, judged)
+    return assembled(task, copy.deepcopy(fitted.adapter), part, head, score, name, facts), outcome
 
 
 @undisturbed()
@@ -271,50 +335,17 @@ def fit_sequential(
         name: As in `clone`.
         progress: As in `clone`.
     """
-    found = search(task, lambda adapter: localize(task, adapter, density, method, round_to=round_to), progress)
-    facts = {"learning_rate": found.learning_rate, "strategy": "sequential"}
-    return _made(task, found.adapter, found.part, found.head, found.outcome, name, method, facts)
 
+    def part_of(adapter: Adapter) -> SourcePart:
+        return localize(task, adapter, density, method, norms=method == "gates", hold_out=False, round_to=round_to)
 
-def _made(
-    task: CloneTask,
-    adapter: Adapter,
-    part: SourcePart,
-    head: Head,
-    outcome: Outcome,
-    name: str | None,
-    method: Method,
-    facts: Mapping[str, Any],
-) -> Clone:
-    """Put the pieces together; `facts` go into the recipe with what every clone says. One argument for each piece."""
-    n_macs = adapter.n_macs + sum(info(node).n_macs for node in part.module.graph.nodes)
-    score, standard_error = outcome.average
-    recipe = {
-        "density": part.density,
-        "flip": bool(len(task.samples.groups) > int(task.samples.groups.max()) + 1),
-        "macs_share": n_macs / task.source.n_macs,
-        "method": None if part.masks is None else method,
-        "n_background_samples": task.n_background,
-        "n_base_samples": _n_images(task, base=True) - task.n_background,
-        "n_new_samples": _n_images(task, base=False),
-        "score": score,
-        "seed": task.seed,
-        "standard_error": standard_error,
-        **facts,
+    found = search(task, part_of, progress)
+    facts = {
+        "learning_rate": found.learning_rate,
+        "method": None if found.part.masks is None else method,
+        "strategy": "sequential",
     }
-    return Clone(
-        name=name or _default_name(task.new_classes),
-        classes=task.new_classes,
-        base_classes=task.target.classes,
-        branch=Branch(Stitched(adapter, part.module, task.source.head.features), head).cpu(),
-        masks=part.masks,
-        source=fingerprint(task.source.model),
-        target=fingerprint(task.target.model),
-        input_shape=task.target.recording.input_shape,
-        source_input_shape=task.source.recording.input_shape,
-        target_features=features_seen(task),
-        recipe=recipe,
-    )
+    return assembled(task, found.adapter, found.part, found.head, found.outcome.average, name, facts)
 
 
 def _identity(task: CloneTask, settings: Mapping[str, Any]) -> str:
@@ -326,13 +357,3 @@ def _identity(task: CloneTask, settings: Mapping[str, Any]) -> str:
     setting = [task.new_classes, task.seed, task.batch_size, task.memory, task.team.size, task.precision, settings]
     facts = [networks, [*images], own, setting]
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
-
-
-def _default_name(classes: Sequence[str]) -> str:
-    joined = "+".join(classes)
-    return joined if len(joined) <= MAX_NAME else f"{classes[0]}+{len(classes) - 1}"
-
-
-def _n_images(task: CloneTask, base: bool) -> int:
-    labels, groups = task.samples.labels, task.samples.groups
-    return len(groups[(labels < task.n_base) == base].unique())

@@ -16,19 +16,15 @@ from pnc.clones.adapter import Adapter
 from pnc.data.image_store import to_device
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import undisturbed
-from pnc.graph.batch_norm_means import last_norm
 from pnc.graph.candidate_cuts import candidate_cuts
 from pnc.graph.cut_points import LOGITS, CutPoint, extract
 from pnc.method.adapter_fitting import N_ROWS, AdapterFitter, CrossFitted
+from pnc.method.file_size import thin_bytes
 from pnc.method.head_fitting import HeadSamples
 from pnc.method.held_out import Outcome, batches, judge, outcome_of, run_parts, source_body
 from pnc.method.task import CloneTask, Progress
 
 MAX_CUTS = 12
-DIGEST_BYTES = 16
-"""In a clone's file, of the fingerprint of one tensor."""
-FACTS_BYTES = 3000
-"""Of the other metadata in a clone's file, at most."""
 RUNNER_UP = 1.1
 RANKED_IMAGES, RANKED_ROWS, RANKED_OUTPUTS = 100, 8_000, 64
 """By how many images, rows and channels pairs of cuts are ranked where the moments of all would not fit the memory."""
@@ -44,6 +40,8 @@ N_ERRORS_FINAL = 2.0
 """Standard errors of the difference to the best by which a position may lie behind after the first round."""
 N_ERRORS = 0.5
 """Standard errors of the difference to the best that are given up for lower cost; see docs/method.md."""
+MAX_LOSS = 0.02
+"""Nats that may be given up at most: the error of few images is large, and stands for a point or two of accuracy."""
 COST_STEP = 0.1
 """Share of the source's multiply-accumulates by which costs must differ to count as different."""
 ROUNDING = 1e-12
@@ -188,7 +186,7 @@ class Scan:
         as_good = []
         for position in allowed:
             loss, error = self.loss_against(position, best)
-            if loss <= n_errors * error + ROUNDING:
+            if loss <= min(n_errors * error, MAX_LOSS) + ROUNDING:
                 as_good.append(position)
         bound = min(p.macs_share for p in as_good) + COST_STEP
         return min((p for p in as_good if p.macs_share <= bound), key=lambda p: (not p.is_exact, p.log_loss, p.n_macs))
@@ -381,7 +379,7 @@ def _position(
         log_loss=-likelihoods.average[0],
         n_macs=n_macs,
         n_params=adapter.n_params + features.n_params - source_cut.n_params,
-        n_bytes=_file_bytes(task, adapter, samples),
+        n_bytes=thin_bytes(task, adapter),
         macs_share=n_macs / task.source.n_macs,
         n_images=len(hits.values),
     )
@@ -390,14 +388,3 @@ def _position(
 def _added_macs(task: CloneTask, adapter: Adapter) -> int:
     """What a clone behind an adapter adds to the target per sample, without the head."""
     return adapter.n_macs + task.source.head.features.n_macs - adapter.source_cut.n_macs
-
-
-def _file_bytes(task: CloneTask, adapter: Adapter, samples: HeadSamples) -> int:
-    """Size of a thin file, from above: values of adapter and head, fingerprints of both networks, the rest."""
-    n_features, n_new = samples.clone_features.shape[1], len(task.new_classes)
-    n_head = 4 * n_new * (n_features + 1)
-    if samples.has_base or last_norm(task.target.recording) is not None:  # discriminants in half precision
-        n_head += samples.n_classes * (2 * (samples.target_features.shape[1] + n_features) + 4)
-    n_tensors = sum(len(network.model.state_dict()) for network in (task.source, task.target))
-    n_names = 2 * sum(8 + 6 * len(name) for name in (*task.target.classes, *task.new_classes))  # a clone's name too
-    return 4 * adapter.n_params + n_head + DIGEST_BYTES * n_tensors + n_names + FACTS_BYTES

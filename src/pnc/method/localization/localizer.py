@@ -89,7 +89,9 @@ def localize(
         modules = [compact(body, spaces, masks) for _ in range(1 if seen is task else 2)]
         for place, module in enumerate(modules):
             module.load_state_dict({name: kept[f"{place}.{name}"] for name in module.state_dict()})
-        return SourcePart(modules[0], masks, costs.density(masks.flat), held_out=modules[1] if len(modules) > 1 else None)
+        return SourcePart(
+            modules[0], masks, costs.density(masks.flat), held_out=modules[1] if len(modules) > 1 else None
+        )
     choice = _Choice(seen, adapter, body, costs, progress)
     with task.autocast():
         ranking, learned = choice.ranking(density, method)
