@@ -66,6 +66,11 @@ def test_gates_norms_and_refinement_learn_in_bfloat16(monkeypatch):
     assert average_accuracy(half) == pytest.approx(average_accuracy(whole), abs=0.03)
 
 
+def test_parts_are_tuned_in_bfloat16():
+    half, whole = (clone(precision=precision, density=0.6) for precision in ("bfloat16", "float32"))
+    assert average_accuracy(half) == pytest.approx(average_accuracy(whole), abs=0.03)
+
+
 def test_another_precision_is_refused():
     with pytest.raises(pnc.InputError, match="precision: expected float32 or bfloat16, got 'float16'"):
         clone(precision="float16")

@@ -151,7 +151,7 @@ class Bench:
             sizes = self._setting.n_new, self._setting.n_base
             if name in new:
                 support = draw_support(self._setting.train, [name], target.classes, *sizes, generator)
-                chosen: Any = {"classes": [name], "density": DENSITIES[-1], "method": "taylor", "round_to": round_to}
+                chosen: Any = {"classes": [name], "density": DENSITIES[-1], "tune": "none", "round_to": round_to}
                 self._clones[key] = clone(source.module, target.module, support, **chosen, **settings)
             else:
                 support = draw_support(self._setting.train, new, target.classes, *sizes, generator)
@@ -159,8 +159,8 @@ class Bench:
                 found = scan(task)
                 fitted = found.adapter(found.choose())
                 for density in DENSITIES:
-                    self._clones[f"{density:g}", 1] = fit(task, fitted, density=density, method="taylor")
-                self._clones[ALIGNED, 1] = fit(task, fitted, density=0.5, method="taylor", round_to=8)
+                    self._clones[f"{density:g}", 1] = fit(task, fitted, density=density, tune="none")
+                self._clones[ALIGNED, 1] = fit(task, fitted, density=0.5, tune="none", round_to=8)
         return self._clones[key]
 
     def _singles(self, number: int, round_to: int = 1) -> list[Clone]:

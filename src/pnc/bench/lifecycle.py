@@ -170,6 +170,7 @@ def _clone(setting: LifecycleSetting, support: Support, part: CloneShare, seed: 
         source_classes=source.classes,
         base_classes=target.classes,
         flip=setting.flip,
+        effort="seconds",
         seed=seed,
     )
     if path is not None:

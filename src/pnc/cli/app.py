@@ -52,7 +52,9 @@ from pnc.data.readers import load_data
 from pnc.foundation import process_team
 from pnc.foundation.errors import PNCError
 from pnc.method import pipeline, positions
+from pnc.method.density_choice import Effort, Prefer, check_effort, closed_form
 from pnc.method.localization.localizer import Method
+from pnc.method.part_tuning import Tune, check_tuning
 from pnc.method.task import Precision, prepare_task
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -127,8 +129,19 @@ def clone(
     flip: Flip = False,
     density: Annotated[
         str, typer.Option(help="Share of the prunable MACs to keep, above 0; auto: chosen with the position.")
-    ] = "1",
-    method: Annotated[Method, typer.Option(help="How channels are chosen below density 1.")] = "gates",
+    ] = "auto",
+    method: Annotated[
+        Method | None, typer.Option(help="How channels are chosen below density 1; by default taylor.")
+    ] = None,
+    tune: Annotated[
+        Tune | None, typer.Option(help="What of the part is tuned below density 1; by default its weights.")
+    ] = None,
+    prefer: Annotated[
+        Prefer, typer.Option(help="What --density auto gives up for lower cost: nothing, half a point, two.")
+    ] = "balanced",
+    effort: Annotated[
+        Effort, typer.Option(help="minutes: cut out a part and tune it; seconds: closed form alone.")
+    ] = "minutes",
     round_to: Annotated[int, typer.Option(help="Below density 1, keep multiples of so many channels.", min=1)] = 1,
     max_macs: MaxMacs = None,
     max_bytes: MaxBytes = None,
@@ -154,8 +167,9 @@ def clone(
 ) -> None:
     """Clone classes of a source for a target; write a file.
 
-    Positions are scanned in closed form on a few images of the training split; neither network changes. A run that was
-    killed while it learned a localization or a refinement goes on from OUT.partial.safetensors. With
+    Positions are scanned in closed form on a few images of the training split; the part that is worth its cost is cut
+    out and tuned, and neither network changes. A run that was killed while it learned goes on from
+    OUT.partial.safetensors. With
     `accelerate launch -m pnc clone ...` or `torchrun -m pnc clone ...` several processes share the work.
     """
     with process_team.joined(read_device(device)) as (team, own_device), use_threads(threads):
@@ -169,6 +183,9 @@ def clone(
         check_trained(*asked)
         parse_support(support)
         wanted_density = parse_density(density)
+        check_effort(effort, prefer)
+        check_tuning(tune, refine)
+        closed_form(wanted_density, method, tune, refine, effort, strategy)
         images = load_data(data, "train")
         unlabelled = None if background is None else load_data(background, "train")
         models = [load_network(one, input_shape=images.input_shape) for one in asked]
@@ -187,6 +204,9 @@ def clone(
                 name=name,
                 density=wanted_density,
                 method=method,
+                tune=tune,
+                prefer=prefer,
+                effort=effort,
                 round_to=round_to,
                 max_macs=max_macs,
                 max_bytes=max_bytes,

@@ -11,6 +11,7 @@ from pnc.bench import coverage as coverage_bench
 from pnc.bench import file_attacks as files_bench
 from pnc.bench import latency, library_classifiers, random_lives, scale
 from pnc.bench import lifecycle as lifecycle_bench
+from pnc.bench import part as part_bench
 from pnc.bench import position_strategies as positions_bench
 from pnc.bench import speed as speed_bench
 from pnc.bench.result_files import Cells, write_results
@@ -133,6 +134,43 @@ def measure_localization(
         text = localize_bench.markdown(rows, setting, data_name or data)
         write_results(out, "localize", command, {**facts, "n_test": n_test, "rows": rows}, found, text)
     show_claims(found, out / "localize.md")
+
+
+@bench.command("part")
+def measure_parts(
+    source: Annotated[str, typer.Option(help="File of `pnc pretrain`: the network that knows the new classes.")],
+    target: Annotated[str, typer.Option(help="File of `pnc pretrain`: the network that shall get them.")],
+    data: Annotated[str, typer.Option(help="Images: digits, parquet:PATH, folder:PATH, hf:NAME.")],
+    pair: Annotated[str, typer.Option(help="What the results call the two networks.")],
+    forms: Annotated[
+        str, typer.Option(help="What is made: whole, default, seconds, and density with tuning as in '0.5 weights'.")
+    ] = "whole,0.5 weights,0.3 weights,0.15 weights,default,seconds",
+    some: Annotated[str | None, typer.Option(help="Classes to clone; by default all that the target lacks.")] = None,
+    support: Annotated[str, typer.Option(help="Images per new / per base class.")] = "100/20",
+    flip: Annotated[bool, typer.Option(help="Use mirror images too.")] = True,
+    seeds: Annotated[int, typer.Option(help="How many supports, seeds 0, 1, ...", min=1)] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for part.json, .md and .jsonl.")] = Path("results"),
+    threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 2,
+) -> None:
+    """Parts beside whole sources: what a clone loses and saves at each density, and by its own choice.
+
+    Takes a minute or two for each row; rows of all pairs lie in one part.jsonl, and are not made again.
+    """
+    rows_path = out / "part.jsonl"
+    setting = setting_of(source, target, data, support, flip, rows_path)
+    new = [name for name in setting.source.classes if name not in setting.target.classes]
+    classes = new if some is None else list(parse_classes(some, setting.source.classes))
+    cells = Cells(rows_path, {}, part_bench.KEYS)
+    wanted = part_bench.parse_forms(forms)
+    with use_threads(threads), progress() as bar:
+        part_bench.run(part_bench.PartCase(pair, setting, tuple(classes)), wanted, range(seeds), cells, bar.step)
+        command = (
+            f"pnc bench part --source SOURCE --target TARGET --data DATA --pair PAIR --forms {forms!r} "
+            f"--seeds {seeds} --threads {threads}"
+        )
+        found = part_bench.claims(cells.rows)
+        write_results(out, "part", command, {"rows": cells.rows}, found, part_bench.markdown(cells.rows))
+    show_claims(found, out / "part.md")
 
 
 @bench.command("files")

@@ -97,6 +97,7 @@ def show_clone(facts: CloneFacts) -> None:
         "held-out score": f"{recipe['score']:.3f} +- {recipe['standard_error']:.3f}",
         "added MACs": f"{recipe['macs_share']:.1%} of the source's",
         "density": f"{recipe['density']:g}",
+        "tuned": recipe.get("tune") or "nothing",
         "file": f"{known['kind']}, format {known['version']}, {known['n_bytes']:,} bytes",
     }
     if not recipe["n_base_samples"] + recipe.get("n_background_samples", 0):
@@ -106,6 +107,27 @@ def show_clone(facts: CloneFacts) -> None:
             f"{recipe['max_base_drop']:.1%}: new logits lowered by {recipe['base_priority']:.2f}"
         )
     show_facts(lines)
+    if "front" in recipe:
+        show_front(recipe)
+
+
+def show_front(recipe: Mapping[str, Any]) -> None:
+    """Show the front that a clone was chosen from, cheapest first."""
+    say()
+    show_table(
+        ("", "MACs", "density", "score", ""),
+        [
+            (
+                ">" if abs(macs - recipe["macs_share"]) < 0.01 and made else "",
+                f"{macs:.1%}",
+                f"{density:g}",
+                f"{score:.3f}",
+                "measured" if made else "expected",
+            )
+            for macs, density, score, made in recipe["front"]
+        ],
+    )
+    say(f"the front that it was chosen from ({recipe['prefer']}); >: this clone")
 
 
 def show_scan(facts: Mapping[str, Any]) -> None:

@@ -27,7 +27,7 @@ LOSS = 0.0045
 docs/method.md. What is made is measured; but few images say less of a small loss than this figure does."""
 LOSS_ERROR = 0.01
 """How far that figure may be off."""
-SLOPE = 0.35
+SLOPE = 0.5
 """Accuracy that a nat of held-out log-loss stands for, between positions."""
 N_ERRORS = 0.5
 """Standard errors of a position's log-loss that count against it: few images must not choose a bad one."""
@@ -69,7 +69,7 @@ def closed_form(
             raise InputError(f"effort: 'seconds' is closed form alone, and {learned[0]} learns by gradient; drop one")
     if strategy == "sequential" and tune is not None:
         raise InputError("tune: the sequential search tunes nothing but adapter and head; leave it out")
-    return (1.0 if density == "auto" else density), tune or "none"
+    return (1.0 if density == "auto" else density), tune or ("norms" if refine else "none")
 
 
 @dataclass(frozen=True, eq=False)

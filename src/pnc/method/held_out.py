@@ -176,23 +176,26 @@ def outcome_of(measured: Tensor, task: CloneTask, rows: Tensor | None = None) ->
     return Outcome(values, is_base)
 
 
-def gain_by_sight(judged: Judged, unseen: Judged, task: CloneTask) -> tuple[float, float]:
-    """What a part's score gained because the part was made on the images that score it.
+def outcome_of_part(part: Judged, unseen: Judged, whole: Judged, task: CloneTask) -> tuple[Outcome, float]:
+    """How each image fares with a part that was made on the images that score it.
 
-    It is how much more probability it gives to the right classes of one fold than the same part as it was made without
-    this fold: both differ little, so that few images say how much.
+    It fares as with the whole source at the same position, which has learned nothing, but for the probability that the
+    part gives to its class in place of the whole: few images say far more of probabilities than of right and wrong.
+    What the part owes to having seen the images is taken off: how much more probability it gives to the right classes
+    of one fold than the same part as it was made without this fold; never below zero.
 
     Args:
-        judged: Of the part, all samples.
-        unseen: Of the part that was made without the fold `SCORED_FOLD`.
+        part: Judged, all samples.
+        unseen: The part that was made without the fold `SCORED_FOLD`.
+        whole: The source's part with all its channels and its own weights.
         task: Whose support it is.
     Returns:
-        The gain, not below 0, and its standard error.
+        The outcome, and the standard error of what was taken off.
     """
     rows = task.samples.folds == SCORED_FOLD
-    gains = judged.log_likelihoods[rows].exp() - unseen.log_likelihoods[rows].exp()
-    gain, error = outcome_of(gains, task, rows).average
-    return max(0.0, gain), error
+    likely, without, own = (one.log_likelihoods.double().exp() for one in (part, unseen, whole))
+    gain, error = outcome_of((likely - without)[rows], task, rows).average
+    return outcome_of(whole.correct.double() + likely - own - max(0.0, gain), task), error
 
 
 def own_head(task: CloneTask) -> SourceHead:

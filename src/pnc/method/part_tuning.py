@@ -39,7 +39,7 @@ N_STEPS = 600
 SCORED_SHARE = 2 / 3
 """Of the steps, those before which the part is copied to be scored; the rest sees all images."""
 BATCH_SIZE = 64
-LEARNING_RATES: Mapping[str, float] = {"weights": 1e-3, "low-rank": 3e-3}
+LEARNING_RATES: Mapping[str, float] = {"weights": 2e-3, "low-rank": 3e-3}
 LAST_RATE = 0.5
 """Of the learning rate, at the beginning of the steps that see all images."""
 RANK = 4

@@ -5,7 +5,6 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,7 +26,7 @@ from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.assembly import assembled, n_images
 from pnc.method.base_drop_bound import check_base_drop, check_promise, least_priority
 from pnc.method.density_choice import Effort, Prefer, check_effort, closed_form, joint_front, smallest_good
-from pnc.method.held_out import Outcome, fit_head, gain_by_sight, judge, outcome_of, run_parts
+from pnc.method.held_out import Outcome, fit_head, judge, outcome_of, outcome_of_part, run_parts, source_body
 from pnc.method.localization.localizer import Method, localize
 from pnc.method.paper_search import search
 from pnc.method.part_tuning import Tune, check_tuning, tune_part, what_to_tune
@@ -281,7 +280,7 @@ def fit_and_judge(
         task, fitted.adapter, density, method, norms=norms, round_to=round_to, steps=steps, progress=progress
     )
     facts: dict[str, Any] = {"adapter_error": fitted.error, "method": None if part.masks is None else method}
-    scored = fitted
+    scored = closed = fitted
     if refine:
         found = refined(task, fitted, part.module, steps, progress)
         fitted = scored = found.fitted
@@ -293,24 +292,25 @@ def fit_and_judge(
     elif norms and part.masks is not None:
         facts["tune"] = "norms"
     seen = task.within(16 * (task.source.head.features.n_channels + task.target.head.features.n_channels), share=0.5)
-    if fitted.samples is not None and part.masks is None and len(seen.samples.labels) == len(task.samples.labels):
-        samples = fitted.samples
+    known = closed.samples if len(seen.samples.labels) == len(task.samples.labels) else None
+    if known is not None and part.masks is None and fitted is closed:
+        samples = known
     else:
         (samples,) = run_parts(seen, [(fitted, part.module)], progress)
-    judged, unseen = judge(samples), None
+    judged, others = judge(samples), []
     if part.held_out is not None:
-        (of_others,) = run_parts(seen, [(scored, part.held_out)], progress)
-        unseen = judge(of_others)
+        whole = closed, source_body(task, fitted.adapter.source_cut)
+        behind = run_parts(seen, [(scored, part.held_out), *([whole] if known is None else [])], progress)
+        others = [judge(one) for one in (behind[0], known or behind[1])]
     if max_base_drop is not None:
         nats = least_priority(judged.logits, samples.labels, seen.samples.groups, task.n_base, max_base_drop)
-        judged, unseen = judged.lowered(nats), None if unseen is None else unseen.lowered(nats)
+        judged, *others = (one.lowered(nats) for one in (judged, *others))
         facts |= {"base_priority": nats, "max_base_drop": max_base_drop}
     outcome, gain_error = outcome_of(judged.correct, seen), 0.0
-    if unseen is not None:
-        gain, gain_error = gain_by_sight(judged, unseen, seen)
-        outcome = replace(outcome, values=outcome.values - gain)
+    if others:
+        outcome, gain_error = outcome_of_part(judged, others[0], others[1], seen)
     average, error = outcome.average
-    score = max(0.0, average), math.hypot(error, gain_error)
+    score = min(1.0, max(0.0, average)), math.hypot(error, gain_error)
     head = fit_head(task, samples, judged)
     return assembled(task, copy.deepcopy(fitted.adapter), part, head, score, name, facts), outcome
 
