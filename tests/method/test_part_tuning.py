@@ -36,17 +36,17 @@ def distance(task, fitted, part):
 
 @pytest.mark.parametrize("tune", ["weights", "low-rank"])
 def test_a_tuned_part_is_nearer_to_the_source_and_repeats_itself(tune, monkeypatch):
-    monkeypatch.setattr(part_tuning, "N_STEPS", 60)
+    monkeypatch.setattr(part_tuning, "N_STEPS", 30)
     task, fitted, part = thinned()
     before, state = take_snapshot(pair().source.module), torch.get_rng_state()
     reports = []
     one, two = (tune_part(task, fitted, part, tune, progress=lambda *step: reports.append(step)) for _ in range(2))
-    assert distance(task, fitted, one.part.module) < 0.5 * distance(task, fitted, part.module)
+    assert distance(task, fitted, one.part.module) < 0.8 * distance(task, fitted, part.module)
     for name, tensor in one.part.module.state_dict().items():
         assert torch.equal(tensor, two.part.module.state_dict()[name])
     assert differences(pair().source.module, before) == []
     assert torch.equal(torch.get_rng_state(), state)
-    assert reports[:60] == [("tuning the part", step, 60) for step in range(1, 61)]
+    assert reports[:30] == [("tuning the part", step, 30) for step in range(1, 31)]
     assert (one.part.deltas.rank.numel() > 0) == (tune == "low-rank")
 
 
