@@ -25,10 +25,12 @@ import torch.nn.functional as F
 
 import pnc
 from pnc.bench import compare, compare_report
+from pnc.bench.bench import Rows
 from pnc.bench.comparison_methods import choose_methods
 from pnc.bench.main_job import CLONE
 from pnc.bench.result_files import Cells, Claim, at_most, write_results
 from pnc.bench.rivals.rival import Budget
+from pnc.bench.setting import Setting
 from pnc.cli.arguments import parse_support
 from pnc.composite.prediction import predict
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
@@ -58,16 +60,14 @@ def main(words: Sequence[str] | None = None) -> None:
         new = [name for name in images[0].classes[N_BASE_CLASSES:] if name in source.classes][:N_NEW_CLASSES]
         cells = Cells(options.out / "tiny_imagenet.jsonl", {}, compare.KEYS)
         n_new, n_base = parse_support(options.support)
-        setting = compare.ComparisonSetting(
-            *(source, target, *images),
-            data="Tiny-ImageNet",
-            n_new=n_new,
-            n_base=n_base,
-            flip=True,
+        measure = compare.measure(
+            Setting(source, target, *images, data="Tiny-ImageNet", n_new=n_new, n_base=n_base, flip=True),
             group=", ".join(new[: options.new_classes]),
             budget=dataclasses.replace(BUDGET, precision=options.precision),
+            methods=choose_methods(options.methods),
+            seeds=range(options.seeds),
         )
-        compare.run(setting, choose_methods(options.methods), range(options.seeds), cells, progress=report)
+        measure(cells, report)
         facts = {
             "new": new,
             "target_accuracy": accuracy(target, class_subset(images[1], target.classes)),
@@ -156,7 +156,7 @@ def report(what: str, done: int, total: int) -> None:
     print(f"{what} {done}/{total}", file=sys.stderr)
 
 
-def claims(facts: dict[str, Any], rows: Sequence[compare_report.Row]) -> list[Claim]:
+def claims(facts: dict[str, Any], rows: Rows) -> list[Claim]:
     """Those of every comparison, and the size of the clone's file."""
     sizes = [
         at_most(
@@ -170,7 +170,7 @@ def claims(facts: dict[str, Any], rows: Sequence[compare_report.Row]) -> list[Cl
     return [*compare_report.claims(rows), *sizes]
 
 
-def markdown(facts: dict[str, Any], rows: Sequence[compare_report.Row]) -> str:
+def markdown(facts: dict[str, Any], rows: Rows) -> str:
     """What it stands on, then the tables."""
     return "\n\n".join(
         [

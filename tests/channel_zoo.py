@@ -334,7 +334,7 @@ class GatedLinearUnits(Net):
         return self.glu(self.wide(F.glu(x, dim=1)))
 
 
-@case({}, {"first": "gives more than a tensor"})
+@case({}, {"first": "returns more than a tensor"})
 class SeveralResults(Net):
     def __init__(self):
         super().__init__(pool=nn.MaxPool2d(2, return_indices=True))

@@ -5,33 +5,36 @@ net = pnc.attach(target, clone)         # logits: the target's own, then the clo
 pnc.save(clone, "clone.safetensors")    # kilobytes
 net.detach(clone.name)                  # and the target is alone again, bit for bit
 
-What makes clones is loaded when it is first asked for: where clones only run, that code stays out of the process.
+Everything is loaded when it is first asked for: where clones only run, the code that makes them stays out of the
+process, and `OnnxComposite` runs without PyTorch.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pnc.clones.branch import Scalars
-from pnc.clones.clone import Clone
-from pnc.clones.clone_file import inspect, load, save
-from pnc.composite.composite import Composite, attach
-from pnc.composite.forward_plan import CloneStatus
-from pnc.composite.fused_composite import FusedComposite
-from pnc.composite.verification import Report, snapshot, verify
-from pnc.data.image_set import ImageSet
-from pnc.data.readers import load_data
-from pnc.data.support import Support, draw_support
-from pnc.foundation.errors import (
-    ClassNameError,
-    FileFormatError,
-    InputError,
-    MismatchError,
-    PNCError,
-    RecordingError,
-)
-from pnc.foundation.process_team import Team, joined
-
 if TYPE_CHECKING:
+    from pnc.clones.branch import Scalars
+    from pnc.clones.clone import Clone
+    from pnc.clones.clone_file import inspect, load, save
+    from pnc.composite.composite import Composite, attach
+    from pnc.composite.export import Exported, export, export_split
+    from pnc.composite.forward_plan import CloneStatus
+    from pnc.composite.fused_composite import FusedComposite
+    from pnc.composite.onnx_composite import OnnxComposite
+    from pnc.composite.verification import Report, snapshot, verify
+    from pnc.data.image_set import ImageSet
+    from pnc.data.readers import load_data
+    from pnc.data.support import Support, draw_support
+    from pnc.foundation.errors import (
+        ClassNameError,
+        ExportError,
+        FileFormatError,
+        InputError,
+        MismatchError,
+        PNCError,
+        RecordingError,
+    )
+    from pnc.foundation.process_team import Team, joined
     from pnc.method.calibration import Calibration, calibrate
     from pnc.method.pipeline import clone, fit
     from pnc.method.positions import Position, Scan, scan
@@ -47,12 +50,15 @@ __all__ = [
     "CloneStatus",
     "CloneTask",
     "Composite",
+    "ExportError",
+    "Exported",
     "FileFormatError",
     "FusedComposite",
     "ImageSet",
     "InputError",
     "LoadedModel",
     "MismatchError",
+    "OnnxComposite",
     "PNCError",
     "Position",
     "Preprocessed",
@@ -66,6 +72,8 @@ __all__ = [
     "calibrate",
     "clone",
     "draw_support",
+    "export",
+    "export_split",
     "fit",
     "from_exported",
     "inspect",
@@ -80,15 +88,30 @@ __all__ = [
     "verify",
 ]
 
-_LOADED_WHEN_ASKED = {
-    **dict.fromkeys(("Calibration", "calibrate"), "pnc.method.calibration"),
-    **dict.fromkeys(("clone", "fit"), "pnc.method.pipeline"),
-    **dict.fromkeys(("Position", "Scan", "scan"), "pnc.method.positions"),
-    **dict.fromkeys(("CloneTask", "prepare_task"), "pnc.method.task"),
-    "from_exported": "pnc.models.exported_programs",
-    **dict.fromkeys(("LoadedModel", "load_model"), "pnc.models.model_specs"),
-    "Preprocessed": "pnc.models.preprocessing",
+_NAMES_OF = {
+    "clones.branch": "Scalars",
+    "clones.clone": "Clone",
+    "clones.clone_file": "inspect load save",
+    "composite.composite": "Composite attach",
+    "composite.export": "Exported export export_split",
+    "composite.forward_plan": "CloneStatus",
+    "composite.fused_composite": "FusedComposite",
+    "composite.onnx_composite": "OnnxComposite",
+    "composite.verification": "Report snapshot verify",
+    "data.image_set": "ImageSet",
+    "data.readers": "load_data",
+    "data.support": "Support draw_support",
+    "foundation.errors": "ClassNameError ExportError FileFormatError InputError MismatchError PNCError RecordingError",
+    "foundation.process_team": "Team joined",
+    "method.calibration": "Calibration calibrate",
+    "method.pipeline": "clone fit",
+    "method.positions": "Position Scan scan",
+    "method.task": "CloneTask prepare_task",
+    "models.exported_programs": "from_exported",
+    "models.model_specs": "LoadedModel load_model",
+    "models.preprocessing": "Preprocessed",
 }
+_LOADED_WHEN_ASKED = {name: f"pnc.{module}" for module, names in _NAMES_OF.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:

@@ -93,7 +93,7 @@ def test_a_stopped_run_goes_on_and_methods_can_be_made_again(folder: Path, monke
     assert renewed["average_accuracy"] == first["average_accuracy"] and renewed["seconds"] != first["seconds"]
     monkeypatch.setattr(compare._Arena, "measure", None)
     assert run(folder, "--support 20/5", methods, again="direct ensemble").exit_code == 0, "this commit made it"
-    with pytest.raises(pnc.InputError, match="again: clone is no method of this run"):
+    with pytest.raises(pnc.InputError, match="again: clone is not a method of this run"):
         run(folder, "--support 20/5", methods, again="clone")
 
 
@@ -223,9 +223,9 @@ def test_methods_by_name() -> None:
     assert choose_methods("clone,LwF,clone") == ["clone", "LwF"]
     with pytest.raises(pnc.InputError, match="no method 'LWF' .did you mean 'LwF'"):
         choose_methods("LWF")
-    with pytest.raises(pnc.InputError, match="give one at least"):
+    with pytest.raises(pnc.InputError, match="give at least one"):
         choose_methods(",")
-    assert len(METHODS) == 24 and all(rival.name == name for name, rival in METHODS.items())
+    assert len(METHODS) == 26 and all(rival.name == name for name, rival in METHODS.items())
 
 
 def test_networks_are_trained_once(tmp_path: Path) -> None:

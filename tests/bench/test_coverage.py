@@ -153,5 +153,5 @@ def test_a_library_that_is_missing_is_an_error_and_no_row(tmp_path, monkeypatch)
 
     monkeypatch.setattr(library_classifiers, "load_library", no_library)
     with pytest.raises(InputError, match="the package torchvision is needed"):
-        coverage.run(["timm:resnet18"], cells := Cells(tmp_path / "rows.jsonl", {}, coverage.KEYS))
+        coverage.bench(["timm:resnet18"]).measure(cells := Cells(tmp_path / "rows.jsonl", {}, coverage.KEYS), None)
     assert cells.rows == []

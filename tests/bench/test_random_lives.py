@@ -7,8 +7,9 @@ from typer.testing import CliRunner
 
 from digits import BASE, NEW
 from pnc.bench import lifecycle, random_lives
-from pnc.bench.lifecycle import LifecycleSetting, _file_name, parts
+from pnc.bench.lifecycle import CloneMaker, shares
 from pnc.bench.result_files import Cells
+from pnc.bench.setting import Setting
 from pnc.cli.bench_commands import bench
 from pnc.data.image_set import ImageSet
 from pnc.data.support import Support
@@ -69,36 +70,41 @@ def test_names_of_kept_clones_say_what_these_depend_on(folder):
     s, r, t = (load_model(str(folder / f"{name}.safetensors")) for name in "srt")
     images, labels = torch.zeros(2, 1, 2, 2), torch.tensor([0, 1])
     data, support = ImageSet(images, labels, ("a", "b")), Support(images, labels, ("a", "b"))
-    setting, part = LifecycleSetting((s, r), t, data, data, 1, 1, False, folder), (0, ("5",))
+    maker, part = CloneMaker(Setting(s, t, data, data, "digits", 1, 1, False), r, folder), (0, ("5",))
+
+    def with_setting(**changes):
+        return dataclasses.replace(maker, setting=dataclasses.replace(maker.setting, **changes))
+
     names = {
-        _file_name(*given)
-        for given in (
-            (setting, support, part, 0),
-            (setting, support, part, 1),
-            (setting, support, (1, ("5",)), 0),
-            (setting, support, (0, ("5", "6")), 0),
-            (dataclasses.replace(setting, flip=True), support, part, 0),
-            (dataclasses.replace(setting, target=s), support, part, 0),
-            (dataclasses.replace(setting, sources=(r, r)), support, part, 0),
-            (setting, Support(images + 1, labels, ("a", "b")), part, 0),
-            (setting, Support(images, labels, ("a", "c")), part, 0),
+        one.file_name(*given)
+        for one, *given in (
+            (maker, support, part, 0),
+            (maker, support, part, 1),
+            (maker, support, (1, ("5",)), 0),
+            (maker, support, (0, ("5", "6")), 0),
+            (with_setting(flip=True), support, part, 0),
+            (with_setting(target=s), support, part, 0),
+            (with_setting(source=r), support, part, 0),
+            (maker, Support(images + 1, labels, ("a", "b")), part, 0),
+            (maker, Support(images, labels, ("a", "c")), part, 0),
         )
     }
     assert len(names) == 9
-    again = dataclasses.replace(setting, folder=None, sources=(s, s))
-    assert _file_name(again, support, part, 0) in names, "the other source does not matter"
+    again = dataclasses.replace(maker, folder=None, second=s)
+    assert again.file_name(support, part, 0) in names, "the other source does not matter"
 
 
 def test_sources_must_know_the_same_classes(folder):
     with pytest.raises(InputError, match="both must know the same classes"):
         run(folder, second="x")
-    with pytest.raises(InputError, match="four new classes at least; got 3"):
-        parts(("a", "b", "c"), "four")
-    assert parts("abcd", "four") == [(0, ("a",)), (0, ("b",)), (1, ("c",)), (1, ("d",))]
+    with pytest.raises(InputError, match="at least four new classes; got 3"):
+        shares(("a", "b", "c"), "four")
+    assert shares("abcd", "four") == [(0, ("a",)), (0, ("b",)), (1, ("c",)), (1, ("d",))]
 
 
 def test_broken_promises_are_counted(stage, tmp_path, monkeypatch):
     monkeypatch.setattr(random_lives, "make_stage", lambda: stage)
     monkeypatch.setattr(random_lives.Life, "_expect", lambda life, what, found, expected: life.problems.append(what))
-    facts = random_lives.run(2, Cells(tmp_path / "c", {}, ["seed", "clones"]))
+    rows = random_lives.measure(2)(Cells(tmp_path / "c", {}, ["seed", "clones"]), None)
+    facts = random_lives.summary(rows, 2)
     assert facts["n_problems"] > 2 and facts["problems"][0] == "sequence 0, after the first clone: base"

@@ -350,7 +350,7 @@ class Convolutional(nn.Module):
 
 
 def test_a_classifier_that_cannot_be_widened_is_named() -> None:
-    with pytest.raises(InputError, match="needs a linear classifier to widen; the target's is Conv2d"):
+    with pytest.raises(InputError, match="needs a linear classifier to extend; the target's is Conv2d"):
         finetuning.WITH_REPLAY.fit(task(target=Convolutional()), SHORT)
 
 

@@ -44,9 +44,10 @@ def test_the_large_network_is_a_resnet_50():
 def test_a_cell_is_measured_once_in_a_process_of_its_own(tmp_path):
     kept = Cells(tmp_path / "rows.jsonl", {}, scale.KEYS)
     wanted = [{"cell": "scan, cuts", "n": 2}]
-    (row,) = scale.run(wanted, 1, kept)
+    measure = scale.bench(wanted, threads=1).measure
+    (row,) = measure(kept, None)
     assert row["cuts"] == 2 and row["positions"] >= 2 and row["peak_gib"] > 0 and row["cpu_seconds"] > 0
-    assert scale.run(wanted, 1, kept) == [row]
+    assert measure(kept, None) == [row]
 
 
 def test_memory_and_time_of_a_clone_are_measured(monkeypatch):

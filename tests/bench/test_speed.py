@@ -106,21 +106,21 @@ def test_where_no_compiler_works_the_reason_is_written_down(monkeypatch):
 
     monkeypatch.setattr(latency, "measure", broken)
 
-    class Bench:
+    class Forms:
         images = torch.rand(1, 1, 8, 8)
 
         def laid_out(self, layout):
             return {latency.TARGET: torch.nn.Identity()}
 
-    (row,) = latency.run_case(Bench(), "compiled, batch 1", 1, "compiled")
+    (row,) = latency.run_case(Forms(), "compiled, batch 1", 1, "compiled")
     assert row["skipped"] == "no C++ compiler"
-    assert "Not measured: no C++ compiler" in speed.markdown([row], _Setting(), "digits")
+    assert "Not measured: no C++ compiler" in speed.markdown([row], _Setting())
     with pytest.raises(RuntimeError, match="no C"):
-        list(latency.run_case(Bench(), "channels_last, batch 1", 1, "channels_last"))
+        list(latency.run_case(Forms(), "channels_last, batch 1", 1, "channels_last"))
 
 
 class _Setting:
-    flip, n_new, n_base = False, 1, 1
+    words = "digits"
     source = target = type("Model", (), {"spec": "zoo:cnn"})
 
 

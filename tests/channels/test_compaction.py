@@ -181,7 +181,7 @@ def test_layers_with_hooks_are_opened_or_stay():
 
     assert [s.name for s in hooked(lambda m, args, out: 2 * out).spaces] == ["first"]
     spaces = hooked(lambda m, args, out: out * float(out.sum() > 0))
-    assert spaces.frozen["first"] == "first has hooks, which may change what passes"
+    assert spaces.frozen["first"] == "first has hooks, which may change its output"
 
 
 def test_a_free_output_keeps_the_channels_that_it_says():

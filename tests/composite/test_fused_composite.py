@@ -53,6 +53,7 @@ def plan_of(target, branches, **settings) -> Plan:
             "classes": (*NAMES, *(f"{n}{k}" for n, b in zip(names, branches, strict=True) for k in b.offset.tolist())),
             "base_priority": 0.0,
             "probe": target.recording.probe,
+            "clones": (),
             **settings,
         }
     )

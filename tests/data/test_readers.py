@@ -256,8 +256,7 @@ def folder(tmp_path: Path) -> Path:
             path = tmp_path / "photos" / split / ("dog" if number % 2 else "cat") / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(png(COLOURS[number]))
-    (tmp_path / "photos" / "train" / "cat" / "notes.txt").write_text("no image")
-    (tmp_path / "photos" / "train" / ".hidden").mkdir()
+    (tmp_path / "photos" / "train" / "cat" / ".DS_Store").write_text("no image")
     return tmp_path / "photos"
 
 

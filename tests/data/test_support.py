@@ -326,7 +326,7 @@ def test_samples_of_several_shapes_are_refused() -> None:
         def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
             return torch.zeros(1, 2, 2 + index), 0
 
-    with pytest.raises(InputError, match=r"the images have 4 shapes, \(1, 2, 2\), .*; give all one shape"):
+    with pytest.raises(InputError, match=r"several shapes, \(1, 2, 2\) and, at index 1, \(1, 2, 3\); give all one"):
         as_support(Uneven([0] * 4), NAMES)
 
 

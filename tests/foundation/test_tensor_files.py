@@ -1,4 +1,3 @@
-import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +18,6 @@ from pnc.foundation.tensor_files import (
     canonical_json,
     read_sealed,
     read_tensors,
-    write_file,
     write_tensors,
 )
 
@@ -40,30 +38,6 @@ def test_shared_memory_is_written_out(tmp_path):
     weight = torch.arange(4.0)
     write_tensors(tmp_path / "f", {"x": weight, "y": weight[:2]}, {})
     assert torch.equal(read_tensors(tmp_path / "f")[0]["y"], weight[:2])
-
-
-def test_an_unwritable_path_leaves_nothing_behind(tmp_path):
-    with pytest.raises(InputError, match="cannot write"):
-        write_file(tmp_path / "missing" / "f", "x")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match="cannot write"):
-        write_file(tmp_path / "folder", "x")
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
-    assert not list((tmp_path / "folder").iterdir())
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "f"
-    write_file(path, "old")
-
-    def fail(*_args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("pnc.foundation.tensor_files.os.fsync", fail)
-    with pytest.raises(InputError, match="No space left"):
-        write_file(path, "new")
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
 @pytest.mark.parametrize(
@@ -259,33 +233,48 @@ def test_all_types_come_back_and_others_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "g").exists()
 
 
-# --------------------------------------------------------------------------------------------------- leftovers
-def test_leftovers_of_killed_processes_go_with_the_next_write(tmp_path: Path) -> None:
-    path = tmp_path / "a[1].txt"
-    for name in (".a[1].txt.pnc-dead", ".other.pnc-dead", ".a[1].txt"):
-        (tmp_path / name).write_text("half")
-    with (tmp_path / ".a[1].txt.pnc-alive").open("w") as alive:
-        fcntl.flock(alive, fcntl.LOCK_EX)  # as a process does that is still writing
-        write_file(path, "new")
-    assert path.read_text() == "new"
-    assert {p.name for p in tmp_path.iterdir()} == {path.name, ".other.pnc-dead", ".a[1].txt", ".a[1].txt.pnc-alive"}
-    write_file(path, "newer")
-    assert {p.name for p in tmp_path.iterdir()} == {path.name, ".other.pnc-dead", ".a[1].txt"}
+# --------------------------------------------------------------------------------------------------- sizes
+def sparse(path: Path, n_bytes: int, written: bytes = b"") -> None:
+    """A file whose one tensor has so many bytes, which are a hole but for the first."""
+    header = {"__metadata__": {METADATA_KEY: "{}"}, "x": entry("U8", [n_bytes], [0, n_bytes])["x"]}
+    with path.open("wb") as file:
+        file.write(framed(header, written))
+        file.truncate(file.tell() - len(written) + n_bytes)
 
 
-def test_a_temporary_file_that_another_process_removed_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pnc.foundation import tensor_files
+@pytest.mark.parametrize("n_bytes", [1 << 28, 1 << 31, 1 << 40])
+def test_files_of_holes_are_refused_before_they_are_read(tmp_path: Path, n_bytes: int) -> None:
+    for written in (b"", b"x" * 100_000):
+        sparse(tmp_path / "f", n_bytes, written)
+        with pytest.raises(FileFormatError, match="bytes, but holds only "):
+            read_tensors(tmp_path / "f")
+    (tmp_path / "f").unlink()
 
-    lock, names = tensor_files._locked, []
 
-    def remove_first(descriptor: int, wait: bool = True) -> bool:
-        if not names:
-            names.extend(tmp_path.iterdir())
-            names[0].unlink()
-        return lock(descriptor, wait)
+def test_a_smaller_file_with_holes_is_read(tmp_path: Path) -> None:
+    sparse(tmp_path / "f", 1 << 20)
+    assert not read_tensors(tmp_path / "f")[0]["x"].any()
 
-    monkeypatch.setattr(tensor_files, "_locked", remove_first)
-    write_file(tmp_path / "f", "x")
-    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+def test_too_little_memory_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tensors(tmp_path / "f", {"x": torch.zeros(3)}, {})
+
+    def full(*_args: object, **_settings: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("pnc.foundation.tensor_files.torch.empty", full)
+    with pytest.raises(FileFormatError, match="'x' takes 12 bytes, more memory than there is"):
+        read_tensors(tmp_path / "f")
+
+
+def test_the_caller_sees_shapes_and_metadata_before_values_are_read(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "f", {"x": torch.ones(2, 3)}, {"a": 1})
+    seen: list[Any] = []
+
+    def check(shapes: Any, metadata: Any) -> None:
+        seen.append((shapes["x"].shape, shapes["x"].device.type, metadata["a"]))
+        raise InputError("not this one")
+
+    with pytest.raises(InputError, match="not this one"):
+        read_tensors(tmp_path / "f", check)
+    assert seen == [((2, 3), "meta", 1)]

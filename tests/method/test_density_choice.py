@@ -114,5 +114,5 @@ def test_clones_of_automatic_density_keep_the_bound():
 @pytest.mark.parametrize("density", ["half", 0.0, 2])
 def test_other_densities_are_refused(density):
     nets = pair()
-    with pytest.raises(InputError, match="density must be in .*or 'auto'; got"):
+    with pytest.raises(InputError, match="density: expected a share .*or 'auto'; got"):
         pnc.clone(nets.source.module, nets.target.module, support(), density=density, **nets.names())

@@ -116,5 +116,5 @@ def test_what_the_search_does_not_know_is_refused(settings):
 
 def test_an_unknown_strategy_is_refused():
     nets = pair()
-    with pytest.raises(InputError, match="strategy: expected one of scan, sequential, got 'best'"):
+    with pytest.raises(InputError, match="strategy: expected one of scan, sequential; got 'best'"):
         pnc.clone(nets.source.module, nets.target.module, support(), strategy="best", **nets.names())

@@ -105,7 +105,7 @@ def test_a_bound_on_macs_is_kept_or_refused():
 
 @pytest.mark.parametrize("density", [0, -1, 1.01])
 def test_densities_out_of_range_are_refused(density):
-    with pytest.raises(InputError, match="density must be in"):
+    with pytest.raises(InputError, match="density: expected a share"):
         clone(density=density)
 
 
@@ -114,7 +114,7 @@ def test_densities_out_of_range_are_refused(density):
     [
         ({"round_to": 0}, "round_to"),
         ({"round_to": 1.5}, "round_to"),
-        ({"max_macs": "half"}, "max_macs: expected a number"),
+        ({"max_macs": "half"}, "max_macs: expected a share"),
     ],
 )
 def test_numbers_that_are_none_are_refused(settings, words):

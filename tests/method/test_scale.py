@@ -9,7 +9,7 @@ from digits import NEW, pair, support
 from pnc.clones.adapter import Stitched
 from pnc.graph.candidate_cuts import candidate_cuts
 from pnc.graph.cut_points import extract
-from pnc.method import held_out, positions, ridge
+from pnc.method import adapter_moments, held_out, positions, ridge
 from pnc.method.adapter_fitting import AdapterFitter
 from pnc.method.positions import shortlist
 from pnc.method.ridge import PENALTIES
@@ -64,7 +64,7 @@ def counted(monkeypatch, task, **settings):
         patch.setattr(ridge, "_solve", counting(ridge._solve, "factorizations"))
         patch.setattr(Stitched, "forward", run)
         patch.setattr(AdapterFitter, "__init__", made)
-        for module in (positions, held_out):
+        for module in (adapter_moments, held_out):
             patch.setattr(module, "extract", watched)
         found = pnc.scan(task, **settings)
     return found, counts
@@ -114,7 +114,7 @@ def test_pairs_that_are_run_grow_with_the_cuts_and_not_with_their_square():
 def test_pairs_are_ranked_on_a_part_where_the_moments_of_all_do_not_fit(monkeypatch):
     task = prepared(24, 8)
     found, _ = counted(monkeypatch, task)
-    monkeypatch.setattr(positions, "RANKED_IMAGES", 60)
+    monkeypatch.setattr(adapter_moments, "RANKED_IMAGES", 60)
     small, counts = counted(monkeypatch, replace(task, memory=2**20))
     _, ranking, fitting = counts.fitters  # the first one would have been too large
     assert len(ranking._columns) > len(fitting._columns)

@@ -224,7 +224,7 @@ def test_the_image_processor_is_followed(libs: Libraries, tmp_path: Path, settin
 
 def test_a_processor_with_a_twist_of_its_own_is_refused(libs: Libraries, tmp_path: Path) -> None:
     saved(libs, tmp_path, kind="EfficientNetImageProcessor", include_top=True, image_std=[0.25] * 3)
-    with pytest.raises(InputError, match="does something else than to resize, crop, scale and normalise; wrap"):
+    with pytest.raises(InputError, match="does more than resize, crop, scale and normalise; wrap"):
         load_model(f"hf:{tmp_path}")
 
 
@@ -264,7 +264,7 @@ def test_a_folder_without_image_processor_is_refused(libs: Libraries, tmp_path: 
         ("timm:resnet10", "there is no model of timm 'resnet10' (did you mean 'resnet10t'?); there are "),
         ("timm:resnet18.a1_in2k", "'resnet18.a1_in2k' (did you mean 'resnet18.a1_in1k'?); there are resnet18.a1_in1k"),
         ("timm:owner/name", "there is no model of timm 'owner/name'"),
-        ("timm:local-dir:no/such/folder", "timm cannot give timm:local-dir:no/such/folder: Config file not found"),
+        ("timm:local-dir:no/such/folder", "timm cannot load timm:local-dir:no/such/folder: Config file not found"),
         ("timm:resnet10t?sise=3", "timm: there is no option 'sise' (did you mean 'size'?); there are pretrained, size"),
         ("timm:resnet10t?size=big", "size=big: expected a whole number above 0"),
         ("timm:resnet10t?size=0", "size=0: expected a whole number above 0"),
@@ -273,7 +273,7 @@ def test_a_folder_without_image_processor_is_refused(libs: Libraries, tmp_path: 
         ("torchvision:renset18", "there is no classifier of torchvision 'renset18' (did you mean 'resnet18'?)"),
         ("torchvision:fasterrcnn_resnet50_fpn", "there is no classifier of torchvision 'fasterrcnn_resnet50_fpn'"),
         ("torchvision:resnet18?weights=V3", "there is no entry of weights 'V3'; there are IMAGENET1K_V1"),
-        ("hf:no/such/folder", "transformers cannot give hf:no/such/folder: "),
+        ("hf:no/such/folder", "transformers cannot load hf:no/such/folder: "),
     ],
 )
 def test_bad_specs_are_refused(libs: Libraries, spec: str, message: str) -> None:
@@ -295,10 +295,10 @@ def test_without_a_network_there_is_one_clear_error(
         with pytest.raises(InputError) as caught:
             load_model(spec)
         assert str(caught.value) == (
-            f"model: {spec.split(':')[0]} cannot give {spec}: Name or service not known; "
+            f"model: {spec.split(':')[0]} cannot load {spec}: Name or service not known; "
             "weights=FILE or ?pretrained=false need no download"
         )
-    with pytest.raises(InputError, match="^model: transformers cannot give hf:a/b: Name or service not known; give an"):
+    with pytest.raises(InputError, match="^model: transformers cannot load hf:a/b: Name or service not known; give an"):
         load_model("hf:a/b")
 
 

@@ -204,7 +204,7 @@ def test_classes_and_shape_that_are_given_win(network: LoadedModel, tmp_path: Pa
     assert (loaded.classes, loaded.input_shape) == (("x", "y", "z"), (1, 16, 16))
     with pytest.raises(MismatchError, match="2 names given for the 3 outputs of .*: ant, bee, cat"):
         load_model(str(path), classes=["x", "y"])
-    with pytest.raises(InputError, match="is a file of weights already; give weights= with another spec"):
+    with pytest.raises(InputError, match="is already a file of weights; give weights= only with another spec"):
         load_model(str(path), weights=path)
 
 
@@ -307,9 +307,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path, content: bytes
 
 def test_a_file_of_plain_weights_is_no_spec(network: LoadedModel, tmp_path: Path) -> None:
     safetensors.torch.save_file(network.module.state_dict(), tmp_path / "a.safetensors")
-    with pytest.raises(
-        InputError, match="does not say which network it is for; give the spec, and this file as weights="
-    ):
+    with pytest.raises(InputError, match="does not name its network; give the spec, and this file as weights="):
         load_model(str(tmp_path / "a.safetensors"))
 
 

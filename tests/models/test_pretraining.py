@@ -205,7 +205,7 @@ def test_a_file_that_is_no_network_needs_overwrite(
 ) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"something else")
-    with pytest.raises(InputError, match="choose another path, or allow to overwrite it"):
+    with pytest.raises(InputError, match="choose another path, or overwrite it"):
         pretrain(SPEC, *sets, RECIPE, path)
     assert path.read_bytes() == b"something else"
     pretrain(SPEC, *sets, RECIPE, path, overwrite=True)

@@ -1,109 +1,80 @@
-"""Ways to choose channels, side by side: every method at several densities, against the clone at full density."""
+"""Ways to choose channels compared: every method at several densities, relative to the clone at full density."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from statistics import fmean
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from pnc.bench.position_strategies import Setting
-from pnc.bench.result_files import Cells, Claim, over_seeds, table
+from pnc.bench.bench import Bench, Row, Rows, one_by_one
+from pnc.bench.result_files import Claim, over_seeds, table
+from pnc.bench.setting import Setting
 from pnc.clones.clone import Clone
 from pnc.composite.composite import attach
 from pnc.composite.metrics import evaluate
 from pnc.composite.prediction import predict
-from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
-from pnc.data.support import draw_support
+from pnc.data.image_set import ImageSet, class_subset, images_as_float
 from pnc.foundation.network_state import evaluating
 from pnc.graph.cut_points import LOGITS, extract
 from pnc.method.adapter_fitting import CrossFitted
-from pnc.method.localization.localizer import Method
 from pnc.method.pipeline import fit
 from pnc.method.positions import scan
-from pnc.method.task import CloneTask, Progress, prepare_task
+from pnc.method.settings import Method
+from pnc.method.task import CloneTask, prepare_task
 
 DENSITIES = (0.5, 0.3)
 FULL = "full"
 METHODS: tuple[str, ...] = get_args(Method)
 KEYS = ("classes", "seed", "method", "density")
 COLUMNS = ("relative", "average_accuracy", "cloned", "not_cloned", "part_macs_share", "seconds")
-"""Averages shown: accuracy as a share of that at full density, accuracy; of the masked source alone, with its own head,
-on classes that were cloned and on its others; MACs of the part as a share of those at full density; time."""
+"""Averages shown: accuracy as a share of that at full density; accuracy; that of the masked source alone, with its own
+head, on classes that were cloned and on its others; MACs of the part as a share of those at full density; time."""
 
 
-def run(
-    setting: Setting,
-    groups: Sequence[Sequence[str]],
-    seeds: Sequence[int],
-    cells: Cells,
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
+def bench(setting: Setting, groups: Sequence[Sequence[str]], seeds: Sequence[int]) -> Bench:
     """Make clones of each group of classes by each method at each density, and measure them on all test images.
 
-    The position is the scan's choice and the same for all methods.
-
-    Args:
-        setting: Networks and images.
-        groups: Which of the source's classes are cloned.
-        seeds: Of the support and of the clone.
-        cells: Rows that are there already are not made again; keys: `KEYS`.
-        progress: Called with what is being done, the rows done, and the rows in all.
-    Returns:
-        The rows, with `relative` and `part_macs_share` added. `seconds` is the time from the scan's result on.
+    All methods use the position that the scan chooses. `seconds` is the time after the scan.
     """
+    settings = {**setting.facts, "n_test": setting.n_test}
+    by_name = {"+".join(group): group for group in groups}
     wanted = [
-        ("+".join(group), seed, method, density)
+        dict(zip(KEYS, (name, seed, method, density), strict=True))
         for seed in seeds
-        for group in groups
+        for name in by_name
         for method, density in [(FULL, 1.0), *((m, d) for d in DENSITIES for m in METHODS)]
     ]
-    by_name = {"+".join(group): group for group in groups}
-    case: _Case | None = None
-    for done, (name, seed, method, density) in enumerate(wanted):
-        cell = dict(zip(KEYS, wanted[done], strict=True))
-        if progress is not None:
-            progress(f"{name}, seed {seed}: {method} {density:g}", done, len(wanted))
-        if cell not in cells:
-            if case is None or case.key != (name, seed):
-                case = _Case(setting, by_name[name], seed)
-            cells.add({**cell, **case.row(method, density)})
-    made = {tuple(row[key] for key in KEYS): row for row in cells.rows}
-    rows = [made[cell] for cell in wanted]
+    case = lru_cache(maxsize=1)(lambda name, seed: _Case(setting, by_name[name], seed))
+    measure = one_by_one(wanted, lambda cell: case(cell["classes"], cell["seed"]).row(cell["method"], cell["density"]))
+    with_shares = lambda cells, progress: _with_shares(measure(cells, progress))  # noqa: E731
+    return Bench("localize", KEYS, settings, with_shares, claims, partial(markdown, setting=setting))
+
+
+def _with_shares(rows: Rows) -> Rows:
+    """The same rows with `relative` and `part_macs_share`, which compare them with full density."""
     full = {(row["classes"], row["seed"]): row for row in rows if row["method"] == FULL}
-    return [{**row, **_shares(row, full[row["classes"], row["seed"]])} for row in rows]
 
+    def shares(row: Row, whole: Row) -> Row:
+        relative = row["average_accuracy"] / whole["average_accuracy"]
+        return {"relative": relative, "part_macs_share": row["part_macs"] / max(1, whole["part_macs"])}
 
-def _shares(row: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        "relative": row["average_accuracy"] / full["average_accuracy"],
-        "part_macs_share": row["part_macs"] / max(1, full["part_macs"]),
-    }
+    return [{**row, **shares(row, full[row["classes"], row["seed"]])} for row in rows]
 
 
 class _Case:
-    """One group of classes and one support: the scan's position, and what is measured there."""
+    """One group of classes and one support: the scan's position, and measurements there."""
 
     def __init__(self, setting: Setting, group: Sequence[str], seed: int) -> None:
-        self.key = "+".join(group), seed
         source, target = setting.source, setting.target
-        generator = torch.Generator().manual_seed(seed)
-        support = draw_support(setting.train, group, target.classes, setting.n_new, setting.n_base, generator)
         self._task = prepare_task(
-            source.module,
-            target.module,
-            support,
-            classes=group,
-            source_classes=source.classes,
-            base_classes=target.classes,
-            flip=setting.flip,
-            seed=seed,
+            source.module, target.module, setting.draw(group, seed), **setting.arguments(group, seed)
         )
         found = scan(self._task)
         self._fitted: CrossFitted = found.adapter(found.choose())
-        names = [*target.classes, *group]
-        self._test = relabel(class_subset(setting.test, names), names)
+        self._test = setting.test_images(group)
         self._target_logits = predict(target.module, self._test.images)
         self._own_test = class_subset(setting.test, source.classes)
 
@@ -132,14 +103,14 @@ class _Case:
 
 
 def masked_source_accuracy(task: CloneTask, clone: Clone, images: ImageSet) -> dict[str, float | None]:
-    """Accuracy of the source with the clone's part in place of its own, over all of the source's classes.
+    """Accuracy of the source with its own part replaced by the clone's, over all of the source's classes.
 
     Args:
-        task: Whose source.
+        task: Has the source.
         clone: A clone of it.
         images: With the source's classes, in order.
     Returns:
-        `cloned`, on images of classes that were cloned, and `not_cloned`, on the others; None where there are none.
+        `cloned`, on images of classes that were cloned, and `not_cloned`, on the others; None without such images.
     """
     prefix = extract(task.source.recording, None, [clone.source_cut])
     classifier = extract(task.source.recording, task.source.head.features, [LOGITS])
@@ -155,8 +126,8 @@ def _mean(right: Tensor) -> float | None:
     return float(right.double().mean()) if len(right) else None
 
 
-def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
-    """What was asked for, beside what was measured: means over seeds, with half their range."""
+def claims(rows: Rows) -> list[Claim]:
+    """Required figures, with what was measured: means over seeds, with half their range."""
     found = []
     groups = list(dict.fromkeys(row["classes"] for row in rows))
     for group in groups:
@@ -180,20 +151,18 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
     return found
 
 
-def _values(rows: Sequence[Mapping[str, Any]], group: str, method: str, density: float, key: str) -> list[Any]:
+def _values(rows: Rows, group: str, method: str, density: float, key: str) -> list[Any]:
     chosen = (group, method, density)
     return [row[key] for row in rows if (row["classes"], row["method"], row["density"]) == chosen]
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], setting: Setting, data: str) -> str:
-    """A table for each group of classes, means over seeds; `data` is the name of the images."""
-    flips = ", with mirror images" if setting.flip else ""
+def markdown(rows: Rows, setting: Setting) -> str:
+    """A table for each group of classes, means over seeds."""
     seeds = sorted({row["seed"] for row in rows})
     lines = [
-        f"{data}, support {setting.n_new} images per new and {setting.n_base} per base class{flips}; means over "
-        f"{len(seeds)} seeds. relative: average accuracy as a share of the clone's at full density. cloned, not "
-        "cloned: accuracy of the source alone, with the smaller part in place of its own, on its classes that were "
-        "cloned and on its others. part MACs: as a share of the part's at full density.",
+        f"{setting.words}; means over {len(seeds)} seeds. relative: average accuracy as a share of the clone's at full "
+        "density. cloned, not cloned: accuracy of the source alone, with the smaller part in place of its own, on its "
+        "classes that were cloned and on its others. part MACs: as a share of the part's at full density.",
     ]
     header = ("method", "density", *(column.replace("_", " ") for column in COLUMNS))
     for group in dict.fromkeys(row["classes"] for row in rows):

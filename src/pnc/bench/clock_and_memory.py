@@ -16,21 +16,21 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def finish(device: torch.device) -> None:
-    """Wait until a GPU has done what it was asked to: calls return before that, and a clock would miss it."""
+    """Wait until a GPU has finished: calls return earlier, which a clock would not notice."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory(work: Callable[[], T], device: torch.device = CPU) -> tuple[T, int | None]:
-    """Run `work` to its end; also give by how many bytes memory grew at most meanwhile.
+    """Run `work`, and measure the peak growth of memory in bytes.
 
     Args:
         work: What is measured.
-        device: Where it computes. On a GPU what counts is what torch has allocated there; otherwise all that the
-            process holds. In a process that has run for long the latter is too much rather than too little: gaps that
-            large tensors have left in the heap are used again, and stay in use by the page.
+        device: Where it computes. On a GPU, memory allocated by torch counts; otherwise all memory of the process. In a
+            process that has run for long this is an overestimate: heap gaps left by large tensors are reused, and stay
+            in use page by page.
     Returns:
-        The result of `work`, and the bytes; None where they cannot be known.
+        The result of `work`, and the bytes; None if they cannot be measured.
     """
     gc.collect()
     if device.type == "cuda":
@@ -43,15 +43,15 @@ def peak_memory(work: Callable[[], T], device: torch.device = CPU) -> tuple[T, i
     if not sys.platform.startswith("linux"):
         return work(), None
     libc = ctypes.CDLL(None)
-    libc.malloc_trim(0)  # what was freed before goes back, so that its use counts again
-    libc.mallopt(_MMAP_THRESHOLD, 2**17)  # and so does, at once, what is freed meanwhile: gaps in the heap are no use
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: proc(5)
+    libc.malloc_trim(0)  # return freed memory, so that using it again counts
+    libc.mallopt(_MMAP_THRESHOLD, 2**17)  # return memory freed meanwhile at once, instead of leaving gaps in the heap
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak: proc(5)
     before = _status("VmRSS")
     try:
         result = work()
         return result, max(0, _status("VmHWM") - before)
     finally:
-        libc.mallopt(_MMAP_THRESHOLD, 2**25)  # where glibc's own ends up after large tensors
+        libc.mallopt(_MMAP_THRESHOLD, 2**25)  # the value that glibc reaches after large tensors
         libc.mallopt(_TRIM_THRESHOLD, 2**26)
 
 

@@ -2,21 +2,20 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pnc.bench.bench import Bench, Row, Rows
 from pnc.bench.compare import KEYS
 from pnc.bench.comparison_methods import BOUNDED, METHODS
 from pnc.bench.main_job import CLONE
 from pnc.bench.result_files import Cells, Claim, at_least, at_most, over_seeds, table
 from pnc.foundation.class_names import listed
 from pnc.foundation.errors import InputError
-
-Row = Mapping[str, Any]
 
 FIGURES = (
     "base_accuracy",
@@ -35,28 +34,28 @@ FIGURES = (
 COLUMNS = ("method", "kind", *FIGURES[:3], "spread", "at best shift", *FIGURES[3:])
 ENSEMBLE = "direct ensemble"
 HARD = ("cifar", "tiny")
-"""How the names of images begin on which the issue asks for ten points more than the best tuning rival."""
+"""Prefixes of the names of data on which the clone must be ten points better than the best tuning rival."""
 WELL_SERVED = 0.93
-"""Average accuracy of a rival above which nothing more is asked for on easy images."""
+"""Average accuracy of a rival on easy images above which no margin is required."""
 
 _REGIME = tuple(key for key in KEYS if key not in ("classes", "method", "seed"))
 
 
 @dataclass(frozen=True, eq=False)
 class Regime:
-    """All rows of one table: one pair of networks, one data, one support, one way to choose classes."""
+    """All rows of one table: one pair of networks, one data set, one support, one choice of classes."""
 
     key: tuple[Any, ...]
     rows: tuple[Row, ...]
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What its rows have in common."""
+        """The common fields of its rows."""
         return dict(zip(_REGIME, self.key, strict=True))
 
     @property
     def title(self) -> str:
-        """In words."""
+        """Title for people."""
         facts = self.facts
         networks = " from ".join(str(facts[role]).split()[0] for role in ("target", "source"))
         first, *others = str(facts["group"]).split(", ")
@@ -65,12 +64,12 @@ class Regime:
 
     @property
     def is_heterogeneous(self) -> bool:
-        """Whether source and target are of different architectures."""
+        """Whether source and target have different architectures."""
         return str(self.facts["target"]).split()[0] != str(self.facts["source"]).split()[0]
 
     @property
     def slug(self) -> str:
-        """For names of files; the digests of the networks keep pairs of equal architecture apart."""
+        """For file names; digests of the networks distinguish pairs of equal architecture."""
         digests = "-".join(str(self.facts[role]).split()[-1] for role in ("target", "source"))
         return re.sub("[^a-z0-9]+", "-", f"{self.title} {digests}".lower()).strip("-")
 
@@ -84,16 +83,16 @@ class Regime:
 
     @property
     def methods(self) -> list[str]:
-        """Those that have figures."""
+        """Methods with figures."""
         return list(self._used)
 
     @property
     def refusals(self) -> dict[str, str]:
-        """Why the other methods have none."""
+        """Reasons why the other methods have none."""
         return {row["method"]: row["not_applicable"] for row in self.rows if "not_applicable" in row}
 
     def by_seed(self, method: str, figure: str) -> dict[int, float]:
-        """A figure of a method for each seed; the mean over the groups of classes, where there are several."""
+        """A figure of a method for each seed; the mean over groups of classes if there are several."""
         values: dict[int, list[float]] = {}
         for row in self._used[method]:
             values.setdefault(row["seed"], []).append(float(row[figure]))
@@ -109,11 +108,11 @@ class Regime:
         return [[fmean(values) for values in zip(*points, strict=True)] for points in zip(*curves, strict=True)]
 
     def best_shifted(self, method: str) -> float:
-        """Average accuracy at the shift of the new logits that suits the test images best."""
+        """Average accuracy at the shift of the new logits that is best on the test images."""
         return max((base + new) / 2 for _, base, new, _ in self.curve(method))
 
     def best_tuning(self) -> str | None:
-        """The method of highest average accuracy among those that tune parameters of the target."""
+        """The method with the highest average accuracy among those that tune parameters of the target."""
         tuning = [name for name in self.methods if METHODS[name].kind == "tuning"]
         return max(tuning, key=lambda name: self.mean(name, "average_accuracy")) if tuning else None
 
@@ -144,10 +143,10 @@ class Regime:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """Read the rows of all files of JSON lines in a folder.
+    """Read the rows of all .jsonl files in a folder.
 
     Raises:
-        InputError: there is none.
+        InputError: there are none.
         FileFormatError: a file holds something else.
     """
     rows = [row for path in sorted(folder.glob("*.jsonl")) for row in Cells(path, {}, KEYS).rows]
@@ -156,29 +155,35 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def regimes(rows: Sequence[Row]) -> list[Regime]:
-    """The rows by table, in the order in which they came."""
+def bench(rows: Rows, pictures: Sequence[str] = ()) -> Bench:
+    """Report rows of `pnc bench compare`; `pictures` are paths of pictures for the Markdown."""
+    facts, text = {"rows": means(rows), "made_by": made_by(rows)}, partial(markdown, pictures=pictures)
+    return Bench("compare-report", KEYS, {}, lambda cells, progress: rows, claims, text, lambda rows: facts)
+
+
+def regimes(rows: Rows) -> list[Regime]:
+    """The rows by table, in order of appearance."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         found.setdefault(tuple(row[key] for key in _REGIME), []).append(row)
     return [Regime(key, tuple(some)) for key, some in found.items()]
 
 
-def means(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def means(rows: Rows) -> list[dict[str, Any]]:
     """One row for each method of each regime: means over classes and seeds."""
     return [{**regime.facts, **regime.figures(name)} for regime in regimes(rows) for name in regime.methods]
 
 
-def made_by(rows: Sequence[Row]) -> list[str]:
-    """Commits, environments and budgets that rows were made with, each once."""
+def made_by(rows: Rows) -> list[str]:
+    """Commits, environments and budgets of the rows, each once."""
     return sorted({json.dumps({key: row[key] for key in ("commit", "environment", "budget")}) for row in rows})
 
 
 # --------------------------------------------------------------------------------------------------------------- claims
 
 
-def claims(rows: Sequence[Row]) -> list[Claim]:
-    """What the comparison must show, computed; of regimes that have a clone only."""
+def claims(rows: Rows) -> list[Claim]:
+    """What the comparison must show, for regimes that have a clone."""
     found, all_regimes = [], regimes(rows)
     for regime in all_regimes:
         if CLONE in regime.methods:
@@ -234,13 +239,13 @@ def _claims(regime: Regime, others: Sequence[Regime]) -> list[Claim]:
 
 
 def _above(regime: Regime, other: str) -> list[float]:
-    """Difference of the average accuracies for each seed that both have."""
+    """Difference of average accuracies, for each seed that both have."""
     ours, theirs = (regime.by_seed(name, "average_accuracy") for name in (CLONE, other))
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
 def _margin(regime: Regime, of_rival: float) -> float:
-    """How far above the best tuning rival the clone must be."""
+    """Required margin of the clone over the best tuning rival."""
     facts = regime.facts
     if facts["support"] in ("500/100", "all/all") or facts["group"] == "single":
         return 0.0
@@ -250,7 +255,7 @@ def _margin(regime: Regime, of_rival: float) -> float:
 
 
 def _margin_of_ensemble(regime: Regime) -> float:
-    """How far above the direct ensemble the clone must be."""
+    """Required margin of the clone over the direct ensemble."""
     facts = regime.facts
     if facts["group"] != "all":
         return 0.0
@@ -262,13 +267,13 @@ def _margin_of_ensemble(regime: Regime) -> float:
 # ------------------------------------------------------------------------------------------------------------- Markdown
 
 
-def summary(rows: Sequence[Row]) -> str:
+def summary(rows: Rows) -> str:
     """One table for each regime."""
     return "\n\n".join(_table(regime) for regime in regimes(rows))
 
 
-def markdown(rows: Sequence[Row], pictures: Sequence[str] = ()) -> str:
-    """Tables of all regimes, what was chosen, and what the columns mean."""
+def markdown(rows: Rows, pictures: Sequence[str] = ()) -> str:
+    """Tables of all regimes, chosen settings, and the meaning of the columns."""
     parts = []
     for regime in regimes(rows):
         shown = [
@@ -326,11 +331,11 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-_LEGEND = """`spread`: half the range of the average accuracy over seeds. `at best shift`: the average accuracy when
-the one number that is added to all new logits suits the test images best; what a method gains by it, it lost by a wrong
-balance of old and new. `added_macs_share`: multiply-accumulates beyond the target's, as a share of the source's.
-`bytes`: what must be sent to somebody who has both networks. `seconds`: from two loaded networks and the support to the
-method's network, its search included; `cpu_seconds`: of the processor, which other programs do not lengthen.
+_LEGEND = """`spread`: half the range of the average accuracy over seeds. `at best shift`: the average accuracy with the
+constant that, added to all new logits, is best on the test images; the gain is what a method loses by a wrong balance
+of base and new. `added_macs_share`: multiply-accumulates in addition to the target's, as a share of the source's.
+`bytes`: what must be sent to someone who has both networks. `seconds`: from two loaded networks and the support to the
+method's network, including its search; `cpu_seconds`: of the processor, which other programs do not lengthen.
 `calibration_error`: expected, 15 bins, over all test images. `kind`: `tuning` trains parameters of the target,
 `features` a classifier on the frozen features of one network, `clone` inserts a part of the source, `ensemble` runs
 both networks, `bound` sees all training images."""

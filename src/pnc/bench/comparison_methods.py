@@ -1,4 +1,4 @@
-"""What is compared with what: the methods, the classes that are cloned, and the networks."""
+"""Methods, groups of classes and networks of the comparison."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,7 @@ from pnc.models.pretraining import EpochReport, Recipe, pretrain
 
 
 def _clone(task: CloneTask, budget: Budget, max_base_drop: float | None = None) -> Fitted:
-    """The clone as `pnc.clone` makes it by default, or with a bound on what the base classes may lose."""
+    """The clone as `pnc.clone` makes it by default, or with a bound on the loss of base accuracy."""
     found = scan(task)
     clone = fit(task, found.adapter(found.choose()), max_base_drop=max_base_drop)
     place = {"target_cut": clone.target_cut.name, "source_cut": clone.source_cut.name}
@@ -70,15 +70,15 @@ METHODS: Mapping[str, Rival] = {
 }
 OURS = (CLONE, BOUNDED)
 SLOW = (joint_training.RIVAL.name,)
-"""Methods that are compared only where they are asked for by name."""
+"""Methods that are compared only if they are named."""
 
 GROUPS = ("all", "single", "fifth")
 
 
 def choose_methods(text: str | None) -> list[str]:
-    """Read names of methods, separated by commas; None gives all but the slow ones.
+    """Read names of methods, separated by commas; None gives all except the slow ones.
 
-    "rivals" stands for all but the slow ones and the clone in both forms.
+    "rivals" stands for all except the slow ones and the clone in both forms.
 
     Raises:
         InputError: a name is unknown.
@@ -92,16 +92,16 @@ def choose_methods(text: str | None) -> list[str]:
             raise InputError(f"methods: {unknown_name(name, list(METHODS), 'method')}")
         chosen += [one for one in usual if one not in OURS] if name == "rivals" else [name]
     if not chosen:
-        raise InputError(f"methods: give one at least of {listed(list(METHODS), len(METHODS))}")
+        raise InputError(f"methods: give at least one of {listed(list(METHODS), len(METHODS))}")
     return list(dict.fromkeys(chosen))
 
 
 def class_groups(text: str, new: Sequence[str], seed: int) -> list[tuple[str, ...]]:
-    """The classes of the cells that belong together.
+    """Groups of classes, one cell each.
 
     Args:
-        text: "all"; "single", one cell for each class; "fifth", a fifth of the classes, at least one, others with each
-            seed; or names, as `parse_classes` reads them.
+        text: "all"; "single", one cell for each class; "fifth", a fifth of the classes, at least one, different for
+            each seed; or names, as `parse_classes` reads them.
         new: The source's classes that the target lacks.
         seed: Of the cell.
     """
@@ -127,11 +127,11 @@ def trained_network(
     """Train a network of a spec on some classes, unless that was done before.
 
     Args:
-        spec: As `pretrain` takes it.
+        spec: As for `pretrain`.
         classes: Its outputs.
-        images: For training, and to measure on.
+        images: For training and for testing.
         recipe: How it is trained.
-        folder: Where networks are kept, named after what they were made of; made where it is not there.
+        folder: Keeps networks in files named by a digest of their settings; created if it is missing.
         progress: Called after every epoch.
     """
     train, test = (class_subset(data, classes) for data in images)

@@ -1,18 +1,18 @@
-"""Whether the classifiers that users bring can be recorded, cut, shrunk, cloned and exported: one row per model."""
+"""Coverage: can users' classifiers be recorded, cut, shrunk, cloned and exported? One row per model."""
 
 import gc
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 
+from pnc.bench.bench import Bench, Row, Rows, one_by_one
 from pnc.bench.clock_and_memory import peak_memory
 from pnc.bench.library_classifiers import CLASSIFIERS, N_CLASSES, SHARES, build, check_libraries, family, prepared
 from pnc.bench.result_files import Cells, Claim, at_least, at_most, commit, table
@@ -21,6 +21,7 @@ from pnc.channels.channel_spaces import KEPT, ChannelSpaces, channel_spaces
 from pnc.channels.compaction import compact
 from pnc.clones.clone_file import load, save
 from pnc.composite.composite import Composite, attach
+from pnc.composite.export import export
 from pnc.foundation.errors import PNCError
 from pnc.foundation.network_state import differences, evaluating, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
@@ -34,22 +35,22 @@ from pnc.method.task import Progress, prepare_task
 from pnc.models.reference_networks import resnet
 
 N_CUTS = 8
-"""Cuts at which a network is parted and put together again, spread over all that it has."""
+"""Number of cuts at which a network is split and joined again, spread over all of its cuts."""
 
 BATCHES = (1, 5)
-"""Batch sizes of that; the recorder itself looks at others."""
+"""Batch sizes for that; the recorder uses others."""
 
 LARGE = 30
-"""Megabytes from which on a network's own memory is more than what the interpreter takes for a graph."""
+"""Megabytes above which a network takes more memory than the interpreter does for its graph."""
 
 MEMORY_RATIO = 3
-"""Times its own memory that a network may take to record and analyse; a smaller one what one of `LARGE` may."""
+"""Peak memory allowed for recording and analysis, as a multiple of the network's own or, if it is smaller, `LARGE`."""
 
 N_TIMED = 2
-"""Runs of which the shortest counts: what else the machine does only adds to one."""
+"""Number of runs; the shortest counts, because other work on the machine only adds time."""
 
 KEYS = ("model", "size")
-"""What names a row."""
+"""Fields that name a row."""
 
 COLUMNS = (
     "model", "size", "recorded", "cuts", "largest_gap", "exact", "prunable_share", "kept_at_half",
@@ -60,42 +61,40 @@ T = TypeVar("T")
 
 _N_NEW, _N_BASE = 4, 2
 _SCAN_CUTS = 3
-_EXPORT_TOLERANCE = 1e-4
 
 
-def run(models: Sequence[str], cells: Cells, progress: Progress | None = None) -> list[dict[str, Any]]:
-    """Measure models that `cells` does not hold yet.
+def bench(models: Sequence[str], again: bool = False) -> Bench:
+    """Measure models of `library_classifiers.CLASSIFIERS`, one row each.
 
     Args:
-        models: Names out of `classifiers.CLASSIFIERS`.
-        cells: Where rows are kept, by `KEYS`.
-        progress: Called with the model, the number of models done, and that of all.
-    Returns:
-        A row for each model, in their order.
+        models: Their names.
+        again: First measure time and memory of the existing rows again.
     Raises:
-        InputError: a library cannot be imported.
+        InputError: a library cannot be imported; raised before the first row is made.
     """
-    cells_of = {model: {"model": model, "size": CLASSIFIERS[model]} for model in models}
-    missing = [model for model, cell in cells_of.items() if cell not in cells]
-    if missing:
+    wanted = [{"model": model, "size": CLASSIFIERS[model]} for model in models]
+
+    def make(cell: Row) -> Row:
         check_libraries()
-    for done, model in enumerate(missing, start=len(models) - len(missing)):
-        if progress is not None:
-            progress(model, done, len(models))
-        cells.add({**measure(model), **cells_of[model], "commit": commit()})
-    rows = {(row["model"], row["size"]): row for row in cells.rows}
-    return [rows[model, CLASSIFIERS[model]] for model in models]
+        return {**measure(cell["model"]), **cell, "commit": commit()}
+
+    def rows(cells: Cells, progress: Progress | None) -> Rows:
+        if again:
+            measure_again(models, cells, progress)
+        return one_by_one(wanted, make)(cells, progress)
+
+    return Bench("coverage", KEYS, {}, rows, claims, markdown)
 
 
 def measure_again(models: Sequence[str], cells: Cells, progress: Progress | None = None) -> None:
-    """Measure time and memory of rows that are there once more: on a busy machine both are too high.
+    """Measure time and memory of existing rows again, for example because the machine was busy.
 
-    Rows that the present commit has measured again are left as they are, so that a stopped run goes on.
+    Rows that the current commit has measured again are skipped, so that a stopped run can continue.
 
     Args:
-        models: As in `run`.
-        cells: As in `run`.
-        progress: As in `run`.
+        models: As in `bench`.
+        cells: The rows.
+        progress: Called with the model, the models done, and the models in all.
     """
     now = commit()
     wanted = {(model, CLASSIFIERS[model]) for model in models}
@@ -117,12 +116,12 @@ def measure_again(models: Sequence[str], cells: Cells, progress: Progress | None
 
 
 def measure(model: str) -> dict[str, Any]:
-    """Make the row of one model; what fails is in its `reason`, with the stage.
+    """Measure one model; `reason` in its row says what failed, and in which stage.
 
-    `recorded` is false only where the recorder refused, which the reason then tells; `shrunk_equals_masked` is None
-    where nothing can be removed. `seconds` are of one processor, for recording and analysis, the shortest of `N_TIMED`
-    runs; `memory_ratio` is the peak memory of that in multiples of `megabytes`, what the network needs by itself
-    (weights, and a forward pass of the same batch).
+    `recorded` is false only if the recorder refused, with the reason; `shrunk_equals_masked` is None if nothing can be
+    removed. `seconds` is the time of one processor for recording and analysis, the shortest of `N_TIMED` runs;
+    `memory_ratio` is the peak memory of that as a multiple of `megabytes`, what the network itself needs (weights, and
+    a forward pass of the same batch).
     """
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row.update(model=model, recorded=False, exact=False, clone_runs=False, export_ok=False, reason="")
@@ -147,10 +146,10 @@ def measure(model: str) -> dict[str, Any]:
 
 
 def _tried(row: dict[str, Any], stage: str, work: Callable[[], T]) -> T | None:
-    """What `work` gives; None where it fails, with the reason in the row."""
+    """The result of `work`; None if it fails, with the reason in the row."""
     try:
         return work()
-    except Exception as error:  # noqa: BLE001 (whatever goes wrong with somebody's network is this bench's result)
+    except Exception as error:  # noqa: BLE001 (any failure of a network is a result of this bench)
         known = "" if isinstance(error, PNCError) else f"{type(error).__name__}: "
         row["reason"] += f"{stage}: {known}{(str(error) or '?').splitlines()[0][:200]}. "
         return None
@@ -163,11 +162,11 @@ def _record(row: dict[str, Any], network: nn.Module, images: Tensor) -> Recordin
     own_bytes = sum(t.numel() * t.element_size() for t in [*network.parameters(), *network.buffers()])
     with evaluating(network):
         _, forward_peak = peak_memory(lambda: network(images))
-    # Memory first: the timed runs leave gaps in the heap that count as used.
+    # Memory first: the timed runs leave gaps in the heap, which count as used.
     (recording, facts), peak = peak_memory(lambda: _analysed(network, images))
     row.update(facts, recorded=True)
     gc.collect()
-    gc.freeze()  # or else the collector goes through all that three libraries have loaded, time and again
+    gc.freeze()  # otherwise the collector keeps scanning everything that three libraries have loaded
     try:
         row["seconds"] = min(_seconds(lambda: _analysed(network, images)) for _ in range(N_TIMED))
     finally:
@@ -221,7 +220,7 @@ def _shrink(row: dict[str, Any], recording: Recording) -> None:
 
 
 def prunable_params(spaces: ChannelSpaces) -> int:
-    """Number of parameters that belong to a channel that can be removed."""
+    """Number of parameters that belong to removable channels."""
     shapes = {(s.tensor, s.user): s.shape for s in spaces.slices if s.is_parameter}
     total = 0
     for key, shape in shapes.items():
@@ -233,16 +232,16 @@ def prunable_params(spaces: ChannelSpaces) -> int:
 
 
 def _clone_both_ways(row: dict[str, Any], network: nn.Module, shape: Sequence[int]) -> None:
-    """Clone two classes of a small ResNet into the network, and two of the network, half of its part, into that."""
+    """Clone two classes of a small ResNet into the network, and two of the network into it, at half density."""
     small = prepared(resnet((shape[0], shape[1], shape[2]), N_CLASSES, 1, width=0.25), torch.randn(4, *shape))
     net = _cloned(small, network, shape, density=1.0)
     _cloned(network, small, shape, density=0.5)
     row["clone_runs"] = True
-    _tried(row, "export", lambda: _export(row, net, shape))
+    _tried(row, "export", lambda: _export(row, net))
 
 
 def _cloned(source: nn.Module, target: nn.Module, shape: Sequence[int], density: float) -> Composite:
-    """Clone two classes, check every promise, and give the composite."""
+    """Clone two classes, check every promise, and return the composite."""
     base, known = [[f"{role} {i}" for i in range(N_CLASSES)] for role in ("old", "new")]
     labels = [name for name in base for _ in range(_N_BASE)] + [name for name in known[:2] for _ in range(_N_NEW)]
     before = take_snapshot(target), take_snapshot(source)
@@ -273,20 +272,17 @@ def _cloned(source: nn.Module, target: nn.Module, shape: Sequence[int], density:
     return net.attach(removed)
 
 
-def _export(row: dict[str, Any], net: Composite, shape: Sequence[int]) -> None:
-    x = torch.randn(3, *shape)
-    program = torch.export.export(net, (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
-    found, expected = program.module()(x), net(x)
-    difference = float((found - expected).abs().max() / expected.abs().max())
-    assert difference <= _EXPORT_TOLERANCE, f"the exported program differs by {difference:.2g}"
+def _export(row: dict[str, Any], net: Composite) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        export(net, Path(folder) / "net.pt2")  # runs it, and compares
     row["export_ok"] = True
 
 
 # ------------------------------------------------------------------------------------------------------------ results
 
 
-def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
-    """What was asked for, beside what was measured."""
+def claims(rows: Rows) -> list[Claim]:
+    """Required figures, with what was measured."""
     n = len(rows)
     exact = [row for row in rows if row["exact"]]
     refused = [row for row in rows if not row["recorded"] and row["reason"].startswith("record: ")]
@@ -316,9 +312,8 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
     for name, share in SHARES.items():
         kept = [row["kept_at_half"] or 1.0 for row in rows if row["recorded"] and family(row["model"]) == name]
         if kept:
-            found.append(
-                at_most(f"share of parameters left with half of the channels, {name}, worst", share, max(kept))
-            )
+            words = f"share of parameters left with half of the channels, {name}, worst"
+            found.append(at_most(words, share, max(kept)))
     return found
 
 
@@ -327,16 +322,17 @@ Random weights, {N_CLASSES} classes, images of `size` x `size`.
 `largest_gap`: share of the MACs without a cut point inside.
 `exact`: the recorded graph, and its two parts at up to {N_CUTS} cuts, give the network's own bits,
 {" or ".join(map(str, BATCHES))} images at a time.
-`prunable_share`: of the parameters behind the first cut, features free to lose channels too; `kept_at_half`: of them,
-with every other channel removed; `shrunk_equals_masked`: to 1e-10 of the largest output, in float64.
-`clone_runs`: two classes cloned from a small ResNet, and into one, base logits the same bits, removal exact, from a
-file too. `seconds`: of one processor, to record, find cuts and channels; the shorter of {N_TIMED} runs.
-`memory_ratio`: the peak of that over what the network takes by itself, `megabytes` (weights and one forward pass);
-below {LARGE} MB the interpreter's memory for the graph counts for more than the network.
+`prunable_share`: share of the parameters after the first cut that can be removed, if the features may lose channels
+too; `kept_at_half`: share that remains with every other channel removed; `shrunk_equals_masked`: to 1e-10 of the
+largest output, in float64.
+`clone_runs`: two classes cloned from a small ResNet, and into one; base logits keep their bits, removal is exact, also
+from a file. `seconds`: of one processor, to record and to find cuts and channels; the shorter of {N_TIMED} runs.
+`memory_ratio`: peak memory of that divided by what the network takes by itself, `megabytes` (weights and one forward
+pass); below {LARGE} MB the interpreter needs more memory for the graph than the network.
 """.strip()
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table, and what its columns mean."""
+def markdown(rows: Rows) -> str:
+    """The rows as a table, and the meaning of its columns."""
     cells = [["" if row[column] is None else row[column] for column in COLUMNS] for row in rows]
     return f"{_LEGEND}\n\n{table(COLUMNS, cells)}"

@@ -1,4 +1,4 @@
-"""The demonstration: a target learns digits 5-9 from another network, on data that scikit-learn carries."""
+"""The demonstration: a target learns digits 5-9 from another network, on data that comes with scikit-learn."""
 
 import tempfile
 from collections.abc import Callable
@@ -31,8 +31,8 @@ def run_demo(
     """Train a target on digits 0-4 and a source on 5-9, clone all five new classes, and compare.
 
     Args:
-        seed: Of the networks, of the support and of the clone.
-        recipe: How both networks are trained; its own seed does not count.
+        seed: Of the networks, the support and the clone.
+        recipe: How both networks are trained; its seed is ignored.
         progress: Called with what is being done, the steps done, and the steps in all.
         trained: Called after each epoch with "target" or "source".
     Returns:

@@ -1,4 +1,4 @@
-"""Clone files under attack: damaged in every way and read, and written by processes that are killed at any moment."""
+"""Attacks on clone files: files damaged in many ways are read, and processes are killed while they save."""
 
 import multiprocessing
 import os
@@ -6,7 +6,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,8 +18,9 @@ from typing import Any, Never
 import torch
 from torch import Tensor, nn
 
+from pnc.bench.bench import Bench, Row, Rows, one_by_one
 from pnc.bench.file_damage import FORGED, MUTATIONS
-from pnc.bench.result_files import Cells, Claim, at_least, at_most, table
+from pnc.bench.result_files import Claim, at_least, at_most, table
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import FileKind, inspect, load, save
 from pnc.composite.composite import attach
@@ -28,7 +29,7 @@ from pnc.foundation.fingerprints import fingerprint
 from pnc.foundation.tensor_bits import same_bits
 from pnc.method.pipeline import fit
 from pnc.method.positions import scan
-from pnc.method.task import Progress, prepare_task
+from pnc.method.task import prepare_task
 
 try:
     import resource
@@ -37,22 +38,21 @@ except ImportError:  # Windows, where the bench cannot limit a process's memory
 
 KEYS = ("part", "chunk")
 SECONDS, MEMORY = 1.0, 1 << 28
-"""What reading one file may take: CPU time, which other work on the machine does not change, and memory beyond what the
-process had before."""
+"""Limits for reading one file: CPU time, which other work on the machine does not change, and additional memory."""
 
 FILES_PER_CHUNK, KILLS_PER_CHUNK = 2000, 100
 OUTCOMES = ("refused", "accepted", "other_weights", "crashes", "hangs", "over_memory")
 SHAPE = (1, 8, 8)
 FINGERPRINT_BYTES = 10**9
 KILLED_WIDTH = 192
-"""Of the networks whose clone is saved when processes are killed: its full file takes a while to write."""
+"""Width of the networks whose clone is saved when processes are killed: its full file takes a while to write."""
 _PATIENCE = 600.0
-"""Seconds on the clock after which a process that says nothing is taken to hang; starting one takes a while."""
+"""Seconds after which a process that sends nothing counts as hanging; starting one takes a while."""
 
 _KINDS: tuple[FileKind, ...] = ("thin", "full")
 
 
-# ---------------------------------------------------------------------------------------------------- what is damaged
+# ----------------------------------------------------------------------------------------------------------- material
 @dataclass(frozen=True, eq=False)
 class Material:
     """Two tiny networks, a clone, and its files as bytes, thin and full."""
@@ -66,7 +66,7 @@ class Material:
 
 
 def material(width: int = 6, density: float = 0.5) -> Material:
-    """Make the networks, a clone and its files: always the same."""
+    """Make the networks, a clone and its files; every call gives the same."""
     source, target = _network(1, 4, width), _network(0, 3, width)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(28, *SHAPE, generator=generator)
@@ -74,7 +74,7 @@ def material(width: int = 6, density: float = 0.5) -> Material:
     support = images, [names[index % 7] for index in range(28)]
     task = prepare_task(source, target, support, classes=None, source_classes=names[3:], base_classes=names[:3])
     found = scan(task, exhaustive=True)
-    place = max(found.positions, key=lambda position: position.n_params)  # most of the source, so that all is in a file
+    place = max(found.positions, key=lambda position: position.n_params)  # the file then holds most of the source
     made = fit(task, found.adapter(place), density=density, tune="none")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clone"
@@ -109,7 +109,7 @@ def _network(seed: int, n_classes: int, width: int) -> nn.Module:
 
 
 def damaged(there: Material, number: int) -> tuple[str, bytes]:
-    """Damage number so-and-so: its kind, and the bytes."""
+    """Damage a file; `number` determines the kind, which is returned with the bytes."""
     random = Random(number)
     kind = list(MUTATIONS)[number % len(MUTATIONS)]
     return kind, MUTATIONS[kind](random.choice(there.files), random)
@@ -117,13 +117,13 @@ def damaged(there: Material, number: int) -> tuple[str, bytes]:
 
 # ------------------------------------------------------------------------------------------------------------- judging
 def judge(there: Material, path: Path, forged: bool) -> str:
-    """Read a damaged file in every way that there is, and say what became of it: one of `OUTCOMES`.
+    """Inspect, load and attach a damaged file; returns the outcome, one of `OUTCOMES`.
 
     Args:
-        there: What the file was before.
+        there: The original.
         path: The damaged file.
-        forged: Its digest was made right: then its weights must still be the old ones where it is accepted, but a
-            number or a name in the metadata may differ.
+        forged: Its digest was recomputed: if it is accepted, its weights must be the original ones, but a number or a
+            name in the metadata may differ.
     """
     try:
         inspect(path)
@@ -135,13 +135,13 @@ def judge(there: Material, path: Path, forged: bool) -> str:
             logits = net(there.images)
     except PNCError as error:
         return "over_memory" if _lacked_memory(error) else "refused"
-    except Exception as error:  # noqa: BLE001 - whatever comes is what is looked for
+    except Exception as error:  # noqa: BLE001 - any other error is what the bench looks for
         return "over_memory" if _lacked_memory(error) else "crashes"
     return "accepted" if forged or same_bits(logits, there.logits) else "other_weights"
 
 
 def _same_weights(a: Clone, b: Clone) -> bool:
-    """Compare all that counts: how many batches a BatchNorm layer saw counts in training only, no thin file has it."""
+    """Compare all tensors but BatchNorm's batch counters, which matter only in training and are not in thin files."""
     ours, theirs = a.branch.state_dict(), b.branch.state_dict()
     names = [name for name in ours if not name.endswith("num_batches_tracked")]
     return ours.keys() == theirs.keys() and all(same_bits(ours[name], theirs[name]) for name in names)
@@ -156,12 +156,12 @@ def _lacked_memory(error: BaseException | None) -> bool:
 
 
 def judge_many(numbers: Sequence[int], folder: Path, memory: int | None, connection: Connection) -> None:
-    """Damage and read files, and send (number, kind, outcome, seconds) of each: the work of one process."""
+    """Damage and read files, and send (number, kind, outcome, seconds) for each; runs in its own process."""
     torch.set_num_threads(1)
     there = material()
     path = folder / f"{numbers[0]}.safetensors"
     path.write_bytes(there.files[0])
-    judge(there, path, forged=False)  # whatever is loaded at first use
+    judge(there, path, forged=False)  # load everything that is loaded at first use
     if memory is not None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, resource.RLIM_INFINITY))
@@ -177,7 +177,7 @@ def judge_many(numbers: Sequence[int], folder: Path, memory: int | None, connect
 
 
 def _chunk_of_files(numbers: Sequence[int], folder: Path, seed: int) -> dict[str, Any]:
-    """Judge some files in processes of their own; one that dies or hangs counts for its file, and the next goes on."""
+    """Judge some files in separate processes; if one dies or hangs, its file counts, and another process continues."""
     kinds: dict[str, Counter[str]] = {kind: Counter() for kind in MUTATIONS}
     slowest = dict.fromkeys(MUTATIONS, 0.0)
     bad: list[int] = []
@@ -197,7 +197,7 @@ def _chunk_of_files(numbers: Sequence[int], folder: Path, seed: int) -> dict[str
                         left = left[left.index(number) + 1 :]
                 ended = "hangs"
                 worker.kill()
-            except EOFError:  # it is done, or dead
+            except EOFError:  # it is finished, or dead
                 pass
         if current is not None:
             kinds[current[1]][ended] += 1
@@ -205,19 +205,15 @@ def _chunk_of_files(numbers: Sequence[int], folder: Path, seed: int) -> dict[str
             left = left[left.index(current[0]) + 1 :]
         elif left:
             raise InputError(f"bench: a process that reads files ended with {worker.exitcode} before its first file")
-    return {
-        "kinds": {
-            kind: {"files": counts.total(), **counts, "slowest": slowest[kind]} for kind, counts in kinds.items()
-        },
-        "bad": bad,
-    }
+    rows = {kind: {"files": counts.total(), **counts, "slowest": slowest[kind]} for kind, counts in kinds.items()}
+    return {"kinds": rows, "bad": bad}
 
 
 # ------------------------------------------------------------------------------------------------------------- killing
 def kill_many(number: int, folder: Path, seed: str, connection: Connection) -> None:
-    """Kill processes that save at random moments, and send what each left: the work of one process, which forks them.
+    """Fork processes that save, kill them at random moments, and send what each left; runs in its own process.
 
-    They are real processes, and start in no time, as all that they need is there when they are forked.
+    Forked processes start at once, because everything that they need is loaded already.
     """
     torch.set_num_threads(1)
     there, random = material(width=KILLED_WIDTH, density=1.0), Random(seed)
@@ -229,7 +225,7 @@ def kill_many(number: int, folder: Path, seed: str, connection: Connection) -> N
     for _ in range(number):
         child = os.fork()
         if child == 0:
-            _save_on_and_on(there.clone, path)
+            _save_repeatedly(there.clone, path)
         time.sleep(random.uniform(0, 3) * seconds)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -237,25 +233,25 @@ def kill_many(number: int, folder: Path, seed: str, connection: Connection) -> N
     connection.close()
 
 
-def _save_on_and_on(made: Clone, path: Path) -> Never:
-    """Save a clone as a thin and as a full file in turn, until killed."""
+def _save_repeatedly(made: Clone, path: Path) -> Never:
+    """Save a clone as a thin and a full file in turn, until killed."""
     try:
         while True:
             for kind in _KINDS:
                 save(made, path, kind)
     finally:
-        os._exit(1)  # whatever happens, nothing of the process that forked it runs here
+        os._exit(1)  # never run code of the parent process here
 
 
 def _after_a_kill(there: Material, path: Path) -> dict[str, int]:
-    """Say what is in the file and beside it, then save to the same path and say what is still beside it."""
+    """Count what is in the file and beside it; then save to the same path, and count what is still beside it."""
     content = path.read_bytes()
     found = {f"is_{kind}": int(content == data) for kind, data in zip(_KINDS, there.files, strict=True)}
     while_writing = len(list(path.parent.iterdir())) > 1
     save(there.clone, path)
     left = len(list(path.parent.iterdir())) - 1
-    return {"kills": 1, **found, "neither": int(not any(found.values())), "while_writing": int(while_writing),
-            "left_behind": left}  # fmt: skip
+    neither = int(not any(found.values()))
+    return {"kills": 1, **found, "neither": neither, "while_writing": int(while_writing), "left_behind": left}
 
 
 def _chunk_of_kills(number: int, folder: Path, seed: str) -> dict[str, int]:
@@ -263,14 +259,14 @@ def _chunk_of_kills(number: int, folder: Path, seed: str) -> dict[str, int]:
     with _process(kill_many, number, folder, seed) as (_, receiver):
         for _ in range(number):
             if not receiver.poll(_PATIENCE):
-                raise InputError("bench: a process that kills others does not answer; run it again")
+                raise InputError("bench: a process that kills others does not respond; run the bench again")
             counts.update(receiver.recv())
     return dict(counts)
 
 
 @contextmanager
 def _process(work: Callable[..., None], *arguments: Any) -> Iterator[tuple[SpawnProcess, Connection]]:
-    """A fresh process that does some work and sends what it finds; it is gone afterwards."""
+    """A new process that does some work and sends its results; it is ended afterwards."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     worker = context.Process(target=work, args=(*arguments, sender))
@@ -286,7 +282,7 @@ def _process(work: Callable[..., None], *arguments: Any) -> Iterator[tuple[Spawn
 
 # -------------------------------------------------------------------------------------------------------- fingerprints
 def measure_fingerprint(n_bytes: int) -> dict[str, float]:
-    """Time the fingerprint of a network of so many bytes of weights: the best of three, with all threads that it uses.
+    """Time the fingerprint of a network with `n_bytes` of weights; the best of three runs.
 
     Returns:
         `gigabytes`; `cpu_seconds`, summed over threads, which other work on the machine does not change; `seconds`.
@@ -305,48 +301,44 @@ def measure_fingerprint(n_bytes: int) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------------------- the bench
-def run(n_files: int, n_kills: int, seed: int, cells: Cells, progress: Progress | None = None) -> list[dict[str, Any]]:
-    """Damage and read `n_files` files, kill `n_kills` processes that save, and time a fingerprint.
+def bench(n_files: int, n_kills: int, seed: int) -> Bench:
+    """Damage and read `n_files` files, kill `n_kills` processes while they save, and time a fingerprint.
 
     Args:
-        n_files: Of all kinds in equal shares.
-        n_kills: Each at a random moment.
+        n_files: Number of damaged files, equally many of each kind.
+        n_kills: Number of processes killed, each at a random moment.
         seed: Of both.
-        cells: Chunks that are there already are not made again; keys: `KEYS`.
-        progress: Called with what is being done, and the chunks done and in all.
-    Returns:
-        One row for each chunk.
     Raises:
         InputError: this system cannot limit the memory of a process.
     """
     if resource is None or not Path("/proc/self/statm").exists():
-        raise InputError("bench: files are read within a limit on memory, which needs Linux")
+        raise InputError("bench: files are read under a memory limit, which needs Linux")
+    settings = {"files": n_files, "kills": n_kills, "seed": seed}
     wanted = [
         *(("files", start) for start in range(0, n_files, FILES_PER_CHUNK)),
         *(("kills", start) for start in range(0, n_kills, KILLS_PER_CHUNK)),
         ("fingerprint", 0),
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        for done, (part, start) in enumerate(wanted):
-            if progress is not None:
-                progress(f"{part} from {start}", done, len(wanted))
-            if {"part": part, "chunk": start} in cells:
-                continue
-            if part == "files":
-                facts = _chunk_of_files(range(start, min(start + FILES_PER_CHUNK, n_files)), Path(folder), seed)
-            elif part == "fingerprint":
-                facts = measure_fingerprint(FINGERPRINT_BYTES)
-            else:
-                place = Path(folder) / f"kills{start}"
-                place.mkdir()
-                facts = _chunk_of_kills(min(KILLS_PER_CHUNK, n_kills - start), place, f"{seed} {start}")
-            cells.add({"part": part, "chunk": start, **facts})
-    made = {tuple(row[key] for key in KEYS): row for row in cells.rows}
-    return [made[cell] for cell in wanted]
+
+    def make(cell: Row) -> Row:
+        start = cell["chunk"]
+        if cell["part"] == "fingerprint":
+            return measure_fingerprint(FINGERPRINT_BYTES)
+        with tempfile.TemporaryDirectory() as folder:
+            if cell["part"] == "files":
+                return _chunk_of_files(range(start, min(start + FILES_PER_CHUNK, n_files)), Path(folder), seed)
+            return _chunk_of_kills(min(KILLS_PER_CHUNK, n_kills - start), Path(folder), f"{seed} {start}")
+
+    def facts(rows: Rows) -> Row:
+        bad = [number for row in rows for number in row.get("bad", [])]
+        return {**settings, "rows": summary(rows), "bad": bad}
+
+    measure = one_by_one([dict(zip(KEYS, cell, strict=True)) for cell in wanted], make)
+    return Bench("files", KEYS, settings, measure, claims, markdown, facts)
 
 
-def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each kind of damage, with `OUTCOMES` counted, one for the kills, and one for the fingerprint."""
+def summary(rows: Rows) -> list[dict[str, Any]]:
+    """One row for each kind of damage, with counts of `OUTCOMES`, one for the kills, and one for the fingerprint."""
     found = []
     for kind in MUTATIONS:
         parts = [row["kinds"][kind] for row in rows if row["part"] == "files"]
@@ -360,16 +352,16 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [*found, {"damage": "kill -9 while saving", **kills}, {"damage": "none: fingerprint", **timed[0]}]
 
 
-def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
-    """What was asked for, beside what was counted."""
+def claims(rows: Rows) -> list[Claim]:
+    """Required figures, with what was counted."""
     *kinds, kills, timed = summary(rows)
     total = {key: sum(row[key] for row in kinds) for key in ("files", *OUTCOMES)}
     return [
         at_least("damaged files that were read", 20_000, total["files"]),
-        at_most("errors that are no PNCError, and processes that died", 0, total["crashes"]),
-        at_most(f"files that took more than {SECONDS:g} s, or for ever", 0, total["hangs"]),
+        at_most("errors other than PNCError, and processes that died", 0, total["crashes"]),
+        at_most(f"files that took more than {SECONDS:g} s, or forever", 0, total["hangs"]),
         at_most("slowest file, seconds", SECONDS, max(row["slowest"] for row in kinds)),
-        at_most(f"files for which more than {MEMORY >> 20} MiB were asked", 0, total["over_memory"]),
+        at_most(f"files for which more than {MEMORY >> 20} MiB were requested", 0, total["over_memory"]),
         at_most("files that were accepted with other weights", 0, total["other_weights"]),
         at_least("kills while saving", 200, kills.get("kills", 0)),
         at_least("of these, kills while the temporary file was there", 20, kills.get("while_writing", 0)),
@@ -379,18 +371,18 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
     ]
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of the kinds of damage, and a sentence about the kills."""
+def markdown(rows: Rows) -> str:
+    """A table of the kinds of damage, and sentences about kills and fingerprint."""
     *kinds, kills, timed = summary(rows)
     header = ("damage", "files", *(name.replace("_", " ") for name in OUTCOMES), "slowest, s")
     body = [[row["damage"], row["files"], *(row[name] for name in OUTCOMES), row["slowest"]] for row in kinds]
     return "\n".join(
         [
-            "Files of one clone of tiny networks at density 0.5, thin and full, damaged and then inspected, loaded and "
-            "attached. refused: one PNCError. accepted: what was changed does not count; the clone gives the same bits "
-            f"(forged: its digest was made right, so that a name or a number may differ; its weights do not). over "
-            f"memory: more than {MEMORY >> 20} MiB beyond what the process had before. Seconds are CPU time of "
-            "inspecting, loading and attaching; a process that says nothing for ten minutes counts as hanging too.",
+            "Files of one clone of tiny networks at density 0.5, thin and full, were damaged, inspected, loaded and "
+            "attached. refused: one PNCError. accepted: the change does not matter; the clone gives the same bits "
+            "(forged: its digest was recomputed, so that a name or a number may differ, but not its weights). over "
+            f"memory: more than {MEMORY >> 20} MiB in addition to what the process had before. Seconds are CPU time to "
+            "inspect, load and attach; a process that sends nothing for ten minutes also counts as hanging.",
             "",
             table(header, body),
             "",
@@ -399,6 +391,6 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             f"the thin one {kills.get('is_thin', 0)} times, the full one {kills.get('is_full', 0)} times.",
             "",
             f"Fingerprint of a network of {timed['gigabytes']:g} GB: {timed['cpu_seconds']:.2f} s of CPU time over all "
-            f"threads, {timed['seconds']:.2f} s on the clock of a machine with other work to do.",
+            f"threads, {timed['seconds']:.2f} s of wall-clock time on a machine with other work.",
         ]
     )

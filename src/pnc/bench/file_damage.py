@@ -1,7 +1,7 @@
-"""Ways to damage a file of ours: each takes the bytes of a good one and a source of randomness, and gives others.
+"""Ways to damage a clone file: each takes the bytes of a good file and a random generator, and returns other bytes.
 
-Some keep the digest as it was, as an accident would; those in `FORGED` make it right again, as nobody does by accident,
-so that what lies behind it is reached.
+Most leave the digest wrong, as an accident would; those in `FORGED` recompute it, so that the checks after it are
+tested too.
 """
 
 import copy
@@ -33,21 +33,21 @@ def flip_bits(data: bytes, random: Random) -> bytes:
 
 
 def truncate(data: bytes, random: Random) -> bytes:
-    """Cut the end off, or put something behind it."""
+    """Cut off the end, or append bytes."""
     if random.random() < 0.8:
         return data[: random.randrange(len(data))]
     return data + random.randbytes(random.randint(1, 1000))
 
 
 def change_length(data: bytes, random: Random) -> bytes:
-    """Say another length of the header."""
+    """Change the length of the header."""
     near = max(0, int.from_bytes(data[:8], "little") + random.randint(-9, 9))
     number = random.choice((near, random.choice(_NUMBERS), random.getrandbits(64), random.getrandbits(16)))
     return number.to_bytes(8, "little") + data[8:]
 
 
 def move_bytes(data: bytes, random: Random) -> bytes:
-    """Overwrite, remove, insert or exchange stretches of bytes."""
+    """Overwrite, remove, insert or exchange ranges of bytes."""
     size = random.randint(1, 64)
     a, b = sorted(random.sample(range(len(data)), 2))
     way = random.randrange(4)
@@ -62,13 +62,13 @@ def move_bytes(data: bytes, random: Random) -> bytes:
 
 # ------------------------------------------------------------------------------------------------------------ header
 def change_header(data: bytes, random: Random) -> bytes:
-    """Put something else for one field of the header."""
+    """Change one field of the header."""
     header, body = _parted(data)
     return _joined(with_one_changed(header, random), body)
 
 
 def name_huge_sizes(data: bytes, random: Random) -> bytes:
-    """Give a tensor a huge shape, with offsets that fit to it or with its own."""
+    """Give a tensor a huge shape, with offsets that fit it or with its old ones."""
     header, body = _parted(data)
     name = random.choice(_names(header))
     shape = [random.choice((0, 1, 1 << 20, 1 << 31, 1 << 40, 1 << 62)) for _ in range(random.randint(1, 10))]
@@ -82,7 +82,7 @@ def name_huge_sizes(data: bytes, random: Random) -> bytes:
 
 
 def swap_tensors(data: bytes, random: Random) -> bytes:
-    """Exchange two tensors: all that is said of them, or the places of their bytes; or name one place twice."""
+    """Exchange two tensors: their entries, or their offsets; or use one entry twice."""
     header, body = _parted(data)
     a, b = random.sample(_names(header), 2)
     way = random.randrange(3)
@@ -97,7 +97,7 @@ def swap_tensors(data: bytes, random: Random) -> bytes:
 
 
 def repeat_key(data: bytes, random: Random) -> bytes:
-    """Name a tensor, or the metadata, twice."""
+    """Repeat the key of a tensor or of the metadata."""
     header, body = _parted(data)
     key = random.choice(list(header))
     text = canonical_json(header)
@@ -119,7 +119,7 @@ def nest_deeply(data: bytes, random: Random) -> bytes:
 
 # ---------------------------------------------------------------------------------------------------------- metadata
 def change_metadata(data: bytes, random: Random) -> bytes:
-    """Put something else for one field of the metadata."""
+    """Change one field of the metadata."""
     header, body = _parted(data)
     facts = with_one_changed(json.loads(header["__metadata__"][METADATA_KEY]), random)
     header["__metadata__"][METADATA_KEY] = json.dumps(facts)
@@ -127,7 +127,7 @@ def change_metadata(data: bytes, random: Random) -> bytes:
 
 
 def forge_metadata(data: bytes, random: Random) -> bytes:
-    """Put something else for one to three fields of the metadata, and make the digest right."""
+    """Change one to three fields of the metadata, and recompute the digest."""
     header, body = _parted(data)
     facts = json.loads(header["__metadata__"][METADATA_KEY])
     for _ in range(random.randint(1, 3)):
@@ -137,7 +137,7 @@ def forge_metadata(data: bytes, random: Random) -> bytes:
 
 
 def forge_tensors(data: bytes, random: Random) -> bytes:
-    """Leave a tensor out, rename one, give one another type or shape of as many bytes, and make the digest right."""
+    """Remove a tensor, rename it, or give it another type or shape of the same size; recompute the digest."""
     header, body = _parted(data)
     name = random.choice(_names(header))
     entry = header[name]
@@ -188,7 +188,7 @@ MUTATIONS: Mapping[str, Mutation] = {
     "tensors forged": forge_tensors,
 }
 FORGED = frozenset({"metadata forged", "tensors forged"})
-"""Those that make the digest right: what they say of the file is what it then holds."""
+"""Those that recompute the digest."""
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
@@ -208,7 +208,7 @@ def _framed(text: str, body: bytes) -> bytes:
 
 
 def _sealed(header: dict[str, Any], body: bytes) -> bytes:
-    """Put file and digest together; where the metadata is no object any more there is no digest to put."""
+    """Build a file with a correct digest; metadata that is no longer an object holds none."""
     facts = json.loads(header["__metadata__"][METADATA_KEY])
     if isinstance(facts, dict):
         said = {key: value for key, value in facts.items() if key != DIGEST_KEY}
@@ -227,7 +227,7 @@ def _names(header: Mapping[str, Any]) -> list[str]:
 
 
 def with_one_changed(value: Any, random: Random) -> Any:
-    """A copy with something else at one place: an edge case, nearly the same, from elsewhere, nothing, a new key."""
+    """A copy changed at one place: an edge case, a similar value, a value from elsewhere, a removal, or a new key."""
     whole = copy.deepcopy(value)
     places = [(parent, key) for parent, key in _places(whole)]
     if not places:
@@ -251,7 +251,7 @@ def with_one_changed(value: Any, random: Random) -> Any:
 
 
 def _nudged(value: Any, random: Random) -> Any:
-    """Nearly the same value."""
+    """A similar value."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):

@@ -1,4 +1,4 @@
-"""How long it takes to make a clone, beside the paper's search, fine-tuning with replay and training from scratch."""
+"""Time to make a clone, compared with the paper's search, fine-tuning with replay and training from scratch."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from pnc.bench.clock_and_memory import finish, peak_memory
-from pnc.bench.position_strategies import Setting
 from pnc.bench.result_files import Cells
 from pnc.bench.rivals.finetuning import WITH_REPLAY
 from pnc.bench.rivals.rival import Budget
 from pnc.bench.rivals.tuning import Hyperparameters, TuningMethod, train_once
+from pnc.bench.setting import Setting
 from pnc.data.image_set import class_subset, images_as_float
-from pnc.data.support import draw_support
 from pnc.foundation.network_state import evaluating
 from pnc.method.pipeline import clone
 from pnc.method.task import CloneTask, Progress, prepare_task
@@ -31,18 +30,18 @@ CLONES: Mapping[str, Mapping[str, Any]] = {
     REFINED: {"refine": True},
     SEQUENTIAL: {"strategy": "sequential"},
 }
-"""What is timed, as settings of `clone`."""
+"""What is timed, as arguments of `clone`."""
 FORMS = (*CLONES, SEARCH, TUNED, SCRATCH)
 N_REPEATS = {CLOSED: 3}
-"""How often a form is timed for each seed, where more than once; the fastest way is the one that noise hits most."""
+"""How often a form is timed for each seed, if more than once; noise affects the fastest form most."""
 COUNTED = (CLOSED, TUNED)
-"""Forms whose operations are counted too, in one more run."""
+"""Forms whose operations are also counted, in an additional run."""
 N_STEPS = 8
-"""Steps of training from scratch that are timed; the first one does not count."""
+"""Steps of training from scratch that are timed; the first does not count."""
 
 
 def run(setting: Setting, seeds: range, cells: Cells, progress: Progress | None = None) -> None:
-    """Time every form that is not in `cells` yet, for every seed, each from two loaded networks on."""
+    """Time every form that is not in `cells` yet, for every seed, each starting from two loaded networks."""
     wanted = [(seed, form) for seed in seeds for form in FORMS]
     for done, (seed, form) in enumerate(wanted):
         if progress is not None:
@@ -53,7 +52,7 @@ def run(setting: Setting, seeds: range, cells: Cells, progress: Progress | None 
 
 
 def _row(setting: Setting, seed: int, form: str, cells: Cells) -> dict[str, Any]:
-    """Seconds of one form, with the peak of memory; and what was chosen by a search."""
+    """Seconds and peak memory of one form, and the choice of a search."""
     if form == SCRATCH:
         return _scratch(setting, seed)
     found: dict[str, Any] = {}
@@ -71,13 +70,10 @@ def _row(setting: Setting, seed: int, form: str, cells: Cells) -> dict[str, Any]
 
 
 def _work(setting: Setting, seed: int, form: str, cells: Cells, found: dict[str, Any]) -> Callable[[], None]:
-    """What is timed; facts about its result go into `found`."""
+    """The work to be timed; facts about its result go into `found`."""
     source, target = setting.source, setting.target
-    new = [name for name in source.classes if name not in target.classes]
-    generator = torch.Generator().manual_seed(seed)
-    support = draw_support(setting.train, new, target.classes, setting.n_new, setting.n_base, generator)
-    names: Any = {"classes": new, "source_classes": source.classes, "base_classes": target.classes}
-    settings: Any = {**names, "flip": setting.flip, "seed": seed}
+    support = setting.draw(setting.new_classes, seed)
+    settings = setting.arguments(setting.new_classes, seed)
 
     def make() -> None:
         made = clone(source.module, target.module, support, **CLONES[form], **settings)
@@ -111,9 +107,9 @@ def _network_macs(model: LoadedModel, device: torch.device) -> int:
 
 
 def _scratch(setting: Setting, seed: int) -> dict[str, Any]:
-    """Training a network like the source on its classes, estimated: time of a step, times the steps of its recipe."""
+    """Estimate the training of a network like the source: time of a step times the steps of its recipe."""
     source = setting.source
-    new = [name for name in source.classes if name not in setting.target.classes]
+    new = setting.new_classes
     images = class_subset(setting.train, new)
     recipe = recipe_for(source.spec)
     device = setting.device

@@ -1,7 +1,7 @@
-"""How fast composites run beside the target alone and beside whole networks, and what attaching and the like costs.
+"""Latency of composites compared with the target alone and with whole networks, and the cost of attaching.
 
-All forms of one case run in turn, round after round, so that whatever else the machine does hits all alike. Ratios are
-taken within each round. What the networks know does not matter here, so channels are chosen by one-shot scores.
+All forms of a case run in turn, round after round, so that other work on the machine affects all alike. Ratios are
+taken within each round. Accuracy does not matter here, so channels are chosen by one-shot scores.
 """
 
 import copy
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pnc.bench.clock_and_memory import finish, peak_memory
-from pnc.bench.position_strategies import Setting
 from pnc.bench.result_files import Cells
+from pnc.bench.setting import Setting
 from pnc.channels.compaction import own_copy
 from pnc.clones.adapter import Adapter, Stitched
 from pnc.clones.branch import Branch
@@ -29,7 +29,6 @@ from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
 from pnc.composite.composite import Composite, attach
 from pnc.composite.layer_folding import folded
 from pnc.data.image_set import images_as_float
-from pnc.data.support import draw_support
 from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import fingerprint
 from pnc.graph.candidate_cuts import candidate_cuts
@@ -42,14 +41,14 @@ from pnc.models.model_specs import LoadedModel, build_model
 
 BATCHES = (1, 8, 64)
 GPU_BATCHES = (*BATCHES, 1024)
-"""On GPUs, which smaller batches do not fill."""
+"""On GPUs, which smaller batches do not use fully."""
 DENSITIES = (1.0, 0.5, 0.3)
 ALIGNED, ALIGNED_SINGLES = "0.5, multiples of 8", "multiples of 8"
-"""Forms of which channels are kept in groups of 8 too, which convolutions on CPUs take at a time."""
+"""Forms with multiples of 8 channels, which convolutions on CPUs process at a time."""
 N_CLONES = (4, 16)
-"""Numbers of clones beside one, of one class each, at the lowest density."""
+"""Numbers of clones with one class each, at the lowest density."""
 N_DISTINCT = 4
-"""How many of them are of classes of their own."""
+"""How many of them have different classes."""
 LAYOUTS = ("as it is", "channels_last", "compiled")
 TARGET, WHOLE, FOLDED, PLUMBING = (
     "target",
@@ -59,10 +58,10 @@ TARGET, WHOLE, FOLDED, PLUMBING = (
 )
 LARGE = "timm:resnet50?pretrained=false"
 SECONDS = 8.0
-"""Time for the rounds of one case, about."""
+"""Approximate time for the rounds of one case."""
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 N_WARM = 3
-"""Rounds that do not count: the first ones compile, choose kernels and record what a GPU shall do."""
+"""Rounds that do not count: they compile, choose kernels and record GPU graphs."""
 
 _RECIPE = ("score", "standard_error", "macs_share", "n_new_samples", "n_base_samples")
 
@@ -77,12 +76,12 @@ class SideBySide(nn.Module):
         self.networks = nn.ModuleList(networks)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Give the logits of all of them."""
+        """Return the logits of all networks."""
         return torch.cat([network(images) for network in self.networks], 1)
 
 
-class Bench:
-    """The forms of each case, made when they are first asked for.
+class CaseForms:
+    """The forms of each case, made on demand.
 
     Args:
         setting: Networks and images.
@@ -95,12 +94,12 @@ class Bench:
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """Sizes of batches, the largest one last."""
+        """Batch sizes, the largest last."""
         return GPU_BATCHES if self._setting.device.type == "cuda" else BATCHES
 
     @property
     def images(self) -> Tensor:
-        """As many test images as the largest batch has, where the networks are."""
+        """Test images for the largest batch, on the device of the networks."""
         return images_as_float(self._setting.test.images[: self.batches[-1]]).to(self._setting.device)
 
     @cached_property
@@ -116,7 +115,7 @@ class Bench:
 
     @cached_property
     def many(self) -> Forms:
-        """Several clones of one class each, and as many whole sources, each with tensors of its own."""
+        """Several clones with one class each, and as many whole sources, each with its own tensors."""
         target, source = self._setting.target.module, self._setting.source.module
         forms: dict[str, nn.Module] = {TARGET: target}
         for number in N_CLONES:
@@ -126,7 +125,7 @@ class Bench:
         return forms
 
     def laid_out(self, layout: str) -> Forms:
-        """The target, both networks and the clone at density .5, channels last or compiled."""
+        """The target, both networks and the clone at density .5, with channels last or compiled."""
         target, source = (copy.deepcopy(one.module) for one in (self._setting.target, self._setting.source))
         net = attach(target, self._clone("0.5"))
         forms = {TARGET: target, WHOLE: SideBySide(target, source), "density 0.5": net}
@@ -140,22 +139,17 @@ class Bench:
         return forms
 
     def _clone(self, name: str, round_to: int = 1) -> Clone:
-        """A clone of all classes at a density, or one of the class of that name."""
+        """A clone of all classes at the density `name`, or one of the class `name`."""
         key = name, round_to
         if key not in self._clones:
-            source, target = self._setting.source, self._setting.target
-            names = {"source_classes": source.classes, "base_classes": target.classes}
-            settings: Any = {**names, "flip": self._setting.flip, "seed": self._seed}
-            new = [one for one in source.classes if one not in target.classes]
-            generator = torch.Generator().manual_seed(self._seed)
-            sizes = self._setting.n_new, self._setting.n_base
+            setting, new = self._setting, self._setting.new_classes
+            source, target = setting.source.module, setting.target.module
             if name in new:
-                support = draw_support(self._setting.train, [name], target.classes, *sizes, generator)
-                chosen: Any = {"classes": [name], "density": DENSITIES[-1], "tune": "none", "round_to": round_to}
-                self._clones[key] = clone(source.module, target.module, support, **chosen, **settings)
+                support, arguments = setting.draw([name], self._seed), setting.arguments([name], self._seed)
+                chosen: Any = {"density": DENSITIES[-1], "tune": "none", "round_to": round_to}
+                self._clones[key] = clone(source, target, support, **arguments, **chosen)
             else:
-                support = draw_support(self._setting.train, new, target.classes, *sizes, generator)
-                task = prepare_task(source.module, target.module, support, classes=new, **settings)
+                task = prepare_task(source, target, setting.draw(new, self._seed), **setting.arguments(new, self._seed))
                 found = scan(task)
                 fitted = found.adapter(found.choose())
                 for density in DENSITIES:
@@ -164,8 +158,8 @@ class Bench:
         return self._clones[key]
 
     def _singles(self, number: int, round_to: int = 1) -> list[Clone]:
-        """Clones of one class each; of the source's first classes in turn, under other names."""
-        new = [name for name in self._setting.source.classes if name not in self._setting.target.classes]
+        """Clones with one class each: the source's first classes in turn, renamed."""
+        new = self._setting.new_classes
         chosen = [(n, new[n % min(len(new), N_DISTINCT)]) for n in range(number)]
         return [self._clone(name, round_to).renamed(f"{name} {n}", {name: f"{name} {n}"}) for n, name in chosen]
 
@@ -177,7 +171,7 @@ class Bench:
 
 
 def several(number: int) -> str:
-    """What so many whole sources beside the target are called."""
+    """Name of the form of the target with this number of whole sources."""
     return f"target + {number} sources"
 
 
@@ -191,7 +185,7 @@ def _both(net: Composite, name: str) -> dict[str, nn.Module]:
 
 
 def untrained_clone(source: LoadedModel, target: LoadedModel, example: Tensor) -> Clone:
-    """A clone from the last cut of both networks on, with an adapter and a head of zeros: as fast as a fitted one."""
+    """A clone at the last cut of both networks, with an adapter and a head of zeros: as fast as a fitted one."""
     networks: list[Network] = [
         read_network(one.module, example, one.classes, role) for one, role in ((source, "source"), (target, "target"))
     ]
@@ -220,26 +214,26 @@ def untrained_clone(source: LoadedModel, target: LoadedModel, example: Tensor) -
 
 
 def cases(batches: Sequence[int], layouts: Sequence[str]) -> list[tuple[str, int, str]]:
-    """(name, batch size, layout) of all cases; one clone and many ones as they are, and one in the other layouts.
+    """(name, batch size, form) of all cases: one clone and many clones, and one in the other layouts.
 
-    Compiled for the smallest batch only: it takes half a minute for each form.
+    Only the smallest batch is compiled: this takes half a minute for each form.
     """
     found = [(f"{what}, batch {batch}", batch, what) for batch in batches for what in ("one clone", "many clones")]
     others = [(f"{layout}, batch {batch}", batch, layout) for layout in layouts[1:] for batch in batches]
     return found + [one for one in others if one[2] != "compiled" or one[1] == batches[0]]
 
 
-def run_case(bench: Bench, case: str, batch: int, what: str) -> Iterator[dict[str, Any]]:
-    """Rows of one case, one for each form; one row that says why, where there is no working compiler."""
-    images = bench.images[:batch]
-    forms = bench.one if what == "one clone" else bench.many if what == "many clones" else bench.laid_out(what)
+def run_case(forms_of: CaseForms, case: str, batch: int, what: str) -> Iterator[dict[str, Any]]:
+    """Rows of one case, one for each form; a single row with the reason if there is no working compiler."""
+    images = forms_of.images[:batch]
+    forms = forms_of.one if what == "one clone" else forms_of.many if what == "many clones" else forms_of.laid_out(what)
     start = time.perf_counter()
     if what == "channels_last":
         images = images.to(memory_format=torch.channels_last)
     with torch.inference_mode():
         try:
             times = measure({name: partial(form, images) for name, form in forms.items()}, images.device, SECONDS)
-        except RuntimeError as error:  # whatever torch's compiler says of the machine's
+        except RuntimeError as error:  # from torch's compiler, if the machine's does not work
             if what != "compiled":
                 raise
             yield {"part": "latency", "case": case, "form": TARGET, "batch": batch, "skipped": str(error)[:300]}
@@ -247,7 +241,7 @@ def run_case(bench: Bench, case: str, batch: int, what: str) -> Iterator[dict[st
         seconds = time.perf_counter() - start
         for name, values in times.items():
             whole = times.get(_reference(name))
-            costs = {} if what == "compiled" else _costs(forms[name], images, weigh=batch == bench.batches[-1])
+            costs = {} if what == "compiled" else _costs(forms[name], images, weigh=batch == forms_of.batches[-1])
             yield {
                 "part": "latency",
                 "case": case,
@@ -263,7 +257,7 @@ def run_case(bench: Bench, case: str, batch: int, what: str) -> Iterator[dict[st
 
 
 def _reference(form: str) -> str:
-    """What a form stands in for: the target with as many whole sources."""
+    """The form to compare with: the target with as many whole sources."""
     return next((several(number) for number in N_CLONES if f"{number} " in form), WHOLE)
 
 
@@ -275,7 +269,7 @@ def _ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
 def measure(
     calls: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float, most: int = MAX_ROUNDS
 ) -> dict[str, list[float]]:
-    """Time every call in every round, in seconds, after rounds that do not count; for `seconds` or `most` rounds."""
+    """Time every call in every round, in seconds, after warm-up rounds; for `seconds` or `most` rounds."""
     for call in [*calls.values()] * N_WARM:
         call()
     finish(device)
@@ -298,7 +292,7 @@ def _spread(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def _costs(form: nn.Module, images: Tensor, weigh: bool) -> dict[str, Any]:
-    """Multiply-accumulates for one image, as counted while it runs, and the peak of memory for a large batch."""
+    """Multiply-accumulates for one image, counted in a run, and peak memory if `weigh`."""
     with FlopCounterMode(display=False) as counter:
         form(images)
     costs: dict[str, Any] = {"n_macs": counter.get_total_flops() // (2 * len(images))}
@@ -309,7 +303,7 @@ def _costs(form: nn.Module, images: Tensor, weigh: bool) -> dict[str, Any]:
 
 
 def run_life(setting: Setting, case: str) -> Iterator[dict[str, Any]]:
-    """Rows of what attaching, detaching, fusing, loading and fingerprints cost: of the pair, or of large networks."""
+    """Rows for attaching, detaching, fusing, loading and fingerprints: of the pair, or of large networks."""
     if case == LARGE:
         try:
             models = [build_model(LARGE, None, None, seed) for seed in (0, 1)]
@@ -344,13 +338,13 @@ def run_life(setting: Setting, case: str) -> Iterator[dict[str, Any]]:
 
 def run(setting: Setting, seed: int, layouts: Sequence[str], cells: Cells, progress: Progress | None = None) -> None:
     """Measure every case that is not in `cells` yet, latency first; keys: part, case and form."""
-    bench = Bench(setting, seed)
-    wanted = [("latency", case, batch, what) for case, batch, what in cases(bench.batches, layouts)]
+    forms_of = CaseForms(setting, seed)
+    wanted = [("latency", case, batch, what) for case, batch, what in cases(forms_of.batches, layouts)]
     wanted += [("life", case, 0, "") for case in ("pair", LARGE)]
     for done, (part, case, batch, what) in enumerate(wanted):
         if progress is not None:
             progress(f"{part}: {case}", done, len(wanted))
         if not any(row["part"] == part and row["case"] == case for row in cells.rows):
-            rows = run_case(bench, case, batch, what) if part == "latency" else run_life(setting, case)
-            for row in list(rows):  # all or none: ratios are between rows of one case
+            rows = run_case(forms_of, case, batch, what) if part == "latency" else run_life(setting, case)
+            for row in list(rows):  # all or none, because ratios relate rows of one case
                 cells.add(row)

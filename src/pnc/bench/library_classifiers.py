@@ -1,4 +1,4 @@
-"""Classifiers of three libraries to try things on: random weights that hide no error, small images, four classes."""
+"""Classifiers of three libraries as test cases: random weights that hide no error, small images, four classes."""
 
 import fnmatch
 from collections.abc import Mapping
@@ -27,14 +27,14 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     "DeiT": ("timm:deit*", "transformers:DeiT*"),
     "Swin": ("*:swin*", "transformers:Swin*"),
 }  # fmt: skip
-"""Patterns of the names of well-known families; efficientnet_cc mixes its filters for each image anew, and is none."""
+"""Name patterns of well-known families; efficientnet_cc is left out, because it mixes its filters for each image."""
 
 SHARES: Mapping[str, float] = {
     **dict.fromkeys(("ResNet",), 0.40),
     **dict.fromkeys(("MobileNet", "EfficientNet", "DenseNet", "RegNet", "ConvNeXt"), 0.55),
     **dict.fromkeys(("ViT", "DeiT", "Swin"), 0.75),
 }
-"""Share of a part's parameters that may be left when half of its channels are gone."""
+"""Largest share of a part's parameters that may remain when half of its channels are removed."""
 
 _SMALL = {"image_size": 64, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 _PLAIN = {**_SMALL, "intermediate_size": 128, "patch_size": 16}
@@ -92,7 +92,7 @@ TRANSFORMERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ViT": ("ViT", _PLAIN),
     "ViTMSN": ("ViTMSN", _PLAIN),
 }  # fmt: skip
-"""Classifiers of transformers by a name of ours: a class or its beginning, and a configuration of small size."""
+"""Classifiers of transformers by our own names: a class or its prefix, and a small configuration."""
 
 TORCHVISION = """
 alexnet densenet121 efficientnet_b0 efficientnet_b1 googlenet inception_v3@299 mnasnet0_5 mnasnet0_75 mobilenet_v2
@@ -100,7 +100,7 @@ mobilenet_v3_large mobilenet_v3_small@224 regnet_x_400mf regnet_x_800mf regnet_y
 resnet34 resnet50 shufflenet_v2_x0_5 shufflenet_v2_x1_0@224 squeezenet1_0 squeezenet1_1@224 swin_t@224 vgg11 vgg11_bn
 vit_b_32@224
 """
-"""Names of torchvision; @ and the size of the images where it is not `SIZE`."""
+"""Names in torchvision, followed by @ and the image size if it is not `SIZE`."""
 
 TIMM = """
 convnext_atto convnextv2_atto cpubone_b1_dwnorm cpubone_nano cs3darknet_focus_s cs3darknet_s csatv2 cspnext_s
@@ -116,7 +116,7 @@ rexnet_100 rexnet_150 shvit_s1 shvit_s2 skresnet18 skresnet34 starnet_s1 starnet
 test_convnext3 test_efficientnet test_efficientnet_evos test_efficientnet_gn test_efficientnet_ln test_mambaout
 test_nfnet test_resnet tf_efficientnetv2_b0 tiny_vit_11m_224 tiny_vit_5m_224 tinynet_e
 """
-"""Names of timm that take images of any size."""
+"""Names in timm of networks that take images of any size."""
 
 TIMM_SIZED = """
 botnet26t_256 cait_xxs24_224 coat_lite_tiny coat_tiny coatnet_nano_rw_224 coatnext_nano_rw_224 convit_tiny
@@ -144,7 +144,7 @@ CLASSIFIERS: Mapping[str, int] = _sizes()
 
 
 def chosen(patterns: str | None) -> tuple[str, ...]:
-    """Names out of `CLASSIFIERS`, sorted: all, or those that one of some patterns such as timm:vit_* matches.
+    """Sorted names out of `CLASSIFIERS`: all, or those that match a pattern such as timm:vit_*.
 
     Args:
         patterns: Separated by commas; None for all.
@@ -163,7 +163,7 @@ def chosen(patterns: str | None) -> tuple[str, ...]:
 
 
 def check_libraries() -> None:
-    """Import the libraries, torchvision before the others, which use it.
+    """Import the libraries; torchvision first, because the others use it.
 
     Raises:
         InputError: one of them cannot be imported.
@@ -173,12 +173,12 @@ def check_libraries() -> None:
 
 
 def family(model: str) -> str | None:
-    """The well-known family of a model, if it is of one."""
+    """The well-known family of a model, or None."""
     return next((name for name, own in FAMILIES.items() if any(fnmatch.fnmatch(model, p) for p in own)), None)
 
 
 def build(model: str) -> tuple[nn.Module, Tensor]:
-    """Build a model out of `CLASSIFIERS` with `N_CLASSES` outputs and weights of torch's global random state.
+    """Build a model out of `CLASSIFIERS` with `N_CLASSES` outputs and weights from torch's global random state.
 
     Returns:
         The network in eval mode, `prepared`, and images (`BATCH`, 3, size, size).
@@ -211,10 +211,10 @@ def _transformers_network(name: str) -> nn.Module:
 
 
 def prepared(network: nn.Module, images: Tensor) -> nn.Module:
-    """Make a fresh network one whose every part matters, in place; back in eval mode.
+    """Change a fresh network in place so that all of its parts affect the output; return it in eval mode.
 
-    What starts as zero or one (gates of residual branches, biases, scales) gets noise, as it would hide errors; then
-    BatchNorm's statistics are those of `images` (B, C, H, W), so that the outputs depend on the input.
+    Noise is added to parameters: those that start as zero or one (gates of residual branches, biases, scales) would
+    hide errors. BatchNorm statistics are set to those of `images` (B, C, H, W), so that outputs depend on the input.
     """
     with torch.no_grad():
         for parameter in network.parameters():

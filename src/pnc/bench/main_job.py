@@ -1,4 +1,4 @@
-"""The main job beside its rivals: one pair of networks, one support, one test set, every promise checked."""
+"""The main job compared with rivals: one pair of networks, one support, one test set, every promise checked."""
 
 import dataclasses
 import hashlib
@@ -22,8 +22,8 @@ from pnc.data.image_set import ImageSet
 from pnc.data.support import Support
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
-from pnc.method.density_choice import Effort
 from pnc.method.pipeline import clone as make_clone
+from pnc.method.settings import Effort
 from pnc.method.task import CloneTask, Progress, prepare_task
 from pnc.models.model_specs import LoadedModel
 
@@ -38,10 +38,10 @@ class Job:
 
     Attributes:
         source: Knows the new classes.
-        target: Shall get them.
-        support: Few samples of all its classes.
-        test: Images of base and new classes, labelled by place in base + new classes.
-        flip: Mirror images may be used: by the clone and by every rival.
+        target: Receives them.
+        support: A few samples of all classes.
+        test: Images of base and new classes, labelled by index in base + new classes.
+        flip: Mirror images may be used, by the clone and by every rival.
         seed: Of every random choice.
         effort: As in `pnc.clone`.
     """
@@ -56,7 +56,7 @@ class Job:
 
 
 def run(job: Job, rivals: Sequence[str], folder: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Run the clone and the rivals on the same samples, then save, load, attach and remove the clone.
+    """Run the clone and the rivals on the same samples, then save, load, attach and detach the clone.
 
     Args:
         job: Networks and samples.
@@ -64,10 +64,10 @@ def run(job: Job, rivals: Sequence[str], folder: Path, progress: Progress | None
         folder: Where the clone's file goes.
         progress: Called with what is being done, the steps done, and the steps in all.
     Returns:
-        `rows` (one for each method), `clone` (its size, place and cost) and `verified` (four promises, true or false),
-        all plain values. In a row, `seconds` is the time to make the method from two loaded networks and the support,
-        and `bytes` what must be sent to somebody who has both networks. The row of a rival that cannot use the support
-        has `not_applicable`, the reason, in place of all figures.
+        `rows` (one for each method), `clone` (its size, position and cost) and `verified` (four promises, true or
+        false), all plain values. In a row, `seconds` is the time from two loaded networks and the support to the
+        method's network, and `bytes` the size of what must be sent to someone who has both networks. The row of a rival
+        that cannot use the support has the reason, `not_applicable`, instead of figures.
     """
     target, source = job.target, job.source
     before = take_snapshot(target.module)
@@ -165,7 +165,7 @@ def _target_row(target_logits: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 def new_bytes(rival: nn.Module, *known: nn.Module) -> int:
-    """Bytes of the tensors of `rival`, equal ones once, that are not in a network of `known` bit for bit."""
+    """Bytes of the tensors of `rival`, equal ones counted once, except those found bit for bit in `known` networks."""
     there = {_identity(tensor) for network in known for tensor in [*network.parameters(), *network.buffers()]}
     tensors = {_identity(tensor): tensor for tensor in [*rival.parameters(), *rival.buffers()]}
     return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors.items() if name not in there)

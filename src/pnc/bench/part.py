@@ -1,30 +1,29 @@
 """Parts beside whole sources: what a clone loses and saves at each density and tuning, and by its own choice."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Any, get_args
+from typing import cast, get_args
 
 import torch
 
+from pnc.bench.bench import Bench, Row, Rows, one_by_one
 from pnc.bench.channel_methods import masked_source_accuracy
-from pnc.bench.position_strategies import Setting
 from pnc.bench.result_files import Cells, Claim, over_seeds, table
+from pnc.bench.setting import Setting
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import save
 from pnc.composite.composite import attach
 from pnc.composite.metrics import evaluate
 from pnc.composite.prediction import predict
-from pnc.data.image_set import class_subset, relabel
-from pnc.data.support import draw_support
+from pnc.data.image_set import class_subset
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
-from pnc.method.part_tuning import Tune
 from pnc.method.pipeline import clone, fit
 from pnc.method.positions import Scan, scan
+from pnc.method.settings import Effort, Tune
 from pnc.method.task import CloneTask, Progress, prepare_task
 
 KEYS = ("pair", "classes", "support", "form", "seed")
@@ -34,59 +33,47 @@ scan chooses, `pnc.clone` as it is, and in closed form."""
 COLUMNS = ("base", "new", "average", "score", "macs_share", "density", "bytes", "seconds", "not_cloned")
 
 
-@dataclass(frozen=True)
-class PartCase:
-    """What is cloned from which networks.
+def bench(pair: str, setting: Setting, classes: Sequence[str], forms: Sequence[str], seeds: Sequence[int]) -> Bench:
+    """Measure every form for each seed on all test images.
 
-    Attributes:
+    Args:
         pair: Name of the two networks in the rows.
         setting: Networks, images, sizes of the support.
         classes: The classes that are cloned.
+        forms: From `parse_forms`.
+        seeds: Of supports and clones.
     """
+    cases: dict[int, _Case] = {}
+    fields = {"pair": pair, "classes": "+".join(classes), "support": setting.support}
+    wanted = [{**fields, "form": form, "seed": seed} for seed in seeds for form in forms]
 
-    pair: str
-    setting: Setting
-    classes: tuple[str, ...]
+    def make(cell: Row) -> Row:
+        seed = cell["seed"]
+        if seed not in cases:
+            cases.clear()
+            cases[seed] = _Case(setting, classes, seed)
+        return cases[seed].row(cell["form"])
 
-    @property
-    def support(self) -> str:
-        """Images per new and per base class."""
-        return f"{self.setting.n_new}/{self.setting.n_base}"
+    def measure(cells: Cells, progress: Progress | None) -> Rows:
+        one_by_one(wanted, make)(cells, progress)
+        return cells.rows  # of all pairs that were measured so far
 
-
-def run(
-    case: PartCase, forms: Sequence[str], seeds: Iterable[int], cells: Cells, progress: Progress | None = None
-) -> None:
-    """Measure every form for each seed on all test images; rows that are there already are not made again."""
-    wanted = [(seed, form) for seed in seeds for form in forms]
-    made: _Made | None = None
-    for done, (seed, form) in enumerate(wanted):
-        if progress is not None:
-            progress(f"{case.pair} {case.support}, seed {seed}: {form}", done, len(wanted))
-        cell = {"pair": case.pair, "classes": "+".join(case.classes), "support": case.support, "form": form}
-        if {**cell, "seed": seed} not in cells:
-            if made is None or made.seed != seed:
-                made = _Made(case, seed)
-            cells.add({**cell, "seed": seed, **made.row(form)})
+    return Bench("part", KEYS, {}, measure, claims, markdown)
 
 
-class _Made:
+class _Case:
     """One support: its scan, and the clones that are measured."""
 
-    def __init__(self, case: PartCase, seed: int) -> None:
-        self.seed, self._case = seed, case
-        setting, names = case.setting, [*case.setting.target.classes, *case.classes]
-        generator = torch.Generator().manual_seed(seed)
-        sizes = setting.n_new, setting.n_base
-        self._support = draw_support(setting.train, case.classes, setting.target.classes, *sizes, generator)
-        self._test = relabel(class_subset(setting.test, names), names)
+    def __init__(self, setting: Setting, classes: Sequence[str], seed: int) -> None:
+        self._setting, self._classes, self._seed = setting, classes, seed
+        self._support, self._test = setting.draw(classes, seed), setting.test_images(classes)
         self._own_test = class_subset(setting.test, setting.source.classes)
         self._target_logits = predict(setting.target.module, self._test.images)
         self._scanned: tuple[CloneTask, Scan] | None = None
 
-    def row(self, form: str) -> dict[str, Any]:
+    def row(self, form: str) -> Row:
         """Make one clone, measure it, and check what is promised."""
-        target = self._case.setting.target.module
+        target = self._setting.target.module
         before, start = take_snapshot(target), time.perf_counter()
         made, task = self._clone(form)
         seconds = time.perf_counter() - start
@@ -115,37 +102,23 @@ class _Made:
         }
 
     def _clone(self, form: str) -> tuple[Clone, CloneTask]:
-        task, found = self._scan()
+        source, target = self._setting.source.module, self._setting.target.module
+        arguments = self._setting.arguments(self._classes, self._seed)
+        if self._scanned is None:
+            task = prepare_task(source, target, self._support, **arguments)
+            self._scanned = task, scan(task)
+        task, found = self._scanned
         if form in (DEFAULT, SECONDS):
-            effort: Any = "seconds" if form == SECONDS else "minutes"
-            source, target = self._case.setting.source, self._case.setting.target
-            return clone(source.module, target.module, self._support, effort=effort, **self._names()), task
+            effort: Effort = "seconds" if form == SECONDS else "minutes"
+            return clone(source, target, self._support, effort=effort, **arguments), task
         fitted = found.adapter(found.choose())
         if form == WHOLE:
             return fit(task, fitted), task
         density, tune = form.split()
-        chosen: Any = tune
-        return fit(task, fitted, density=float(density), tune=chosen), task
-
-    def _scan(self) -> tuple[CloneTask, Scan]:
-        if self._scanned is None:
-            source, target = self._case.setting.source, self._case.setting.target
-            task = prepare_task(source.module, target.module, self._support, **self._names())
-            self._scanned = task, scan(task)
-        return self._scanned
-
-    def _names(self) -> dict[str, Any]:
-        setting = self._case.setting
-        return {
-            "classes": list(self._case.classes),
-            "source_classes": setting.source.classes,
-            "base_classes": setting.target.classes,
-            "flip": setting.flip,
-            "seed": self.seed,
-        }
+        return fit(task, fitted, density=float(density), tune=cast(Tune, tune)), task
 
 
-def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
+def claims(rows: Rows) -> list[Claim]:
     """What was asked for, beside what was measured, of the cells that there are."""
     found = []
     for pair, classes, support in dict.fromkeys((row["pair"], row["classes"], row["support"]) for row in rows):
@@ -198,7 +171,7 @@ def allowed_loss(support: str, macs_share: float) -> float:
     return 0.01 if macs_share > 0.17 else 0.025
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+def markdown(rows: Rows) -> str:
     """A table for each pair, classes and support, means over seeds."""
     lines = [
         "Means over seeds. average: accuracy over base and new classes, on all test images. score: what the clone's "

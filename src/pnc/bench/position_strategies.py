@@ -1,23 +1,19 @@
-"""Ways to find a position, side by side: closed form within bounds, density, refinement, the paper's search."""
+"""Ways to find a position compared: closed form within bounds, density, refinement, the paper's search."""
 
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
-import torch
-
-from pnc.bench.result_files import Cells, Claim, over_seeds, table
+from pnc.bench.bench import Bench, Row, Rows, one_by_one
+from pnc.bench.result_files import Claim, over_seeds, table
+from pnc.bench.setting import Setting
 from pnc.composite.composite import attach
 from pnc.composite.metrics import evaluate
 from pnc.composite.prediction import predict
-from pnc.data.image_set import ImageSet, class_subset, relabel
-from pnc.data.support import draw_support
 from pnc.method.pipeline import clone
-from pnc.method.task import Progress
-from pnc.models.model_specs import LoadedModel
 
 STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     "closed form": {"effort": "seconds"},
@@ -28,81 +24,29 @@ STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     "refined, 30% of the MACs": {"max_macs": 0.3, "refine": True},
     "sequential": {"strategy": "sequential"},
 }
-"""What is measured, as settings of `clone`."""
+"""What is measured, as arguments of `clone`."""
 
+KEYS = ("strategy", "seed")
 COLUMNS = ("base_accuracy", "new_accuracy", "average_accuracy", "held_out_score", "macs_share", "density", "seconds")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What all strategies share.
-
-    Attributes:
-        source: Knows the new classes.
-        target: Shall get them.
-        train: Images that supports are drawn from.
-        test: Images to measure on.
-        n_new: Support images per new class.
-        n_base: Per base class.
-        flip: As in `clone`.
-    """
-
-    source: LoadedModel
-    target: LoadedModel
-    train: ImageSet
-    test: ImageSet
-    n_new: int
-    n_base: int
-    flip: bool
-
-    @property
-    def device(self) -> torch.device:
-        """Where both networks are."""
-        return next(self.target.module.parameters()).device
-
-
-def run(setting: Setting, seeds: Sequence[int], cells: Cells, progress: Progress | None = None) -> list[dict[str, Any]]:
+def bench(setting: Setting, seeds: Sequence[int]) -> Bench:
     """Make a clone by each strategy for each seed, and measure it on all test images.
 
-    Args:
-        setting: Networks and images.
-        seeds: Of the support and of the clone.
-        cells: Rows that are there already are not made again; keys: strategy and seed.
-        progress: Called with what is being done, the rows done, and the rows in all.
-    Returns:
-        The rows, seed by seed. `seconds` is the time of the whole of `clone`, from two loaded networks on.
+    `seconds` is the time of the whole of `clone`, starting from two loaded networks.
     """
-    wanted = [(name, seed) for seed in seeds for name in STRATEGIES]
-    for done, (strategy, seed) in enumerate(wanted):
-        if progress is not None:
-            progress(f"seed {seed}: {strategy}", done, len(wanted))
-        cell = {"strategy": strategy, "seed": seed}
-        if cell not in cells:
-            cells.add({**cell, **_row(setting, strategy, seed)})
-    made = {(row["strategy"], row["seed"]): row for row in cells.rows}
-    return [made[cell] for cell in wanted]
+    wanted = [{"strategy": name, "seed": seed} for seed in seeds for name in STRATEGIES]
+    measure = one_by_one(wanted, lambda cell: _row(setting, **cell))
+    return Bench("positions", KEYS, setting.facts, measure, claims, partial(markdown, setting=setting))
 
 
-def _row(setting: Setting, strategy: str, seed: int) -> dict[str, Any]:
-    source, target = setting.source, setting.target
-    new = [name for name in source.classes if name not in target.classes]
-    generator = torch.Generator().manual_seed(seed)
-    support = draw_support(setting.train, new, target.classes, setting.n_new, setting.n_base, generator)
+def _row(setting: Setting, strategy: str, seed: int) -> Row:
+    source, target, new = setting.source, setting.target, setting.new_classes
+    support = setting.draw(new, seed)
     start = time.perf_counter()
-    made = clone(
-        source.module,
-        target.module,
-        support,
-        classes=new,
-        source_classes=source.classes,
-        base_classes=target.classes,
-        flip=setting.flip,
-        seed=seed,
-        **STRATEGIES[strategy],
-    )
+    made = clone(source.module, target.module, support, **setting.arguments(new, seed), **STRATEGIES[strategy])
     seconds = time.perf_counter() - start
-    names = [*target.classes, *new]
-    test = relabel(class_subset(setting.test, names), names)
+    test = setting.test_images(new)
     logits = predict(attach(target.module, made), test.images)
     facts = evaluate(logits, test.labels, logits[:, : len(target.classes)])
     return {
@@ -119,8 +63,8 @@ def _row(setting: Setting, strategy: str, seed: int) -> dict[str, Any]:
     }
 
 
-def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
-    """What was asked for, beside what was measured: means over seeds, with half their range."""
+def claims(rows: Rows) -> list[Claim]:
+    """Required figures, with what was measured: means over seeds, with half their range."""
     accuracy = {name: _values(rows, name, "average_accuracy") for name in STRATEGIES}
     shares = {name: _values(rows, name, "macs_share") for name in STRATEGIES}
     seconds = {name: _values(rows, name, "seconds") for name in STRATEGIES}
@@ -140,18 +84,17 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
     ]
 
 
-def _values(rows: Sequence[Mapping[str, Any]], strategy: str, key: str) -> list[float]:
+def _values(rows: Rows, strategy: str, key: str) -> list[float]:
     return [row[key] for row in rows if row["strategy"] == strategy]
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], setting: Setting, data: str) -> str:
-    """The means over seeds as a table, then every row; `data` is the name of the images."""
-    flips = ", with mirror images" if setting.flip else ""
+def markdown(rows: Rows, setting: Setting) -> str:
+    """The means over seeds as a table, then every row."""
     means = [[name, *(fmean(_values(rows, name, column)) for column in COLUMNS)] for name in STRATEGIES]
     keys = ("strategy", "seed", *COLUMNS, "target_cut", "source_cut")
     return "\n".join(
         [
-            f"{data}; support of {setting.n_new}/{setting.n_base} images per new/base class{flips}.",
+            f"{setting.words}.",
             "",
             "Means over the seeds:",
             "",

@@ -1,4 +1,4 @@
-"""Random lives of a composite: clones come, go, are disabled, saved, loaded, calibrated, and every promise is checked.
+"""Random sequences of operations on a composite: attach, detach, disable, save, load, calibrate; all promises checked.
 
 The networks are tiny and untrained: nothing here depends on what they have learned.
 """
@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
@@ -14,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pnc.bench.result_files import Cells
+from pnc.bench.bench import Measure, Rows, one_by_one
 from pnc.clones.branch import Scalars
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save
@@ -25,13 +26,13 @@ from pnc.foundation.tensor_bits import same_bits
 from pnc.method.calibration import calibrate
 from pnc.method.pipeline import fit
 from pnc.method.positions import scan
-from pnc.method.task import Progress, prepare_task
+from pnc.method.task import prepare_task
 from pnc.models.model_specs import build_model
 
 Action = Literal["attach", "detach", "disable", "only", "save", "calibrate"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
 Step = tuple[Action, int]
-"""What is done, and a number that says to which of the clones."""
+"""The action, and a number that selects the clone."""
 
 MAX_STEPS = 10
 CHUNK = 50
@@ -39,22 +40,22 @@ SHAPE = (1, 8, 8)
 BASE = ("ant", "bee", "cat")
 GROUPS = (("dog",), ("elk", "fox"), ("gnu",), ("hen", "ibis"))
 CUTS = ("input", "block1_2", "block2_2", "block2_2")
-"""Where in the target the clones of these groups are: all over it, and two at one cut."""
+"""Target cuts of the clones of these groups: from the input to a late cut, and two at the same."""
 SOURCES = ("zoo:cnn?width=0.25", "zoo:resnet20?width=0.25")
 """The first two groups come from the first source, the others from the second."""
 
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A target, four clones from two sources, and images: made once, changed by no sequence.
+    """A target, four clones from two sources, and images: made once, and not changed by any sequence.
 
     Attributes:
         target: Takes all clones.
         clones: The clones.
-        sources: For each clone the network that it was made from.
-        images: That the checks look at.
+        sources: The source of each clone.
+        images: For the checks.
         support: Of all classes.
-        alone: For each clone the logits that it gives when it is the only one.
+        alone: The logits of each clone when it is attached alone.
         base: The target's own logits.
     """
 
@@ -102,9 +103,9 @@ class Life:
     """One composite on a stage, from its first clone to its last.
 
     Attributes:
-        stage: Where it lives.
-        folder: For files of clones.
-        problems: What was not as promised, in words.
+        stage: Networks, clones and images.
+        folder: For clone files.
+        problems: Broken promises, in words.
         done: How often each action did something.
     """
 
@@ -122,7 +123,7 @@ class Life:
         self._check("the first clone")
 
     def step(self, action: Action, index: int) -> None:
-        """Do one thing to one of the clones that it can be done to, if there is any, and check everything."""
+        """Apply an action to one of the clones that it fits, if there is any, and check everything."""
         missing = [one for one in range(len(GROUPS)) if one not in self._attached]
         fit = missing if action == "attach" else self._attached
         if fit or action == "disable":
@@ -131,7 +132,7 @@ class Life:
         self._check(action)
 
     def end(self) -> None:
-        """Take out what is left, and check that the target is as it was in every respect."""
+        """Detach the remaining clones, and check that the target has not changed in any respect."""
         for index in list(self._attached):
             self._detach(index)
         self._check("the end")
@@ -160,7 +161,7 @@ class Life:
         self._expect("only, new", found[:, len(BASE) :], self._logits(index))
 
     def _save(self, index: int) -> None:
-        """Save a clone as it is now, load it, and put it in the place of the one that was saved: at the end."""
+        """Save a clone in its current state, load it, and attach the loaded one instead, at the end."""
         path = self.folder / "clone.safetensors"
         save(self._net.clone(self.stage.clones[index].name), path, "full" if self.done["save"] % 2 else "thin")
         loaded = load(path, source=self.stage.sources[index])
@@ -175,7 +176,7 @@ class Life:
             self._scalars[one] = found.scalars[self.stage.clones[one].name]
 
     def _logits(self, index: int) -> Tensor:
-        """What a clone must give: alone, with the scalars that it has now."""
+        """Expected logits of a clone: those that it gives alone, with its current scalars."""
         scalars, original = self._scalars[index], self.stage.clones[index]
         if scalars.is_identity:
             return self.stage.alone[index]
@@ -203,42 +204,34 @@ class Life:
             self.problems.append(f"{what}: classes are {self._net.classes}")
 
 
-def run(n_sequences: int, cells: Cells, progress: Progress | None = None) -> dict[str, Any]:
-    """Live so many random lives on one stage.
+def measure(n_sequences: int) -> Measure:
+    """Run `n_sequences` random sequences on one stage; cells have the keys of `lifecycle`, and share its file."""
+    stage = lru_cache(maxsize=1)(lambda: make_stage())  # made only if a chunk is missing
+    chunks = [range(first, min(first + CHUNK, n_sequences)) for first in range(0, n_sequences, CHUNK)]
+    by_name = {f"lives up to {numbers.stop}": numbers for numbers in chunks}
+    return one_by_one(
+        [{"seed": numbers.start, "clones": name} for name, numbers in by_name.items()],
+        lambda cell: _lives(stage(), by_name[cell["clones"]]),
+    )
 
-    Args:
-        n_sequences: How many.
-        cells: Lives that are there already are not lived again; their keys begin with "seed", and others may be there.
-        progress: Called with what is being done, the sequences done, and the sequences in all.
-    Returns:
-        Counts of sequences, of steps that did something by action, and of problems; and the first few of those.
-    """
-    stage: Stage | None = None
-    wanted = [range(first, min(first + CHUNK, n_sequences)) for first in range(0, n_sequences, CHUNK)]
-    found = []
-    for numbers in wanted:
-        cell = {"seed": numbers.start, "clones": f"lives up to {numbers.stop}"}
-        if cell not in cells:
-            stage = stage or make_stage()
-            cells.add({**cell, **_lives(stage, numbers, n_sequences, progress)})
-        found.append(next(row for row in cells.rows if {**row, **cell} == row))
-    problems = [problem for row in found for problem in row["problems"]]
+
+def summary(rows: Rows, n_sequences: int) -> dict[str, Any]:
+    """Count sequences, effective steps by action, and problems; list the first problems."""
+    problems = [problem for row in rows for problem in row["problems"]]
     return {
         "n_sequences": n_sequences,
-        "steps": {action: sum(row["steps"][action] for row in found) for action in ACTIONS},
+        "steps": {action: sum(row["steps"][action] for row in rows) for action in ACTIONS},
         "n_problems": len(problems),
         "problems": problems[:20],
     }
 
 
-def _lives(stage: Stage, numbers: range, n_sequences: int, progress: Progress | None) -> dict[str, Any]:
-    """Steps and problems of the sequences of these numbers, each of which is its own seed."""
+def _lives(stage: Stage, numbers: range) -> dict[str, Any]:
+    """Steps and problems of some sequences, whose numbers are their seeds."""
     done: Counter[str] = Counter()
     problems: list[str] = []
     with TemporaryDirectory() as folder:
         for number in numbers:
-            if progress is not None:
-                progress("random lives", number, n_sequences)
             generator = random.Random(number)
             life = Life(stage, Path(folder))
             for _ in range(generator.randint(1, MAX_STEPS)):

@@ -1,4 +1,4 @@
-"""Result files: what was run, where, on which commit, the rows, and whether each claim holds."""
+"""Result files: the command, environment and commit, the rows, and whether each claim holds."""
 
 import importlib.metadata
 import json
@@ -14,19 +14,20 @@ import torch
 
 from pnc.bench.clock_and_memory import CPU
 from pnc.foundation.errors import FileFormatError, InputError
-from pnc.foundation.tensor_files import canonical_json, write_file
+from pnc.foundation.file_writing import write_file
+from pnc.foundation.tensor_files import canonical_json
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One figure that was asked for, and what was measured.
+    """A required figure, and its measured value.
 
     Attributes:
         claim: What is claimed, in words.
-        must: The bound that it has to keep.
+        must: The required bound.
         value: What was measured.
-        holds: Whether it does; one that does not stays in the file.
-        spread: Half the range over seeds, where there are several.
+        holds: Whether it holds; failed claims stay in the file.
+        spread: Half the range over seeds, if there are several.
     """
 
     claim: str
@@ -37,33 +38,33 @@ class Claim:
 
 
 def at_least(claim: str, bound: float, value: float) -> Claim:
-    """A claim that `value` is `bound` or more."""
+    """A claim that `value` is at least `bound`."""
     return Claim(claim, f">= {bound:g}", value, value >= bound)
 
 
 def at_most(claim: str, bound: float, value: float) -> Claim:
-    """A claim that `value` is `bound` or less."""
+    """A claim that `value` is at most `bound`."""
     return Claim(claim, f"<= {bound:g}", value, value <= bound)
 
 
 def over_seeds(claim: str, relation: Literal[">=", "<="], bound: float, values: Sequence[float]) -> Claim:
-    """A claim about a figure of several seeds: their mean is `bound` or more, or none of them is above it."""
+    """A claim over several seeds: the mean is at least `bound`, or every value is at most `bound`."""
     mean, spread = fmean(values), (max(values) - min(values)) / 2
     holds = mean >= bound if relation == ">=" else max(values) <= bound
     return Claim(claim, f"{relation} {bound:g}", mean, holds, spread)
 
 
 def environment(device: torch.device = CPU) -> dict[str, Any]:
-    """Versions, threads and the name of the device: what numbers depend on beside the code."""
+    """Versions, threads and the name of the device: what numbers depend on apart from the code."""
     versions = {name: importlib.metadata.version(name) for name in ("pnc", "torch", "numpy", "safetensors")}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {"python": platform.python_version(), **versions, "threads": torch.get_num_threads(), "device": name}
 
 
 def commit() -> str | None:
-    """The commit that the running code is of, with "+" after it where files differ; None outside its own checkout."""
+    """The commit of the running code, with "+" appended if files differ; None outside its own checkout."""
     here = Path(__file__)
-    if not _git(here.parent, "ls-files", here.name):  # installed, perhaps somewhere within another project's checkout
+    if not _git(here.parent, "ls-files", here.name):  # installed, perhaps within another project's checkout
         return None
     return _git(here.parent, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+")
 
@@ -77,18 +78,18 @@ def _git(folder: Path, *words: str) -> str | None:
 
 
 class Cells:
-    """Rows of a long bench on disk, one JSON line each: a bench that was stopped goes on where it was.
+    """Rows of a long bench on disk, one JSON line each, so that a stopped bench can continue.
 
-    The first line holds what the bench was asked for. A last line that was not written to its end is dropped.
+    The first line holds the settings. An incomplete last line is dropped.
 
     Args:
-        path: The file; made where it is not there.
+        path: The file; created if it is missing.
         settings: Whatever the rows depend on, as JSON values.
         keys: Fields that name a row.
 
     Raises:
         InputError: the file holds rows of other settings.
-        FileFormatError: it is no such file.
+        FileFormatError: the file holds something else.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], keys: Sequence[str]) -> None:
@@ -109,13 +110,16 @@ class Cells:
     def __contains__(self, cell: Mapping[str, Any]) -> bool:
         return self._key(cell) in self._rows
 
+    def __getitem__(self, cell: Mapping[str, Any]) -> dict[str, Any]:
+        return self._rows[self._key(cell)]
+
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """All rows, in the order in which they came."""
+        """All rows, in the order in which they were added."""
         return list(self._rows.values())
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a row, in memory and on disk."""
+        """Add a row, in memory and on disk."""
         self._rows[self._key(row)] = row
         with self._path.open("a") as file:
             file.write(canonical_json(row) + "\n")
@@ -138,13 +142,13 @@ def write_results(
     Args:
         folder: An existing folder.
         name: Of the bench.
-        command: The command that anyone can run to make the same.
-        facts: What was measured; `rows` among them.
+        command: The command that anyone can run to repeat it.
+        facts: What was measured, including `rows`.
         claims: Computed from the rows.
-        markdown: The rows as a table, with whatever must be said.
+        markdown: The rows as tables, with explanations.
         device: Where it was measured.
     Raises:
-        InputError: the folder is not there or cannot be written to.
+        InputError: the folder is missing or cannot be written to.
     """
     made_by, settings = commit(), environment(device)
     where = {"command": command, "commit": made_by, "environment": settings}

@@ -1,6 +1,6 @@
-"""What cloning takes as supports and networks grow: time, memory, samples that each step saw, several processes.
+"""Time and memory of cloning as supports and networks grow, and in several processes.
 
-Weights and images are random: neither time nor memory depends on what they show. Each cell is measured in a process of
+Weights and images are random: neither time nor memory depends on their content. Each cell is measured in a process of
 its own.
 """
 
@@ -10,7 +10,7 @@ import resource
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.utils.data import Dataset
 
+from pnc.bench.bench import Bench, Row, Rows, one_by_one
 from pnc.bench.clock_and_memory import finish, peak_memory
-from pnc.bench.result_files import Cells, Claim, at_most, commit, table
+from pnc.bench.result_files import Claim, at_most, commit, table
 from pnc.clones.clone_file import save
 from pnc.composite.composite import attach
 from pnc.data.image_store import GIB
@@ -29,7 +30,7 @@ from pnc.foundation.fingerprints import fingerprint
 from pnc.foundation.process_team import ALONE, Team, joined
 from pnc.method.pipeline import clone, fit
 from pnc.method.positions import scan
-from pnc.method.task import Precision, Progress, prepare_task
+from pnc.method.task import Precision, prepare_task
 from pnc.models.reference_networks import resnet
 
 SAMPLES = (64, 256, 1024)
@@ -37,14 +38,14 @@ CUTS = (2, 8, 32)
 KEYS = ("cell", "n")
 LARGE, LARGE_HALF = "clone, ResNet-50", "clone, ResNet-50, bfloat16"
 N_CLASSES = 10
-"""Of base classes, and of new ones; both networks of 32x32 know as many, ResNet-50 as a source knows 1000."""
+"""Number of base classes, and of new ones; networks for 32x32 know as many, ResNet-50 as a source knows 1000."""
 GROWTH = {"scan, samples": "n", "scan, cuts": "cuts"}
-"""Cells that are measured at several sizes, and what says how large they are."""
+"""Cells that are measured at several sizes, and the column of the size."""
 COLUMNS = ("cell", "n", "seconds", "cpu_seconds", "peak_gib", "positions", "cuts", "macs_share")
 
 
 class Noise(Dataset[tuple[Tensor, int]]):
-    """Random images that are made when they are asked for, as a reader of files would."""
+    """Random images made on demand, like a reader of files."""
 
     def __init__(self, n_images: int, size: int) -> None:
         self._n_images, self._size = n_images, size
@@ -59,7 +60,7 @@ class Noise(Dataset[tuple[Tensor, int]]):
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions beside a shortcut (He et al., CVPR 2016), the stride in the second as in torchvision."""
+    """Three convolutions with a shortcut (He et al., CVPR 2016), the stride in the second as in torchvision."""
 
     def __init__(self, n_in: int, width: int, stride: int) -> None:
         super().__init__()
@@ -96,9 +97,9 @@ def _layer(n_in: int, n_out: int, kernel: int, stride: int) -> tuple[nn.Module, 
 
 
 def cells(n_stream: int, n_large: int, n_scan: int, device: str = "cpu") -> list[dict[str, Any]]:
-    """What is measured: names of cells, and how many samples, cuts or processes.
+    """Names of the cells, with numbers of samples, cuts or processes.
 
-    There is no ResNet-50 where `n_large` is 0; processes have a GPU each.
+    ResNet-50 is left out if `n_large` is 0; each process needs its own GPU.
     """
     most_processes = torch.cuda.device_count() if torch.device(device).type == "cuda" else 2
     return [
@@ -111,34 +112,26 @@ def cells(n_stream: int, n_large: int, n_scan: int, device: str = "cpu") -> list
     ]
 
 
-def run(
-    wanted: Sequence[Mapping[str, Any]],
-    threads: int,
-    kept: Cells,
-    progress: Progress | None = None,
-    device: str = "cpu",
-) -> list[dict[str, Any]]:
-    """Measure the cells that are not there yet, one after the other, each in a process of its own.
+def bench(wanted: Rows, threads: int, device: str = "cpu", picture: str | None = None) -> Bench:
+    """Measure cells one after the other, each in a process of its own.
 
     Args:
         wanted: From `cells`.
-        threads: For torch, in each process; the cells of several processes take one each.
-        kept: Where rows are kept, by `KEYS`.
-        progress: Called with the cell, the cells done, and the cells in all.
+        threads: For torch, in each process; cells of several processes use one each.
         device: Where networks are.
+        picture: Name of the picture that the Markdown shows.
     """
-    for done, cell in enumerate(wanted):
-        if progress is not None:
-            progress(f"{cell['cell']} {cell['n']}", done, len(wanted))
-        if cell in kept:
-            continue
+
+    def make(cell: Row) -> Row:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "row.pt"
             processes = cell["n"] if cell["cell"] == "clone, processes" else 1
             spawn(_measure, (dict(cell), processes, threads, device, _free_port(), str(out)), processes)
-            kept.add({**cell, **torch.load(out), "commit": commit()})
-    rows = {(row["cell"], row["n"]): row for row in kept.rows}
-    return [rows[cell["cell"], cell["n"]] for cell in wanted]
+            return {**torch.load(out), "commit": commit()}
+
+    settings, text = {"threads": threads, "device": device}, partial(markdown, threads=threads, picture=picture)
+    own_device, facts = torch.device(device), lambda rows: {"rows": rows}
+    return Bench("scale", KEYS, settings, one_by_one(wanted, make), claims, text, facts, own_device)
 
 
 def _free_port() -> int:
@@ -151,7 +144,7 @@ def _free_port() -> int:
 def _measure(
     rank: int, cell: Mapping[str, Any], processes: int, threads: int, device: str, port: int, out: str
 ) -> None:
-    """Measure one cell, in a process of its own."""
+    """Measure one cell in this process."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(processes))
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1 if cell["cell"] == "clone, processes" else threads)
@@ -163,7 +156,7 @@ def _measure(
 
 
 def _timed(work: Any, device: torch.device) -> dict[str, Any]:
-    """Time of this process, by the clock and by what it used, and its peak memory above what it had; and the result."""
+    """The result of `work`, with wall-clock time, CPU time and peak growth of memory of this process."""
     started, used = time.perf_counter(), time.process_time()
     made, peak = peak_memory(work, device)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - used
@@ -261,7 +254,7 @@ def _clone_resnet50(n: int, team: Team, device: torch.device, precision: Precisi
 
 
 def _shortest(work: Callable[[], object], device: torch.device, n: int = 3) -> float:
-    """Seconds of the shortest of some runs: what else the machine does only adds to one."""
+    """Seconds of the shortest of some runs; other work on the machine only adds time."""
     laps = []
     for _ in range(n):
         started = time.perf_counter()
@@ -285,21 +278,21 @@ _CELLS: Mapping[str, Callable[[int, Team, torch.device], dict[str, Any]]] = {
 # ------------------------------------------------------------------------------------------------------------ results
 
 
-def points(rows: Sequence[Mapping[str, Any]], cell: str) -> list[tuple[float, float]]:
-    """How large the job was, and the seconds that it took of all threads, for the rows of a cell of `GROWTH`."""
+def points(rows: Rows, cell: str) -> list[tuple[float, float]]:
+    """Sizes of the job and CPU seconds, for the rows of a cell of `GROWTH`."""
     return [(row[GROWTH[cell]], row["cpu_seconds"]) for row in rows if row["cell"] == cell]
 
 
-def exponent(rows: Sequence[Mapping[str, Any]], cell: str) -> float:
-    """Slope of the logarithms of `points`, by least squares."""
+def exponent(rows: Rows, cell: str) -> float:
+    """Least-squares slope of the logarithms of `points`."""
     logs = [(math.log(size), math.log(seconds)) for size, seconds in points(rows, cell)]
     mean = [sum(values) / len(logs) for values in zip(*logs, strict=True)]
     slope: float = sum((x - mean[0]) * (y - mean[1]) for x, y in logs) / sum((x - mean[0]) ** 2 for x, _ in logs)
     return slope
 
 
-def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
-    """What was asked for, beside what was measured."""
+def claims(rows: Rows) -> list[Claim]:
+    """Required figures, with what was measured."""
     at = {row["cell"]: row for row in rows}
     stream, many = at["clone, streaming"], at["scan, 32x32"]
     found = [
@@ -317,14 +310,14 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
         at_most(f"clone, ResNet-50 pair, {large['n']} samples of 224x224, seconds", 600, large["seconds"]),
         at_most(f"clone, ResNet-50 pair, {large['n']} samples of 224x224, GiB", 8, large["peak_gib"]),
         at_most("attach to a composite around ResNet-50, seconds", 0.05, large["attach_again_seconds"]),
-        at_most("attach to ResNet-50 itself, which is recorded then, seconds", 0.05, large["attach_seconds"]),
+        at_most("attach to ResNet-50 itself, including recording, seconds", 0.05, large["attach_seconds"]),
         at_most("detach from ResNet-50, seconds", 0.05, large["detach_seconds"]),
         at_most("fingerprint of ResNet-50, seconds", 0.3, large["fingerprint_seconds"]),
     ]
 
 
-def markdown(rows: Sequence[Mapping[str, Any]], threads: int, picture: str | None) -> str:
-    """The rows as a table, with what must be said."""
+def markdown(rows: Rows, threads: int, picture: str | None) -> str:
+    """The rows as a table, with explanations."""
     shown = [["" if row[key] is None else row[key] for key in COLUMNS] for row in rows]
     large = next((row for row in rows if row["cell"] == LARGE), None)
     last = "The ResNet-50 pair was not measured."
@@ -336,15 +329,15 @@ def markdown(rows: Sequence[Mapping[str, Any]], threads: int, picture: str | Non
     drawn = [f"![scan time]({picture})", ""] if picture else []
     return "\n".join(
         [
-            "Random weights and images; ResNet-20 pairs on 32x32 with 10 base and 10 new classes, for cuts ResNet-68 "
-            f"of half the width, 48 images; {threads} threads, for `clone, processes` one each.",
+            "Random weights and images; ResNet-20 pairs on 32x32 with 10 base and 10 new classes; for cuts, ResNet-68 "
+            f"of half width and 48 images; {threads} threads, for `clone, processes` one each.",
             "",
             table(COLUMNS, shown),
             "",
             *drawn,
-            "`n`: samples, cuts asked for, or processes. `seconds`: by the clock, which other work on the machine "
-            "makes longer; `cpu_seconds`: of all threads of the (first) process. `peak_gib`: peak memory above what "
-            "the process had with its networks in memory; on a GPU, of the GPU.",
+            "`n`: samples, requested cuts, or processes. `seconds`: wall-clock time, which depends on other work on "
+            "the machine; `cpu_seconds`: of all threads of the (first) process. `peak_gib`: peak memory in addition to "
+            "that of the process with its networks loaded; on a GPU, of the GPU.",
             "",
             last,
         ]

@@ -1,53 +1,52 @@
-"""Speed, side by side in one run: making a clone, running it, and attaching it; what was asked for, beside it."""
+"""Speed of making, running and attaching clones, compared in one run, with the required figures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from statistics import fmean
-from typing import Any
 
 from pnc.bench import job_times, latency
+from pnc.bench.bench import Bench, Rows
 from pnc.bench.job_times import CLOSED, GATES, SEARCH, SEQUENTIAL, TUNED
 from pnc.bench.latency import ALIGNED, ALIGNED_SINGLES, LARGE, PLUMBING, WHOLE, several
-from pnc.bench.position_strategies import Setting
 from pnc.bench.result_files import Cells, Claim, at_most, over_seeds, table
+from pnc.bench.setting import Setting
 from pnc.method.task import Progress
 
 PARTS = ("latency", "life", "job")
 KEYS = ("part", "case", "form")
-Rows = Sequence[Mapping[str, Any]]
 
 
-def run(
-    setting: Setting,
-    parts: Sequence[str],
-    layouts: Sequence[str],
-    seeds: range,
-    cells: Cells,
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Measure what is not there yet.
+def bench(
+    setting: Setting, parts: Sequence[str], layouts: Sequence[str], seeds: range, threads: int, device: str
+) -> Bench:
+    """Measure some parts of the bench.
 
     Args:
         setting: Networks and images.
         parts: Out of `PARTS`; latency and life go together.
-        layouts: Out of `latency.LAYOUTS`, the first one included.
-        seeds: Of the jobs; latency is measured with clones of the first one.
-        cells: Rows that are there already are not made again; keys: `KEYS`.
-        progress: Called with what is being done, the steps done, and the steps in all.
-    Returns:
-        All rows.
+        layouts: Out of `latency.LAYOUTS`, including the first.
+        seeds: Of the jobs; latency is measured with clones of the first seed.
+        threads: Of torch; rows depend on it, and on the device.
+        device: Where both networks are, as named on the command line.
     """
-    if "latency" in parts or "life" in parts:
-        latency.run(setting, seeds[0], layouts, cells, progress)
-    if "job" in parts:
-        job_times.run(setting, seeds, cells, progress)
-    return [row for row in cells.rows if row["part"] in parts]
+
+    def measure(cells: Cells, progress: Progress | None) -> Rows:
+        if "latency" in parts or "life" in parts:
+            latency.run(setting, seeds[0], layouts, cells, progress)
+        if "job" in parts:
+            job_times.run(setting, seeds, cells, progress)
+        return [row for row in cells.rows if row["part"] in parts]
+
+    settings, text = {**setting.facts, "threads": threads, "device": device}, partial(markdown, setting=setting)
+    facts = lambda rows: {**setting.facts, "rows": rows}  # noqa: E731
+    return Bench("speed", KEYS, settings, measure, claims, text, facts, setting.device)
 
 
 # ------------------------------------------------------------------------------------------------------------- claims
 
 
 def claims(rows: Rows) -> list[Claim]:
-    """What was asked for, beside what was measured, as far as it was measured."""
+    """Required figures, with what was measured, as far as it was measured."""
     return [*_job_claims(rows), *_latency_claims(rows), *_life_claims(rows)]
 
 
@@ -109,13 +108,9 @@ def _life_claims(rows: Rows) -> list[Claim]:
 # ------------------------------------------------------------------------------------------------------------- tables
 
 
-def markdown(rows: Rows, setting: Setting, data: str) -> str:
-    """Tables of all parts; `data` is the name of the images."""
-    flips = ", with mirror images" if setting.flip else ""
-    lines = [
-        f"{data}; support of {setting.n_new}/{setting.n_base} images per new/base class{flips}. Source "
-        f"`{setting.source.spec}`, target `{setting.target.spec}`.",
-    ]
+def markdown(rows: Rows, setting: Setting) -> str:
+    """Tables of all parts."""
+    lines = [f"{setting.words}. Source `{setting.source.spec}`, target `{setting.target.spec}`."]
     job = [row for row in rows if row["part"] == "job"]
     if job:
         lines += ["", "## Making", "", _table(("form", "case", "seconds", "n_macs", "peak_bytes", "estimated"), job)]
@@ -137,7 +132,7 @@ def markdown(rows: Rows, setting: Setting, data: str) -> str:
 
 
 def _least(job: Rows) -> list[str]:
-    """What no fine-tuning can be beaten by: one pass of the support through both networks."""
+    """The least work for a clone: one pass of the support through both networks, compared with fine-tuning."""
     once = [row["once_macs"] for row in job if row["form"] == CLOSED]
     tuned = [row["n_macs"] for row in job if row["form"] == TUNED]
     if not once or not tuned:
@@ -145,9 +140,9 @@ def _least(job: Rows) -> list[str]:
     ratio = fmean(tuned) / fmean(once)
     return [
         "",
-        f"The support through both networks once, which is the least that a clone needs, takes {fmean(once):.3g} "
-        f"multiply-accumulates: one fine-tuning takes {ratio:.1f} times as many. `{CLOSED}` also runs what follows "
-        "each position that it scores.",
+        f"One pass of the support through both networks, the least that a clone needs, takes {fmean(once):.3g} "
+        f"multiply-accumulates; one fine-tuning takes {ratio:.1f} times as many. `{CLOSED}` also runs the rest of the "
+        "source for each position that it scores.",
     ]
 
 
@@ -159,19 +154,18 @@ def _table(keys: Sequence[str], rows: Rows) -> str:
 
 
 _MAKING = (
-    "Seconds from two loaded networks and the support on: recording, all positions, the fit. "
-    f"`{SEARCH}`: every training of the search and the one with what it chose; `{TUNED}`: that one alone. "
-    f"`{job_times.SCRATCH}`: a network like the source, on all training images of its classes, estimated: the "
-    "time of a step, times the steps of `pnc pretrain`. `n_macs`: multiply-accumulates of the whole job, "
-    "backward passes included, as torch's counter knows them."
+    "Seconds from two loaded networks and the support: recording, scanning all positions, fitting. "
+    f"`{SEARCH}`: all trainings of the search and the final one; `{TUNED}`: the final one alone. "
+    f"`{job_times.SCRATCH}`: a network like the source, on all training images of its classes, estimated as the "
+    "time of a step times the steps of `pnc pretrain`. `n_macs`: multiply-accumulates of the whole job, "
+    "including backward passes, according to torch's counter."
 )
 _RUNNING = (
     "Milliseconds for one batch: median and quartiles over rounds in which all forms of a case run in turn. "
     "`of_target`, `of_whole`: medians of the ratios within a round, to the target alone, and to "
-    f"`{WHOLE}` or to the target with as many whole sources. `n_macs`: multiply-accumulates executed for one image, as "
-    "torch's counter knows them. `peak_bytes`: by how much the process grew meanwhile, at most. "
-    "Channels were chosen by one-shot scores, at the position "
-    "that the scan takes by default; each of several clones is of one class, at density .3. "
-    f"`{PLUMBING}`: from the last cut of the target on, through a network of an eighth of the width."
+    f"`{WHOLE}` or the target with as many whole sources. `n_macs`: multiply-accumulates executed for one image, "
+    "according to torch's counter. `peak_bytes`: peak growth of the process. Channels were chosen by one-shot scores, "
+    "at the position that the scan chooses by default; several clones have one class each, at density .3. "
+    f"`{PLUMBING}`: from the last cut of the target, through a network of an eighth of the width."
 )
-_LIFE = f"Milliseconds; `{LARGE}` takes images of 224x224 and has random weights, like what is attached to it."
+_LIFE = f"Milliseconds; `{LARGE}` takes images of 224x224; it and the clone attached to it have random weights."

@@ -1,9 +1,9 @@
-"""Channel layouts as data: which removable atom every index of a tensor belongs to, and which atoms must go together.
+"""Channel layouts as data: which removable atom every index of a tensor belongs to, and which atoms go together.
 
 Every output channel of every convolution or linear layer is an *atom*, an integer. A tensor's layout says along which
-of its dims atoms lie. Operations that only move data are followed by running them on the atom numbers themselves, so
-that no rule about reshapes, permutations or slices is written down twice. Operations that need two channels to go
-together unite their atoms; an operation that is not understood gets its input in full size (`opaque`).
+of its dims atoms lie. Operations that only move data are run on the atom numbers themselves, so that reshapes,
+permutations and slices need no rules of their own. Operations that tie two channels together unite their atoms; an
+operation without a rule receives its input in full size (`opaque`).
 """
 
 import operator
@@ -25,8 +25,8 @@ class Layout:
     """Which atom each index of one tensor belongs to.
 
     Attributes:
-        ids: int64, same rank as the tensor; size 1 along dims where nothing is tracked, the tensor's size otherwise.
-        zero: Removed channels hold exactly 0 here once the producers' rows are zeroed.
+        ids: int64, same rank as the tensor; size 1 along dims without atoms, the tensor's size otherwise.
+        zero: Whether removed channels are exactly 0 here once the rows of their producers are zeroed.
     """
 
     ids: Tensor
@@ -39,7 +39,7 @@ class Layout:
 
 
 def fixed(rank: int) -> Layout:
-    """Layout of a tensor of which nothing can be removed."""
+    """Layout of a tensor from which nothing can be removed."""
     return Layout(torch.full((1,) * rank, FIXED))
 
 
@@ -48,10 +48,10 @@ Result = Layout | tuple[Layout, ...]
 
 
 class Atoms:
-    """Atoms, the pairs that must go together, and the frozen ones with their reasons.
+    """Atoms, the pairs that can only be removed together, and the frozen ones with their reasons.
 
-    Pairs are only collected; `roots` finds the connected components of all of them at once, so that the cost is a few
-    vector operations instead of one Python step per channel.
+    Pairs are collected first; `roots` then finds their connected components at once, in a few vector operations instead
+    of one Python step per channel.
     """
 
     def __init__(self) -> None:
@@ -66,11 +66,11 @@ class Atoms:
         return ids
 
     def freeze(self, ids: Tensor, reason: str) -> None:
-        """Forbid for good that any atom in `ids` be removed."""
+        """Forbid removing any atom in `ids`."""
         self._frozen.append((ids.reshape(-1), reason))
 
     def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
-        """Bind the atoms of two broadcastable arrays pairwise; one that meets a fixed index is frozen with `reason`."""
+        """Bind the atoms of two broadcastable arrays pairwise; an atom paired with a fixed index is frozen."""
         a, b = torch.broadcast_tensors(a, b)
         mixed = (a == FIXED) != (b == FIXED)
         if bool(mixed.any()):
@@ -82,7 +82,7 @@ class Atoms:
     def bind_whole(self, ids: Tensor, keep: Sequence[int], reason: str) -> Tensor:
         """Bind all atoms that share their index along the dims in `keep`.
 
-        Where an operation mixes the other dims, what remains removable is a whole index of the kept ones.
+        Used where an operation mixes the other dims: only whole indices of the kept ones remain removable.
 
         Returns:
             One representative per index of the kept dims; size 1 along the others.
@@ -123,14 +123,15 @@ class Atoms:
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor that can be cut to size: a leaf module's parameter or buffer, or an operand inside the graph.
+    """A tensor that can shrink: a leaf module's parameter or buffer, or an operand inside the graph.
 
     Attributes:
-        name: Qualified name of the module's tensor; name of the operand's node where `user` is set.
+        name: Qualified name of the module's tensor; name of the operand's node if `user` is set.
         user: Name of the node that reads the operand; "" for a module's tensor.
         shape: Its shape.
-        is_parameter: It is a parameter, or will be one once it is cut (`constant_sources`); no buffer.
-        origin: Name of the network's tensor that it is, or is made of, for people.
+        is_parameter: Whether it is a parameter, or becomes one once it is shrunk (`constant_sources`), rather than a
+            buffer.
+        origin: Name of the tensor of the network that it is, or is computed from.
     """
 
     name: str
@@ -146,9 +147,9 @@ class AtomSlice:
 
     Attributes:
         weight: The tensor.
-        dim: The dim; None for an operand where it is not known yet along which dim the channels will lie.
-        ids: Atoms (size of `dim`,); where `dim` is None, laid out like the result that the operand is broadcast to.
-        zeroed: A mask writes zeros there.
+        dim: The dim; None for an operand whose channel dim is not known yet.
+        ids: Atoms (size of `dim`,); if `dim` is None, laid out like the result that the operand is broadcast to.
+        zeroed: Whether a mask writes zeros there.
     """
 
     weight: Weight
@@ -158,16 +159,16 @@ class AtomSlice:
 
 
 class Tracker:
-    """Everything that one walk over a segment collects; the rules write here.
+    """What one walk over a segment collects; the rules write here.
 
     Attributes:
         modules: All modules of the segment by qualified name.
         parameters: Qualified names of its parameters.
         data: Nodes whose content depends on the segment's input.
         shared: Leaf modules that are called, or whose weights are used, more than once.
-        refused: Layers of which nothing can be removed, with the reason.
-        reads: (reader, what it reads) wherever channels end: in a layer that mixes them, a sum over them, the output.
-        refills: (reader, what it reads) where removed channels have to be filled in again.
+        refused: Layers from which nothing can be removed, with the reason.
+        reads: (reader, node that it reads) wherever channels end: in a layer that mixes them, in a sum, in the output.
+        refills: (reader, node that it reads) wherever zeros are inserted for removed channels.
         layouts: Layout per node, a tuple for a node with several results.
         slices: Weights and operands that follow atoms.
         forms: (ids, dims allowed to shrink) of every tensor with atoms along several dims: only whole indices of one
@@ -196,12 +197,12 @@ class Tracker:
                 self._holders.setdefault(storage, []).append(node)
 
     def of(self, node: object) -> Layout:
-        """Layout of a node with a single tensor output; a fixed scalar's for anything else."""
+        """Layout of a node with a single tensor output; that of a fixed scalar for anything else."""
         layout = self.layouts.get(node) if isinstance(node, fx.Node) else None
         return layout if isinstance(layout, Layout) else fixed(0)
 
     def inputs(self, node: fx.Node) -> list[Layout]:
-        """Layouts of all tensors that a node reads, those inside tuples included."""
+        """Layouts of all tensors that a node reads, including those inside tuples."""
         found: list[Layout] = []
         for source in node.all_input_nodes:
             layout = self.layouts.get(source)
@@ -209,7 +210,7 @@ class Tracker:
         return found
 
     def weight(self, node: fx.Node, position: int, name: str) -> Weight | None:
-        """A layer's weight: a tensor of the module, or an operand of the functional form; None where it has none."""
+        """A layer's weight: a tensor of the module, or an operand of the functional form; None if it has none."""
         if node.op != "call_module":
             operand = argument(node, position, name)
             return self.operand(node, operand) if isinstance(operand, fx.Node) else None
@@ -225,14 +226,14 @@ class Tracker:
         return Weight(name, "", shape, is_parameter, origin=name)
 
     def operand(self, node: fx.Node, operand: fx.Node) -> Weight:
-        """An operand that `node` reads, as something that can be cut to size."""
+        """An operand that `node` reads, as a tensor that can shrink."""
         sources = constant_sources(operand)
         origins = [str(source.target) for source in sources or ()]
         is_parameter = any(origin in self.parameters for origin in origins)
         return Weight(operand.name, node.name, shape_of(operand), is_parameter, origins[0] if origins else operand.name)
 
     def follow(self, weight: Weight | None, dim: int | None, ids: Tensor, zeroed: bool) -> None:
-        """Note that a dim of a weight follows atoms; `None` for a weight that the layer does not have."""
+        """Note that a dim of a weight follows atoms; does nothing for a weight that the layer lacks."""
         if weight is None or not bool((ids != FIXED).any()):
             return
         known = self._followed.get((weight, dim))
@@ -243,13 +244,13 @@ class Tracker:
             self.atoms.unite(known, ids, f"{weight.name} is used twice by {weight.user}")
 
     def freeze(self, node: fx.Node, reason: str) -> None:
-        """Freeze everything that a node reads."""
+        """Freeze all atoms that a node reads."""
         for layout in self.inputs(node):
             if layout.dims:
                 self.atoms.freeze(layout.ids, reason)
 
     def may_be_replaced(self, source: fx.Node, reader: fx.Node) -> bool:
-        """Whether `reader` may get a copy of `source`: it does not write to it, or nobody else looks there again."""
+        """Whether `reader` may read a copy of `source`: it does not write to it, or nothing reads it later."""
         written = info(reader).writes & info(source).holds
         earlier = [
             node
@@ -260,11 +261,11 @@ class Tracker:
         return not any(self.is_read_after(node, reader) for node in earlier)
 
     def is_read_after(self, node: fx.Node, later: fx.Node) -> bool:
-        """Whether anything behind `later` reads `node`."""
+        """Whether anything after `later` reads `node`."""
         return self._last_use[node] > self._position[later]
 
     def rigid(self, ids: Tensor, dim: int, reason: str) -> None:
-        """Dim `dim` of a tensor must keep its size: other dims have to carry the removal, or nothing does."""
+        """Keep the size of `dim` of a tensor: only indices of other dims can be removed, if any."""
         others = tuple(d for d, size in enumerate(ids.shape) if size > 1 and d != dim)
         if others:
             self.forms.append((ids, others))
@@ -272,7 +273,7 @@ class Tracker:
             self.atoms.freeze(ids, reason)
 
     def store(self, node: fx.Node, result: Result) -> None:
-        """Note a node's layout and, where atoms lie along several dims, that they must stay rectangular."""
+        """Note a node's layout; if atoms lie along several dims, also that the tensor must stay rectangular."""
         self.layouts[node] = result
         for layout in (result,) if isinstance(result, Layout) else result:
             if len(layout.dims) > 1:
@@ -280,13 +281,13 @@ class Tracker:
 
 
 def _shared_leaves(segment: fx.GraphModule, modules: dict[str, nn.Module]) -> set[str]:
-    """Leaf modules whose weights serve more than one call: shrinking them for one call would break the other."""
+    """Leaf modules whose weights are used by several calls: shrinking them for one would break the others."""
     users: dict[int, set[str]] = {}
     for node in segment.graph.nodes:
         held: list[object] = []
         if node.op == "call_module":
             held += modules[node.target].parameters()
-            if isinstance(modules[node.target], (_NormBase, nn.GroupNorm)):  # those without weights hold numbers
+            if isinstance(modules[node.target], (_NormBase, nn.GroupNorm)):  # holds sizes even without weights
                 held.append(modules[node.target])
         elif node.op == "get_attr":
             held.append(operator.attrgetter(node.target)(segment))
@@ -297,10 +298,10 @@ def _shared_leaves(segment: fx.GraphModule, modules: dict[str, nn.Module]) -> se
 
 
 def opaque(t: Tracker, node: fx.Node, reason: str = "") -> Layout:
-    """An operation that is not understood: it gets every tensor in full size, and its result keeps all channels.
+    """An operation without a rule: it receives every tensor in full size, and its result keeps all channels.
 
-    Removed channels are filled in again as zeros in front of it, which is what a mask would give. Where they would not
-    be zero, or are written to, they freeze with the reason.
+    Zeros are inserted for removed channels, as a mask would have them. Channels that would not be zero, or that are
+    written to, freeze with the reason.
     """
     for source in node.all_input_nodes:
         layout = t.layouts.get(source)
@@ -314,7 +315,7 @@ def opaque(t: Tracker, node: fx.Node, reason: str = "") -> Layout:
 
 
 def compress(full: Tensor) -> Tensor:
-    """Drop the dims along which an array of atoms does not vary: (full shape) -> size 1 there."""
+    """Reduce dims along which an array of atoms does not vary to size 1."""
     for dim in range(full.dim()):
         if full.shape[dim] > 1:
             first = full.narrow(dim, 0, 1)
@@ -324,5 +325,5 @@ def compress(full: Tensor) -> Tensor:
 
 
 def align(ids: Tensor, rank: int) -> Tensor:
-    """Prepend dims of size 1, as broadcasting does."""
+    """Prepend dims of size 1, like broadcasting."""
     return ids.reshape((1,) * (rank - ids.dim()) + tuple(ids.shape))

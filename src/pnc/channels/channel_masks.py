@@ -48,7 +48,7 @@ class ChannelMasks:
         n_bytes = _DIGEST_BYTES + (spaces.n_units + 7) // 8
         if len(data) != n_bytes or data[:_DIGEST_BYTES] != _digest(empty):
             raise MismatchError(
-                f"masks: {len(data)} bytes that belong to other channel spaces than the given ones "
+                f"masks: {len(data)} bytes for other channel spaces than the given ones "
                 f"({len(spaces.spaces)} spaces, {spaces.n_units} units, {n_bytes} bytes); use the network that the "
                 "masks were made for, and the same version of pnc"
             )

@@ -1,8 +1,8 @@
-"""Channel spaces: which internal channels of a network's part can be removed for real, and what has to go with them.
+"""Channel spaces: which internal channels of a part of a network can be removed, and what has to go with them.
 
-`channel_spaces` walks the recorded graph once (rules in `channel_rules.py`, bookkeeping in `layouts.py`) and returns
-the plan as data: the spaces, which dim of which weight follows which channels, and where channels lie in every tensor.
-`masks.py` chooses channels, `compaction.py` applies the plan.
+`channel_spaces` walks the recorded graph once (rules in `rule_table`, bookkeeping in `channel_layouts`) and returns the
+plan as data: the spaces, which dim of which weight follows which channels, and where channels lie in every tensor.
+`channel_masks` chooses channels, `compaction` applies the plan.
 """
 
 from collections.abc import Mapping
@@ -24,16 +24,16 @@ KEPT = -1
 class ChannelSpace:
     """A set of channels that can be removed one by one (one *unit* at a time).
 
-    A unit is whatever has to go together: one channel in all layers that share a residual stream, a whole group of a
-    grouped convolution, a whole attention head.
+    A unit is a set of channels that can only be removed together: one channel of all layers that share a residual
+    stream, a whole group of a grouped convolution, a whole attention head.
 
     Attributes:
-        name: Its first producer, with a number where one layer opens several spaces; stable between runs.
+        name: Its first producer, with a number if one layer opens several spaces; the same in every run.
         start: Number of its first unit among the units of all spaces.
         size: Number of units.
         granule: Channels per unit in the first producer.
         producers: Names of the tensors that a mask zeroes.
-        consumers: Names of the other tensors that follow.
+        consumers: Names of the other tensors that shrink with it.
     """
 
     name: str
@@ -49,14 +49,14 @@ class WeightSlice:
     """One dim of a weight that follows units.
 
     Attributes:
-        tensor: Qualified name of a leaf module's parameter or buffer; the operand's node where `user` is set.
+        tensor: Qualified name of a leaf module's parameter or buffer; the operand's node if `user` is set.
         user: Node that reads the operand; "" for a module's tensor.
         dim: The dim that shrinks.
-        units: Unit of each index along it, `KEPT` where none; int64.
+        units: Unit of each index along it, `KEPT` if none; int64.
         shape: Full shape of the tensor.
-        is_parameter: It is a parameter, or becomes one once it is cut; no buffer.
-        origin: Name of the network's tensor that it is, or is made of.
-        zeroed: A mask writes zeros there.
+        is_parameter: Whether it is a parameter, or becomes one once it is shrunk, rather than a buffer.
+        origin: Name of the tensor of the network that it is, or is computed from.
+        zeroed: Whether a mask writes zeros there.
     """
 
     tensor: str
@@ -84,11 +84,11 @@ class ChannelSpaces:
     Attributes:
         spaces: In the order of the forward pass.
         slices: All weights that follow units.
-        nodes: Where units lie in the tensors of the graph; nodes without any are missing.
-        reads: (reader, what it reads) of the nodes where units end: a layer that mixes them, a sum over them, the free
-            output. A factor per unit on these edges, and only there, does what removing the units would do.
-        refills: Those of them that need their input in full size, with zeros for removed units.
-        output: Where units lie in the segment's output; None where it keeps all its channels.
+        nodes: Where units lie in the tensors of the graph; nodes without units are missing.
+        reads: (reader, node that it reads) wherever units end: in a layer that mixes them, in a sum over them, in the
+            free output. A factor per unit on these edges alone has the effect of removing the units.
+        refills: Those of them whose reader needs its input in full size, with zeros for removed units.
+        output: Where units lie in the segment's output; None if it keeps all its channels.
         frozen: Layers whose channels cannot be removed (all, or some), with the reason.
     """
 
@@ -107,16 +107,15 @@ class ChannelSpaces:
 
 
 def channel_spaces(segment: fx.GraphModule, free_output: bool = False) -> ChannelSpaces:
-    """Find the channels of a segment that can be removed; nothing of the segment is changed.
+    """Find the channels of a segment that can be removed; the segment is not changed.
 
-    Nothing is guessed: channels of the segment's input stay, those of its output unless freed, and those that a
-    removal would be seen of (`ChannelSpaces.frozen`). An operation that is not understood gets its input in full size,
-    with zeros where channels were removed (`ChannelSpaces.refills`), and keeps all channels of its result.
+    Nothing is guessed. Channels of the segment's input always stay, those of its output unless `free_output`, and any
+    whose removal would change more than zeroing them (`ChannelSpaces.frozen`). An operation without a rule receives its
+    input in full size, with zeros for removed channels (`ChannelSpaces.refills`), and keeps all channels of its result.
 
     Args:
-        segment: Part of a recorded network, as `cuts.extract` returns it.
-        free_output: Let the output lose channels too: `ChannelSpaces.output` then says which. For a clone whose head is
-            fitted on the features afterwards.
+        segment: Part of a recorded network, from `cut_points.extract`.
+        free_output: Let the output lose channels too; `ChannelSpaces.output` then says where they lie.
     """
     segment = opened(segment)
     tracker = Tracker(segment)
@@ -147,14 +146,14 @@ def _visit(tracker: Tracker, node: fx.Node) -> None:
         tracker.store(node, fixed(len(shape_of(node))))
     else:
         result = apply_rule(tracker, node)
-        if facts.shape is None and isinstance(result, Layout):  # several results, of which the rule knows one
-            tracker.atoms.freeze(result.ids, f"{describe(node)} gives more than a tensor")
+        if facts.shape is None and isinstance(result, Layout):  # several results, but the rule covers only one
+            tracker.atoms.freeze(result.ids, f"{describe(node)} returns more than a tensor")
             result = fixed(0)
         tracker.store(node, result)
 
 
 def _note_memory(tracker: Tracker, node: fx.Node, holders: dict[int, list[fx.Node]]) -> None:
-    """After a write in place, what is read under older names is the written content."""
+    """After a write in place, older names of the same memory read what was written."""
     result = tracker.layouts.get(node)
     for storage in info(node).writes:
         for other in holders.get(storage, ()):
@@ -204,10 +203,10 @@ def _edges(pairs: list[tuple[fx.Node, fx.Node]], nodes: Mapping[str, Channels]) 
 
 
 def _settle_forms(tracker: Tracker) -> Tensor:
-    """Make every tensor with atoms along several dims stay rectangular; returns the final roots.
+    """Keep every tensor with atoms along several dims rectangular; returns the final roots.
 
-    One of its dims must carry the removal: if the atoms are not bound accordingly yet, the largest dim is chosen (a
-    channel shuffle's groups of channels, say, where attention has already bound whole heads).
+    Only whole indices of one dim can be removed. Attention has already bound whole heads; where nothing has bound the
+    atoms yet, as in a channel shuffle, the largest dim is chosen.
     """
     roots = tracker.atoms.roots()
     for ids, allowed in tracker.forms:
@@ -219,7 +218,7 @@ def _settle_forms(tracker: Tracker) -> Tensor:
 
 
 def _carrier(roots: Tensor, allowed: tuple[int, ...]) -> int | None:
-    """The largest dim of which every whole index belongs to one component."""
+    """The largest dim along which every index belongs to one component as a whole."""
     for dim in sorted(allowed, key=lambda d: -roots.shape[d]):
         first = roots
         for other in range(roots.dim()):
@@ -260,7 +259,7 @@ def _weight_slice(atom_slice: AtomSlice, roots: Tensor, unit_of: Tensor) -> Weig
 def _group_roots(tracker: Tracker, roots: Tensor, frozen: Mapping[int, str]) -> list[Tensor]:
     """Removable roots, grouped into spaces: those that touch the same dims of the same weights equally often.
 
-    The grouping is by a hash; were two signatures to collide, two spaces would be shown as one, nothing worse.
+    Groups are found by a hash; a collision would only show two spaces as one.
     """
     signature = torch.zeros(tracker.atoms.n_atoms, dtype=torch.int64)
     produced = torch.zeros(tracker.atoms.n_atoms, dtype=torch.bool)
@@ -276,7 +275,7 @@ def _group_roots(tracker: Tracker, roots: Tensor, frozen: Mapping[int, str]) -> 
     _, label = torch.unique(signature[removable], return_inverse=True)
     order = torch.argsort(label, stable=True)
     groups = torch.split(removable[order], label.bincount().tolist())
-    # A single unit can never go: at least one of a space stays.
+    # The only unit of a space can never be removed: at least one stays.
     return sorted((g for g in groups if len(g) > 1), key=lambda g: int(g[0]))
 
 
@@ -304,12 +303,12 @@ def _describe_spaces(
 
 
 def _layer(tensor: str) -> str:
-    """The layer that a tensor belongs to; the tensor itself where it is the network's own."""
+    """The layer that a tensor belongs to; the tensor itself if it belongs to the network directly."""
     return tensor.rpartition(".")[0] or tensor
 
 
 def _frozen_layers(tracker: Tracker, roots: Tensor, unit_of: Tensor, reasons: Mapping[int, str]) -> dict[str, str]:
-    """Layers that make channels of which some can never be removed, with the reason of the first such channel."""
+    """Layers with output channels that can never be removed, with the reason of the first such channel."""
     found = dict(tracker.refused)
     for atom_slice in tracker.slices:
         if atom_slice.zeroed and atom_slice.dim == 0:

@@ -1,7 +1,7 @@
-"""From masks to a smaller module: the same function as the masked one, with the dropped channels really gone.
+"""Compaction: a smaller module without the dropped channels that computes the same function as the masked one.
 
-Both forms are deep copies; the segment that they come from keeps its tensors. That they agree is checked on random
-input in float64 whenever a segment is compacted, so that a wrong rule about an operation cannot give a wrong network.
+Both forms are deep copies; the original segment keeps its tensors. They are compared on random input in float64
+whenever a segment is compacted, so that a wrong rule cannot give a wrong network.
 """
 
 import copy
@@ -26,13 +26,13 @@ from pnc.foundation.errors import MismatchError, PNCError
 from pnc.graph.nodes import NodeInfo, constant_sources, info, shape_of
 
 TOLERANCE = 1e-10
-"""Largest accepted difference of masked and compacted outputs, relative to the largest output, in float64."""
+"""Largest accepted difference between masked and compacted outputs, relative to the largest output, in float64."""
 
 
 def mask_segment(segment: fx.GraphModule, spaces: ChannelSpaces, masks: ChannelMasks) -> fx.GraphModule:
-    """Copy of a segment in which the dropped channels are zero, with the weights and biases of their norms.
+    """Copy of a segment with the dropped channels set to zero, including the weights and biases of their norms.
 
-    Same shapes as before; the reference for what `compact` computes, and a cheap way to try masks.
+    All shapes stay; it is the reference for `compact`, and a cheap way to try masks.
 
     Args:
         segment: The one that `spaces` were found in.
@@ -43,10 +43,10 @@ def mask_segment(segment: fx.GraphModule, spaces: ChannelSpaces, masks: ChannelM
 
 
 def compact(segment: fx.GraphModule, spaces: ChannelSpaces, masks: ChannelMasks) -> fx.GraphModule:
-    """Copy of a segment without the dropped channels: smaller weights, same function as `mask_segment`.
+    """Copy of a segment without the dropped channels: smaller weights, the same function as `mask_segment`.
 
-    Has its own tensors, in evaluation mode and without gradients. Where `spaces` were found with a free output, the
-    output has the channels `output_channels` only.
+    Has its own tensors, in evaluation mode and without gradients. If `spaces` were found with a free output, the output
+    has only the channels `output_channels`.
 
     Args:
         segment: The one that `spaces` were found in.
@@ -63,16 +63,16 @@ def compact(segment: fx.GraphModule, spaces: ChannelSpaces, masks: ChannelMasks)
 
 
 def output_channels(spaces: ChannelSpaces, masks: ChannelMasks) -> Tensor | None:
-    """Indices of the output's channels that a compacted segment still has, int64; None where it has all of them."""
+    """Indices of the output channels that a compacted segment keeps, int64; None if it keeps all."""
     if spaces.output is None:
         return None
     return kept_flags(spaces, masks)[spaces.output.units].nonzero().reshape(-1)
 
 
 def _structure(segment: fx.GraphModule) -> fx.GraphModule:
-    """Copy of graph and modules that still shares the tensors, in evaluation mode, parametrizations made plain weights.
+    """Copy of graph and modules that shares the tensors, in evaluation mode, with parametrizations made plain weights.
 
-    Tensors of the copy may be replaced but not written to; `_own` ends the sharing.
+    Tensors of the copy may be replaced but not written to; `_own` gives it tensors of its own.
     """
     structure = copy.deepcopy(segment, {id(t): t for t in [*segment.parameters(), *segment.buffers()]})
     for name, module in list(structure.named_modules()):
@@ -84,9 +84,9 @@ def _structure(segment: fx.GraphModule) -> fx.GraphModule:
 
 
 def _plain(module: nn.Module) -> nn.Module:
-    """A parametrized module as one of its original class, with its present weights as parameters.
+    """A parametrized module as one of its original class, with its current weights as parameters.
 
-    Not by `remove_parametrizations`: that changes the class, which the original shares, and writes to tensors.
+    `remove_parametrizations` cannot be used: it changes the class, which the original shares, and writes to tensors.
     """
     plain_class: Any = parametrize.type_before_parametrizations(module)
     plain: nn.Module = plain_class.__new__(plain_class)
@@ -99,7 +99,7 @@ def _plain(module: nn.Module) -> nn.Module:
 
 
 def _own(segment: fx.GraphModule, dtype: torch.dtype | None = None) -> fx.GraphModule:
-    """Give a structure its own tensors, without gradients; floating-point ones converted if `dtype` says so."""
+    """Give a structure its own tensors, without gradients; floating-point ones converted to `dtype` if given."""
     for module in segment.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
@@ -118,11 +118,11 @@ def own_copy(segment: fx.GraphModule) -> fx.GraphModule:
 
 
 def kept_flags(spaces: ChannelSpaces, masks: ChannelMasks) -> Tensor:
-    """Kept flag of every unit, and True at the end, where `KEPT` (-1) points; (n_units + 1,)."""
+    """Kept flag of every unit, and True at the end, which `KEPT` (-1) selects; (n_units + 1,)."""
     if {s.name: s.size for s in spaces.spaces} != {name: len(mask) for name, mask in masks.kept.items()}:
         raise MismatchError(
-            "masks: made for other channel spaces than the given ones; make them with channel_masks or "
-            "masks_within from these spaces"
+            "masks: made for other channel spaces than the given ones; make them from these spaces, with channel_masks "
+            "or masks_within"
         )
     return torch.cat([masks.flat, torch.ones(1, dtype=torch.bool)])
 
@@ -154,7 +154,7 @@ def _shrink(segment: fx.GraphModule, spaces: ChannelSpaces, flags: Tensor) -> fx
             _insert(segment, nodes, s, torch.index_select, keep)
     for reader, source in spaces.refills:
         _refill(segment, nodes[reader], nodes[source], spaces.nodes[source], flags)
-    for node in nodes.values():  # looks at the layers as they were, but at the operands as they are
+    for node in nodes.values():  # with the layers still as they were, but the operands as they are now
         rewrite(node, spaces.nodes, flags)
         if node.op == "call_module":
             _resize_bare_norm(segment.get_submodule(str(node.target)), spaces.nodes.get(node.name), flags)
@@ -176,9 +176,9 @@ def _insert(
     index: Tensor,
     *arguments: float,
 ) -> None:
-    """Put `function(operand, dim, index, ...)` between an operand inside the graph and the node that reads it."""
+    """Insert `function(operand, dim, index, ...)` between an operand inside the graph and the node that reads it."""
     operand, user = nodes[s.tensor], nodes[s.user]
-    # An operand that follows several sets of channels is cut once for each: what the user reads now is the last result.
+    # An operand that follows several sets of channels shrinks once for each: the user reads the last result.
     while operand not in user.all_input_nodes:
         operand = next(n for n in operand.users if n.meta.get("cut_for") == s.user)
     with segment.graph.inserting_before(user):
@@ -191,7 +191,7 @@ def _insert(
 
 
 def _refill(segment: fx.GraphModule, reader: fx.Node, source: fx.Node, channels: Channels, flags: Tensor) -> None:
-    """Fill in zeros for removed channels in front of a node that needs them."""
+    """Insert zeros for removed channels before a node that needs its input in full size."""
     keep = flags[channels.units].nonzero().reshape(-1)
     if len(keep) == len(channels.units):
         return
@@ -205,14 +205,14 @@ def _refill(segment: fx.GraphModule, reader: fx.Node, source: fx.Node, channels:
 
 def filled(x: Tensor, dim: int, index: Tensor, size: int) -> Tensor:
     """A tensor of `size` along `dim`, with the entries of `x` at `index` and zeros elsewhere."""
-    if isinstance(x, fx.Proxy):  # the graph is traced anew where it is unpickled
+    if isinstance(x, fx.Proxy):  # the graph is traced again when it is unpickled
         return cast(Tensor, x.tracer.create_proxy("call_function", filled, (x, dim, index, size), {}))
     shape = [size if d == dim else n for d, n in enumerate(x.shape)]
     return x.new_zeros(shape).index_copy(dim, index, x)
 
 
 def _hold(segment: fx.GraphModule, index: Tensor) -> fx.Node:
-    """A node that holds indices, at the graph's place of insertion."""
+    """A node that holds indices, at the graph's insertion point."""
     name = f"_index{sum(key.startswith('_index') for key in segment._buffers)}"
     segment.register_buffer(name, index.to(_device(segment)), persistent=False)
     held = segment.graph.get_attr(name)
@@ -222,7 +222,7 @@ def _hold(segment: fx.GraphModule, index: Tensor) -> fx.Node:
 
 
 def _fold(segment: fx.GraphModule) -> fx.GraphModule:
-    """Replace constants that were cut to size by parameters of that size, and drop what they were computed from."""
+    """Replace constants that shrank by parameters of their new size, and drop what they were computed from."""
     for node in list(segment.graph.nodes):
         last = "cut_for" in node.meta and not any(user.target is torch.index_select for user in node.users)
         sources = constant_sources(node) if last else None
@@ -247,7 +247,7 @@ def _fold(segment: fx.GraphModule) -> fx.GraphModule:
 
 
 def _value(segment: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-    """What a constant node holds."""
+    """The value of a constant node."""
     if node.op == "get_attr":
         return _attribute(segment, str(node.target))
     if node not in known:
@@ -266,7 +266,7 @@ def _attribute(segment: fx.GraphModule, name: str) -> Tensor:
 
 
 def _erase(segment: fx.GraphModule, node: fx.Node) -> None:
-    """Erase a node and what only it needed, attributes of the segment included."""
+    """Erase a node and everything that only it used, including attributes of the segment."""
     sources = node.all_input_nodes
     target = str(node.target)
     was_attribute = node.op == "get_attr"
@@ -281,10 +281,10 @@ def _erase(segment: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _resize_module(module: nn.Module, old: int, new: int) -> None:
-    """Correct the numbers that a layer keeps beside its tensors, of which one dim shrank from `old` to `new`."""
+    """Correct the sizes that a layer stores as attributes, after one dim of a tensor shrank from `old` to `new`."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         before, module.out_channels = module.out_channels, module.weight.shape[0]
-        if module.groups > 1:  # only whole groups go
+        if module.groups > 1:  # only whole groups are removed
             module.groups = module.groups * module.out_channels // before
         module.in_channels = module.weight.shape[1] * module.groups
     elif isinstance(module, nn.Linear):
@@ -296,13 +296,13 @@ def _resize_module(module: nn.Module, old: int, new: int) -> None:
 
 
 def _resize_bare_norm(module: nn.Module, channels: Channels | None, flags: Tensor) -> None:
-    """The same for a norm without weights, which no slice leads to."""
+    """Do the same for a norm without weights, which has no slices."""
     if channels is not None and isinstance(module, (_NormBase, nn.GroupNorm)) and module.weight is None:
         _resize_module(module, len(channels.units), int(flags[channels.units].sum()))
 
 
 def _correct_info(segment: fx.GraphModule, spaces: ChannelSpaces, flags: Tensor) -> None:
-    """Shapes and costs of all nodes, as a recording of the smaller segment would give them."""
+    """Set shapes and costs of all nodes to those that a recording of the smaller segment would have."""
     nodes = {node.name: node for node in segment.graph.nodes}
     n_macs = Costs(segment, spaces).by_node(flags[:-1])
     left: dict[str, float] = {}  # of each weight, as a share
@@ -338,7 +338,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _as_double(segment: fx.GraphModule) -> fx.GraphModule:
-    """Give a structure tensors of float64, and turn the casts inside its graph to float64 too."""
+    """Give a structure tensors of float64, and let the casts inside its graph give float64 too."""
 
     def double(value: Any) -> Any:
         return torch.float64 if value in _FLOATS else value
@@ -352,10 +352,10 @@ def _as_double(segment: fx.GraphModule) -> fx.GraphModule:
 
 
 def _check(masked: fx.GraphModule, smaller: fx.GraphModule, spaces: ChannelSpaces, flags: Tensor) -> None:
-    """Compare both on random input of the recorded shape, in float64 where the network can compute in it.
+    """Compare both on random input of the recorded shape, in float64 if the network supports it.
 
     Raises:
-        PNCError: the outputs differ by more than `TOLERANCE` (by more than rounding, where float64 is impossible).
+        PNCError: the outputs differ by more than `TOLERANCE` (by more than rounding if float64 is not supported).
     """
     given = next(node for node in masked.graph.nodes if node.op == "placeholder")
     x = torch.randn(shape_of(given), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -363,7 +363,7 @@ def _check(masked: fx.GraphModule, smaller: fx.GraphModule, spaces: ChannelSpace
     with torch.no_grad():
         try:
             expected, smaller = _as_double(_structure(masked))(x.clone()), _as_double(_structure(smaller))
-        except RuntimeError:  # layers that are fixed to their type, such as quantized ones
+        except RuntimeError:  # layers fixed to one type, such as quantized ones
             dtype = info(given).dtype
             assert dtype is not None
             x, tolerance = x.to(dtype), torch.finfo(dtype).eps ** 0.5

@@ -1,7 +1,7 @@
-"""Rules for layers with weights: convolution, linear, normalisation, and leaf modules that experiments understand.
+"""Rules for layers with weights: convolution, linear, normalisation, and leaf modules tested by experiment.
 
 A rule reads the layouts of a node's inputs, notes in the `Tracker` which weights follow which atoms and which atoms
-must go together, and returns the layout of the node's result.
+go together, and returns the layout of the node's result.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _read_channels(t: Tracker, node: fx.Node, source: Layout, dim: int) -> Tensor | None:
-    """Atoms along the channel dim of a layer's input; None where there are none, or others than these."""
+    """Atoms along the channel dim of a layer's input; None if there are none, or atoms along other dims."""
     if source.dims == (dim,):
         return source.ids.reshape(-1)
     if source.dims:
-        opaque(t, node, f"{describe(node)} reads channels that lie along another dim")
+        opaque(t, node, f"{describe(node)} reads channels along another dim")
     return None
 
 
@@ -36,7 +36,7 @@ def _mixing_layer(t: Tracker, node: fx.Node, dim: int) -> Result:
     source = t.of(node.args[0])
     channels = _read_channels(t, node, source, dim)
     if channels is not None:
-        # Where f(0) is not 0 (an offset behind the activation), a mask must act on the reader's columns as well.
+        # If removed channels are not 0 (an offset after the activation), a mask must zero the reader's columns too.
         t.follow(weight, 1, channels, zeroed=not source.zero)
         t.reads.append((node, node.all_input_nodes[0]))
     assert weight is not None
@@ -50,7 +50,7 @@ def _mixing_layer(t: Tracker, node: fx.Node, dim: int) -> Result:
 
 
 def linear(t: Tracker, node: fx.Node) -> Result:
-    """Linear layer, over the last dim; where the channels lie along another dim, they pass through one by one."""
+    """Linear layer over the last dim; channels along another dim pass through one by one."""
     source, last = t.of(node.args[0]), len(shape_of(node)) - 1
     if source.dims and last not in source.dims:
         return Layout(source.ids, source.zero and t.weight(node, 2, "bias") is None)
@@ -67,7 +67,7 @@ def convolution(t: Tracker, node: fx.Node) -> Result:
 
 
 def _grouped_conv(t: Tracker, node: fx.Node, groups: int) -> Result:
-    """Channels go in whole groups, a group's inputs and outputs together; depthwise is a group per channel."""
+    """Whole groups are removed, with their inputs and outputs; depthwise means one group per channel."""
     weight, bias = t.weight(node, 1, "weight"), t.weight(node, 2, "bias")
     source, rank = t.of(node.args[0]), len(shape_of(node))
     channels = _read_channels(t, node, source, 1)
@@ -83,7 +83,7 @@ def _grouped_conv(t: Tracker, node: fx.Node, groups: int) -> Result:
 
 
 def foreign_convolution(t: Tracker, node: fx.Node) -> Result:
-    """A convolution with a forward of its own ("same" padding, standardised weights): tried out."""
+    """A convolution with its own forward ("same" padding, standardised weights), tested by experiment."""
     module = t.modules[str(node.target)]
     assert isinstance(module, CONVOLUTIONS)
     rows, columns = module_probes.sliceable_conv(module, shape_of(node.args[0]))
@@ -93,7 +93,7 @@ def foreign_convolution(t: Tracker, node: fx.Node) -> Result:
 
 
 def refuse(t: Tracker, node: fx.Node, reason: str) -> Result:
-    """A layer of which nothing can be removed, neither what it reads nor what it makes."""
+    """A layer from which nothing can be removed, neither inputs nor outputs."""
     t.refused[str(node.target)] = reason
     return opaque(t, node, reason)
 
@@ -102,7 +102,7 @@ def refuse(t: Tracker, node: fx.Node, reason: str) -> Result:
 
 
 def channel_norm(t: Tracker, node: fx.Node) -> Result:
-    """BatchNorm and InstanceNorm in evaluation mode: channel by channel; zero weight and bias make zero."""
+    """BatchNorm and InstanceNorm in evaluation mode: channel by channel; zero weight and bias give zero."""
     source = t.of(node.args[0])
     channels = _read_channels(t, node, source, 1)
     if channels is None:
@@ -113,12 +113,12 @@ def channel_norm(t: Tracker, node: fx.Node) -> Result:
         t.follow(tensor, 0, channels, zeroed=False)
     for tensor in (weight, bias):
         t.follow(tensor, 0, channels, zeroed=True)
-    # Without statistics (InstanceNorm) a channel of zeros stays zero; with them the mean is subtracted.
+    # Without running statistics (InstanceNorm) a channel of zeros stays zero; otherwise the mean is subtracted.
     return Layout(source.ids, zero=weight is not None or (source.zero and statistics == [None, None]))
 
 
 def group_norm(t: Tracker, node: fx.Node) -> Result:
-    """Channels go in whole groups; one by one where there is a single group."""
+    """Whole groups are removed; single channels if there is only one group."""
     module = t.modules[str(node.target)] if node.op == "call_module" else None
     groups = int(module.num_groups if isinstance(module, nn.GroupNorm) else argument(node, 1, "num_groups"))
     source = t.of(node.args[0])
@@ -136,7 +136,7 @@ def group_norm(t: Tracker, node: fx.Node) -> Result:
 
 
 def layer_norm(t: Tracker, node: fx.Node) -> Result:
-    """LayerNorm and RMSNorm over the last dims: over channels one by one; per head, whole heads can go."""
+    """LayerNorm and RMSNorm over the last dims: single channels can go; if they act per head, whole heads."""
     source, last = t.of(node.args[0]), len(shape_of(node)) - 1
     weight = t.weight(node, 2, "weight")
     bias = t.weight(node, 3, "bias") if "rms" not in family(node).lower() else None
@@ -149,10 +149,10 @@ def layer_norm(t: Tracker, node: fx.Node) -> Result:
 
 
 def _shared_norm(t: Tracker, node: fx.Node, channels: Tensor, affine: Sequence[Weight | None]) -> Result:
-    """A norm whose mean and variance count all channels of a sample or token.
+    """A norm over all channels of a sample or token.
 
-    Removed channels count as zeros: `compaction` makes it a norm of the part that is left, with the old number of
-    channels in its denominators.
+    Removed channels count as zeros: `compaction` computes the norm of the remaining ones with the old number of
+    channels in the denominators.
     """
     source = t.of(node.args[0])
     if not source.zero:
@@ -163,7 +163,7 @@ def _shared_norm(t: Tracker, node: fx.Node, channels: Tensor, affine: Sequence[W
 
 
 def _mix(t: Tracker, node: fx.Node, dims: Sequence[int], zero: bool) -> Result:
-    """An operation that mixes what lies along `dims` and keeps the shape: whole indices of the other dims survive."""
+    """An operation that mixes `dims` and keeps the shape: whole indices of the other dims can be removed."""
     source = t.of(node.args[0])
     mixed = [d % max(source.ids.dim(), 1) for d in dims]
     others = [d for d in source.dims if d not in mixed]
@@ -174,24 +174,24 @@ def _mix(t: Tracker, node: fx.Node, dims: Sequence[int], zero: bool) -> Result:
 
 
 def softmax(t: Tracker, node: fx.Node) -> Result:
-    """Mixes one dim, and makes uniform weights of zeros."""
+    """Softmax mixes one dim, and turns zeros into uniform weights."""
     dim = getattr(t.modules[str(node.target)], "dim", None) if node.op == "call_module" else argument(node, 1, "dim")
     return opaque(t, node) if dim is None else _mix(t, node, (int(dim),), zero=False)
 
 
 def normalize(t: Tracker, node: fx.Node) -> Result:
-    """Division by the norm along one dim (never by less than eps): zeros stay zero."""
+    """Division by the norm along one dim, or by eps if that is larger: zeros stay zero."""
     return _mix(t, node, (int(argument(node, 2, "dim", 1)),), zero=True)
 
 
 def activation(t: Tracker, node: fx.Node) -> Result:
-    """A function of each entry alone; zero stays zero where f(0) = 0, which is tried out."""
+    """A function of each entry alone; zero stays zero if f(0) = 0, which is tested."""
     source, module = t.of(node.args[0]), t.modules[str(node.target)]
     return Layout(source.ids, source.zero and module_probes.maps_zero_to_zero(module, source.ids.dim()))
 
 
 def foreign_leaf(t: Tracker, node: fx.Node) -> Result:
-    """A module without a rule: elementwise, or channel by channel with parameters, if experiments show so."""
+    """A module without a rule: elementwise, or channel by channel with parameters, if experiments show it."""
     module, sources = t.modules[str(node.target)], node.all_input_nodes
     reason = f"no rule for {type(module).__name__} ({node.target})"
     if len(sources) != 1 or node.args != (sources[0],) or node.kwargs:

@@ -1,4 +1,4 @@
-"""Budgets: multiply-accumulates of a segment for any choice of channels, and the best choice within a bound."""
+"""MAC budgets: the cost of a segment for any choice of channels, and the best choice within a bound."""
 
 import math
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ from pnc.foundation.argument_checks import check_whole
 from pnc.foundation.errors import InputError
 from pnc.graph.nodes import info
 
-_ROUNDING = 1e-3  # of one MAC: a density that was computed from a number of MACs gives that number back
+_ROUNDING = 1e-3  # of one MAC, so that a density computed from a number of MACs gives that number back
 
 
 @dataclass(frozen=True)
 class _Term:
-    """A node whose cost shrinks with units: for each weight of it the units along the dims that follow any."""
+    """A node whose cost shrinks with units: for each of its weights, the units along each dim that follows any."""
 
     node: str
     n_macs: int
@@ -51,12 +51,12 @@ class Costs:
         return self._fixed + sum(self.by_node(kept).values())
 
     def density(self, kept: Tensor) -> float:
-        """Share of the prunable MACs that is kept: 0 where one unit of each space is, 1 where nothing can go."""
+        """Share of the prunable MACs that is kept: 0 if one unit of each space is, 1 if all are or none can go."""
         prunable = self.most - self.least
         return (self.n_macs(kept) - self.least) / prunable if prunable else 1.0
 
     def bound(self, density: float) -> int:
-        """The number of MACs that a density stands for, rounded down."""
+        """The number of MACs at a density, rounded down."""
         return self.least + math.floor(density * (self.most - self.least) + _ROUNDING)
 
     def prices(self) -> Tensor:
@@ -73,19 +73,19 @@ class Costs:
 
 
 def masks_within(costs: Costs, ranking: Mapping[str, Tensor], n_macs: int, round_to: int = 1) -> ChannelMasks:
-    """Keep the units of highest rank, as many as a number of multiply-accumulates allows.
+    """Keep the units of highest rank, as many as a bound on multiply-accumulates allows.
 
-    One ranking across all spaces; the best unit of each space always stays. Then the room that is left is used up: no
-    unit of any space could be added within the bound.
+    All spaces share one ranking; the best unit of each space always stays. The rest of the budget is then filled up
+    until no unit of any space fits.
 
     Args:
         costs: Of the segment.
-        ranking: Space name -> (size,), one for every space; higher stays longer.
-        n_macs: Bound on what the segment may cost per sample.
-        round_to: Keep a multiple of so many channels in each space (or all of them), counted in its first producer.
+        ranking: Space name -> (size,), for every space; higher ranks stay longer.
+        n_macs: Bound on the cost of the segment per sample.
+        round_to: Keep a multiple of this number of channels in each space (or all), counted in its first producer.
     Raises:
-        InputError: ranks are missing, of another shape or not finite; `round_to` is below 1; the bound is below what
-            the fewest channels cost.
+        InputError: ranks are missing, of another shape or not finite; `round_to` is below 1; the bound is below the
+            cost of the fewest channels.
     """
     check_whole(round_to, "round_to", 1)
     spaces = costs.spaces
@@ -98,21 +98,21 @@ def masks_within(costs: Costs, ranking: Mapping[str, Tensor], n_macs: int, round
     least = costs.n_macs(blocks.kept(blocks.first))
     if least > n_macs:
         raise InputError(
-            f"n_macs: {n_macs} multiply-accumulates are too few, the fewest channels that can stay with "
-            f"round_to={round_to} cost {least} already; allow more, or take a smaller round_to"
+            f"n_macs: {n_macs} multiply-accumulates are too few; the fewest channels that can stay with "
+            f"round_to={round_to} cost {least}; allow more, or use a smaller round_to"
         )
     kept = blocks.kept(_filled(costs, blocks, _best_prefix(costs, blocks, n_macs), n_macs))
     return ChannelMasks({s.name: kept[s.start : s.start + s.size].clone() for s in spaces.spaces})
 
 
 def best_within(costs: Costs, ranking: Mapping[str, Tensor], n_macs: int) -> Tensor:
-    """Kept flags (n_units,) as in `masks_within`, quickly: unchecked, and without using up the room that is left."""
+    """Kept flags (n_units,) as in `masks_within`, but faster: unchecked, and without filling up the budget."""
     blocks = _Blocks(costs.spaces, ranking, round_to=1)
     return blocks.kept(_best_prefix(costs, blocks, n_macs))
 
 
 def _terms(segment: fx.GraphModule, spaces: ChannelSpaces) -> tuple[list[_Term], int]:
-    """The nodes that shrink with units, and the MACs of all others."""
+    """The nodes whose cost shrinks with units, and the MACs of all others."""
     by_reader: dict[str, dict[tuple[str, str], list[Tensor]]] = {}
     for s in spaces.slices:
         if len(s.shape) > 1:
@@ -138,11 +138,11 @@ def _share(term: _Term, flags: Tensor) -> float:
 
 
 class _Blocks:
-    """Units bundled to what may go at once; within a space a block goes only after all later ones.
+    """Units grouped into blocks that are removed at once; within a space, a block goes only after all later ones.
 
     Attributes:
         first: Blocks that always stay, bool (n_blocks,).
-        order: All other blocks, those that stay longest first.
+        order: All other blocks; those that stay longest come first.
     """
 
     def __init__(self, spaces: ChannelSpaces, ranking: Mapping[str, Tensor], round_to: int) -> None:
@@ -164,11 +164,11 @@ class _Blocks:
         self.order = order[~self.first[order]]
 
     def kept(self, blocks: Tensor) -> Tensor:
-        """Kept flags of units, (n_units,), from those of blocks."""
+        """Kept flags of the units, (n_units,), from those of the blocks."""
         return blocks[self._of_unit]
 
     def prefix(self, length: int) -> Tensor:
-        """Flags of the blocks that always stay and of the best others."""
+        """Flags of the blocks that always stay, and of the `length` best others."""
         return self.first.index_fill(0, self.order[:length], True)
 
 
@@ -186,9 +186,9 @@ def _best_prefix(costs: Costs, blocks: _Blocks, n_macs: int) -> Tensor:
 
 
 def _filled(costs: Costs, blocks: _Blocks, chosen: Tensor, n_macs: int) -> Tensor:
-    """Add further blocks, the best that fits first, until none does."""
+    """Add the best block that fits, until none does."""
     while True:
-        # The next one of a space: the block before it stays.
+        # Only the next block of each space: the one before it stays.
         following = [b for b in blocks.order.tolist() if not chosen[b] and chosen[b - 1]]
         fitting = (chosen.index_fill(0, torch.tensor([b]), True) for b in following)
         better = next((one for one in fitting if costs.n_macs(blocks.kept(one)) <= n_macs), None)

@@ -1,8 +1,8 @@
-"""Leaf modules of other libraries, or with hooks, opened: replaced by the operations that they are made of.
+"""Leaf modules of other libraries, or with hooks, replaced by the operations that they consist of.
 
-A recording keeps modules without children whole. For running them that is right; for removing channels, a norm over
-permuted dims, a blur or a convolution that standardises its weight must be seen from inside. What an opened module
-computes is compared with the module itself; one that does not agree, or cannot be recorded, stays whole.
+A recording keeps modules without children whole. That suffices to run them; to remove channels, the operations inside a
+norm over permuted dims, a blur or a weight-standardising convolution must be known. The operations are compared with
+the module; one that differs, or cannot be recorded, stays whole.
 """
 
 import dataclasses
@@ -27,16 +27,16 @@ _PROBE_SIZE = 5  # a batch size other than the recorded ones
 
 @dataclasses.dataclass(frozen=True)
 class _Inside:
-    """What a leaf consists of: a graph, and the modules and tensors that its nodes name, by that name."""
+    """What a leaf consists of: a graph, and the modules and tensors that its nodes refer to, by name."""
 
     graph: fx.Graph
     attributes: dict[str, Any]
 
 
 def opened(segment: fx.GraphModule) -> fx.GraphModule:
-    """The segment with foreign leaf modules replaced by their operations; itself where there are none.
+    """The segment with foreign leaf modules replaced by their operations; the segment itself if it has none.
 
-    Shares the modules and tensors of the segment. The same segment gives the same node names every time.
+    Shares the modules and tensors of the segment. The same segment always gives the same node names.
     """
     inside: dict[fx.Node, _Inside] = {}
     for node in segment.graph.nodes:
@@ -48,7 +48,7 @@ def opened(segment: fx.GraphModule) -> fx.GraphModule:
 
 
 def _look_inside(node: fx.Node, module: nn.Module) -> _Inside | None:
-    """The operations of a leaf that no rule or experiment understands as a whole."""
+    """The operations of a leaf that no rule or experiment covers as a whole."""
     if isinstance(module, nn.MultiheadAttention):
         attends_to_itself = _is_plain_self_attention(node, module)
         return _record(_SelfAttention(module), node, prefix="inner.") if attends_to_itself else None
@@ -56,17 +56,17 @@ def _look_inside(node: fx.Node, module: nn.Module) -> _Inside | None:
     shape = shape_of(sources[0]) if len(sources) == 1 else ()
     if node.args != tuple(sources) or node.kwargs or len(shape) < 2:
         return None
-    if has_hooks(module):  # they may change what passes, or make the weight
+    if has_hooks(module):  # they may change the output, or compute the weight
         return _record(module, node)
     of_torch = isinstance(module, _NormBase) or type(module).__module__.startswith("torch.nn.")
     return None if of_torch or is_understood(module, shape) else _record(module, node)
 
 
 def _record(module: nn.Module, node: fx.Node, prefix: str = "") -> _Inside | None:
-    """Run a leaf on random input at the recorded batch sizes, then compare at another one.
+    """Record a leaf on random input at the recorded batch sizes, then compare at another one.
 
     Args:
-        prefix: What the names of the leaf's own attributes start with in `module`.
+        prefix: Prefix of the names of the leaf's attributes in `module`.
     """
     facts = info(node.all_input_nodes[0])
     assert facts.shape is not None and facts.shape3 is not None
@@ -101,7 +101,7 @@ def _record(module: nn.Module, node: fx.Node, prefix: str = "") -> _Inside | Non
 
 
 def _read_batch_size_from(facts: NodeInfo, graph: fx.Graph) -> None:
-    """The recorder takes the first dim for the batch; within a network it may be another one, or a multiple."""
+    """Correct the batch dim: the recorder assumes the first; within a network it may be another, or a multiple."""
     assert facts.shape is not None and facts.shape3 is not None
     dim = next((d for d, (a, b) in enumerate(zip(facts.shape, facts.shape3, strict=True)) if a != b), 0)
     factor = facts.shape[dim] // BATCH_SIZES[0]
@@ -117,7 +117,7 @@ def _read_batch_size_from(facts: NodeInfo, graph: fx.Graph) -> None:
 
 def _single_tensor(out: object) -> Tensor:
     if not isinstance(out, Tensor):
-        raise RecordingError(f"a leaf module that gives {type(out).__name__}, not a tensor")
+        raise RecordingError(f"a leaf module returns {type(out).__name__}, not a tensor")
     return out
 
 
@@ -125,7 +125,7 @@ def _single_tensor(out: object) -> Tensor:
 
 
 def _replaced(segment: fx.GraphModule, inside: dict[fx.Node, _Inside]) -> fx.GraphModule:
-    """The segment with the given nodes replaced by what is inside of them."""
+    """The segment with the given nodes replaced by the operations inside them."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     root: dict[str, Any] = {}
@@ -134,7 +134,7 @@ def _replaced(segment: fx.GraphModule, inside: dict[fx.Node, _Inside]) -> fx.Gra
             root |= {f"{node.target}.{name}": value for name, value in inside[node].attributes.items()}
             copies[node] = _inline(graph, node, copies[node.all_input_nodes[0]], inside[node], number)
         elif node.target is operator.getitem and node.args[0] in inside:
-            copies[node] = copies[node.args[0]]  # attention gives (result, None)
+            copies[node] = copies[node.args[0]]  # attention returns (result, None)
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
             if node.op in ("call_module", "get_attr"):
@@ -159,7 +159,7 @@ def _inline(graph: fx.Graph, node: fx.Node, source: fx.Node, inside: _Inside, nu
 
 
 def _placed(facts: NodeInfo, given: fx.Node, source: fx.Node, node: fx.Node, number: int) -> NodeInfo:
-    """Facts about a node inside a leaf, in the segment's terms: storages renumbered, its input's are the source's."""
+    """Facts about a node inside a leaf in the segment's terms: storages renumbered, the input's taken from `source`."""
 
     def storages(inner: frozenset[int]) -> frozenset[int]:
         own = {-(number * 1_000_000 + s) - 1 for s in inner - info(given).holds}
@@ -180,7 +180,7 @@ def _placed(facts: NodeInfo, given: fx.Node, source: fx.Node, node: fx.Node, num
 
 
 class _SelfAttention(nn.Module):
-    """What `nn.MultiheadAttention` computes from one tensor, in plain operations."""
+    """Self-attention as `nn.MultiheadAttention` computes it, in plain operations."""
 
     def __init__(self, inner: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class _SelfAttention(nn.Module):
 
 
 def _is_plain_self_attention(node: fx.Node, module: nn.MultiheadAttention) -> bool:
-    """Whether a call attends from one tensor to itself, without masks, and only its first result is read."""
+    """Whether a call is self-attention without masks of which only the first result is read."""
     if len(node.all_input_nodes) != 1 or len(shape_of(node.all_input_nodes[0])) != 3 or len(node.args) != 3:
         return False
     plain = all(value is None or isinstance(value, bool) for value in node.kwargs.values())

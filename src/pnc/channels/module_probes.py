@@ -1,7 +1,7 @@
 """Numeric experiments on leaf modules of any library: does one work channel by channel, does it map 0 to 0?
 
-Each experiment runs a copy of the module, in float64, on a small random input, so that no list of class names is
-needed. What an experiment cannot show is taken as not understood.
+Each experiment runs a copy of the module in float64 on a small random input, instead of relying on class names. What no
+experiment shows counts as unknown.
 """
 
 import copy
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError, AssertionError)
-"""What the forward of a foreign module may raise on an input that it was not made for."""
+"""Errors that a foreign module may raise on an unsuitable input."""
 
 _MAX_EXTENT = 9
 """Spatial size of the probes: larger than usual kernels, small enough to be cheap."""
@@ -20,12 +20,12 @@ _MAX_EXTENT = 9
 
 @dataclass(frozen=True)
 class PerChannel:
-    """A leaf module whose output channel i depends on its input channel i only.
+    """A leaf module whose output channel i depends only on its input channel i.
 
     Attributes:
         tensors: (name, dim) of each parameter and buffer that has one entry per channel.
-        makes_zero: Its output is exactly 0 where those parameters are 0, whatever the input.
-        keeps_zero: Its output is exactly 0 where those parameters and the input are 0.
+        makes_zero: Whether its output is exactly 0 where those parameters are 0, for any input.
+        keeps_zero: Whether its output is exactly 0 where those parameters and the input are 0.
     """
 
     tensors: tuple[tuple[str, int], ...]
@@ -34,16 +34,16 @@ class PerChannel:
 
 
 def run(module: nn.Module, *inputs: Tensor) -> list[Tensor] | None:
-    """Outputs of a copy of the module in evaluation mode and float64; None where it fails or gives no single tensor.
+    """Outputs of a copy of the module in evaluation mode and float64; None if it fails or returns no single tensor.
 
-    Calls `forward` directly, so that hooks of the module's owner see nothing, and keeps the global random state.
+    Calls `forward` directly, so that no hooks run, and keeps the global random state.
     """
     copied = _copied(module)
     return None if copied is None else _run(copied, *inputs)
 
 
 def _copied(module: nn.Module) -> nn.Module | None:
-    """A copy to experiment with, in evaluation mode and float64 on the CPU; None where it cannot be made."""
+    """A copy to experiment with, in evaluation mode and float64 on the CPU; None if it cannot be copied."""
     try:
         return copy.deepcopy(module).to(device="cpu", dtype=torch.float64).eval()
     except FAILURES:
@@ -60,15 +60,15 @@ def _run(copied: nn.Module, *inputs: Tensor) -> list[Tensor] | None:
 
 
 def probe_input(shape: Sequence[int], dim: int) -> Tensor:
-    """Random tensor of a recorded shape, its spatial dims cut down; float64."""
+    """Random tensor of a recorded shape, with spatial dims of at most `_MAX_EXTENT`; float64."""
     sizes = [min(s, _MAX_EXTENT) if len(shape) > 3 and d not in (0, dim) else s for d, s in enumerate(shape)]
     return torch.randn(sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def is_elementwise(module: nn.Module, rank: int) -> bool:
-    """Whether an output entry depends on the input entry at its own place only, in the same way at all places.
+    """Whether every output entry is the same function of the input entry at its place alone.
 
-    False for modules with tensors.
+    False for modules with parameters or buffers.
     """
     if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
         return False
@@ -92,16 +92,16 @@ def is_elementwise(module: nn.Module, rank: int) -> bool:
 
 
 def maps_zero_to_zero(module: nn.Module, rank: int) -> bool:
-    """Whether f(0) = 0 exactly, for an elementwise module."""
+    """Whether an elementwise module maps 0 to exactly 0."""
     outs = run(module, torch.zeros((1, 1, 2, 2, 2)[:rank], dtype=torch.float64))
     return outs is not None and not bool(outs[0].any())
 
 
 def per_channel(module: nn.Module, shape: Sequence[int], dim: int) -> PerChannel | None:
-    """Whether a module with parameters treats the channels at `dim` one by one; None where that cannot be shown.
+    """Test whether a module with parameters treats the channels along `dim` one by one; None if not.
 
-    Dropping two channels of the input, and the entries of the parameters that have one per channel, must drop the same
-    two channels of the output and change nothing else.
+    Dropping two channels of the input, with the parameters' entries for them, must drop the same two channels of the
+    output and change nothing else.
     """
     copied, x = _copied(module), probe_input(shape, dim)
     n_channels = shape[dim]
@@ -128,7 +128,7 @@ def per_channel(module: nn.Module, shape: Sequence[int], dim: int) -> PerChannel
     if part is None or not close(part[0], outs[0].index_select(dim, keep)):
         return None
     zeroed = _run(copied, x, x.index_fill(dim, dropped, 0.0))
-    assert zeroed is not None  # it ran with other numbers
+    assert zeroed is not None  # it ran on other values
     makes_zero, keeps_zero = (not bool(z.index_select(dim, dropped).any()) for z in zeroed)
     return PerChannel(tuple(tensors), makes_zero, keeps_zero)
 
@@ -141,7 +141,7 @@ def owned_tensor(root: nn.Module, name: str) -> Tensor:
 
 
 def replace_tensor(root: nn.Module, name: str, value: Tensor) -> None:
-    """Put another tensor in the place of a parameter (a new one, without gradient) or buffer of a copied module."""
+    """Replace a parameter (by a new one, without gradient) or a buffer of a copied module."""
     owner, _, leaf = name.rpartition(".")
     module = root.get_submodule(owner)
     if leaf in module._parameters:
@@ -151,18 +151,18 @@ def replace_tensor(root: nn.Module, name: str, value: Tensor) -> None:
 
 
 def resize_attributes(module: nn.Module, old: int, new: int) -> None:
-    """Correct the numbers that layers keep beside their tensors when `old` channels became `new`."""
+    """Correct the sizes that a layer stores as attributes when `old` channels became `new`."""
     for name in ("num_features", "num_channels", "num_parameters", "dim", "in_channels", "out_channels", "groups"):
         if getattr(module, name, None) == old and isinstance(getattr(module, name), int):
             setattr(module, name, new)
 
 
 def sliceable_conv(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, shape: Sequence[int]) -> tuple[bool, bool]:
-    """Whether a convolution with a forward of its own still works output by output, and is linear in each input.
+    """Test whether a convolution with its own forward can lose output and input channels.
 
     Returns:
         (rows, columns): dropping rows of its weight drops outputs and changes nothing else; dropping input channels
-        with the weight's columns equals setting them to zero. False where it has groups but is not depthwise.
+        with the weight's columns equals setting them to zero. Both False if it has groups but is not depthwise.
     """
     module, x = copy.deepcopy(module).cpu(), probe_input(shape, 1)
     outs = run(module, x, x.index_fill(1, torch.tensor([0]), 0.0))

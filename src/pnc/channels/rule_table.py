@@ -1,6 +1,6 @@
 """Which rule an operation follows: one table for functions and methods, one for modules.
 
-An operation without a rule gets its input in full size, and all that it makes stays (`layouts.opaque`).
+An operation without a rule receives its input in full size and keeps all its outputs (`channel_layouts.opaque`).
 """
 
 from collections.abc import Callable, Sequence
@@ -22,15 +22,15 @@ def apply_rule(t: Tracker, node: fx.Node) -> Result:
     if node.op == "call_module" and node.target in t.shared:
         return layers.refuse(t, node, f"{node.target} is used more than once or shares its weights")
     if node.op == "call_module" and has_hooks(t.modules[str(node.target)]):
-        return layers.refuse(t, node, f"{node.target} has hooks, which may change what passes")
+        return layers.refuse(t, node, f"{node.target} has hooks, which may change its output")
     rule = _rule(t, node)
     if rule in _WEIGHTED and node.op != "call_module" and _made_of_channels(t, node):
-        return opaque(t, node, f"the weights of {describe(node)} are made of channels that could go")
+        return opaque(t, node, f"the weights of {describe(node)} are computed from removable channels")
     return rule(t, node)
 
 
 def _made_of_channels(t: Tracker, node: fx.Node) -> bool:
-    """Whether channels lie in an operand of a layer's functional form other than its input, or set its groups."""
+    """Whether an operand of a layer's functional form, other than its input, holds channels or a computed number."""
     weights = [operand for operand in node.all_input_nodes if operand is not node.args[0]]
     return any(t.of(weight).dims or not info(weight).is_tensor for weight in weights)
 
@@ -41,12 +41,12 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def opens_channels(t: Tracker, node: fx.Node) -> bool:
-    """Whether a node makes new channels whatever it reads."""
+    """Whether a node opens new channels, whatever it reads."""
     return _rule(t, node) in (layers.convolution, layers.linear, layers.foreign_convolution)
 
 
 def _rule(t: Tracker, node: fx.Node) -> Rule:
-    """From the tables; for a module, the rule of the nearest base class whose forward it really has."""
+    """From the tables; for a module, the rule of the nearest base class whose forward it uses."""
     if node.op != "call_module":
         return FUNCTION_RULES.get(family(node), opaque)
     return _module_rule(t.modules[str(node.target)])
@@ -60,7 +60,7 @@ def _module_rule(module: nn.Module) -> Rule:
 
 
 def is_understood(module: nn.Module, shape: Sequence[int]) -> bool:
-    """Whether a leaf module has a rule, or experiments understand it, given an input of `shape`."""
+    """Whether a leaf module has a rule, or passes an experiment on an input of `shape`."""
     rule = _module_rule(module)
     if rule is layers.foreign_convolution:
         assert isinstance(module, layers.CONVOLUTIONS)
@@ -141,4 +141,4 @@ MODULE_RULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), tensors.conversion),
     **dict.fromkeys(_ACTIVATIONS, layers.activation),
 }
-"""Rules of `torch.nn` layers; modules of other libraries are found out by experiment."""
+"""Rules of `torch.nn` layers; modules of other libraries are tested by experiment."""

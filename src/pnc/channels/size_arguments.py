@@ -1,7 +1,7 @@
-"""Calls that carry sizes: their arguments after some channels are gone.
+"""Size arguments of calls, corrected after channels were removed.
 
-Most operations take the sizes of what they are given. Some are told (reshapes, splits, groups), and some count channels
-(means, norms over all channels): those keep the denominators that they had.
+Most operations adapt to their input. Some carry sizes (reshapes, splits, groups); others count channels (means, norms
+over all channels) and keep their old denominators.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,11 +19,11 @@ Nodes = Mapping[str, Channels]
 
 
 def rewrite(node: fx.Node, nodes: Nodes, flags: Tensor) -> None:
-    """Correct the arguments of a call, if channels lie along the dims that they are about.
+    """Correct the size arguments of a call along the dims that lost channels.
 
     Args:
-        node: In a graph that may be changed.
-        nodes: As found in the graph before.
+        node: Changed in place.
+        nodes: As found in the original graph.
         flags: Kept flag of every unit, and True at the end (`compaction.kept_flags`).
     """
     rule = _REWRITES.get(family(node)) if node.op in ("call_function", "call_method") else None
@@ -61,7 +61,7 @@ def _unflatten(node: fx.Node, nodes: Nodes, flags: Tensor) -> None:
 
 
 def _pieces(node: fx.Node, nodes: Nodes, flags: Tensor) -> None:
-    """`split` and `chunk` along the channels: the sizes of the pieces are spelt out."""
+    """`split` and `chunk` along the channels: the sizes of all pieces are given."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     channels = nodes.get(source.name)
@@ -106,7 +106,7 @@ def _padding(node: fx.Node, nodes: Nodes, flags: Tensor) -> None:
 
 
 def _groups(position: int, name: str) -> Callable[[fx.Node, Nodes, Tensor], None]:
-    """Number of groups of a functional convolution or group norm: only whole groups go."""
+    """Number of groups of a functional convolution or group norm: only whole groups are removed."""
 
     def rewrite(node: fx.Node, nodes: Nodes, flags: Tensor) -> None:
         channels, groups = nodes.get(node.name), argument(node, position, name, 1)
@@ -138,7 +138,7 @@ def _mean(node: fx.Node, nodes: Nodes, flags: Tensor) -> None:
 
 
 def part_mean(x: Tensor, dims: int | list[int], keepdim: bool, share: float) -> Tensor:
-    """Mean of a tensor of which channels of zeros were left out; `share`: what is left of all that the mean counts."""
+    """Mean of a tensor without its channels of zeros; `share` of the entries that the mean counts remain."""
     return x.mean(dims, keepdim) * share
 
 
@@ -152,18 +152,18 @@ def part_norm(
     eps: float | None,
     centred: bool,
 ) -> Tensor:
-    """LayerNorm, RMSNorm or GroupNorm with one group, of a tensor of which channels of zeros were left out.
+    """LayerNorm, RMSNorm or GroupNorm with one group, of a tensor without its channels of zeros.
 
-    Eight arguments, because a graph calls it with numbers only.
+    Eight arguments, because a graph can only pass plain values.
 
     Args:
         x: Any shape.
-        weight: Scale of the channels that are left, (size of `dim`,).
+        weight: Scale of the remaining channels, (size of `dim`,).
         bias: Likewise.
         dim: Of the channels.
         n_dims: Number of last dims that mean and variance are taken over.
-        share: Channels that are left, as a share of all those that mean and variance count.
-        eps: Added to the variance; None for the smallest step of the type, as in RMSNorm.
+        share: Remaining channels as a share of those that mean and variance count.
+        eps: Added to the variance; None for the machine epsilon of the type, as in RMSNorm.
         centred: Subtract the mean (RMSNorm does not).
     """
     dims = list(range(-n_dims, 0))
@@ -180,7 +180,7 @@ def part_norm(
 
 
 def _norm(node: fx.Node, nodes: Nodes, flags: Tensor) -> None:
-    """A norm over all channels, of which some are left; it becomes a call of `part_norm`."""
+    """A norm over all channels, some of them removed: replaced by a call of `part_norm`."""
     source, rank = node.args[0], len(shape_of(node))
     channels = nodes.get(source.name) if isinstance(source, fx.Node) else None
     if channels is None or _n_kept(channels, flags) == len(channels.units):

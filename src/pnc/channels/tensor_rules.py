@@ -1,6 +1,6 @@
 """Rules for operations on tensors: arithmetic, pooling, reductions, products, data movement.
 
-Operations that only move data are run on the atoms themselves.
+Operations that only move data are run on the atoms.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from pnc.graph.nodes import argument, batch_dims, describe, info, scalar_value, 
 
 
 def elementwise(t: Tracker, node: fx.Node) -> Result:
-    """A function of each entry alone; zero stays zero where f(0) = 0, which is tried out."""
+    """A function of each entry alone; zero stays zero if f(0) = 0, which is tested."""
     source = t.of(node.args[0])
     if len(node.all_input_nodes) > 1:
         return opaque(t, node)
@@ -32,24 +32,24 @@ def elementwise(t: Tracker, node: fx.Node) -> Result:
 
 
 def conversion(t: Tracker, node: fx.Node) -> Result:
-    """Another type or device, which a second tensor may tell."""
+    """Another type or device, perhaps that of a second tensor."""
     return t.of(node.args[0])
 
 
 def total(t: Tracker, node: fx.Node) -> Result:
-    """Addition, subtraction, maximum: zero where both operands are."""
+    """Addition, subtraction, maximum: zero where both operands are zero."""
     a, b = argument(node, 0, "input"), argument(node, 1, "other")
     return _total(t, node, (t.of(a), a), (t.of(b), b))
 
 
 def product(t: Tracker, node: fx.Node) -> Result:
-    """Multiplication: zero where either operand is; fixed channels on the other side are cut to size."""
+    """Multiplication: zero where either operand is zero; a constant operand shrinks with the channels."""
     a, b = argument(node, 0, "input"), argument(node, 1, "other")
     return _product(t, node, (t.of(a), a), (t.of(b), b))
 
 
 def quotient(t: Tracker, node: fx.Node) -> Result:
-    """Division: zero where the numerator is, as long as the denominator is not."""
+    """Division: zero where the numerator is zero and the denominator is not."""
     a, b = argument(node, 0, "input"), argument(node, 1, "other")
     first, second = t.of(a), t.of(b)
     if second.dims and (second.zero or not first.dims):
@@ -70,7 +70,7 @@ def sum_of_product(t: Tracker, node: fx.Node) -> Result:
 
 
 _Operand = tuple[Layout, object]
-"""Layout and the argument itself: a node, a number, or None for something without a node of its own."""
+"""Layout and the argument itself: a node, a number, or None for a value without a node."""
 
 
 def _total(t: Tracker, node: fx.Node, a: _Operand, b: _Operand) -> Layout:
@@ -84,7 +84,7 @@ def _total(t: Tracker, node: fx.Node, a: _Operand, b: _Operand) -> Layout:
         return Layout(ids, zero=False)
     if other is None or other in t.data or (info(node).writes and other is node.args[0]):
         return opaque(t, node, f"added to fixed channels by {describe(node)}")
-    # A constant with one entry per channel, such as a bias: cut to size, and masked like one.
+    # A constant with one entry per channel: shrunk and masked like a bias.
     t.follow(t.operand(node, other), None, ids, zeroed=source.zero)
     return Layout(ids, zero=source.zero and _varying(other, ids) == Layout(ids).dims)
 
@@ -118,7 +118,7 @@ def _varying(operand: fx.Node, ids: Tensor) -> tuple[int, ...]:
 
 
 def spatial(t: Tracker, node: fx.Node, n_dims: int = 0) -> Result:
-    """Pooling and resizing over the last dims (all behind the second where `n_dims` is 0), channel by channel."""
+    """Pooling and resizing over the last `n_dims` dims (0: all after the second), channel by channel."""
     source = t.of(node.args[0])
     rank = source.ids.dim()
     if source.dims and source.dims[-1] >= (rank - n_dims if n_dims else 2):
@@ -130,8 +130,8 @@ def reduction(t: Tracker, node: fx.Node, over_channels: bool, position: int = 1)
     """Mean, sum, norm or maximum over some dims.
 
     Args:
-        over_channels: Channels of zeros change nothing (but the denominator of a mean, which `compaction` keeps), so
-            that the channels themselves may be reduced.
+        over_channels: The channel dim may be reduced, since zeros add nothing (`compaction` keeps the denominator of a
+            mean).
         position: Of the argument `dim`.
     """
     source, dims = t.of(node.args[0]), argument(node, position, "dim")
@@ -153,15 +153,15 @@ def reduction(t: Tracker, node: fx.Node, over_channels: bool, position: int = 1)
 
 
 def vector_norm(t: Tracker, node: fx.Node) -> Result:
-    """A norm along some dims; zeros add nothing where its order is positive."""
+    """A norm along some dims; zeros add nothing if its order is positive."""
     order = argument(node, 1, "p", node.kwargs.get("ord", 2))
     return reduction(t, node, over_channels=isinstance(order, (int, float)) and order > 0, position=2)
 
 
 def _contract(t: Tracker, node: fx.Node, sources: Sequence[fx.Node], letters: Sequence[str], out: str) -> Result:
-    """Product summed over the letters that `out` lacks; in einsum's notation, two operands.
+    """Product of two operands summed over the letters that `out` lacks, in einsum's notation.
 
-    Channels along batch letters (attention heads) go together in both operands; channels along a summed letter too.
+    Channels along batch letters (attention heads) or a summed letter go together in both operands.
     """
     layouts = [t.of(source) for source in sources]
     tracked = [{ls[d] for d in layout.dims} for ls, layout in zip(letters, layouts, strict=True)]
@@ -181,7 +181,7 @@ def _contract(t: Tracker, node: fx.Node, sources: Sequence[fx.Node], letters: Se
     summed = (set(letters[0]) & set(letters[1])) - set(out)
     if len(tracked[0]) == 1 and tracked[0] == tracked[1] <= summed and (layouts[0].zero or layouts[1].zero):
         t.atoms.unite(layouts[0].ids.reshape(-1), layouts[1].ids.reshape(-1), reason)
-        t.reads.append((node, sources[0]))  # one factor is enough
+        t.reads.append((node, sources[0]))  # one gate per product is enough
         return fixed(len(out))
     for one, other in ((0, 1), (1, 0)):
         if not tracked[other] and len(tracked[one]) == 1 and tracked[one] <= set(out):
@@ -190,7 +190,7 @@ def _contract(t: Tracker, node: fx.Node, sources: Sequence[fx.Node], letters: Se
 
 
 def _arranged(ids: Tensor, letters: str, out: str) -> Tensor:
-    """Atoms of an operand at the places of the result's dims; size 1 for letters that only one of them has."""
+    """Atoms of an operand, arranged like the result's dims; size 1 for letters that only one of them has."""
     shared = [c for c in out if c in letters]
     ids = ids.movedim([letters.index(c) for c in shared], list(range(len(shared))))
     ids = ids[(...,) + (0,) * (ids.dim() - len(shared))] if ids.dim() > len(shared) else ids
@@ -199,7 +199,7 @@ def _arranged(ids: Tensor, letters: str, out: str) -> Tensor:
 
 
 def matmul(t: Tracker, node: fx.Node) -> Result:
-    """Matrix product of two tensors of at least two dims."""
+    """Matrix product of two tensors with at least two dims."""
     a, b = node.args[0], argument(node, 1, "other", node.kwargs.get("mat2"))
     if not isinstance(a, fx.Node) or not isinstance(b, fx.Node) or min(len(shape_of(a)), len(shape_of(b))) < 2:
         return opaque(t, node)
@@ -209,7 +209,7 @@ def matmul(t: Tracker, node: fx.Node) -> Result:
 
 
 def einsum(t: Tracker, node: fx.Node) -> Result:
-    """Einsum of two operands without repeated letters or ellipsis."""
+    """Einsum of two operands, without repeated letters or ellipsis."""
     operands = node.args[1:] if not isinstance(node.args[1], (tuple, list)) else tuple(node.args[1])
     inputs, _, out = str(node.args[0]).replace(" ", "").partition("->")
     letters = inputs.split(",")
@@ -220,7 +220,7 @@ def einsum(t: Tracker, node: fx.Node) -> Result:
 
 
 def attention(t: Tracker, node: fx.Node) -> Result:
-    """Scaled dot product attention: whole heads go, in queries, keys, values and mask together."""
+    """Scaled dot product attention: whole heads can go, from queries, keys, values and mask together."""
     sources = [argument(node, i, name) for i, name in enumerate(("query", "key", "value"))]
     mask, rank = argument(node, 3, "attn_mask"), len(shape_of(node))
     layouts = [t.of(source) for source in sources]
@@ -242,7 +242,7 @@ def attention(t: Tracker, node: fx.Node) -> Result:
 
 
 def movement(t: Tracker, node: fx.Node) -> Result:
-    """An operation that only moves entries: run on the atoms themselves."""
+    """An operation that only moves entries, run on the atoms."""
     sources = t.inputs(node)
 
     def atoms_of(source: fx.Node) -> Any:
@@ -252,7 +252,7 @@ def movement(t: Tracker, node: fx.Node) -> Result:
     if node.op == "call_module":
         function = t.modules[str(node.target)].forward
     else:
-        # The atoms are not laid out in memory as the tensor was, so that they may have no view where it had one.
+        # The atoms may lie in memory differently from the tensor, so that a view may be impossible.
         target = "reshape" if node.target == "view" else node.target
         function = getattr(torch.Tensor, target) if isinstance(target, str) else target
     out = function(*args, **kwargs)
@@ -271,7 +271,7 @@ def _moved(t: Tracker, node: fx.Node, ids: Tensor, follow_batch: Sequence[int], 
 
 
 def shaped_like(t: Tracker, node: fx.Node) -> Result:
-    """`x.reshape_as(other)` and the like: the other one must lose the same channels, or be shown in full size."""
+    """`x.reshape_as(other)` and the like: the other tensor must lose the same channels, or be read in full size."""
     other = t.of(argument(node, 1, "other"))
     if not t.of(node.args[0]).dims or not other.dims:
         return opaque(t, node)
@@ -282,7 +282,7 @@ def shaped_like(t: Tracker, node: fx.Node) -> Result:
 
 
 def indexing(t: Tracker, node: fx.Node) -> Result:
-    """Indexing: a part of a tuple, or integers and slices along the dims of a tensor."""
+    """Indexing: an element of a tuple, or integers and slices along the dims of a tensor."""
     source, index = node.args[0], node.args[1]
     layout = t.layouts.get(source) if isinstance(source, fx.Node) else None
     if isinstance(layout, tuple):
@@ -298,7 +298,7 @@ def indexing(t: Tracker, node: fx.Node) -> Result:
 
 
 def indexed_dims(places: Sequence[object], rank: int) -> list[tuple[int, int | slice]]:
-    """(dim of the tensor, integer or slice) of every entry of an index; `None` and `...` take no part."""
+    """(dim of the tensor, integer or slice) for every entry of an index, except `None` and `...`."""
     n_used = sum(isinstance(p, (int, slice)) for p in places)
     found: list[tuple[int, int | slice]] = []
     dim = 0
@@ -312,7 +312,7 @@ def indexed_dims(places: Sequence[object], rank: int) -> list[tuple[int, int | s
 
 
 def keep_size(t: Tracker, node: fx.Node, position: int, name: str, default: object) -> Result:
-    """Data movement along dims whose size must stay as it is: unbind, select, flip, roll."""
+    """Data movement along dims whose size must not change: unbind, select, flip, roll."""
     source, dims = t.of(node.args[0]), argument(node, position, name, default)
     rank = source.ids.dim()
     for dim in range(rank) if dims is None else (dims,) if isinstance(dims, int) else dims:
@@ -333,14 +333,14 @@ def concatenate(t: Tracker, node: fx.Node) -> Result:
         shape = shape_of(source)
         parts.append(layout.ids.expand([shape[d] if d == dim or d in others else 1 for d in range(rank)]))
     ids = compress(torch.cat(parts, dim))
-    if others:  # such as tokens: channels with the same number go together in all of them
+    if others:  # such as joined tokens: channels of the same index go together in all parts
         keep = [d for d in range(rank) if d != dim]
         ids = t.atoms.bind_whole(ids, keep, f"joined with fixed channels along another dim by {describe(node)}")
     return Layout(ids, all(layout.zero for layout in layouts if layout.dims))
 
 
 def gated_halves(t: Tracker, node: fx.Node) -> Result:
-    """`glu`: the first half times a function of the second; their channels go in pairs."""
+    """`glu`: the first half times a function of the second; their channels are removed in pairs."""
     source = t.of(node.args[0])
     module = t.modules[str(node.target)] if node.op == "call_module" else None
     dim = int(module.dim if isinstance(module, nn.GLU) else argument(node, 1, "dim", -1)) % source.ids.dim()
@@ -352,7 +352,7 @@ def gated_halves(t: Tracker, node: fx.Node) -> Result:
 
 
 def stacking(t: Tracker, node: fx.Node) -> Result:
-    """Stacking: channels with the same number go together in all operands."""
+    """Stacking: channels of the same index go together in all operands."""
     result = movement(t, node)
     assert isinstance(result, Layout)
     rank = len(shape_of(node))
@@ -362,7 +362,7 @@ def stacking(t: Tracker, node: fx.Node) -> Result:
 
 
 def padding(t: Tracker, node: fx.Node) -> Result:
-    """Padding; new channels of zeros are atoms of their own, that go with the ones they are added to."""
+    """Padding; padded channels are atoms of their own, which go with the channels that they are added to later."""
     source, widths = t.of(node.args[0]), argument(node, 1, "pad")
     mode, value = argument(node, 2, "mode", "constant"), argument(node, 3, "value")
     rank = source.ids.dim()

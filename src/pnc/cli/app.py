@@ -27,6 +27,7 @@ from pnc.cli.arguments import (
 )
 from pnc.cli.bench_commands import bench
 from pnc.cli.clone_commands import evaluate_clones, inspect_clone, predict_images, verify_clone
+from pnc.cli.export_command import export_clones
 from pnc.cli.network_commands import list_cuts, pretrain_network
 from pnc.cli.options import (
     Data,
@@ -52,9 +53,7 @@ from pnc.data.readers import load_data
 from pnc.foundation import process_team
 from pnc.foundation.errors import PNCError
 from pnc.method import pipeline, positions
-from pnc.method.density_choice import Effort, Prefer, check_effort, closed_form
-from pnc.method.localization.localizer import Method
-from pnc.method.part_tuning import Tune, check_tuning
+from pnc.method.settings import Effort, Method, Prefer, Removal, Strategy, Tune, check_effort
 from pnc.method.task import Precision, prepare_task
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -149,7 +148,7 @@ def clone(
         float | None, typer.Option(help="Bound on the accuracy that base images may lose, such as 0.02.")
     ] = None,
     strategy: Annotated[
-        pipeline.Strategy, typer.Option(help="scan: closed form; sequential: the paper's search, to compare with.")
+        Strategy, typer.Option(help="scan: closed form; sequential: the paper's search, to compare with.")
     ] = "scan",
     refine: Annotated[bool, typer.Option(help="Tune the adapter by gradient where that helps; takes minutes.")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the clone; by default made of its classes.")] = None,
@@ -183,9 +182,8 @@ def clone(
         check_trained(*asked)
         parse_support(support)
         wanted_density = parse_density(density)
-        check_effort(effort, prefer)
-        check_tuning(tune, refine)
-        closed_form(wanted_density, method, tune, refine, effort, strategy)
+        removal = Removal(wanted_density, method, round_to, tune)
+        check_effort(effort, prefer, removal, refine, strategy)
         images = load_data(data, "train")
         unlabelled = None if background is None else load_data(background, "train")
         models = [load_network(one, input_shape=images.input_shape) for one in asked]
@@ -295,6 +293,7 @@ app.command("eval")(evaluate_clones)
 app.command("predict")(predict_images)
 app.command("inspect")(inspect_clone)
 app.command("verify")(verify_clone)
+app.command("export")(export_clones)
 app.command("cuts")(list_cuts)
 
 

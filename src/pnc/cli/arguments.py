@@ -1,5 +1,6 @@
 """What the command line names - files, networks, classes, a device - checked before any work, then loaded."""
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pnc.composite.composite import Composite, attach
 from pnc.data.image_set import ImageSet, draw_images
 from pnc.foundation.class_names import listed, parse_classes
 from pnc.foundation.errors import ClassNameError, InputError, PNCError
+from pnc.foundation.file_writing import check_place, checked_path
 from pnc.models.model_specs import LoadedModel, has_own_weights, load_model
 from pnc.models.preprocessing import shape_text
 
@@ -26,19 +28,18 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[str | Pat
         outputs: Path by option; None where the option is not given.
         inputs: Files that are read; what is no file, such as a spec, is passed over.
     Raises:
-        InputError: a folder does not exist or cannot be written to, or a path is a folder, given twice, or an input.
+        InputError: a folder cannot be written to, or a path is given twice, an input, or there and no regular file.
     """
-    taken = {Path(path).resolve() for path in inputs if path is not None}
+    taken = {Path(os.path.realpath(checked_path(path, "input"))) for path in inputs if path is not None}
     for option, path in outputs.items():
         if path is None:
             continue
-        if path.resolve() in taken:
+        place = check_place(path, option)
+        if place in taken:
             raise InputError(f"{option}: {path} is given for something else too; choose another path")
-        taken.add(path.resolve())
-        if path.is_dir():
-            raise InputError(f"{option}: {path} is a folder; give the path of a file in it")
+        taken.add(place)
         try:
-            with tempfile.TemporaryFile(dir=path.parent):
+            with tempfile.TemporaryFile(dir=place.parent):
                 pass
         except OSError as error:
             reason = error.strerror or error

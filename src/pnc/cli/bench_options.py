@@ -1,10 +1,16 @@
-"""What several `pnc bench` commands share: their options turned into a setting, and their last words."""
+"""What the `pnc bench` commands share: options, the setting that they ask for, and the one way to run a bench."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pnc.bench import position_strategies as positions_bench
-from pnc.bench.result_files import Claim
+import typer
+
+from pnc.bench.bench import Bench, Rows
+from pnc.bench.result_files import Cells, Claim, write_results
+from pnc.bench.setting import Setting
 from pnc.cli.arguments import (
     ModelOptions,
     check_different,
@@ -15,41 +21,145 @@ from pnc.cli.arguments import (
     load_network,
     parse_support,
     read_device,
+    use_threads,
 )
-from pnc.cli.output import say
+from pnc.cli.output import progress, say
 from pnc.data.image_set import sample_per_class
 from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError
 
+SourceFile = Annotated[
+    str, typer.Option("--source", help="File of `pnc pretrain`: the network that knows the new classes.")
+]
+TargetFile = Annotated[
+    str, typer.Option("--target", help="File of `pnc pretrain`: the network that will receive them.")
+]
+Sizes = Annotated[str, typer.Option("--support", help="Images per new / per base class.")]
+Mirror = Annotated[bool, typer.Option("--flip/--no-flip", help="Use mirror images too.")]
+Seeds = Annotated[int, typer.Option("--seeds", help="How many supports, seeds 0, 1, ...", min=1)]
+NTest = Annotated[
+    int | None, typer.Option("--n-test", help="Test images per class, the first ones; all by default.", min=1)
+]
+DataName = Annotated[str | None, typer.Option("--data-name", help="Name of the images in the results.")]
+OutFolder = Annotated[Path, typer.Option("--out", help="Folder for the results: .json, .md and .jsonl.")]
+OutFile = Annotated[Path, typer.Option("--json", help="Results; the table goes beside it.")]
+OneThread = Annotated[int, typer.Option("--threads", help="Threads for torch.", min=1)]
 
-def setting_of(
-    source: str,
-    target: str,
-    data: str,
-    support: str,
-    flip: bool,
-    out: Path,
-    n_test: int | None = None,
-    device: str = "cpu",
-) -> positions_bench.Setting:
-    """Check and load what the options of a comparison name; `out` is the file that its rows go to."""
-    asked = ModelOptions("source", source, None, None, device), ModelOptions("target", target, None, None, device)
-    check_different(*asked)
-    check_trained(*asked)
-    read_device(device)
-    n_new, n_base = parse_support(support)
-    if not n_new or not n_base:
-        raise InputError(f"support: numbers of images above 0 of new and of base classes are needed; got {support!r}")
-    check_outputs({"out": out}, [*(one.file for one in asked), data_file(data)])
-    train, test = load_data(data, "train"), load_data(data, "test")
-    test = test if n_test is None else sample_per_class(test, n_test, "first")
-    models = [load_network(one, input_shape=train.input_shape) for one in asked]
-    check_input_shape(train, *models)
-    return positions_bench.Setting(models[0], models[1], train, test, n_new, n_base, flip)
+_NOT_IN_COMMAND = ("out", "json_path", "keep", "data_name", "again", "plot")
+"""Options that say where results go, or nothing about the rows."""
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """What the command line says of a pair of networks and its images; fields as in `Setting`."""
+
+    source: str
+    target: str
+    data: str
+    support: str
+    flip: bool
+    data_name: str | None = None
+    n_test: int | None = None
+    device: str = "cpu"
+
+    @property
+    def networks(self) -> tuple[ModelOptions, ModelOptions]:
+        """Source and target."""
+        asked = (("source", self.source), ("target", self.target))
+        source, target = (ModelOptions(role, spec, None, None, self.device) for role, spec in asked)
+        return source, target
+
+    @property
+    def files(self) -> list[Path | None]:
+        """Files that are read."""
+        return [*(one.file for one in self.networks), data_file(self.data)]
+
+    def load(self) -> Setting:
+        """Check everything, then load it."""
+        check_different(*self.networks)
+        check_trained(*self.networks)
+        read_device(self.device)
+        n_new, n_base = parse_support(self.support)
+        if not n_new or not n_base:
+            raise InputError(
+                f"support: numbers of images above 0 of new and of base classes are needed; got {self.support!r}"
+            )
+        train, test = load_data(self.data, "train"), load_data(self.data, "test")
+        test = test if self.n_test is None else sample_per_class(test, self.n_test, "first")
+        source, target = (load_network(one, input_shape=train.input_shape) for one in self.networks)
+        check_input_shape(train, source, target)
+        return Setting(
+            source=source,
+            target=target,
+            train=train,
+            test=test,
+            data=self.data_name or self.data,
+            n_new=n_new,
+            n_base=n_base,
+            flip=self.flip,
+            n_test=self.n_test,
+            given={"source": self.source, "target": self.target},
+        )
+
+
+def run_bench(
+    context: typer.Context,
+    make: Callable[[], Bench],
+    json_path: Path,
+    threads: int,
+    inputs: Sequence[Path | None] = (),
+) -> Rows:
+    """Check the outputs, make the bench, measure what is not there yet, write results and show claims.
+
+    Args:
+        context: Of the command, whose options go into the results.
+        make: Gives the bench; called once outputs are checked, so that it may load networks and data.
+        json_path: The results; tables go into the `.md` file beside it, rows into the `.jsonl` file.
+        threads: For torch.
+        inputs: Files that are read, which are no outputs.
+    """
+    for suffix in (".json", ".md", ".jsonl"):
+        check_outputs({"out" if "out" in context.params else "json": json_path.with_suffix(suffix)}, inputs)
+    with use_threads(threads), progress() as bar:
+        bench = make()
+        rows = bench.measure(Cells(json_path.with_suffix(".jsonl"), bench.settings, bench.keys), bar.step)
+        publish(bench, rows, json_path, command_line(context, bench.name))
+    return rows
+
+
+def publish(bench: Bench, rows: Rows, json_path: Path, command: str) -> None:
+    """Write rows and claims as JSON and Markdown, and show the claims."""
+    claims = bench.claims(rows)
+    facts = bench.facts(rows) if bench.facts else {**bench.settings, "rows": rows}
+    text = bench.markdown(rows)
+    write_results(json_path.parent, json_path.stem, command, facts, claims, text, bench.device)
+    show_claims(claims, json_path.with_suffix(".md"))
+
+
+def command_line(context: typer.Context, name: str) -> str:
+    """Write down the command that makes the same rows, with every option that they depend on.
+
+    Args:
+        context: Of the command that runs.
+        name: Of the bench.
+    """
+    words = ["pnc", "bench", name]
+    for option in context.command.params:
+        value = context.params[str(option.name)]
+        if option.name == "data":
+            value = context.params.get("data_name") or value
+        if value is None or option.name in _NOT_IN_COMMAND:
+            continue
+        if isinstance(value, bool):
+            words += option.opts if value else option.secondary_opts
+        else:
+            for one in value if isinstance(value, list | tuple) else [value]:
+                words += [option.opts[0], shlex.quote(str(one))]
+    return " ".join(words)
 
 
 def show_claims(claims: Sequence[Claim], written: Path) -> None:
-    """Say of each claim whether it holds, and where the results lie."""
+    """Show for each claim whether it holds, and where the results are."""
     for one in claims:
         spread = "" if one.spread is None else f" +- {one.spread:.3f}"
         value = f"{one.value:.3f}" if isinstance(one.value, float) else f"{one.value:,}"

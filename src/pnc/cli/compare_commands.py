@@ -1,4 +1,4 @@
-"""The commands `pnc bench compare` and `pnc bench compare-report`."""
+"""The commands `pnc bench compare`, `pnc bench compare-report` and `pnc bench claims`."""
 
 import re
 import sys
@@ -10,11 +10,12 @@ from typing import Annotated
 
 import typer
 
-from pnc.bench import compare as compare_bench
-from pnc.bench import compare_report
+from pnc.bench import compare, compare_report
+from pnc.bench.claim_tally import markdown, read_claims
 from pnc.bench.comparison_methods import GROUPS, choose_methods, trained_network
-from pnc.bench.result_files import Cells, write_results
+from pnc.bench.result_files import Cells
 from pnc.bench.rivals.rival import Budget
+from pnc.bench.setting import Setting
 from pnc.cli.arguments import (
     ModelOptions,
     check_different,
@@ -26,13 +27,15 @@ from pnc.cli.arguments import (
     parse_support,
     use_threads,
 )
-from pnc.cli.bench_options import show_claims
+from pnc.cli.bench_options import DataName, Mirror, NTest, OneThread, Seeds, Sizes, publish
+from pnc.cli.options import Data
 from pnc.cli.output import complain, progress, say
 from pnc.cli.plots import draw_comparison, draw_curves
 from pnc.data.image_set import ImageSet, sample_per_class
 from pnc.data.readers import load_data
 from pnc.foundation.class_names import listed, parse_classes
 from pnc.foundation.errors import InputError
+from pnc.foundation.file_writing import write_file
 from pnc.method.task import Precision, Progress
 from pnc.models.model_specs import LoadedModel
 from pnc.models.pretraining import recipe_for
@@ -45,29 +48,29 @@ def measure_comparison(
     target: Annotated[
         str, typer.Option(help="File of `pnc pretrain`, or zoo:...: trained on the first half of classes.")
     ],
-    data: Annotated[str, typer.Option(help="Images: digits, parquet:PATH, folder:PATH, hf:NAME.")],
-    support: Annotated[str, typer.Option(help="Images per new / per base class.")] = "100/20",
+    data: Data,
+    support: Sizes = "100/20",
     classes: Annotated[str, typer.Option(help="all, single (one cell for each), fifth, or names of classes.")] = "all",
     methods: Annotated[str | None, typer.Option(help="Names, separated by commas; rivals: all but the bound.")] = None,
-    again: Annotated[str | None, typer.Option(help="Methods whose cells are made anew though they are there.")] = None,
-    flip: Annotated[bool, typer.Option(help="Use mirror images too.")] = True,
-    seeds: Annotated[int, typer.Option(help="How many supports, seeds 0, 1, ...", min=1)] = 3,
-    n_test: Annotated[int | None, typer.Option(help="Test images per class, the first ones; all by default.")] = None,
-    data_name: Annotated[str | None, typer.Option(help="What the results call the images.")] = None,
+    again: Annotated[str | None, typer.Option(help="Methods whose existing cells are measured again.")] = None,
+    flip: Mirror = True,
+    seeds: Seeds = 3,
+    n_test: NTest = None,
+    data_name: DataName = None,
     out: Annotated[Path, typer.Option(help="Folder for the rows, one file of JSON lines for each data.")] = Path(
         "results/compare"
     ),
     epochs: Annotated[int | None, typer.Option(help="Of networks that are trained here.", min=1)] = None,
-    runs: Annotated[Path, typer.Option(help="Where networks that are trained here are kept.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option(help="Folder for networks that are trained here.")] = Path("runs"),
     precision: Annotated[
         Precision, typer.Option(help="Of training; bfloat16 is faster where the processor has it.")
     ] = "float32",
-    threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 1,
+    threads: OneThread = 1,
 ) -> None:
-    """Clone and rivals on the same samples, cell by cell; `pnc bench compare-report` makes tables of the rows.
+    """Compare the clone and rivals on the same samples; `pnc bench compare-report` makes tables of the rows.
 
-    Every rival that trains takes about a minute for each support, so all of them some 20; cells that are there are not
-    made again.
+    Every rival that trains takes about a minute for each support, all of them some 20; existing cells are not measured
+    again.
     """
     asked = ModelOptions("source", source, None, None), ModelOptions("target", target, None, None)
     if not all(one.spec.startswith("zoo:") for one in asked):  # one spec, trained on other classes, is another network
@@ -76,7 +79,7 @@ def measure_comparison(
     chosen, remade = choose_methods(methods), choose_methods(again) if again else []
     foreign = [one for one in remade if one not in chosen]
     if foreign:
-        raise InputError(f"again: {listed(foreign)} is no method of this run; name it in --methods too")
+        raise InputError(f"again: {listed(foreign)} is not a method of this run; name it in --methods too")
     name = data_name or data
     path = out / f"{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.jsonl"
     out.mkdir(parents=True, exist_ok=True)
@@ -93,7 +96,7 @@ def measure_comparison(
         check_input_shape(images[0], *models)
         new = [known for known in models[0].classes if known not in models[1].classes]
         group = classes if classes in GROUPS else ", ".join(parse_classes(classes, new))
-        setting = compare_bench.ComparisonSetting(
+        setting = Setting(
             source=models[0],
             target=models[1],
             train=images[0],
@@ -102,12 +105,10 @@ def measure_comparison(
             n_new=n_new,
             n_base=n_base,
             flip=flip,
-            group=group,
-            budget=Budget(precision=precision),
             n_test=n_test,
         )
-        cells = Cells(path, {}, compare_bench.KEYS)
-        rows = compare_bench.run(setting, chosen, range(seeds), cells, remade, step)
+        cells = Cells(path, {}, compare.KEYS)
+        rows = compare.measure(setting, group, Budget(precision=precision), chosen, range(seeds), remade)(cells, step)
     say(compare_report.summary(rows))
     say(f"{path}: {len(cells.rows)} rows")
 
@@ -118,20 +119,19 @@ def report_comparison(
     ),
     plots: Annotated[bool, typer.Option(help="Draw pictures too; needs the extra `plots`.")] = True,
 ) -> None:
-    """Tables, claims and pictures of all rows in a folder: FOLDER.json and FOLDER.md, pictures in the folder."""
+    """Write tables, claims and pictures of all rows in a folder: FOLDER.json and FOLDER.md, pictures in FOLDER."""
     rows = compare_report.read_rows(folder)
     check_outputs({"json": folder.with_suffix(".json"), "md": folder.with_suffix(".md")})
-    found, pictures = compare_report.claims(rows), []
+    pictures = []
     if plots:
         for regime in compare_report.regimes(rows):
             stem = folder / regime.slug
             draw_comparison(regime.title, regime.points(), stem.with_suffix(".png"))
             draw_curves(regime.title, regime.curves(), Path(f"{stem}-curves.png"))
             pictures += [f"{folder.name}/{stem.name}.png", f"{folder.name}/{stem.name}-curves.png"]
-    text = compare_report.markdown(rows, pictures)
-    facts = {"rows": compare_report.means(rows), "made_by": compare_report.made_by(rows)}
-    write_results(folder.parent, folder.name, f"pnc bench compare-report {folder}", facts, found, text)
-    show_claims(found, folder.with_suffix(".md"))
+    publish(
+        compare_report.bench(rows, pictures), rows, folder.with_suffix(".json"), f"pnc bench compare-report {folder}"
+    )
 
 
 def _network(
@@ -142,7 +142,7 @@ def _network(
     recipe: tuple[int | None, bool, Precision],
     step: Progress,
 ) -> LoadedModel:
-    """Load a network, or train it where it is a spec with random weights."""
+    """Load a network, or train it if its spec has random weights."""
     if not asked.spec.startswith("zoo:"):
         check_trained(asked)
         return load_network(asked, input_shape=images[0].input_shape)
@@ -160,7 +160,7 @@ def _network(
 
 
 def _logged(step: Progress) -> Progress:
-    """Also write a line for each step where nobody sees the bar, so that a log tells how far it is."""
+    """Also write a line for each step if there is no terminal for the bar, so that a log shows progress."""
 
     def both(what: str, done: int, total: int) -> None:
         step(what, done, total)
@@ -168,3 +168,13 @@ def _logged(step: Progress) -> Progress:
             complain(f"{time.strftime('%H:%M')} {done}/{total} {what}")
 
     return both
+
+
+def tally_claims(
+    folder: Annotated[Path, typer.Argument(help="Folder with the results of benches.")] = Path("results"),
+) -> None:
+    """Count the claims of all results in a folder, and list those that do not hold: FOLDER/claims.md."""
+    tallies, path = read_claims(folder), folder / "claims.md"
+    check_outputs({"folder": path})
+    write_file(path, f"`pnc bench claims {folder.name}`\n\n{markdown(tallies)}")
+    say(f"{path}: {sum(len(one.failing) for one in tallies)} of {sum(one.n_claims for one in tallies)} do not hold")

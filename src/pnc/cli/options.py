@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pnc.foundation.tensor_files import write_file
+from pnc.foundation.file_writing import write_file
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the same facts here as JSON.")]
 Seed = Annotated[int, typer.Option(help="Of every random choice.", min=0, max=2**63 - 1)]

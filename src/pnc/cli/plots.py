@@ -1,4 +1,4 @@
-"""Pictures of what was measured; they need the extra `plots`."""
+"""Plots of measurements; they need the extra `plots`."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from pnc.foundation.errors import InputError
-from pnc.foundation.tensor_files import write_file
+from pnc.foundation.file_writing import write_file
 from pnc.method.positions import Position, Scan
 
 
 def check_plot(path: Path) -> None:
-    """Check that a picture can be drawn to `path`: before the work, not after it.
+    """Check before any work that a plot can be drawn to `path`.
 
     Raises:
-        InputError: the name ends otherwise than in .png, or matplotlib or adjustText is not installed.
+        InputError: the name does not end in .png, or matplotlib or adjustText is not installed.
     """
     if path.suffix.lower() != ".png":
-        raise InputError(f"plot: pictures are PNG files, so the name must end in .png; got {path}")
+        raise InputError(f"plot: expected a PNG file, with a name that ends in .png; got {path}")
     _figure()
 
 
@@ -46,10 +46,10 @@ def draw_scan(found: Scan, chosen: Position, path: Path) -> None:
 
 
 def draw_growth(series: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
-    """Draw seconds against the size of a job, both logarithmic, as a PNG file.
+    """Draw seconds against the size of a job, on logarithmic axes, as a PNG file.
 
     Args:
-        series: For each kind of job its sizes and seconds.
+        series: Sizes and seconds for each kind of job.
         path: The file; an existing one is replaced.
     Raises:
         InputError: as `check_plot`, or the file cannot be written.
@@ -67,8 +67,8 @@ def draw_comparison(title: str, points: Mapping[str, tuple[str, float, float]], 
     """Draw average accuracy against locality of methods, as a PNG file.
 
     Args:
-        title: Above the picture.
-        points: For each method its kind, which gives the colour, its locality KL and its average accuracy.
+        title: Above the plot.
+        points: For each method its kind, which determines the colour, its locality KL and its average accuracy.
         path: The file; an existing one is replaced.
     Raises:
         InputError: as `check_plot`, or the file cannot be written.
@@ -86,10 +86,10 @@ def draw_comparison(title: str, points: Mapping[str, tuple[str, float, float]], 
 
 
 def draw_curves(title: str, curves: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
-    """Draw leak against new accuracy while the new logits are shifted, as a PNG file.
+    """Draw leak against new accuracy for shifts of the new logits, as a PNG file.
 
     Args:
-        title: Above the picture.
+        title: Above the plot.
         curves: For each method (accuracy on new classes, leak), shift by shift.
         path: The file; an existing one is replaced.
     Raises:
@@ -107,7 +107,7 @@ def draw_curves(title: str, curves: Mapping[str, Sequence[tuple[float, float]]],
 
 
 def _label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
-    """Put names beside points where none hides another."""
+    """Put names beside points so that none overlap."""
     from adjustText import adjust_text
 
     texts = [axes.text(x, y, name, fontsize=6) for name, (x, y) in points.items()]
@@ -123,9 +123,9 @@ def _write(figure: Any, path: Path) -> None:
 
 
 def _figure() -> Any:
-    """An empty figure of matplotlib, apart from its global state."""
+    """An empty figure of matplotlib, independent of its global state."""
     try:
-        import adjustText  # noqa: F401 # so that it is missed before any work
+        import adjustText  # noqa: F401 # so that it fails before any work
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError(f'plot: {error.name} is needed for this; pip install "pnc[plots]"') from error

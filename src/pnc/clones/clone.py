@@ -1,7 +1,8 @@
 """A clone, as data: what is inserted, and what it was made of."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from pnc.channels.channel_masks import ChannelMasks
@@ -86,3 +87,15 @@ def check_name(name: str | None) -> None:
     """Refuse a name of a clone that no file can hold; None, for a default, is fine."""
     if name is not None and not is_name(name):
         raise InputError(f"name must be printable text of at most {MAX_TEXT} characters; got {name!r:.100}")
+
+
+def check_clones(values: Sequence[object]) -> None:
+    """Refuse what is no clone, such as the path of one's file, and none at all."""
+    if not values:
+        raise InputError("clones: give at least one")
+    wrong = next((one for one in values if not isinstance(one, Clone)), None)
+    if wrong is None:
+        return
+    hint = "; write *clones" if isinstance(wrong, list | tuple) else ""
+    hint = f"; read the file first: pnc.load({str(wrong)!r})" if isinstance(wrong, str | Path) else hint
+    raise InputError(f"clones: expected what pnc.clone or pnc.load gives, one by one; got {type(wrong).__name__}{hint}")

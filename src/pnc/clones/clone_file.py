@@ -4,7 +4,8 @@ A `thin` file leaves the source's weights out: loading it takes them from the so
 `full` file carries the kept weights; loading it needs only a network of the source's architecture.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,15 +25,18 @@ from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import FileFormatError, InputError, MismatchError
 from pnc.foundation.fingerprints import fingerprint, first_difference
 from pnc.foundation.tensor_bits import dtype_name
-from pnc.foundation.tensor_files import read_sealed, write_tensors
+from pnc.foundation.tensor_files import DIGEST_KEY, read_sealed, write_tensors
 from pnc.graph.classifier import find_head
 from pnc.graph.cut_points import CutPoint, cut_points, extract
+from pnc.graph.dry_run import shapes_without_values
 from pnc.graph.recording import record
 
 __all__ = ["FileKind", "inspect", "load", "read_clone_file", "save"]
 
 _STATISTICS = ("running_mean", "running_var")
 _ADAPTER, _HEAD, _BODY, _CALIBRATION, _MASKS = "adapter.", "head.", "body.", "calibration.", "masks"
+_LARGE_IMAGE = 1 << 18
+"""Values of an image, about 3x295x295, from which on the source is tried without values before it is recorded."""
 _RIVALS = f"{_CALIBRATION}rivals"
 _DELTAS = "deltas."
 
@@ -126,7 +130,13 @@ def inspect(path: str | Path) -> dict[str, Any]:
     return facts
 
 
-def load(path: str | Path, *, source: nn.Module, allow_mismatch: bool = False) -> Clone:
+def load(
+    path: str | Path,
+    *,
+    source: nn.Module,
+    allow_mismatch: bool = False,
+    input_shape: Sequence[int] | None = None,
+) -> Clone:
     """Read a clone from a file.
 
     Args:
@@ -135,6 +145,8 @@ def load(path: str | Path, *, source: nn.Module, allow_mismatch: bool = False) -
             stays as it is, and the clone gets its own copies of the weights that it needs.
         allow_mismatch: Take another source too, such as a fine-tuned one, if the file's tensors fit to it. Nobody has
             measured what comes out.
+        input_shape: (C, H, W) of your images. A file for others is refused before any work; without it the source is
+            recorded on images as large as the file says, of up to 2^24 values: give it for files of strangers.
     Raises:
         FileFormatError: the file is damaged, no clone file, or of a newer version of the format.
         MismatchError: `source` is another network than the one that the file names; with `allow_mismatch`, the file's
@@ -143,6 +155,8 @@ def load(path: str | Path, *, source: nn.Module, allow_mismatch: bool = False) -
     """
     check_module(source, "source")
     tensors, manifest = read_clone_file(path)
+    if input_shape is not None and tuple(input_shape) != manifest.input_shape:
+        raise MismatchError(f"{path} is for images {manifest.input_shape}, not {tuple(input_shape)}; take another file")
     difference = first_difference(source, manifest.source, structure_only=manifest.kind == "full")
     if difference is not None and not allow_mismatch:
         raise MismatchError(
@@ -174,14 +188,27 @@ def load(path: str | Path, *, source: nn.Module, allow_mismatch: bool = False) -
 
 
 def read_clone_file(path: str | Path) -> tuple[dict[str, Tensor], Manifest]:
-    """Read a file and check all that needs no network; nothing larger than the file is made for it.
+    """Read a file and check all that needs no network: names, types and shapes first, before values are read.
 
     Raises:
         FileFormatError: as `load`.
     """
-    tensors, facts, digest = read_sealed(path)
-    manifest = read_manifest(path, facts)
-    if digest is None:
+    found: list[Manifest] = []
+
+    def check(shapes: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+        found.append(_checked_shapes(path, shapes, facts))
+
+    tensors, _, _ = read_sealed(path, check)
+    broken = _not_finite(tensors)
+    if broken:
+        raise FileFormatError(f"{path} is damaged: {broken[:80]!r} holds values that are not finite")
+    return tensors, found[0]
+
+
+def _checked_shapes(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Manifest:
+    """The manifest of a file whose tensors, on the meta device, are those that it asks for."""
+    manifest = read_manifest(path, {key: value for key, value in facts.items() if key != DIGEST_KEY})
+    if facts.get(DIGEST_KEY) is None:
         raise FileFormatError(f"the metadata of {path} is damaged: it names no digest of the content")
     with torch.device("meta"):
         stitched = Stitched(_adapter(manifest, tensors), fx.GraphModule({}, fx.Graph()), manifest.source_cut)
@@ -208,10 +235,7 @@ def read_clone_file(path: str | Path) -> tuple[dict[str, Tensor], Manifest]:
                 f"{path} is damaged: {name!r} is {_described(tensor)}, its metadata asks for "
                 f"{tuple(wanted[1])} {dtype_name(wanted[0])}"
             )
-    broken = _not_finite(tensors)
-    if broken:
-        raise FileFormatError(f"{path} is damaged: {broken[:80]!r} holds values that are not finite")
-    return tensors, manifest
+    return manifest
 
 
 def _adapter(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Adapter:
@@ -296,10 +320,24 @@ def _described(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {dtype_name(tensor.dtype)}"
 
 
+def _check_size(path: str | Path, source: nn.Module, manifest: Manifest) -> None:
+    """Refuse large images of which the source makes nothing of the shape that the file names, before it runs on any."""
+    if math.prod(manifest.input_shape) <= _LARGE_IMAGE:
+        return
+    shapes = shapes_without_values(source, manifest.input_shape)
+    cut = manifest.source_cut
+    if shapes is not None and cut.shape not in shapes:
+        raise MismatchError(
+            f"{path} enters the source at {cut.name!r} with shape {cut.shape}, but of images {manifest.input_shape} "
+            "this source makes nothing of that shape; load it with the source it was made from"
+        )
+
+
 def _body(
     path: str | Path, source: nn.Module, manifest: Manifest, tensors: Mapping[str, Tensor], deltas: Deltas | None
 ) -> tuple[nn.Module, ChannelMasks | None, CutPoint]:
     """Rebuild the source's part: recorded anew, cut, compacted, changed by deltas, with the file's own tensors."""
+    _check_size(path, source, manifest)
     parameter = next(source.parameters(), torch.empty(0))
     example = torch.rand(2, *manifest.input_shape, generator=torch.Generator().manual_seed(0))
     recording = record(source, example.to(parameter.device, parameter.dtype))

@@ -13,6 +13,7 @@ from reprlib import repr as shortened
 from typing import Any, Literal, Never, cast, get_args
 
 from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
+from pnc.data.image_store import MAX_IMAGE
 from pnc.foundation.class_names import MAX_TEXT, is_name
 from pnc.foundation.errors import FileFormatError, InputError
 from pnc.foundation.fingerprints import Fingerprint
@@ -22,9 +23,6 @@ FORMAT = "pnc-clone"
 VERSION = 2
 """Of the files that are written; earlier ones are read."""
 FileKind = Literal["thin", "full"]
-
-MAX_IMAGE = 1 << 24
-"""Values that one image may have: 3x2048x2048 and more."""
 
 _MAX_SIZE, _MAX_COUNT = 1 << 20, 1 << 62
 _HEADS = (StackedHead.kind, SourceHead.kind, DiscriminantHead.kind)

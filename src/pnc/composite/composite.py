@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from pnc.clones.branch import Branch, Scalars
-from pnc.clones.clone import Clone
+from pnc.clones.clone import Clone, check_clones
 from pnc.composite.direct_calls import called_directly, flattened
 from pnc.composite.forward_plan import CloneStatus, Places, Plan, WantedClones, check_places, check_target, status_of
 from pnc.composite.fused_composite import FusedComposite
 from pnc.composite.verification import PROBE_SIZES, Report, verify_composite
-from pnc.foundation.argument_checks import check_module
+from pnc.data.image_range import check_values
+from pnc.foundation.argument_checks import check_flag, check_module
 from pnc.foundation.class_names import listed, unknown_name
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.fingerprints import KnownFingerprint
@@ -133,6 +134,7 @@ class Composite(nn.Module):
             ClassNameError: it has a class that is there already, or none of a name in `rename`.
             InputError: a clone of that name is attached already.
         """
+        check_clones([clone])
         clone = clone.renamed(name, rename)
         with _LOCK, torch.inference_mode(False):
             self._check(clone, allow_mismatch)
@@ -202,9 +204,10 @@ class Composite(nn.Module):
                 enabled. A clone runs on those images alone that want it; for the others its logits are -inf, which is
                 a probability of 0.
         Raises:
-            InputError: the images are of another size or dtype; `only` has not one entry for each image, or names a
-                clone that is not enabled.
+            InputError: the images are of another size or dtype, or outside of the target's `image_range`; `only` has
+                not one entry for each image, or names a clone that is not enabled.
         """
+        check_values(images, self.target, "the target")
         return self._plan.logits(images, only)
 
     def fused(self) -> FusedComposite:
@@ -343,6 +346,7 @@ class Composite(nn.Module):
             classes=(*self._base_classes, *(name for clone, _ in pairs for name in clone.classes)),
             base_priority=self._base_priority,
             probe=self._recording.probe,
+            clones=tuple(clone for clone, _ in pairs),
         )
         # Past Module.__setattr__: the trunk shares the target's weights, registered it would list each of them twice.
         self.__dict__["_plan"] = plan
@@ -376,11 +380,8 @@ def attach(target: nn.Module, *clones: Clone, allow_mismatch: bool = False) -> C
         RecordingError: the target cannot be recorded.
     """
     check_module(target, "target")
-    if not clones:
-        raise InputError("clones: give at least one")
-    wrong = next((one for one in clones if not isinstance(one, Clone)), None)
-    if wrong is not None:
-        raise InputError(f"clones: expected what pnc.clone or pnc.load gives, one by one; got {type(wrong).__name__}")
+    check_clones(clones)
+    check_flag(allow_mismatch, "allow_mismatch")
     if isinstance(target, Composite):
         raise InputError("target is a composite already; use its method attach, composite.attach(clone)")
     known = KnownFingerprint()

@@ -85,6 +85,7 @@ class Plan:
         classes: Names of all logits.
         base_priority: Nats that are taken off the new logits.
         probe: Images like those that the target was recorded with.
+        clones: The clones that run, as values; the branches are their copies.
     """
 
     trunk: fx.GraphModule
@@ -97,6 +98,7 @@ class Plan:
     classes: tuple[str, ...]
     base_priority: float
     probe: Tensor
+    clones: tuple[Clone, ...]
 
     def logits(self, images: Tensor, only: WantedClones | None = None) -> Tensor:
         """Give logits (B, K_base + K_new) for images (B, C, H, W): `Composite.forward`."""

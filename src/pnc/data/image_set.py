@@ -93,6 +93,7 @@ def class_subset(data: ImageSet, classes: Sequence[str]) -> ImageSet:
         ClassNameError: a name is unknown or given twice.
         InputError: none of the classes has an image.
     """
+    classes = check_class_names(classes, "classes")
     wanted = torch.tensor(class_ids(classes, data.classes))
     indices = torch.isin(data.labels, wanted).nonzero().flatten()
     if not len(indices):
@@ -157,6 +158,8 @@ def draw_images(
         ClassNameError: a class is unknown, given twice, or both new and base.
         InputError: a class has too few images; the message says how many it has.
     """
+    new_classes = check_class_names(new_classes, "new_classes")
+    base_classes = check_class_names(base_classes, "base_classes") if base_classes else ()
     names = check_class_names([*base_classes, *new_classes], "new_classes and base_classes")
     class_ids(new_classes if n_base == 0 else names, data.classes, "new_classes and base_classes")
     parts = [sample_per_class(class_subset(data, new_classes), n_new, "random", generator)]

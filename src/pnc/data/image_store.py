@@ -1,5 +1,6 @@
 """Images of a support, kept as they came: in memory as far as a bound allows, in a temporary file beyond it."""
 
+import math
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from pnc.foundation.errors import InputError
 BLOCK_BYTES = 2**24
 """Images that come one by one are put together to blocks of about this size."""
 GIB = 2**30
+MAX_IMAGE = 1 << 24
+"""Values that one image may have where a file says its size: 3x2048x2048 and more."""
 MEMORY = GIB
 """What a job may keep of a support where nothing else is said, in bytes; see `pnc.clone`."""
 
@@ -46,6 +49,7 @@ class ImageStore:
         self._pending: list[Tensor] = []
         self._shape: tuple[int, int, int] | None = None
         self._n_images = self._n_copied = self._n_written = 0
+        self._low, self._high = math.inf, -math.inf
         self._file: IO[bytes] | None = None
 
     def __len__(self) -> int:
@@ -58,9 +62,9 @@ class ImageStore:
         return self._shape
 
     @property
-    def n_bytes_written(self) -> int:
-        """Size of the temporary file; 0 where there is none."""
-        return self._n_written
+    def value_range(self) -> tuple[float, float]:
+        """The smallest and the largest value of the images that came in floating point; (0, 1) where none did."""
+        return (0.0, 1.0) if self._low > self._high else (self._low, self._high)
 
     def keep(self, images: Tensor) -> None:
         """Add images (B, C, H, W) that lie in memory anyway: uint8 and float32 are not copied.
@@ -112,6 +116,9 @@ class ImageStore:
                 f"{self._argument}: the images have several shapes, {self._shape} and, at index {self._n_images}, "
                 f"{shape}; give all one shape"
             )
+        if images.is_floating_point():
+            low, high = images.aminmax()
+            self._low, self._high = min(self._low, low.item()), max(self._high, high.item())
         small = (torch.uint8, torch.float32, torch.float16, torch.bfloat16)
         return images.detach().cpu() if images.dtype in small else images.detach().cpu().float()
 

@@ -1,16 +1,17 @@
 """The few labelled samples that a clone is made from, out of whatever holds them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
 from pnc.data.image_set import ImageSet, check_labels, draw_images, images_as_float
 from pnc.data.image_store import ImageStore, check_images
+from pnc.data.labelled_batches import batches, label_column, own_names
 from pnc.foundation.class_names import check_class_names, class_ids, listed
 from pnc.foundation.errors import InputError
 
@@ -38,16 +39,18 @@ class Support:
         return len(self.images)
 
 
-def as_support(data: Any, names: Sequence[str] | None = None) -> Support:
+def as_support(data: Any, names: Sequence[str] | Mapping[Any, Any] | None = None) -> Support:
     """Turn whatever holds labelled samples into a `Support`; the global random state stays as it was.
 
     Args:
         data: A `Support`; an `ImageSet`; a pair (images, labels); a `Dataset` of such pairs, one sample each; or a
-            `DataLoader` of batches of them. Images are tensors, (C, H, W) each, uint8 (divided by 255) or floating
-            point (taken as they are). Labels are class names, or ids.
+            `DataLoader` of batches of them. In place of pairs, dictionaries serve that have one of the keys of
+            `IMAGE_KEYS` and one of `LABEL_KEYS`, as data sets of `datasets` give them. Images are tensors, (C, H, W)
+            each, uint8 (divided by 255) or floating point (taken as they are), in a batch or in a list. Labels are
+            class names, or ids, or ids as rows with a single one.
         names: Class names. With ids it gives the name of each id, unless the data knows its names itself (a `Support`,
-            an `ImageSet`, a dataset with `classes`). With class names as labels it says which there are and in which
-            order; without it they are those that occur, sorted.
+            an `ImageSet`, a dataset with `classes`, or with `features` that name them). With class names as labels it
+            says which there are and in which order; without it they are those that occur, sorted.
 
     Raises:
         InputError: no samples, samples of several shapes, NaN or infinite values, ids out of range or without names,
@@ -58,13 +61,10 @@ def as_support(data: Any, names: Sequence[str] | None = None) -> Support:
         return data
     if isinstance(data, ImageSet):
         return Support(images_as_float(data.images), data.labels, data.classes)
-    images, labels = [], []
-    with torch.random.fork_rng(devices=[]):  # iterating a loader, even an unshuffled one, draws from the global state
-        for batch, column in _batches(data):
-            images.append(batch)
-            labels.extend(column)
-    ids, known = _named(data, labels, names)
-    return Support(images_as_float(_concatenated(images)), ids, known)
+    stored = stored_support(data, names, sys.maxsize)
+    if isinstance(data, tuple | list) and isinstance(data[0], Tensor) and data[0].dtype == torch.float32:
+        return Support(data[0].detach().cpu(), stored.labels, stored.names)  # without a copy
+    return Support(stored.images.read(torch.arange(len(stored.images))), stored.labels, stored.names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class StoredSupport:
     names: tuple[str, ...]
 
 
-def stored_support(data: Any, names: Sequence[str] | None, memory: int) -> StoredSupport:
+def stored_support(data: Any, names: Sequence[str] | Mapping[Any, Any] | None, memory: int) -> StoredSupport:
     """Read labelled samples once, and keep their images in memory or, beyond a bound, in a temporary file.
 
     Args:
@@ -96,10 +96,10 @@ def stored_support(data: Any, names: Sequence[str] | None, memory: int) -> Store
     if isinstance(data, Support | ImageSet):
         store.keep(data.images)
         return StoredSupport(store, data.labels, data.names if isinstance(data, Support) else data.classes)
-    put = store.keep if isinstance(data, tuple | list) else store.add
+    put = store.keep if isinstance(data, tuple | list | Mapping) else store.add
     labels: list[Any] = []
-    with torch.random.fork_rng(devices=[]):  # as in `as_support`
-        for batch, column in _batches(data):
+    with torch.random.fork_rng(devices=[]):  # iterating a loader, even an unshuffled one, draws from the global state
+        for batch, column in batches(data):
             put(batch)
             labels.extend(column)
     if not labels:
@@ -109,19 +109,25 @@ def stored_support(data: Any, names: Sequence[str] | None, memory: int) -> Store
     return StoredSupport(store, ids, known)
 
 
-def _named(data: Any, labels: list[Any], names: Sequence[str] | None) -> tuple[Tensor, tuple[str, ...]]:
+def _named(data: Any, labels: list[Any], names: Any) -> tuple[Tensor, tuple[str, ...]]:
     """The labels as ids, (N,), and the names that these are places in."""
-    column = _label_column(labels)
+    column, n_columns = label_column(labels)
     if not isinstance(column, Tensor):
         there = sorted(set(column))
         known = check_class_names(there if names is None else names, "names")
         place = dict(zip(there, class_ids(there, known, "labels"), strict=True))
         return torch.tensor([place[label] for label in column]), known
-    own = _own_names(data)
+    own = own_names(data)
     names = names if own is None else own
     if names is None:
         raise InputError("names: the labels are ids; give the name of each id as names=[...], or names as labels")
-    return column, check_class_names(names, "names")
+    known = check_class_names(names, "names" if own is None else "support: classes of the dataset")
+    if n_columns is not None and n_columns != len(known):
+        raise InputError(
+            f"support: the labels are rows of {n_columns} columns, but there are {len(known)} class names "
+            f"({listed(known, 5)}); give class names as labels"
+        )
+    return column, known
 
 
 def as_images(data: Any, argument: str, like: Tensor) -> Tensor:
@@ -155,90 +161,41 @@ def draw_support(
     return Support(images_as_float(drawn.images), drawn.labels, drawn.classes)
 
 
-def _own_names(data: Any) -> Sequence[str] | None:
-    """Return `classes` of the dataset at the bottom of a loader, of subsets or of joined datasets: what ids point into.
+def doubts(store: ImageStore, labels: Tensor, names: Sequence[str]) -> list[str]:
+    """What of labelled images no head can learn from, in words with figures; empty where there is nothing.
 
-    Raises:
-        InputError: joined datasets have different ones.
+    Looked for are images that are all equal, in a class or altogether, images of zeros alone, and images that are given
+    under two classes.
+
+    Args:
+        store: N images.
+        labels: (N,), places in `names`.
+        names: Of the classes.
     """
-    while isinstance(data, DataLoader | Subset):
-        data = data.dataset
-    if not isinstance(data, ConcatDataset | ChainDataset):
-        names: Sequence[str] | None = getattr(data, "classes", None)
-        return names
-    found = {None if names is None else tuple(names) for names in map(_own_names, data.datasets)}
-    if len(found) > 1:
-        raise InputError(
-            "support: the joined datasets do not have the same classes, so an id means different ones; "
-            "let them give class names as labels"
-        )
-    return found.pop()
-
-
-def _batches(data: Any) -> Iterator[tuple[Tensor, list[Any]]]:
-    """Images (B, C, H, W) and their labels, of a pair, dataset or loader."""
-    if isinstance(data, DataLoader):
-        for images, labels in _pairs(data):
-            yield _image_tensor(images), _label_list(labels)
-    elif isinstance(data, Dataset):
-        for image, label in _pairs(_items(data)):
-            yield _image_tensor(image)[None], [label]
-    elif isinstance(data, tuple | list) and len(data) == 2:
-        yield _image_tensor(data[0]), _label_list(data[1])
-    else:
-        kind = f"{type(data).__module__.partition('.')[0]}.{type(data).__name__}".removeprefix("builtins.")
-        raise InputError(
-            "support: expected a pair (images, labels), an ImageSet, or a Dataset or DataLoader of torch.utils.data, "
-            f"got {kind}"
-        )
-
-
-def _items(dataset: Dataset[Any]) -> Iterable[Any]:
-    if isinstance(dataset, IterableDataset):
-        return dataset
-    if not hasattr(dataset, "__len__"):
-        raise InputError(f"support: {type(dataset).__name__} has no length; give it __len__, or pass a DataLoader")
-    return (dataset[index] for index in range(len(dataset)))
-
-
-def _pairs(items: Iterable[Any]) -> Iterable[tuple[Any, Any]]:
-    for item in items:
-        if not isinstance(item, tuple | list) or len(item) != 2:
-            raise InputError(f"support: every item must be a pair (image, label), got {type(item).__name__}")
-        yield item[0], item[1]
-
-
-def _image_tensor(image: Any) -> Tensor:
-    if not isinstance(image, Tensor):
-        raise InputError(f"support: images must be tensors, got {type(image).__name__}; add a transform that makes one")
-    return image.detach().cpu()
-
-
-def _label_list(labels: Any) -> list[Any]:
-    if isinstance(labels, str | Mapping) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0:
-        raise InputError(
-            f"support: expected a sequence of labels beside the images, one for each; got {type(labels).__name__}"
-        )
-    return list(labels)
-
-
-def _concatenated(images: list[Tensor]) -> Tensor:
-    if not images:
-        raise InputError("support: expected at least one sample, got none")
-    shapes = sorted({str(tuple(image.shape[1:])) for image in images})
-    if len(shapes) > 1:
-        raise InputError(f"support: the images have {len(shapes)} shapes, {listed(shapes, 3)}; give all one shape")
-    return torch.cat(images)
-
-
-def _label_column(labels: list[Any]) -> Tensor | list[str]:
-    values = [label.item() if isinstance(label, Tensor | np.generic) and label.ndim == 0 else label for label in labels]
-    names = [value for value in values if isinstance(value, str)]
-    ids = [value for value in values if isinstance(value, int)]
-    if len(ids) == len(values):
-        return torch.tensor(ids, dtype=torch.int64)
-    if len(names) == len(values):
-        return names
-    strange = [value for value in values if not isinstance(value, str | int)]
-    came = repr(strange[0]) if strange else "a mix of both"
-    raise InputError(f"support: labels must be all class names or all integer ids, got {came}")
+    digests: list[bytes] = []
+    black = torch.zeros(len(labels), dtype=torch.bool)
+    for rows in torch.arange(len(labels)).split(256):
+        images = store.read(rows).flatten(1)
+        black[rows] = ~images.any(1)
+        digests += [hashlib.blake2b(image.numpy().data, digest_size=16).digest() for image in images]
+    if len(digests) > 1 and len(set(digests)) == 1:
+        return [f"all {len(digests)} images are equal"]
+    found = []
+    for label, name in enumerate(names):
+        members = (labels == label).nonzero().flatten().tolist()
+        n_black = int(black[members].sum())
+        if len(members) > 1 and len({digests[row] for row in members}) == 1:
+            found.append(f"all {len(members)} images of {name!r} are equal")
+        elif n_black and n_black >= len(members) / 10:
+            found.append(f"{n_black} of {len(members)} images of {name!r} are black")
+    first: dict[bytes, int] = {}
+    pairs = [
+        (first[digest], row)
+        for row, digest in enumerate(digests)
+        if labels[first.setdefault(digest, row)] != labels[row]
+    ]
+    if pairs:
+        one, other = (f"{row} ({names[int(labels[row])]})" for row in pairs[0])
+        number = "one image is" if len(pairs) == 1 else f"{len(pairs)} images are"
+        found.append(f"{number} given under two classes, such as numbers {one} and {other}")
+    return found

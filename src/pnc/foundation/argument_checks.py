@@ -1,5 +1,10 @@
 """Arguments of several functions checked: one clear error each."""
 
+import difflib
+import math
+from collections.abc import Sequence
+from typing import TypeGuard
+
 from torch import nn
 
 from pnc.foundation.errors import InputError
@@ -15,10 +20,53 @@ def check_module(value: object, argument: str) -> None:
 def check_whole(value: object, argument: str, least: int) -> None:
     """Refuse what is no whole number of 63 bits from `least` on."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
-        raise InputError(f"{argument}: expected a whole number, at least {least}; got {value!r}")
+        most = " and below 2**63" if isinstance(value, int) and value >= 2**63 else ""
+        raise InputError(f"{argument}: expected a whole number, at least {least}{most}; got {came(value)}")
 
 
-def check_bound(value: object, argument: str) -> None:
-    """Refuse a bound that is neither a number nor None."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise InputError(f"{argument}: expected a number or None; got {value!r}")
+def check_share(value: object, argument: str, of: str, or_else: str = "") -> None:
+    """Refuse what is no number in (0, 1]; a percentage is told from other mistakes.
+
+    Args:
+        value: What was given.
+        argument: Its name.
+        of: What it is a share of, for the message.
+        or_else: Other values that the argument may have, for the message: " or 'auto'".
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and 0 < value <= 1:  # type: ignore[operator]  # false for NaN
+        return
+    percent = is_number and not _is_huge(value) and 1 < value <= 100  # type: ignore[operator]
+    hint = f" (percent? write {value / 100:g})" if percent else ""  # type: ignore[operator]
+    raise InputError(f"{argument}: expected a share of {of}, above 0 and at most 1{or_else}; got {came(value)}{hint}")
+
+
+def check_flag(value: object, argument: str) -> None:
+    """Refuse what is neither True nor False: 0.5 and "no" would count as True."""
+    if not isinstance(value, bool):
+        raise InputError(f"{argument}: expected True or False; got {came(value)}")
+
+
+def check_choice(value: object, argument: str, choices: Sequence[str]) -> None:
+    """Refuse what is none of `choices`, and name the one that is like it."""
+    if isinstance(value, str) and value in choices:
+        return
+    close = difflib.get_close_matches(value.lower(), choices, n=1) if isinstance(value, str) else []
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise InputError(f"{argument}: expected one of {', '.join(choices)}; got {came(value)}{hint}")
+
+
+def check_finite(value: object, argument: str) -> None:
+    """Refuse what is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or _is_huge(value) or not math.isfinite(value):
+        raise InputError(f"{argument}: expected a finite number; got {came(value)}")
+
+
+def came(value: object) -> str:
+    """What was given, for a message: on one line and not long, whatever it is."""
+    return "a number of hundreds of digits" if _is_huge(value) else " ".join(f"{value!r:.100}".split())
+
+
+def _is_huge(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number that has no float, and maybe no text either: Python writes 4300 digits at most."""
+    return isinstance(value, int) and value.bit_length() > 1000

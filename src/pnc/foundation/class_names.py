@@ -3,7 +3,10 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from reprlib import repr as shortened
+from typing import Any
 
 from pnc.foundation.errors import ClassNameError
 
@@ -16,29 +19,66 @@ def is_name(value: object) -> bool:
     return isinstance(value, str) and 1 <= len(value) <= MAX_TEXT and value.isprintable()
 
 
-def check_class_names(names: Sequence[str], argument: str) -> tuple[str, ...]:
-    """Return `names` as a tuple after checking that there is one at least, that all are non-empty strings and differ.
+def check_class_names(names: Iterable[str] | Mapping[Any, Any], argument: str) -> tuple[str, ...]:
+    """Return names in order as a tuple, checked: one at least, non-empty strings, all different.
+
+    A mapping is read by its ids, whatever its order: {id: name}, as `id2label` of transformers (ids also as text, as
+    JSON has them), or {name: id}, as `class_to_idx` of torchvision.
 
     Raises:
-        ClassNameError: the message names `argument`.
+        ClassNameError: they are not so, a set (which has no order), or a mapping whose ids are not 0, 1, 2, ...; the
+            message names `argument`.
     """
+    if isinstance(names, Mapping):
+        names = _by_id(names, argument)
     if isinstance(names, str):
         raise ClassNameError(
             f"{argument}: expected a sequence of class names, got the one string {names!r}; put it in a list"
         )
+    if isinstance(names, set | frozenset):
+        raise ClassNameError(f"{argument}: a set has no order; give a list of the class names in order of their ids")
+    if not isinstance(names, Iterable):
+        hint = "; give its .names" if hasattr(names, "names") else "; give a list"
+        raise ClassNameError(f"{argument}: expected a sequence of class names, got {type(names).__name__}{hint}")
     names = tuple(names)
     wrong = [name for name in names if not isinstance(name, str) or not name]
     if wrong:
-        raise ClassNameError(f"{argument}: class names are non-empty strings, got {wrong[0]!r}; pass names, not ids")
+        raise ClassNameError(
+            f"{argument}: class names are non-empty strings, got {wrong[0]!r:.80}; pass names, not ids"
+        )
     if not names:
         raise ClassNameError(f"{argument}: expected at least one class name, got none")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ClassNameError(f"{argument}: {listed(twice)} given twice; every class needs a name of its own")
-    return names
+    return tuple(map(str, names))  # numpy's strings as plain ones
 
 
-def class_ids(names: Sequence[str], known: Sequence[str], argument: str = "classes") -> list[int]:
+def _by_id(mapping: Mapping[Any, Any], argument: str) -> list[Any]:
+    """The names of {id: name} or {name: id} in the order of the ids."""
+    if mapping and all(_is_id(value) for value in mapping.values()):
+        pairs = [(int(number), name) for name, number in mapping.items()]
+    elif all(_is_id(key) or (isinstance(key, str) and key.isdecimal() and len(key) < 10) for key in mapping):
+        pairs = [(int(key), name) for key, name in mapping.items()]
+    else:
+        raise ClassNameError(
+            f"{argument}: a mapping must be {{id: name}} or {{name: id}}, got {shortened(dict(mapping))}; "
+            "or give a list of the names in order"
+        )
+    found = sorted(number for number, _ in pairs)
+    if found != list(range(len(pairs))):
+        twice = [number for number, count in Counter(found).items() if count > 1]
+        missing = [number for number in range(len(pairs)) if number not in set(found)]
+        reason = f"{twice[0]} is there twice" if twice else f"{missing[0]} is missing"
+        raise ClassNameError(f"{argument}: the ids of {len(pairs)} classes are 0 to {len(pairs) - 1}; {reason}")
+    return [name for _, name in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def class_ids(names: Iterable[str], known: Sequence[str], argument: str = "classes") -> list[int]:
     """Return the place of each name within `known`, in the order of `names`.
 
     Raises:

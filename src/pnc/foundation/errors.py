@@ -23,3 +23,11 @@ class FileFormatError(PNCError, ValueError):
 
 class MismatchError(PNCError, ValueError):
     """A clone, a network and its weights do not belong together."""
+
+
+class PNCWarning(UserWarning):
+    """Something that a caller should know and that stops nothing; the command line turns one into one line."""
+
+
+class ExportError(PNCError, RuntimeError):
+    """A composite cannot be exported, or what was exported does not give its logits; nothing was written."""

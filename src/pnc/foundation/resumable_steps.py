@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pnc.foundation.errors import InputError
+from pnc.foundation.errors import FileFormatError, InputError
+from pnc.foundation.file_writing import check_place
 from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.tensor_files import read_tensors, write_tensors
 
@@ -33,10 +34,7 @@ class Steps:
         self._found: dict[str, dict[str, Tensor]] = {}
         if path is None:
             return
-        if path.suffix != ".safetensors":
-            raise InputError(f"resume: expected a path that ends in .safetensors, got {path}")
-        if not path.parent.is_dir():
-            raise InputError(f"resume: there is no folder {path.parent}; make it first")
+        check_steps_path(path)
         there = path.exists()
         if there:
             tensors, facts = read_tensors(path)
@@ -45,10 +43,7 @@ class Steps:
                     f"resume: {path} holds {facts.get('format')!r}, no steps of a clone; take another path"
                 )
             if facts.get("identity") == identity:
-                self._found = {name: {} for name in facts["steps"]}
-                for name, tensor in tensors.items():
-                    step, _, key = name.rpartition("/")
-                    self._found[step][key] = tensor
+                self._found = _steps(path, tensors, facts.get("steps"))
         if not team.agree(torch.tensor([len(self._found), there])):
             self._found = {}  # not all processes see the file
 
@@ -76,6 +71,35 @@ class Steps:
         """Remove the file: nothing is left to go on with."""
         if self._path is not None and self._team.is_main:
             self._path.unlink(missing_ok=True)
+
+
+def check_steps_path(path: object) -> None:
+    """Refuse a path that no steps can be kept at, before any work.
+
+    Raises:
+        InputError: it is no path, has another suffix, its folder does not exist, or it is a folder itself.
+    """
+    if not isinstance(path, str | Path):
+        raise InputError(f"resume: expected a path that ends in .safetensors, got {type(path).__name__}")
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise InputError(f"resume: expected a path that ends in .safetensors, got {path}")
+    check_place(path, "resume")
+    if not path.parent.is_dir():
+        raise InputError(f"resume: there is no folder {path.parent}; make it first")
+
+
+def _steps(path: Path, tensors: Mapping[str, Tensor], names: object) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a file by step, each of which the file names."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FileFormatError(f"resume: the metadata of {path} is damaged: it has no list of steps; remove the file")
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for name, tensor in tensors.items():
+        step, _, key = name.rpartition("/")
+        if step not in found:
+            raise FileFormatError(f"resume: {path} is damaged: {name[:80]!r} is of no step it names; remove the file")
+        found[step][key] = tensor
+    return found
 
 
 NO_STEPS = Steps()

@@ -5,15 +5,13 @@ JSON is limited in length and depth, and a digest covers all that a file says. S
 one `FileFormatError`.
 """
 
-import glob
 import hashlib
 import json
 import math
 import os
 import stat
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shortened
@@ -23,13 +21,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from pnc.foundation.errors import FileFormatError, InputError
+from pnc.foundation.errors import FileFormatError, InputError, PNCError
+from pnc.foundation.file_writing import path_text, write_file
 from pnc.foundation.tensor_bits import DTYPES, as_bytes, dtype_name, value_digests
-
-try:
-    import fcntl
-except ImportError:  # Windows, where leftovers of a killed process are not told from files at work, and stay
-    fcntl = None  # type: ignore[assignment]
 
 METADATA_KEY = "pnc"  # one key only: several are written in hash order, and equal inputs would give unequal bytes
 DIGEST_KEY = "digest"
@@ -42,8 +36,13 @@ MAX_DEPTH = 16
 """How deep lists and objects of a header may be nested."""
 
 _MAX_DIMS, _MAX_NUMEL = 8, 1 << 40
+_MANY_BYTES, _HOLES = 1 << 28, 64
+"""From this size on, a file must hold at least one byte in so many: file systems keep long holes for nothing."""
+
 _CODES = ("F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL")
-_DTYPE_OF = dict(zip(_CODES, DTYPES, strict=True))
+DTYPE_OF = dict(zip(_CODES, DTYPES, strict=True))
+"""Types by their codes in safetensors."""
+
 _CODE_OF = dict(zip(DTYPES, _CODES, strict=True))
 
 
@@ -53,81 +52,6 @@ def canonical_json(value: Any) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
-def write_file(path: str | Path, data: bytes | str) -> None:
-    """Write `data` to `path` through a temporary file beside it: a reader sees the old file or the new one, whole.
-
-    A process that is killed while it writes leaves its temporary file, ``.NAME.pnc-*``; the next write to the same path
-    removes it.
-
-    Raises:
-        InputError: the folder does not exist or cannot be written to; nothing is left behind.
-    """
-    path = Path(path)
-    raw = data.encode() if isinstance(data, str) else data
-    try:
-        _remove_leftovers(path)
-        with _temporary(path) as (file, temporary):
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-            # mkstemp makes the file private; give it what an ordinary new file gets.
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
-            if fcntl is None:
-                file.close()  # Windows renames closed files only
-            temporary.replace(path)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder that exists and is writable"
-        ) from error
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new file beside `path`, open for writing and locked for as long as its owner lives; gone afterwards."""
-    while True:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path))
-        temporary = Path(name)
-        if fcntl is None or not _locked(descriptor) or temporary.exists():
-            break
-        os.close(descriptor)  # another process took it for a leftover before it was locked
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file, temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove temporary files of processes that were killed while they wrote `path`: those that nobody locks."""
-    if fcntl is None:
-        return
-    for leftover in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
-        try:
-            descriptor = os.open(leftover, os.O_RDONLY)
-        except FileNotFoundError:  # its owner was quicker
-            continue
-        try:
-            if _locked(descriptor, wait=False):
-                leftover.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
-
-
-def _locked(descriptor: int, wait: bool = True) -> bool:
-    """Try to lock an open file; False where another process keeps it locked, or the file system knows no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        return False
-    return True
-
-
-def _prefix(path: Path) -> str:
-    return f".{path.name}.pnc-"
-
-
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write a safetensors file whose metadata key `pnc` holds `metadata` and a digest; equal inputs give equal bytes.
 
@@ -158,35 +82,76 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+Check = Callable[[Mapping[str, Tensor], dict[str, Any]], None]
+"""Called before any value is read, with the tensors on the meta device and the metadata, digest included."""
+
+
+def read_tensors(path: str | Path, check: Check | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_tensors` wrote: the tensors, on the CPU, and the metadata.
 
+    Args:
+        path: The file.
+        check: Raises where names, types, shapes or metadata are not what the caller can use: before memory is taken.
     Raises:
-        FileFormatError: no such file, not safetensors, damaged, or without our metadata.
+        FileFormatError: no such file, not safetensors, damaged, larger than memory, or without our metadata.
     """
-    tensors, metadata, _ = read_sealed(path)
+    tensors, metadata, _ = read_sealed(path, check)
     return tensors, metadata
 
 
-def read_sealed(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
+def read_sealed(path: str | Path, check: Check | None = None) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
     """Read as `read_tensors` does, and return the digest too, which is right; None where the file has none."""
     path = Path(path)
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            _refuse(path, "it is no regular file")
-        with path.open("rb") as file:
+    with ExitStack() as stack:
+        with _file_errors(path):
+            if not stat.S_ISREG(path.stat().st_mode):
+                _refuse(path, "it is no regular file")
+            file = stack.enter_context(path.open("rb"))
             entries, metadata, n_before = _read_header(path, file)
+        if check is not None:  # whose errors are not the file's
+            check({e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries}, metadata)
+        with _file_errors(path):
+            _refuse_holes(path, file)
             tensors = {entry.name: _read_tensor(path, file, entry, n_before) for entry in entries}
-    except FileNotFoundError as error:
-        raise FileFormatError(f"there is no file {path}") from error
-    except OSError as error:
-        raise FileFormatError(f"{path} cannot be read: {error.strerror or error}") from error
     digest = metadata.pop(DIGEST_KEY, None)
     if digest is not None and digest != _digest(tensors, metadata):
         raise FileFormatError(
             f"{path} is damaged: its content does not give the digest that it names; copy or make it again"
         )
     return dict(sorted(tensors.items())), metadata, digest
+
+
+@contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
+    """Within the block, an error of the system is a `FileFormatError` that names the file."""
+    try:
+        yield
+    except PNCError:
+        raise
+    except FileNotFoundError as error:
+        raise FileFormatError(f"there is no file {path_text(path)}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with NUL
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise FileFormatError(f"{path_text(path)} cannot be read: {reason}") from error
+
+
+def _refuse_holes(path: Path, file: BinaryIO) -> None:
+    """Refuse a large file that is nearly all holes: it takes memory and time for nothing but zeros."""
+    size, seek_data = os.fstat(file.fileno()).st_size, getattr(os, "SEEK_DATA", None)
+    if size < _MANY_BYTES or seek_data is None:
+        return
+    before = os.lseek(file.fileno(), 0, os.SEEK_CUR)
+    place = n_data = 0
+    while place < size and n_data < size // _HOLES:
+        try:
+            start = os.lseek(file.fileno(), place, seek_data)
+            place = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+        except OSError:  # nothing but a hole from here on
+            break
+        n_data += place - start
+    os.lseek(file.fileno(), before, os.SEEK_SET)  # where the buffer believes it to be
+    if n_data < size // _HOLES:
+        _refuse(path, f"it has {size} bytes, but holds only {n_data}")
 
 
 @dataclass(frozen=True)
@@ -225,7 +190,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[list[_Entry], dict[str, An
 def _entry(path: Path, name: str, facts: Any) -> _Entry:
     if not isinstance(facts, dict) or facts.keys() != {"dtype", "shape", "data_offsets"}:
         _refuse(path, f"the entry of {shortened(name)} is {shortened(facts)}")
-    dtype = _DTYPE_OF.get(facts["dtype"]) if isinstance(facts["dtype"], str) else None
+    dtype = DTYPE_OF.get(facts["dtype"]) if isinstance(facts["dtype"], str) else None
     if dtype is None:
         _refuse(path, f"{shortened(name)} has values of the type {shortened(facts['dtype'])}")
     shape, offsets = facts["shape"], facts["data_offsets"]
@@ -242,7 +207,13 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _read_tensor(path: Path, file: BinaryIO, entry: _Entry, n_before: int) -> Tensor:
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    try:
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    except RuntimeError as error:  # what torch raises where there is not enough memory
+        n_bytes = math.prod(entry.shape) * entry.dtype.itemsize
+        raise FileFormatError(
+            f"{path} cannot be read: {shortened(entry.name)} takes {n_bytes} bytes, more memory than there is"
+        ) from error
     raw = as_bytes(tensor)
     file.seek(n_before + entry.start)
     if len(raw) and file.readinto(raw.numpy()) != len(raw):  # type: ignore[attr-defined] # BinaryIO lacks it

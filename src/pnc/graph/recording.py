@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from pnc.data.image_range import values_unchecked
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import InputError, RecordingError
 from pnc.foundation.tensor_bits import same_bits
@@ -66,6 +67,7 @@ class Recording:
         return self.module.graph.output_node().all_input_nodes[0]
 
 
+@values_unchecked()
 def record(model: nn.Module, example: Tensor) -> Recording:
     """Record a classifier as a graph that gives the same bits.
 
@@ -85,7 +87,14 @@ def record(model: nn.Module, example: Tensor) -> Recording:
     network = _unwrap(model)
     _check(network, example)
     probe = _fresh_images(example)
-    with _LOCK, torch.inference_mode(False), torch.no_grad(), _random_state(example.device), _eager():
+    with (
+        _LOCK,
+        torch.inference_mode(False),
+        torch.no_grad(),
+        _random_state(example.device),
+        _eager(),
+        values_unchecked(),
+    ):
         state = _State(network)
         changed: list[str] = []
         try:

@@ -10,19 +10,6 @@ from pnc.foundation.errors import InputError
 _ROUNDING = 1e-9
 
 
-def check_base_drop(max_base_drop: float | None) -> None:
-    """Refuse a bound that is no share of images; None, for no bound, is fine.
-
-    Raises:
-        InputError: it is not a number in (0, 1).
-    """
-    if max_base_drop is None:
-        return
-    is_number = isinstance(max_base_drop, int | float) and not isinstance(max_base_drop, bool)
-    if not is_number or not 0 < max_base_drop < 1:
-        raise InputError(f"max_base_drop must be in (0, 1), a share of base images; got {max_base_drop!r}")
-
-
 def check_promise(max_base_drop: float, n_images: int) -> None:
     """Refuse a bound that so few base images cannot show.
 

@@ -27,6 +27,7 @@ from pnc.clones.branch import Scalars, against_rivals
 from pnc.composite.composite import Composite
 from pnc.data.image_set import images_as_float
 from pnc.data.support import Support, as_images, as_support
+from pnc.foundation.argument_checks import check_whole
 from pnc.foundation.class_names import listed
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.network_state import undisturbed
@@ -158,6 +159,7 @@ def calibrate(net: Composite, support: Any, *, background: Any = None, batch_siz
     """
     if not isinstance(net, Composite):
         raise InputError(f"net: expected a composite, what pnc.attach gives; got {type(net).__name__}")
+    check_whole(batch_size, "batch_size", 1)
     names, base = net.classes, net.base_classes
     if len(names) == len(base):
         raise InputError("net: no clone is enabled; attach one, or leave the block of disabled()")

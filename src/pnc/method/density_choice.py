@@ -2,21 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.mac_budget import Costs
 from pnc.clones.clone import Clone
 from pnc.foundation.errors import InputError
 from pnc.method.held_out import Outcome, source_body
-from pnc.method.part_tuning import Tune
 from pnc.method.positions import Position, Scan
+from pnc.method.settings import Prefer
 from pnc.method.task import CloneTask
-
-Prefer = Literal["accuracy", "balanced", "small"]
-"""Points of the front in plain words."""
-Effort = Literal["seconds", "minutes"]
-"""How long a clone may take: closed form only, or with learning by gradient."""
 
 TOLERANCES: Mapping[str, float] = {"accuracy": 0.0, "balanced": 0.005, "small": 0.02}
 """Accuracy that is given up for lower cost."""
@@ -33,43 +27,6 @@ N_ERRORS = 0.5
 """Standard errors of a position's log-loss that count against it: few images must not choose a bad one."""
 N_TRIED = 2
 """Clones below density 1 that are made at most; then the whole part is taken."""
-ONE_SHOT = (None, "taylor", "magnitude", "random")
-
-
-def check_effort(effort: str, prefer: str) -> None:
-    """Refuse words that stand for nothing.
-
-    Raises:
-        InputError: the message says which there are.
-    """
-    for argument, value, words in (("effort", effort, Effort), ("prefer", prefer, Prefer)):
-        if value not in get_args(words):
-            raise InputError(f"{argument}: expected one of {', '.join(get_args(words))}, got {value!r}")
-
-
-def closed_form(
-    density: float | Literal["auto"],
-    method: str | None,
-    tune: Tune | None,
-    refine: bool,
-    effort: Effort,
-    strategy: str,
-) -> tuple[float, Tune | None]:
-    """What density and tuning are where a job has no automatic choice: in closed form, refined, or the paper's search.
-
-    Raises:
-        InputError: what was asked for does not go together.
-    """
-    if effort == "seconds":
-        learned = [f"method={method!r}"] if method not in ONE_SHOT else []
-        learned += [f"tune={tune!r}"] if tune not in (None, "none") else []
-        learned += ["refine=True"] if refine else []
-        learned += [f"strategy={strategy!r}"] if strategy == "sequential" else []
-        if learned:
-            raise InputError(f"effort: 'seconds' is closed form alone, and {learned[0]} learns by gradient; drop one")
-    if strategy == "sequential" and tune is not None:
-        raise InputError("tune: the sequential search tunes nothing but adapter and head; leave it out")
-    return (1.0 if density == "auto" else density), tune or ("norms" if refine else "none")
 
 
 @dataclass(frozen=True, eq=False)

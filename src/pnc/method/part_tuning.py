@@ -10,7 +10,7 @@ anew, before any head is fitted: so the clone in memory is the one in the file.
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +21,18 @@ from pnc.channels.compaction import own_copy
 from pnc.clones.adapter import Adapter
 from pnc.clones.deltas import Deltas, deltas_of, low_rank_deltas, merge, rank_of, rounded_deltas
 from pnc.data.image_store import Images, to_device
-from pnc.foundation.errors import InputError
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.graph.cut_points import extract
 from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.file_size import tuned_bytes
 from pnc.method.localization.aim import Aim, Answers
 from pnc.method.localization.norms import batch_norms, reestimate_statistics, training_norms
+from pnc.method.settings import Tune
 from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Progress
 
-Tune = Literal["weights", "low-rank", "norms", "none"]
-"""What of a part is tuned once channels are gone; `tuned` does the first two, the localizer the norms."""
 Distilled = Literal["weights", "low-rank"]
+"""What of a part is tuned here; norms alone are tuned by the localizer."""
 
 N_STEPS = 600
 SCORED_SHARE = 2 / 3
@@ -67,18 +66,6 @@ class Tuned:
     part: SourcePart
     fitted: CrossFitted
     scored: CrossFitted
-
-
-def check_tuning(tune: str | None, refine: bool) -> None:
-    """Refuse a kind of tuning that does not exist, and one that moves the adapter beside `refine`.
-
-    Raises:
-        InputError: the message says what there is.
-    """
-    if tune is not None and tune not in get_args(Tune):
-        raise InputError(f"tune: expected one of {', '.join(get_args(Tune))}, got {tune!r}")
-    if refine and tune in ("weights", "low-rank"):
-        raise InputError(f"refine: tune={tune!r} moves the adapter already; leave one of them out")
 
 
 def what_to_tune(

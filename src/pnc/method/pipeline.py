@@ -5,38 +5,47 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 
 from pnc.clones.adapter import Adapter
 from pnc.clones.clone import Clone, check_name
 from pnc.data.image_store import MEMORY
-from pnc.foundation.argument_checks import check_bound, check_whole
+from pnc.foundation.argument_checks import check_flag
 from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import fingerprint
 from pnc.foundation.network_state import undisturbed
 from pnc.foundation.process_team import ALONE, Team
-from pnc.foundation.resumable_steps import NO_STEPS, Steps
+from pnc.foundation.resumable_steps import NO_STEPS, Steps, check_steps_path
 from pnc.foundation.tensor_bits import value_digests
 from pnc.foundation.tensor_files import canonical_json
 from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.assembly import assembled, n_images
-from pnc.method.base_drop_bound import check_base_drop, check_promise, least_priority
-from pnc.method.density_choice import Effort, Prefer, check_effort, closed_form, joint_front, smallest_good
+from pnc.method.base_drop_bound import check_promise, least_priority
+from pnc.method.density_choice import Candidate, joint_front, smallest_good
 from pnc.method.held_out import Outcome, fit_head, judge, outcome_of, outcome_of_part, run_parts, source_body
-from pnc.method.localization.localizer import Method, localize
+from pnc.method.localization.localizer import localize
 from pnc.method.paper_search import search
-from pnc.method.part_tuning import Tune, check_tuning, tune_part, what_to_tune
+from pnc.method.part_tuning import tune_part, what_to_tune
 from pnc.method.positions import scan
 from pnc.method.refinement import refined
+from pnc.method.settings import (
+    Bounds,
+    Effort,
+    Method,
+    Prefer,
+    Removal,
+    Strategy,
+    Tune,
+    check_effort,
+    check_strategy,
+)
 from pnc.method.source_part import SourcePart
-from pnc.method.task import CloneTask, Precision, Progress, prepare_task
-
-Strategy = Literal["scan", "sequential"]
-"""How a position is found: all in closed form, or as the paper does (`paper_search`), the reference."""
+from pnc.method.task import CloneTask, Precision, Progress, check_task, prepare_task
 
 
 @undisturbed()
@@ -82,16 +91,27 @@ def clone(
             an ImageSet. Labels are class names, or ids of base classes followed by new ones. Samples of base classes
             are optional; with some the new classes are told from the old ones better, also where only some of the base
             classes have any.
-        classes: Names of the classes to clone; None takes all of the source's that the target lacks. The support has
-            images of these and of base classes only.
         source_classes: Names of the source's outputs, in order.
         base_classes: Names of the target's outputs, in order.
+        classes: Names of the classes to clone; None takes all of the source's that the target lacks. The support has
+            images of these and of base classes only.
         background: Unlabelled images that the target is used on, with none or few of the new classes among them: a
             tensor (N, C, H, W) or an ImageSet. They serve as samples of the base classes that the target itself sees in
             them.
-        name: Of the clone; None makes one of the names of its classes.
+        flip: Use the mirror image of each sample too: right for photographs, wrong for digits.
         density: Share of the prunable multiply-accumulates of the source's part to keep, in (0, 1]. "auto" chooses it
             together with the position, as `prefer` says; in closed form it is 1.
+        prefer: What an automatic density gives up for lower cost: "accuracy" nothing, "balanced" about half a point,
+            "small" about two.
+        effort: "minutes", or "seconds" for closed form alone: then nothing is learned by gradient.
+        max_macs: Bound on the added MACs as a share of the source's.
+        max_base_drop: Bound on the accuracy that base images may lose, in (0, 1), such as 0.02: the new logits are
+            lowered until held-out base images keep it. It takes 1 / max_base_drop - 1 of these, 49 for 0.02. None
+            takes base and new images for equally likely.
+
+        The others have defaults that rarely need a change:
+
+        name: Of the clone; None makes one of the names of its classes.
         method: How channels are chosen below density 1: by "gates", learned by gradient, by one-shot scores "taylor",
             "magnitude" or "random", or by "local-surrogate", the paper's rule as we read it. None takes "taylor", or
             "gates" where only norms are tuned.
@@ -99,20 +119,12 @@ def clone(
             "low-rank" of them (a third of the file), scales and shifts of BatchNorm "norms" alone, or "none". None
             takes the weights, or what `max_bytes` has room for. At density 1 the part is tuned only if this is given,
             and only behind a fitted adapter.
-        prefer: What an automatic density gives up for lower cost: "accuracy" nothing, "balanced" about half a point,
-            "small" about two.
-        effort: "minutes", or "seconds" for closed form alone: then nothing is learned by gradient.
         round_to: Below density 1, keep multiples of so many channels, which may keep less than `density` allows:
             processors take 8, 16 or 32 channels as fast as one more than half of them.
-        max_macs: Bound on the added MACs as a share of the source's.
         max_bytes: Bound on the size of the thin file.
-        max_base_drop: Bound on the accuracy that base images may lose, in (0, 1), such as 0.02: the new logits are
-            lowered until held-out base images keep it. It takes 1 / max_base_drop - 1 of these, 49 for 0.02. None
-            takes base and new images for equally likely.
         strategy: How the position is found. "sequential" is the reference to compare with: the paper's search, trained
             by gradient; it knows no bounds and takes minutes.
         refine: Tune the adapter by gradient, and keep what held-out images gain by; takes minutes.
-        flip: Use the mirror image of each sample too: right for photographs, wrong for digits.
         seed: Of every random choice; the same inputs and seed give the same clone.
         batch_size: Images that go through a network at a time.
         memory: Bytes that may be kept of the support at a time, beside what a batch takes. Images that a Dataset or a
@@ -129,21 +141,11 @@ def clone(
             the bounds, `density` is out of range, or `resume` is a file of something else.
         FileFormatError: `resume` is damaged.
     """
-    if density != "auto" and not (isinstance(density, int | float) and 0 < density <= 1):
-        raise InputError(
-            f"density must be in (0, 1], the share of prunable MACs that is kept, or 'auto'; got {density!r}"
-        )
-    check_effort(effort, prefer)
-    check_tuning(tune, refine)
-    if effort == "seconds" or refine or strategy == "sequential":
-        density, tune = closed_form(density, method, tune, refine, effort, strategy)
-    check_base_drop(max_base_drop)
-    bounded = any(bound is not None for bound in (max_macs, max_bytes, max_base_drop))
-    _check_strategy(strategy, is_plain=not bounded and not refine)
-    check_name(name)
-    check_whole(round_to, "round_to", 1)
-    check_bound(max_macs, "max_macs")
-    check_bound(max_bytes, "max_bytes")
+    removal, bounds = Removal(density, method, round_to, tune), Bounds(max_macs, max_bytes, max_base_drop)
+    check_flag(refine, "refine")
+    check_strategy(strategy, removal, bounds, refine)
+    removal = check_effort(effort, prefer, removal, refine, strategy)
+    _check_others(name, resume, progress)
     task = prepare_task(
         source,
         target,
@@ -165,7 +167,7 @@ def clone(
         if strategy == "sequential":
             return fit_sequential(
                 task,
-                density=float(density),
+                density=removal.fixed_density,
                 method=method or "gates",
                 round_to=round_to,
                 name=name,
@@ -173,16 +175,13 @@ def clone(
             )
         steps = NO_STEPS
         if resume is not None:
-            bounds = {"max_macs": max_macs, "max_bytes": max_bytes}
-            settings = {"density": density, "method": method, "tune": tune, "round_to": round_to, **bounds}
+            cost = {"max_macs": max_macs, "max_bytes": max_bytes}
+            settings = {**vars(removal), **cost}
             steps = Steps(Path(resume), _identity(task, settings), team)
         found = scan(task, progress=progress)
         fit_one = partial(
             fit_and_judge,
             task,
-            method=method,
-            tune=tune,
-            round_to=round_to,
             max_bytes=max_bytes,
             max_base_drop=max_base_drop,
             refine=refine,
@@ -190,22 +189,26 @@ def clone(
             steps=steps,
             progress=progress,
         )
-        if density == "auto":
+        if removal.density == "auto":
             front = joint_front(task, found, max_macs, max_bytes)
-            chosen = smallest_good(front, prefer, lambda one: fit_one(found.adapter(one.position), density=one.density))
+
+            def make(one: Candidate) -> tuple[Clone, Outcome]:
+                return fit_one(found.adapter(one.position), replace(removal, density=one.density))
+
+            chosen = smallest_good(front, prefer, make)
         else:
-            chosen, _ = fit_one(found.adapter(found.choose(max_macs, max_bytes)), density=density)
+            chosen, _ = fit_one(found.adapter(found.choose(max_macs, max_bytes)), removal)
         steps.finish()
         return chosen
 
 
-def _check_strategy(strategy: str, is_plain: bool) -> None:
-    if strategy not in get_args(Strategy):
-        raise InputError(f"strategy: expected one of {', '.join(get_args(Strategy))}, got {strategy!r}")
-    if strategy == "sequential" and not is_plain:
-        raise InputError(
-            "strategy: the sequential search takes no max_macs, max_bytes, max_base_drop or refine; leave them out"
-        )
+def _check_others(name: str | None, resume: str | Path | None, progress: Progress | None) -> None:
+    """Refuse what would be found out only after the work."""
+    check_name(name)
+    if resume is not None:
+        check_steps_path(resume)
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress: expected a function of (what, done, total) or None; got {type(progress).__name__}")
 
 
 @undisturbed()
@@ -239,45 +242,43 @@ def fit(
         name: As in `clone`.
         steps: What is there of an earlier call, and where what takes long is kept.
         progress: As in `clone`.
+    Raises:
+        InputError: an argument is out of range, or `fitted` is no adapters.
     """
+    removal = Removal(density, method, round_to, tune)
+    Bounds(None, max_bytes, max_base_drop)
+    check_flag(refine, "refine")
+    check_effort("minutes", "balanced", removal, refine, "scan")
+    _check_others(name, None, progress)
+    check_task(task)
+    if not isinstance(fitted, CrossFitted):
+        raise InputError(f"fitted: expected adapters, found.adapter(position) of a scan; got {type(fitted).__name__}")
+    if max_base_drop is not None:
+        check_promise(max_base_drop, n_images(task, base=True))
+    removal = replace(removal, density=removal.fixed_density)
     return fit_and_judge(
-        task,
-        fitted,
-        density=density,
-        method=method,
-        tune=tune,
-        round_to=round_to,
-        max_bytes=max_bytes,
-        max_base_drop=max_base_drop,
-        refine=refine,
-        name=name,
-        steps=steps,
-        progress=progress,
+        task, fitted, removal, max_bytes, max_base_drop, refine=refine, name=name, steps=steps, progress=progress
     )[0]
 
 
 def fit_and_judge(
     task: CloneTask,
     fitted: CrossFitted,
-    *,
-    density: float,
-    method: Method | None,
-    tune: Tune | None,
-    round_to: int,
+    removal: Removal,
     max_bytes: int | None,
     max_base_drop: float | None,
+    *,
     refine: bool,
     name: str | None,
     steps: Steps,
     progress: Progress | None,
 ) -> tuple[Clone, Outcome]:
-    """As `fit`; and how each image of the support fares when it is held out."""
-    check_tuning(tune, refine)
+    """As `fit`, of arguments that were checked; and how each image of the support fares when it is held out."""
+    density, tune, norms = removal.fixed_density, removal.tune, removal.tune == "norms"
+    method = removal.method or ("gates" if norms else "taylor")
     steps = steps.at(f"{fitted.adapter.target_cut.name} > {fitted.adapter.source_cut.name} at {density}")
-    method = method or ("gates" if tune == "norms" else "taylor")
-    norms = tune == "norms"
     part = localize(
-        task, fitted.adapter, density, method, norms=norms, round_to=round_to, steps=steps, progress=progress
+        task, fitted.adapter, density, method, norms=norms, round_to=removal.round_to, steps=steps, progress=progress
     )
     facts: dict[str, Any] = {"adapter_error": fitted.error, "method": None if part.masks is None else method}
     scored = closed = fitted
@@ -334,7 +335,12 @@ def fit_sequential(
         round_to: As in `clone`.
         name: As in `clone`.
         progress: As in `clone`.
+    Raises:
+        InputError: an argument is out of range.
     """
+    density = Removal(density, method, round_to).fixed_density
+    _check_others(name, None, progress)
+    check_task(task)
 
     def part_of(adapter: Adapter) -> SourcePart:
         return localize(task, adapter, density, method, norms=method == "gates", hold_out=False, round_to=round_to)

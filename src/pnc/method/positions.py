@@ -10,24 +10,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from pnc.clones.adapter import Adapter
-from pnc.data.image_store import to_device
+from pnc.foundation.argument_checks import check_flag, check_whole
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import undisturbed
 from pnc.graph.candidate_cuts import candidate_cuts
-from pnc.graph.cut_points import LOGITS, CutPoint, extract
-from pnc.method.adapter_fitting import N_ROWS, AdapterFitter, CrossFitted
+from pnc.graph.cut_points import CutPoint
+from pnc.method.adapter_fitting import CrossFitted
+from pnc.method.adapter_moments import adapter_fitter, gather_moments, ranked_pairs
 from pnc.method.file_size import thin_bytes
 from pnc.method.head_fitting import HeadSamples
-from pnc.method.held_out import Outcome, batches, judge, outcome_of, run_parts, source_body
-from pnc.method.task import CloneTask, Progress
+from pnc.method.held_out import Outcome, judge, outcome_of, run_parts, source_body
+from pnc.method.settings import Bounds
+from pnc.method.task import CloneTask, Progress, check_task
 
 MAX_CUTS = 12
 RUNNER_UP = 1.1
-RANKED_IMAGES, RANKED_ROWS, RANKED_OUTPUTS = 100, 8_000, 64
-"""By how many images, rows and channels pairs of cuts are ranked where the moments of all would not fit the memory."""
 FITTED_IMAGES = 10_000
 """Images of the support that adapters are fitted on, at most: they already give all rows that a regression needs."""
 SCORED_IMAGES = 2_000
@@ -164,8 +162,9 @@ class Scan:
             max_bytes: Bound on the size of the thin file; None for no bound.
             n_errors: How many standard errors may be given up for lower cost, at least 0.
         Raises:
-            InputError: no scored position is that cheap; the message names the cheapest.
+            InputError: a bound is out of range, or no scored position is that cheap; the message names the cheapest.
         """
+        Bounds(max_macs, max_bytes)
         has_base = any(bool(outcome.is_base.any()) for outcome in self.outcomes.values())
         allowed = list(self.positions)
         if max_macs is not None:
@@ -203,19 +202,24 @@ def scan(
         max_cuts: Cuts taken of each network, spread over its depth in MACs.
         exhaustive: Score every pair of cuts, not only the promising ones.
         progress: Called after each batch.
+    Raises:
+        InputError: an argument is out of range.
     """
+    check_task(task)
+    check_whole(max_cuts, "max_cuts", 2)
+    check_flag(exhaustive, "exhaustive")
     target_cuts = candidate_cuts(task.target.recording, max_cuts)
     source_cuts = candidate_cuts(task.source.recording, max_cuts)
     cuts = target_cuts, source_cuts
     whole, task = task, task.reduced(FITTED_IMAGES)
     chosen = None
-    fitter = _fitter(task, *cuts)
+    fitter = adapter_fitter(task, *cuts)
     if fitter.n_bytes(task.samples.n_folds) > task.memory and not exhaustive:
-        errors = _ranked(task, *cuts, progress)
+        errors = ranked_pairs(task, *cuts, progress)
         # One target cut for each source cut: with networks as large as this, every further pair takes minutes.
         chosen = shortlist(*cuts, errors, runner_up=0)
-        fitter = _fitter(task, *cuts, chosen)
-    _gather_moments(task, fitter, *cuts, "fitting adapters", progress)
+        fitter = adapter_fitter(task, *cuts, chosen)
+    gather_moments(task, fitter, *cuts, "fitting adapters", progress)
     if chosen is None:
         chosen = [(t, s) for t in target_cuts for s in source_cuts]
         errors = {(t.name, s.name): fitter.error(t, s) for t, s in chosen}
@@ -308,59 +312,6 @@ def _undominated(
     costs = {pair: _added_macs(task, fitted.adapter) for pair, fitted in adapters.items()}
     bound = min((costs[pair] for pair, fitted in adapters.items() if fitted.adapter.is_identity), default=math.inf)
     return {pair: fitted for pair, fitted in adapters.items() if costs[pair] <= bound}
-
-
-def _fitter(
-    task: CloneTask,
-    target_cuts: Sequence[CutPoint],
-    source_cuts: Sequence[CutPoint],
-    pairs: Sequence[tuple[CutPoint, CutPoint]] | None = None,
-    n_rows: int = N_ROWS,
-    n_outputs: int | None = None,
-) -> AdapterFitter:
-    generator = torch.Generator().manual_seed(task.seed)
-    return AdapterFitter(target_cuts, source_cuts, len(task.samples.labels), generator, pairs, n_rows, n_outputs)
-
-
-def _ranked(
-    task: CloneTask, target_cuts: Sequence[CutPoint], source_cuts: Sequence[CutPoint], progress: Progress | None
-) -> dict[tuple[str, str], float]:
-    """Errors of the adapters of all pairs, by names of the cuts, from a part of the support, in two folds."""
-    part = task.reduced(RANKED_IMAGES)
-    samples = part.samples
-    if samples.n_folds > 2:
-        halves = (samples.folds >= samples.n_folds // 2).long()
-        part = replace(part, samples=replace(samples, folds=halves))
-    fitter = _fitter(part, target_cuts, source_cuts, None, RANKED_ROWS, RANKED_OUTPUTS)
-    _gather_moments(part, fitter, target_cuts, source_cuts, "ranking cuts", progress)
-    return {(t.name, s.name): fitter.error(t, s) for t in target_cuts for s in source_cuts}
-
-
-def _gather_moments(
-    task: CloneTask,
-    fitter: AdapterFitter,
-    target_cuts: Sequence[CutPoint],
-    source_cuts: Sequence[CutPoint],
-    what: str,
-    progress: Progress | None,
-) -> None:
-    target_taps = extract(task.target.recording, None, [*target_cuts, LOGITS])
-    source_taps = extract(task.source.recording, None, [*source_cuts, LOGITS])
-    done = 0
-    for number, fold, _, images in batches(task, [*target_cuts, *source_cuts], what, progress, with_first=True):
-        for _ in range(done, number):
-            fitter.skip()
-        done = number + 1
-        with torch.no_grad(), task.autocast():
-            here = to_device(images, task.target.device)
-            target_tensors, source_tensors = target_taps(here), source_taps(here)
-        fitter.update(
-            fold,
-            {cut.name: tensor for cut, tensor in zip(target_cuts, target_tensors, strict=False)},
-            {cut.name: tensor for cut, tensor in zip(source_cuts, source_tensors, strict=False)},
-            counted=task.team.is_mine(number),
-        )
-    fitter.share(task.team, task.samples.n_folds)
 
 
 def _position(

@@ -1,5 +1,6 @@
 """A cloning task: two recorded networks, their class names and the support, every doubt settled at the door."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -9,12 +10,13 @@ from torch import Tensor, nn
 
 from pnc.composite.composite import Composite
 from pnc.data.folded_samples import Samples, samples_of
+from pnc.data.image_range import check_range
 from pnc.data.image_set import ImageSet
-from pnc.data.image_store import MEMORY, check_images, to_device
-from pnc.data.support import StoredSupport, stored_support
-from pnc.foundation.argument_checks import check_module, check_whole
+from pnc.data.image_store import MEMORY, ImageStore, check_images, to_device
+from pnc.data.support import StoredSupport, doubts, stored_support
+from pnc.foundation.argument_checks import check_choice, check_flag, check_module, check_whole
 from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name
-from pnc.foundation.errors import ClassNameError, InputError, RecordingError
+from pnc.foundation.errors import ClassNameError, InputError, PNCWarning, RecordingError
 from pnc.foundation.network_state import undisturbed
 from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.tensor_bits import dtype_name
@@ -172,13 +174,7 @@ def read_network(model: nn.Module, example: Tensor, classes: Sequence[str], argu
         RecordingError: the network cannot be recorded, or cannot take such images.
         ClassNameError: the names do not fit to the outputs.
     """
-    check_module(model, argument)
-    other = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
-    if other is not None:
-        raise InputError(
-            f"{argument} has parameters in {dtype_name(other)}, and clones are made in float32: give "
-            f"copy.deepcopy({argument}).float() here (precision='bfloat16' is faster), and cast the composite"
-        )
+    _check_network(model, argument)
     names = check_class_names(classes, f"{argument} classes")
     parameter = next(model.parameters(), None)
     if parameter is not None:
@@ -248,12 +244,9 @@ def prepare_task(
             "target is a composite, whose classes come and go; clone into the network in it (composite.target), "
             "attach that clone to the composite too, and calibrate them together"
         )
-    check_whole(batch_size, "batch_size", 1)
-    check_whole(seed, "seed", 0)
-    if precision not in get_args(Precision):
-        raise InputError(f"precision: expected {' or '.join(get_args(Precision))}, got {precision!r}")
-    if memory < LEAST_MEMORY:
-        raise InputError(f"memory must be at least {LEAST_MEMORY} bytes; got {memory}")
+    for model, argument in ((source, "source"), (target, "target")):
+        _check_network(model, argument)
+    _check_settings(flip, seed, batch_size, memory, team, precision)
     base = check_class_names(base_classes, "base_classes")
     known = check_class_names(source_classes, "source_classes")
     new = _new_classes(classes, known, base)
@@ -265,9 +258,13 @@ def prepare_task(
     given = stored_support(support, (*base, *new), int(IMAGES_SHARE * memory))
     labels, store = _places(given, base, new), given.images
     n_given = len(store)
+    _check_values(source, target, store, "support")
+    if team.is_main:
+        _warn_of_doubts(given)
     examples = store.read(torch.arange(min(n_given, _EXAMPLES)))
     if background is not None:
         store.keep(_unlabelled(background, store.shape))
+        _check_values(source, target, store, "background")
     read = read_network(source, examples, known, "source"), read_network(target, examples, base, "target")
     if read[0].device != read[1].device:
         raise InputError(f"source is on {read[0].device}, target on {read[1].device}; move both to one device")
@@ -287,6 +284,50 @@ def prepare_task(
     )
     _check_team(task)
     return task
+
+
+def check_task(task: object) -> None:
+    """Refuse what is no task, as the first argument of the steps of `clone`."""
+    if not isinstance(task, CloneTask):
+        raise InputError(f"task: expected what pnc.prepare_task gives, got {type(task).__name__}")
+
+
+def _check_network(model: nn.Module, argument: str) -> None:
+    """Refuse what is no network of float32, before anything is read."""
+    check_module(model, argument)
+    other = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
+    if other is not None:
+        raise InputError(
+            f"{argument} has parameters in {dtype_name(other)}, and clones are made in float32: give "
+            f"copy.deepcopy({argument}).float() here (precision='bfloat16' is faster), and cast the composite"
+        )
+
+
+def _check_settings(
+    flip: object, seed: object, batch_size: object, memory: object, team: object, precision: object
+) -> None:
+    """Refuse settings that are out of range."""
+    check_flag(flip, "flip")
+    check_whole(seed, "seed", 0)
+    check_whole(batch_size, "batch_size", 1)
+    check_whole(memory, "memory", LEAST_MEMORY)
+    check_choice(precision, "precision", get_args(Precision))
+    if not isinstance(team, Team):
+        raise InputError(f"team: expected a team of pnc.joined, got {type(team).__name__}")
+
+
+def _check_values(source: nn.Module, target: nn.Module, images: ImageStore, argument: str) -> None:
+    """Refuse images outside of the range that one of the networks says that it takes."""
+    for role, network in (("source", source), ("target", target)):
+        check_range(images.value_range, network, role, argument)
+
+
+def _warn_of_doubts(support: StoredSupport) -> None:
+    """Warn once, with figures, of a support that nothing can be learned from."""
+    found = doubts(support.images, support.labels, support.names)
+    if found:
+        text = "; ".join([*found[:3], *([f"and so on ({len(found)} in all)"] if len(found) > 3 else [])])
+        warnings.warn(f"support: {text}; were the images read rightly?", PNCWarning, stacklevel=4)
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from pnc.foundation.errors import InputError
 
 
 def from_exported(program: ExportedProgram) -> nn.Module:
-    """Unwrap an exported program to a network that can be a source or a target.
+    """Unwrap an exported program into a network that can be a source or a target.
 
-    Files of exported programs are not opened here, nor by ``load_model``: `torch.export.load` unpickles what it finds
-    in them (constants, example inputs and weights of older files, with ``weights_only=False``), calls functions by name
-    and evaluates expressions as Python. Such a file can run any code, so open only your own:
+    Neither this function nor ``load_model`` opens files of exported programs: `torch.export.load` unpickles their
+    content (constants, example inputs, weights of older files, with ``weights_only=False``), calls functions by name
+    and evaluates Python expressions. Such a file can run any code, so open only your own:
     ``pnc.from_exported(torch.export.load("net.pt2"))``.
 
     Args:
@@ -19,11 +19,11 @@ def from_exported(program: ExportedProgram) -> nn.Module:
             ``torch.export.export(net.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))``.
 
     Returns:
-        A network over the program's own parameters and buffers. Train and eval mode are baked into programs: both flags
-        change nothing.
+        A network over the program's own parameters and buffers. Its mode is fixed at export: `train` and `eval` change
+        nothing.
 
     Raises:
-        InputError: no exported program, another number or form of inputs, or a fixed number of images.
+        InputError: not an exported program, another number or shape of inputs, or a fixed number of images.
     """
     if not isinstance(program, ExportedProgram):
         raise InputError(
@@ -38,9 +38,9 @@ def from_exported(program: ExportedProgram) -> nn.Module:
         raise InputError(f"program: expected one input, images (B, C, H, W); it takes {len(names)}: {came}")
     if isinstance(shapes[0][0], int):
         raise InputError(
-            f"program: it takes {shapes[0][0]} images at a time, neither more nor fewer; export it again with "
+            f"program: it takes exactly {shapes[0][0]} images at a time; export it again with "
             'dynamic_shapes=({0: torch.export.Dim("batch")},)'
         )
     unwrapped = program.module()
-    assert isinstance(unwrapped, fx.GraphModule)  # what every program gives
-    return fx.GraphModule(unwrapped, unwrapped.graph).eval()  # anew, as train() and eval() of the first one raise
+    assert isinstance(unwrapped, fx.GraphModule)  # of every program
+    return fx.GraphModule(unwrapped, unwrapped.graph).eval()  # wrapped again: train() and eval() of `unwrapped` raise

@@ -18,18 +18,18 @@ from pnc.models.preprocessing import Interpolation, Preprocessed
 
 _PILLOW_FILTERS: dict[int, Interpolation] = {0: "nearest", 1: "bicubic", 2: "bilinear", 3: "bicubic"}  # 1 is Lanczos
 _WITHOUT_DOWNLOAD = "weights=FILE or ?pretrained=false need no download"
-_PLACEHOLDER = re.compile(r"LABEL_\d+")  # how transformers calls classes that nobody has named
+_PLACEHOLDER = re.compile(r"LABEL_\d+")  # transformers' names of unnamed classes
 
 
 @dataclass(frozen=True)
 class Wish:
-    """Which network of a library is asked for.
+    """A request for a network of a library.
 
     Attributes:
         spec: The whole model spec, for messages.
-        name: As the library calls it.
+        name: Its name in the library.
         options: Of the spec: "size" and others, by library.
-        pretrained: With the library's weights; else with random ones.
+        pretrained: Whether it comes with the library's weights instead of random ones.
         n_classes: Number of outputs of a network with random weights; None takes the library's default.
     """
 
@@ -41,11 +41,11 @@ class Wish:
 
     @property
     def size(self) -> int | None:
-        """The side of the images that the network itself shall see, if another one than in its config is asked for."""
+        """Side of the images that the network itself receives, if the spec overrides its config."""
         return self.whole_number("size")
 
     def whole_number(self, option: str) -> int | None:
-        """Return the value of an option that is a positive whole number; None where it is not given."""
+        """Return the value of an option that is a positive whole number; None if it is not given."""
         text = self.options.get(option)
         if text is not None and not re.fullmatch(r"[1-9]\d{0,4}", text):
             raise InputError(f"model: {option}={text}: expected a whole number above 0")
@@ -54,7 +54,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Found:
-    """A network of a library; `classes` is None where the library does not name its outputs."""
+    """A network of a library; `classes` is None if the library does not name its outputs."""
 
     network: Preprocessed
     classes: tuple[str, ...] | None
@@ -70,7 +70,7 @@ def timm_network(wish: Wish) -> Found:
     """Build a network of timm: a name of `timm.list_models`, ``hf-hub:ID`` or ``local-dir:FOLDER``.
 
     Raises:
-        InputError: an unknown name, a network without classifier, or weights that timm cannot get.
+        InputError: an unknown name, a network without a classifier, or weights that timm cannot load.
     """
     timm = load_library("timm")
     arguments: dict[str, Any] = {} if wish.n_classes is None else {"num_classes": wish.n_classes}
@@ -96,7 +96,7 @@ def timm_network(wish: Wish) -> Found:
 
 
 def _timm_size_is_fixed(timm: Any, name: str) -> bool:
-    """Look a name of the registry up: whether the network must be built for the size of its images."""
+    """Look up a registry name: must the network be built for the size of its images?"""
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         raise InputError(f"model: {unknown_name(name, timm.list_models(), 'model of timm')}")
@@ -108,7 +108,7 @@ def _timm_size_is_fixed(timm: Any, name: str) -> bool:
 
 
 def _timm_classes(timm: Any, network: Any) -> tuple[str, ...] | None:
-    """Names in the config, else those of the ImageNet that has as many classes; of synonyms the first."""
+    """Names from the config, or from the ImageNet variant with as many classes; the first of synonyms."""
     config = network.pretrained_cfg
     names, words = config.get("label_names"), config.get("label_descriptions") or {}
     if not names:
@@ -127,7 +127,7 @@ def torchvision_network(wish: Wish) -> Found:
     """Build a classifier of `torchvision.models`; its option "weights" names an entry such as IMAGENET1K_V2.
 
     Raises:
-        InputError: an unknown name or entry, or weights that torchvision cannot get.
+        InputError: an unknown name or entry, or weights that torchvision cannot load.
     """
     models = load_library("torchvision.models")
     known = models.list_models(module=models)
@@ -144,7 +144,7 @@ def torchvision_network(wish: Wish) -> Found:
     if wish.n_classes is not None:
         arguments["num_classes"] = wish.n_classes
     if wish.name.startswith("vit_"):
-        arguments["image_size"] = size  # its position embeddings are made for one
+        arguments["image_size"] = size  # its position embeddings have one size
     with _asking("torchvision", wish.spec, _WITHOUT_DOWNLOAD):
         network = models.get_model(wish.name, **arguments)
     wrapped = Preprocessed(network, (3, size, size), own.mean, own.std, interpolation=own.interpolation.value)
@@ -153,14 +153,13 @@ def torchvision_network(wish: Wish) -> Found:
 
 # --------------------------------------------------------------------------------------------------- transformers
 def hf_network(wish: Wish) -> Found:
-    """Build an image classifier of transformers: an ID of the hub, or a folder that `save_pretrained` wrote.
+    """Build an image classifier of transformers: an ID of the hub, or a folder written by `save_pretrained`.
 
-    The image processor must be there too, as it says what the network wants done to its images. No code of the
-    repository runs.
+    The image processor is needed too: it defines the preprocessing. No code of the repository runs.
 
     Raises:
-        InputError: an unknown ID, weights without the classifier, or an image processor that does something else than
-            to resize, crop, scale and normalise.
+        InputError: an unknown ID, weights without the classifier, or an image processor that does more than resize,
+            crop, scale and normalise.
     """
     transformers = load_library("transformers")
     place = {"trust_remote_code": False, "revision": wish.options.get("revision", "main")}
@@ -186,9 +185,9 @@ def _hf_module(factory: Any, wish: Wish, config: Any, place: Mapping[str, Any]) 
     if loading["missing_keys"]:
         raise InputError(
             f"model: {wish.spec} has no weights for {sorted(loading['missing_keys'])[0]}, so its answers would be "
-            "random; choose one that was trained to classify"
+            "random; choose a network that was trained to classify"
         )
-    kept: nn.Module = network.float()  # configs may ask for half precision, which readers of images do not
+    kept: nn.Module = network.float()  # configs may ask for half precision, but images come in float32
     return kept
 
 
@@ -216,7 +215,7 @@ def _spread(values: Sequence[float], n_channels: int) -> list[float]:
 
 
 def _check_processor(processor: Any, wrapped: Preprocessed, spec: str) -> None:
-    """Compare what the processor makes of a picture that has the network's size already with what we make of it."""
+    """Compare the processor with our preprocessing on a picture of the network's size."""
     picture = np.random.default_rng(0).integers(0, 256, wrapped.input_shape, dtype=np.uint8)
     expected = processor(
         images=[picture], return_tensors="pt", do_resize=False, do_center_crop=False, input_data_format="channels_first"
@@ -224,17 +223,17 @@ def _check_processor(processor: Any, wrapped: Preprocessed, spec: str) -> None:
     bare = Preprocessed(nn.Identity(), wrapped.input_shape, blue_first=wrapped.blue_first)
     bare.mean, bare.std = wrapped.mean, wrapped.std
     found = bare(torch.from_numpy(picture)[None] / 255)
-    # Float32 of values up to 255, rescaled and normalised in another order.
+    # Float32 values up to 255, rescaled and normalised in another order.
     if expected.shape != found.shape or not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
         raise InputError(
-            f"model: the image processor of {spec} does something else than to resize, crop, scale and normalise; wrap "
-            "the network with pnc.Preprocessed or a module of your own, and give it as py:FILE.py:FUNCTION"
+            f"model: the image processor of {spec} does more than resize, crop, scale and normalise; wrap "
+            "the network in pnc.Preprocessed or a module of your own, and give it as py:FILE.py:FUNCTION"
         )
 
 
 # --------------------------------------------------------------------------------------------------- for all three
 def distinct(names: Sequence[str]) -> tuple[str, ...]:
-    """Return names that all differ: outputs that share one get their index, all of them.
+    """Return names that all differ: outputs with a common name get their index appended.
 
     >>> distinct(["crane", "dog", "crane"])
     ('crane (0)', 'dog', 'crane (2)')
@@ -254,7 +253,7 @@ def load_library(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(f'model: the package {package} is needed for this; pip install "pnc[models]"') from error
-    except RuntimeError as error:  # torchvision's compiled part of another build than torch
+    except RuntimeError as error:  # torchvision compiled for another build of torch
         reason = str(error).splitlines()[0]
         raise InputError(
             f"model: {package} is installed but cannot be imported ({reason}); install the build for this torch"
@@ -263,11 +262,11 @@ def load_library(module: str) -> Any:
 
 @contextmanager
 def _asking(library: str, spec: str, way_out: str) -> Iterator[None]:
-    """Within the block, any error of the library is an InputError with its first line."""
+    """Turn any error of the library within the block into an InputError with its first line."""
     try:
         yield
     except PNCError:
         raise
-    except Exception as error:  # noqa: BLE001 - libraries of others, and whatever they use to download
+    except Exception as error:  # noqa: BLE001 - foreign libraries, and whatever they download with
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"model: {library} cannot give {spec}: {reason}; {way_out}") from error
+        raise InputError(f"model: {library} cannot load {spec}: {reason}; {way_out}") from error

@@ -30,20 +30,20 @@ from pnc.models.library_networks import (
 )
 from pnc.models.preprocessing import Preprocessed, checked_shape, shape_text
 from pnc.models.reference_networks import Shape, cnn, mobilenetv2, resnet, vit_tiny
-from pnc.models.weight_files import FORMAT, VERSION, load_tensors, read_weights
+from pnc.models.weight_files import FORMAT, VERSION, check_fit, load_tensors, read_weights
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A network and what is known of it.
+    """A network and what is known about it.
 
     Attributes:
         module: In eval mode; maps images in [0, 1], (B, C, H, W), to logits (B, len(classes)). A network of a library
-            comes as `Preprocessed`, which does for it what its config says.
-        spec: How to build it: the spec that was asked for, or the one in the file that was asked for.
+            is wrapped in `Preprocessed`, which applies the preprocessing of its config.
+        spec: How to build it: the given spec, or the one in the given file.
         classes: Names of the outputs, in order.
-        input_shape: (C, H, W) of the images that `module` is given.
-        facts: What the weights file says of its making, such as recipe and test accuracy; empty where it says nothing.
+        input_shape: (C, H, W) of the images that `module` takes.
+        facts: Metadata of the weights file, such as recipe and test accuracy; empty if it has none.
     """
 
     module: nn.Module
@@ -59,33 +59,33 @@ def load_model(
     classes: Sequence[str] | None = None,
     input_shape: Sequence[int] | None = None,
 ) -> LoadedModel:
-    """Build the network that a spec names, with the weights of a file, of its library, or random ones.
+    """Build the network that a spec names, with weights from a file or its library, or random ones.
 
     Specs:
         - ``zoo:NAME?key=value``: a reference network.
         - ``timm:NAME``, ``torchvision:NAME``, ``hf:ID``: a classifier of timm (also ``timm:hf-hub:ID``,
-          ``timm:local-dir:FOLDER``), torchvision or transformers (the ID of a repository, or a folder that
-          `save_pretrained` wrote, with the image processor). Without `weights` it comes with the library's own, which
-          the library downloads where it has not yet; ``?pretrained=false`` asks for random ones. It takes images of any
-          size, grey or colour: see `Preprocessed`. ``?size=N`` resizes them to another size than the config says.
-          Further options: ``in_chans`` (timm), ``weights``, an entry such as IMAGENET1K_V2 (torchvision), ``revision``
-          (hf). Preprocessing and class names are those of the config; classes that share a name get the index of the
-          output behind it, such as "crane (134)" and "crane (517)".
-        - ``py:MODULE:FUNCTION``, ``py:FILE.py:FUNCTION``: what a function of yours without arguments returns.
-        - The path of a .safetensors file that `save_model` or `pretrain` wrote, which needs nothing else.
+          ``timm:local-dir:FOLDER``), torchvision or transformers (the ID of a repository, or a folder written by
+          `save_pretrained`, with the image processor). Without `weights` it comes with the library's own, which the
+          library downloads if necessary; ``?pretrained=false`` gives random ones. It takes images of any size, grey or
+          colour: see `Preprocessed`. ``?size=N`` resizes them to another size than that of the config. Further options:
+          ``in_chans`` (timm), ``weights``, an entry such as IMAGENET1K_V2 (torchvision), ``revision`` (hf).
+          Preprocessing and class names come from the config; classes with a common name get the index of the output
+          appended, such as "crane (134)" and "crane (517)".
+        - ``py:MODULE:FUNCTION``, ``py:FILE.py:FUNCTION``: the result of a function of yours without arguments.
+        - The path of a .safetensors file written by `save_model` or `pretrain`, which needs nothing else.
 
     Args:
         spec: As above.
         weights: A .safetensors file, or a checkpoint that ``torch.load(weights_only=True)`` reads: the state dict, or a
-            dict with it under "state_dict" or "model". A prefix "module." of all names is removed. With it, nothing is
-            downloaded, and a network of timm or torchvision gets as many outputs as there are classes.
+            dict with it under "state_dict", "model_state_dict" or "model". What wrappers put in front of names is
+            removed. With it, nothing is downloaded, and a network of timm or torchvision gets as many outputs as there
+            are classes.
         classes: Names of the outputs, in order; by default those in the file, or of the library.
         input_shape: (C, H, W) of the images; by default the one in the file, or of the library's config.
 
     Raises:
-        InputError: an unknown spec, option or name, a path that is not there, a missing package, a library that cannot
-            get its weights, classes or input shape known from nowhere, or a network that does not take images of that
-            shape.
+        InputError: an unknown spec, option or name, a missing path or package, a library that cannot load its weights,
+            unknown classes or input shape, or a network that does not take images of that shape.
         FileFormatError: a file that is damaged, of another format, or of a newer version of it.
         MismatchError: weights that do not fit the network, or another number of outputs than of classes.
     """
@@ -94,23 +94,32 @@ def load_model(
         return _built(spec, classes, input_shape, seed=0, pretrained=True)
     if path is not None and weights is not None:
         raise InputError(
-            f"weights: {spec} is a file of weights already; give weights= with another spec, such as zoo:..."
+            f"weights: {spec} is already a file of weights; give weights= only with another spec, such as zoo:..."
         )
-    tensors, facts = read_weights(path or Path(str(weights)))
-    if path is not None:
-        spec = _own_spec(path, facts)
-    known = facts.get("classes")
-    if known and classes is not None and len(known) != len(classes):
-        raise MismatchError(
-            f"classes: {len(classes)} names given for the {len(known)} outputs of {spec}: {listed(known)}"
-        )
-    model = build_model(spec, known if classes is None else classes, input_shape or facts.get("input_shape"))
-    load_tensors(_inner(model.module), tensors)
-    return replace(model, facts=facts)
+    built: list[LoadedModel] = []
+
+    def build(shapes: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Build the network as soon as names and shapes of the file are known, and compare them: before values are."""
+        own = spec if path is None else _own_spec(path, facts)
+        known = facts.get("classes")
+        if known and classes is not None and len(known) != len(classes):
+            raise MismatchError(
+                f"classes: {len(classes)} names given for the {len(known)} outputs of {own}: {listed(known)}"
+            )
+        names, shape = known if classes is None else classes, input_shape or facts.get("input_shape")
+        model = build_model(own, names, shape, like=shapes)
+        check_fit(_inner(model.module), shapes)
+        built.append(model)
+
+    tensors, facts = read_weights(path or Path(str(weights)), build)
+    if not built:  # a file that shows its shapes by being read only
+        build(tensors, facts)
+    load_tensors(_inner(built[0].module), tensors)
+    return replace(built[0], facts=facts)
 
 
 def has_own_weights(spec: str) -> bool:
-    """Whether a spec brings trained weights without a further file.
+    """Whether a spec comes with trained weights, without a further file.
 
     Raises:
         InputError: the option "pretrained" is neither true nor false.
@@ -125,20 +134,37 @@ def has_own_weights(spec: str) -> bool:
 
 
 def build_model(
-    spec: str, classes: Sequence[str] | None, input_shape: Sequence[int] | None, seed: int = 0
+    spec: str,
+    classes: Sequence[str] | None,
+    input_shape: Sequence[int] | None,
+    seed: int = 0,
+    like: Mapping[str, torch.Tensor] | None = None,
 ) -> LoadedModel:
-    """Build a network with random weights, which `seed` alone decides; the global random state stays as it was.
+    """Build a network with random weights, determined by `seed`; the global random state does not change.
 
-    Nothing is downloaded but, for ``hf:ID``, the config.
+    Nothing is downloaded but, for ``hf:ID``, the config. Reference networks are tried without memory first, on images
+    of any size.
+
+    Args:
+        spec: As for `load_model`.
+        classes: As for `load_model`.
+        input_shape: As for `load_model`.
+        seed: Of the weights.
+        like: Tensors that will be its weights, on the meta device: a reference network of other shapes is not built.
 
     Raises:
         InputError, MismatchError: as `load_model`.
     """
-    return _built(spec, classes, input_shape, seed, pretrained=False)
+    return _built(spec, classes, input_shape, seed, False, like)
 
 
 def _built(
-    spec: str, classes: Sequence[str] | None, input_shape: Sequence[int] | None, seed: int, pretrained: bool
+    spec: str,
+    classes: Sequence[str] | None,
+    input_shape: Sequence[int] | None,
+    seed: int,
+    pretrained: bool,
+    like: Mapping[str, torch.Tensor] | None = None,
 ) -> LoadedModel:
     scheme, name, options = split_spec(spec, "model")
     if scheme not in _SCHEMES:
@@ -148,27 +174,34 @@ def _built(
     shape = None if input_shape is None else checked_shape(input_shape)
     request = _Request(spec, name, options, names, shape, has_own_weights(spec) and pretrained)
     with torch.random.fork_rng(devices=[]):
+        if scheme == "zoo":  # whatever a file says, it takes neither memory nor time yet
+            with torch.device("meta"):
+                tried = _build_zoo(request)
+            if like is not None:
+                check_fit(tried.module, like)
+            _check_outputs(tried)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the accelerators
         model = _SCHEMES[scheme](request)
-        _check_outputs(model)
+        if scheme != "zoo":
+            _check_outputs(model)
     return model
 
 
 def _inner(module: nn.Module) -> nn.Module:
-    """The network whose weights files hold: what stands in front of it comes from the spec."""
+    """The network whose weights are in files: its preprocessing comes from the spec."""
     return module.network if isinstance(module, Preprocessed) else module
 
 
 def save_model(model: LoadedModel, path: str | Path, facts: Mapping[str, Any]) -> None:
-    """Write a network to one safetensors file that `load_model` reads by itself: weights, spec, classes, input shape.
+    """Write a network to one safetensors file for `load_model`: weights, spec, classes and input shape.
 
     Args:
-        model: What to write.
-        path: Where to.
+        model: The network.
+        path: The file.
         facts: Further JSON values to keep, such as the recipe.
 
     Raises:
-        InputError: the path cannot be written.
+        InputError: the path cannot be written to.
     """
     own = {
         "format": FORMAT,
@@ -183,7 +216,7 @@ def save_model(model: LoadedModel, path: str | Path, facts: Mapping[str, Any]) -
 # --------------------------------------------------------------------------------------------------- specs
 @dataclass(frozen=True)
 class _Request:
-    """A parsed model spec with what the caller knows; `classes` and `input_shape` are None where not given."""
+    """A parsed model spec with what the caller knows; `classes` and `input_shape` are None if not given."""
 
     spec: str
     name: str
@@ -193,13 +226,13 @@ class _Request:
     pretrained: bool
 
     def known_classes(self, own: Sequence[str] | None = None) -> tuple[str, ...]:
-        """Return the names that were given, else the network's own; an InputError where there are none."""
+        """Return the given names, or else the network's own; an InputError if there are none."""
         if self.classes is None and own is None:
             raise InputError(f"classes: {self.spec} does not name its outputs; give their names in order as classes=")
         return check_class_names(own or (), "classes") if self.classes is None else self.classes
 
     def known_shape(self, network: nn.Module | None = None) -> Shape:
-        """Return the shape that was given, else that of a `Preprocessed` network; an InputError where there is none."""
+        """Return the given shape, or else that of a `Preprocessed` network; an InputError if there is none."""
         if self.input_shape is not None:
             return self.input_shape
         if isinstance(network, Preprocessed):
@@ -235,7 +268,7 @@ def _build_zoo(request: _Request) -> LoadedModel:
 
 
 def _number(key: str, text: str, limit: int, whole: bool) -> float:
-    """Read an option. Limits, because a spec may come from somebody else's file and must not fill the memory."""
+    """Read an option; limited, because a spec may come from an untrusted file and must not fill the memory."""
     try:
         value = int(text) if whole else float(text)
     except ValueError:
@@ -258,7 +291,7 @@ def _build_py(request: _Request) -> LoadedModel:
         inspect.signature(function).bind()
     except TypeError as error:
         raise InputError(f"model: {name} in {place}: {error}; give a function that takes no arguments") from error
-    except ValueError:  # of a function in C that does not tell its signature: calling it will show
+    except ValueError:  # a function in C without a signature: the call will show
         pass
     network = function()
     if not isinstance(network, nn.Module):
@@ -271,12 +304,12 @@ def _imported(place: str) -> ModuleType:
         if not place.endswith(".py"):
             return importlib.import_module(place)
         spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        assert spec is not None and spec.loader is not None  # the suffix is that of Python source
+        assert spec is not None and spec.loader is not None  # because of the suffix .py
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except (ImportError, SyntaxError, OSError) as error:
         raise InputError(
-            f"model: cannot import {place}: {error}; give a module that Python finds, or the path of a .py file"
+            f"model: cannot import {place}: {error}; give an importable module, or the path of a .py file"
         ) from error
     return module
 
@@ -302,7 +335,7 @@ def _build_from_library(request: _Request) -> LoadedModel:
 
 def _refuse_pt2(request: _Request) -> LoadedModel:
     raise InputError(
-        f"model: {request.spec} is not opened, as torch.export.load runs code that such a file may hold; if it is "
+        f"model: {request.spec} is not opened, because torch.export.load runs code that such a file may hold; if it is "
         "yours, write a function that returns pnc.from_exported(torch.export.load(...)), and give py:FILE.py:FUNCTION"
     )
 
@@ -316,7 +349,7 @@ _SCHEMES: dict[str, Callable[[_Request], LoadedModel]] = {
 
 
 def _check_outputs(model: LoadedModel) -> None:
-    """Run the network once: on images that it cannot take, or with outputs that the names do not fit, say so now."""
+    """Run the network once, to refuse a wrong image shape or number of class names at once."""
     parameter = next(model.module.parameters(), torch.empty(0))
     images = torch.zeros(2, *model.input_shape, dtype=parameter.dtype, device=parameter.device)
     try:
@@ -340,11 +373,9 @@ def _check_outputs(model: LoadedModel) -> None:
 
 def _own_spec(path: Path, facts: Mapping[str, Any]) -> str:
     if not facts:
-        raise InputError(
-            f"model: {path} does not say which network it is for; give the spec, and this file as weights="
-        )
+        raise InputError(f"model: {path} does not name its network; give the spec, and this file as weights=")
     spec: str = facts["model"]
     if not spec.startswith("zoo:"):
-        # Opening a file must not run code that the file names.
+        # Opening a file must not run code named in the file.
         raise InputError(f"model: {path} is for {spec!r}; give this spec yourself, and the file as weights=")
     return spec

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from reprlib import repr as shortened
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pnc.data.image_store import MAX_IMAGE
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import InputError
 from pnc.models.reference_networks import Shape
@@ -50,6 +52,7 @@ class Preprocessed(nn.Module):
     torch.Size([5, 2])
     """
 
+    image_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
     mean: Tensor | None
     std: Tensor | None
     pipeline: Tensor
@@ -114,10 +117,17 @@ def checked_shape(input_shape: Sequence[int]) -> Shape:
     """Return `input_shape` as (C, H, W).
 
     Raises:
-        InputError: it is not three positive whole numbers.
+        InputError: it is not three positive whole numbers, or more values than `MAX_IMAGE`.
     """
-    if len(input_shape) != 3 or any(not isinstance(size, int) or size < 1 for size in input_shape):
-        raise InputError(f"input_shape: expected three positive whole numbers (C, H, W), got {tuple(input_shape)}")
+    if len(input_shape) != 3 or any(type(size) is not int or size < 1 for size in input_shape):
+        raise InputError(
+            f"input_shape: expected three positive whole numbers (C, H, W), got {shortened(tuple(input_shape))}"
+        )
+    if math.prod(input_shape) > MAX_IMAGE:
+        raise InputError(
+            f"input_shape: {shortened(tuple(input_shape))} has {math.prod(input_shape):.3g} values; images may have "
+            f"{MAX_IMAGE}"
+        )
     return input_shape[0], input_shape[1], input_shape[2]
 
 

@@ -14,7 +14,7 @@ Shape = tuple[int, int, int]
 class Normalize(nn.Module):
     """Subtract the mean and divide by the standard deviation of each channel; takes images in [0, 1], (B, C, H, W).
 
-    Each reference network holds its own as its first step, so that all networks take the same pixels.
+    It is the first step of each reference network, so that all take the same pixels.
     """
 
     mean: Tensor
@@ -76,10 +76,10 @@ def cnn(input_shape: Shape, n_classes: int, width: float = 1.0) -> nn.Module:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm around a shortcut; 1x1 convolution on the shortcut where the shape changes.
+    """Two 3x3 convolutions with BatchNorm and a shortcut, with a 1x1 convolution on it if the shape changes.
 
-    He et al., 2016 (arXiv:1512.03385), option B. Their option A, zeros in place of the channels that lack, has no
-    parameters but ties the channels of all stages together, so that none could be removed; B costs 1% more parameters.
+    He et al., 2016 (arXiv:1512.03385), option B. Their option A pads missing channels with zeros: it has no parameters,
+    but ties the channels of all stages together, so that none could be removed. B costs 1% more parameters.
     """
 
     def __init__(self, n_in: int, n_out: int, stride: int) -> None:
@@ -115,7 +115,7 @@ def resnet(input_shape: Shape, n_classes: int, n_blocks: int, width: float = 1.0
 class InvertedResidual(nn.Module):
     """Expand by a 1x1 convolution, filter each channel by a depthwise 3x3, project by a linear 1x1.
 
-    Sandler et al., 2018 (arXiv:1801.04381). The input is added where the shape is kept.
+    Sandler et al., 2018 (arXiv:1801.04381). The input is added if the shape stays.
     """
 
     def __init__(self, n_in: int, n_out: int, stride: int, expansion: int) -> None:
@@ -179,7 +179,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and a two-layer perceptron, each behind a LayerNorm and added to its input."""
+    """Attention and a two-layer perceptron, each after a LayerNorm and added to its input."""
 
     def __init__(self, dim: int, n_heads: int) -> None:
         super().__init__()
@@ -197,11 +197,11 @@ class TransformerBlock(nn.Module):
 class VisionTransformer(nn.Module):
     """Transformer over image patches with a class token and learned positions; pre-norm.
 
-    Dosovitskiy et al., 2021 (arXiv:2010.11929), with a perceptron of twice (theirs: four times) the token size.
+    Dosovitskiy et al., 2021 (arXiv:2010.11929), with a perceptron of twice the token size instead of four times.
     """
 
     def __init__(self, input_shape: Shape, n_classes: int, patch: int, dim: int, depth: int, n_heads: int) -> None:
-        # Six arguments of its own: each is one published size of the architecture.
+        # Six arguments: each is a published size of the architecture.
         super().__init__()
         n_channels, height, width = input_shape
         self.normalize = Normalize(n_channels)
@@ -232,8 +232,8 @@ def vit_tiny(
     Args:
         input_shape: (C, H, W).
         n_classes: Number of logits.
-        patch: Side of a patch in pixels; 0 takes the smallest that cuts the image into at most 8x8 patches, the largest
-            that tiles it where there is none.
+        patch: Side of a patch in pixels; 0 takes the smallest that gives at most 8x8 patches, or else the largest that
+            tiles the image.
         dim: Size of a token.
         depth: Number of blocks.
         n_heads: Attention heads per block; must divide `dim`.

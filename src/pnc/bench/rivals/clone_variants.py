@@ -11,12 +11,12 @@ from pnc.method.task import CloneTask
 
 
 def whole_source(task: CloneTask) -> Clone:
-    """From input to input: the clone is the whole source, nothing is localized."""
+    """From input to input: the clone is the whole source, without localization."""
     return _at(task, lambda position: position.target_cut.index + position.source_cut.index)
 
 
 def last_position(task: CloneTask) -> Clone:
-    """Where both networks have done all but the last of their work; nothing is searched."""
+    """The last cut of both networks, without a search."""
     return _at(task, lambda position: -position.target_cut.index - position.source_cut.index)
 
 

@@ -1,8 +1,8 @@
 """Dark experience replay++: the base samples are the memory, with the target's logits beside their labels.
 
-Buzzega et al., 2020 (arXiv:2004.07211). Beside cross-entropy on all samples, the tuned network's base logits of the
-memory's samples are held near those of the target by their squared distance. Deviation: batches hold every class
-equally often, which takes the place of the paper's weight of the memory's labels.
+Buzzega et al., 2020 (arXiv:2004.07211). In addition to cross-entropy on all samples, the squared distance keeps the
+tuned network's base logits of the memory near the target's. Deviation: batches hold every class equally often, instead
+of the paper's weight for the labels of the memory.
 """
 
 import torch.nn.functional as F
@@ -17,13 +17,13 @@ WEIGHTS = (0.1, 0.3, 0.03)
 
 
 def remembered_logits(model: nn.Module, logits: Tensor, batch: Data, strength: float) -> Tensor:
-    """Mean squared distance of the base logits of base samples from the target's."""
+    """Mean squared distance between the base logits of base samples and the target's."""
     rows = batch.is_base
     return strength * F.mse_loss(logits[rows, : batch.base_logits.shape[1]], batch.base_logits[rows])
 
 
 def fit(task: CloneTask, budget: Budget) -> Fitted:
-    """Tune everything, with the target's logits of base samples as further labels."""
+    """Tune everything, with the target's logits of base samples as additional labels."""
     need_base_samples(task, "DER++")
     settings = grid(LEARNING_RATES, strengths=WEIGHTS)
     return tune(task, TuningMethod(settings, strength="logit_weight", term=remembered_logits), budget)

@@ -8,13 +8,13 @@ from pnc.method.task import CloneTask
 
 
 class DirectEnsemble(nn.Module):
-    """The target's logits, then the source's of the chosen classes.
+    """The target's logits, then the source's logits of the chosen classes.
 
     Args:
-        target: Base logits.
-        source: Logits, the new classes' among them.
-        source_ids: Their places.
-        scales: Of the target's and the source's logits; None leaves both as they are.
+        target: Gives the base logits.
+        source: Gives logits that include the new classes.
+        source_ids: Indices of the new classes among them.
+        scales: Factors of the target's and the source's logits; None leaves both unchanged.
         offset: Added to the new logits.
     """
 
@@ -31,7 +31,7 @@ class DirectEnsemble(nn.Module):
         self.scales, self.offset = scales, offset
 
     def forward(self, images: Tensor) -> Tensor:
-        """Give logits (B, K_base + K_new) for images (B, C, H, W)."""
+        """Return logits (B, K_base + K_new) for images (B, C, H, W)."""
         base, new = self.target(images), self.source(images)[:, self.source_ids]
         if self.scales is not None:
             base, new = base * self.scales[0], new * self.scales[1] + self.offset
@@ -39,7 +39,7 @@ class DirectEnsemble(nn.Module):
 
 
 def fit(task: CloneTask, budget: Budget) -> Fitted:
-    """Nothing is fitted, so the support does not matter; every sample costs both networks."""
+    """Put both networks side by side; nothing is fitted, so the support does not matter."""
     return Fitted(DirectEnsemble(task.target.recording.module, task.source.recording.module, task.source_ids))
 
 

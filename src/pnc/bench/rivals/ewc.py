@@ -1,9 +1,9 @@
-"""Elastic weight consolidation: fine-tuning that holds those parameters back that the target's answers depend on.
+"""Elastic weight consolidation: fine-tuning that restrains the parameters that the target's answers depend on.
 
-Kirkpatrick et al., 2017 (arXiv:1612.00796). The importance of a parameter is its diagonal entry of the Fisher
-information of the target's own distribution, in units of the mean over all parameters, so that one weight means the
-same for every network. Deviations: the target's training data is not at hand, so the Fisher information is that of the
-base samples of the support, and of the new ones where there are none; base samples are trained on as well.
+Kirkpatrick et al., 2017 (arXiv:1612.00796). The importance of a parameter is its diagonal entry in the Fisher
+information of the target's predictive distribution, divided by the mean over all parameters, so that a penalty means
+the same for every network. Deviations: without the target's training data, the Fisher information is measured on the
+base samples of the support, or on the new ones if there are none; base samples are also trained on.
 """
 
 import torch
@@ -17,16 +17,16 @@ LEARNING_RATES = (0.1, 0.3, 0.03, 1.0)
 WEIGHTS = (0.01, 0.1, 0.001)
 MOST_SAMPLES = 100
 LARGEST = 100.0
-"""Importance above which a parameter counts as this important: steps along it would overshoot."""
+"""Upper bound on the importance of a parameter: beyond it, steps would overshoot."""
 
 
 def fit(task: CloneTask, budget: Budget) -> Fitted:
-    """Tune everything, with a quadratic penalty on the way from the target's parameters."""
+    """Tune everything, with a quadratic penalty on the distance from the target's parameters."""
     importance = fisher_information(task)
     origin = {name: tensor.detach() for name, tensor in task.target.model.named_parameters()}
 
     def penalty(model: nn.Module, logits: Tensor, batch: Data, strength: float) -> Tensor:
-        # The widened classifier begins with the target's rows.
+        # The first rows of the widened classifier are the target's.
         moved = [
             (importance[name] * (parameter[: len(origin[name])] - origin[name]).square()).sum()
             for name, parameter in model.named_parameters()
@@ -39,9 +39,9 @@ def fit(task: CloneTask, budget: Budget) -> Fitted:
 
 
 def fisher_information(task: CloneTask) -> dict[str, Tensor]:
-    """Diagonal of the Fisher information by parameter, in units of its mean; from samples that are not held out.
+    """Diagonal of the Fisher information by parameter, divided by its mean; from samples that are not held out.
 
-    A sample's share is the square of its gradient for a class drawn from the target's own distribution.
+    Each sample adds its squared gradient for a class drawn from the target's predictive distribution.
     """
     samples, generator = task.samples, torch.Generator().manual_seed(task.seed)
     rows = ((samples.labels < task.n_base) == task.has_base) & ~validation_rows(task)

@@ -1,7 +1,7 @@
 """Fine-tuning: parameters of the target are trained by cross-entropy, with or without the base samples of the support.
 
-Without them (no replay) the target sees new classes only; where the support has base samples they serve to choose the
-setting, and nothing else.
+Without them (no replay) the target is trained on new classes only; base samples of the support, if any, only help to
+choose the setting.
 """
 
 from collections.abc import Sequence

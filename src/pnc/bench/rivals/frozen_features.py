@@ -1,4 +1,4 @@
-"""What rivals share that put a classifier on the frozen features of one network, the target or the source."""
+"""Frozen features of one network, the target or the source, for rivals that put a classifier on them."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ Role = Literal["target", "source"]
 
 
 class Features(nn.Module):
-    """A network up to its penultimate features, over its own weights."""
+    """A network up to its penultimate features; it shares the network's weights."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -23,12 +23,12 @@ class Features(nn.Module):
         self.network = extract(network.recording, None, [self.features])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Give features (B, D), float32, for images (B, C, H, W)."""
+        """Return features (B, D), float32, for images (B, C, H, W)."""
         return pool(self.network(images), self.features).float()
 
 
 class Linear(nn.Module):
-    """A linear classifier that was not trained by gradient, (K, D) and (K,)."""
+    """A linear classifier with fixed weight (K, D) and bias (K,)."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -38,19 +38,19 @@ class Linear(nn.Module):
         self.bias: Tensor
 
     def forward(self, features: Tensor) -> Tensor:
-        """Give logits (B, K) for features (B, D)."""
+        """Return logits (B, K) for features (B, D)."""
         return F.linear(features, self.weight, self.bias)
 
 
 def features_of(task: CloneTask, role: Role = "target") -> Tensor:
-    """The penultimate features of the support in one network, (N, D), float32 on the CPU."""
+    """Penultimate features of the support in one network, (N, D), float32 on the CPU."""
     network, device = Features(_network(task, role)), task.target.device
     with torch.no_grad():
         return torch.cat([network(images.to(device)).cpu() for images in task.samples.images.split(task.batch_size)])
 
 
 def on_features(task: CloneTask, classifier: nn.Module, role: Role = "target") -> nn.Module:
-    """Put a classifier on the features of one network; the other is not run."""
+    """Put a classifier on the features of one network; the other network is not run."""
     return nn.Sequential(Features(_network(task, role)), classifier.to(task.target.device)).eval()
 
 

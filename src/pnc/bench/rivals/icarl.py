@@ -1,9 +1,9 @@
 """iCaRL: fine-tuning with distillation, then the nearest mean of exemplars in the tuned network's features.
 
 Rebuffi et al., 2017 (arXiv:1611.07725). Every class keeps as many exemplars as the base class with the fewest samples,
-chosen by herding: one after the other such that their mean stays nearest to that of all samples of the class.
-Deviations: softmax with distillation in place of one sigmoid for each class, since the target was not trained with
-these; minus the squared distances are scaled to logits, which changes no prediction.
+chosen one after the other by herding, so that their mean stays nearest to that of all samples of the class. Deviations:
+softmax with distillation instead of one sigmoid per class, because the target was not trained with sigmoids; negative
+squared distances are scaled to logits, which changes no prediction.
 """
 
 import torch
@@ -18,7 +18,7 @@ from pnc.method.task import CloneTask
 
 
 def fit(task: CloneTask, budget: Budget) -> Fitted:
-    """Tune everything, then put the nearest mean of exemplars in the classifier's place."""
+    """Tune everything, then replace the classifier by the nearest mean of exemplars."""
     need_base_samples(task, "iCaRL")
     classifier, n_classes = task.target.head.module, task.n_base + len(task.new_classes)
 
@@ -36,7 +36,7 @@ def fit(task: CloneTask, budget: Budget) -> Fitted:
 
 
 def herded(features: Tensor, number: int) -> Tensor:
-    """Choose `number` rows of (N, D), or all where there are fewer, such that their mean stays near the mean of all."""
+    """Choose `number` rows of (N, D), or all if there are fewer, so that their mean stays near the mean of all."""
     mean, total = features.mean(0), torch.zeros_like(features[0])
     left, chosen = list(range(len(features))), []
     for count in range(1, min(number, len(features)) + 1):

@@ -1,4 +1,4 @@
-"""Shrinkage LDA on the penultimate features of one network: what the target alone offers, or the source alone."""
+"""Shrinkage LDA on the penultimate features of one network: what the target, or the source, offers alone."""
 
 from functools import partial
 
@@ -12,13 +12,13 @@ from pnc.method.task import CloneTask
 
 
 def fit(task: CloneTask, budget: Budget, role: Role = "target") -> Fitted:
-    """Fit scikit-learn's LDA with the Ledoit-Wolf shrinkage; base and new weigh the same, as in the measure."""
+    """Fit scikit-learn's LDA with Ledoit-Wolf shrinkage; base and new classes have equal total weight."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     need_base_samples(task, f"LDA on the {role}'s features")
     n_classes = task.n_base + len(task.new_classes)
-    if task.samples.labels.bincount(minlength=n_classes).min() < 2:  # it estimates one covariance for each class
-        raise InputError(f"LDA on the {role}'s features needs two samples of every class; the support has one of some")
+    if task.samples.labels.bincount(minlength=n_classes).min() < 2:  # it estimates a covariance per class
+        raise InputError(f"LDA on the {role}'s features needs two samples of every class; the support has fewer of one")
     priors = np.repeat([0.5 / task.n_base, 0.5 / len(task.new_classes)], [task.n_base, len(task.new_classes)])
     model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=priors)
     model.fit(features_of(task, role).double().numpy(), task.samples.labels.numpy())

@@ -25,8 +25,8 @@ class Regression:
         weight: (K, D).
         bias: (K,).
         penalty: The chosen one.
-        held_out: Logits of each sample by the regression without its fold, (N, K), float64; of the samples that it was
-            fitted on where there is one fold only.
+        held_out: Logits of each sample by the regression without its fold, (N, K), float64; by the regression on all
+            samples if there is only one fold.
         trials: Each penalty with its score on held-out folds.
     """
 
@@ -38,7 +38,7 @@ class Regression:
 
 
 def fit(task: CloneTask, budget: Budget, role: Role = "target") -> Fitted:
-    """Choose the penalty of the lowest held-out loss over the folds of the support, then fit on all of it."""
+    """Choose the penalty with the lowest held-out loss over the folds of the support, then fit on all of it."""
     need_base_samples(task, f"a linear probe of the {role}'s features")
     labels = task.samples.labels
     weights = balanced_weights(labels, task.n_base)
@@ -48,13 +48,13 @@ def fit(task: CloneTask, budget: Budget, role: Role = "target") -> Fitted:
 
 
 def chosen_regression(rows: Tensor, labels: Tensor, weights: Tensor, folds: Tensor) -> Regression:
-    """Fit a regression on standardized features with the penalty of the lowest held-out cross-entropy.
+    """Fit a regression on standardized features, with the penalty of lowest held-out cross-entropy.
 
     Args:
         rows: (N, D), float64.
         labels: (N,), of all K classes.
         weights: Of the samples, (N,), float64.
-        folds: (N,); all zero where nothing can be held out.
+        folds: (N,); all zero if nothing can be held out.
     """
     mean, scale = rows.mean(0), rows.std(0).clamp_min(1e-6)
     rows = (rows - mean) / scale
@@ -77,7 +77,7 @@ def chosen_regression(rows: Tensor, labels: Tensor, weights: Tensor, folds: Tens
 
 
 def regression(rows: Tensor, labels: Tensor, weights: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Weight (K, D) and bias (K,) of the lowest weighted mean cross-entropy plus `penalty` / 2 times squared weights.
+    """Weight (K, D) and bias (K,) that minimize weighted mean cross-entropy plus `penalty` / 2 times squared weights.
 
     Args:
         rows: (N, D), float64.
@@ -89,9 +89,9 @@ def regression(rows: Tensor, labels: Tensor, weights: Tensor, penalty: float) ->
     from threadpoolctl import threadpool_limits
 
     model = LogisticRegression(C=1 / (penalty * float(weights.sum())), max_iter=_STEPS)
-    with threadpool_limits(torch.get_num_threads(), user_api="blas"):  # more than a free core each: 20 times as long
+    with threadpool_limits(torch.get_num_threads(), user_api="blas"):  # more threads than cores take 20 times as long
         model.fit(rows.numpy(), labels.numpy(), weights.numpy())
-    if len(model.classes_) == 2:  # scikit-learn gives one row for two classes
+    if len(model.classes_) == 2:  # scikit-learn returns one row for two classes
         weight, bias = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)
         return torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
     return torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)

@@ -1,8 +1,8 @@
-"""Low-rank adapters: every weight of the target stays frozen, a low-rank path beside each layer is trained.
+"""Low-rank adapters: the target's weights stay frozen, and a low-rank path parallel to each layer is trained.
 
-Hu et al., 2021 (arXiv:2106.09685), for convolutions as in the library `peft`: a convolution like the layer's own, but
-to `rank` channels, then a 1x1 convolution, which begins as zero. Layers whose channels are in groups have none. The
-widened classifier is trained whole, norms keep their statistics. Base samples of the support are trained on.
+Hu et al., 2021 (arXiv:2106.09685), for convolutions as in the library `peft`: a convolution like the layer's, but to
+`rank` channels, then a 1x1 convolution initialised with zeros. Grouped convolutions have none. The widened classifier
+is trained as a whole, norms keep their statistics. Base samples of the support are trained on.
 """
 
 import copy
@@ -19,7 +19,7 @@ RANKS = (4, 1, 16)
 
 
 class LowRank(nn.Module):
-    """A frozen convolution or linear layer with a trained path of low rank beside it."""
+    """A frozen convolution or linear layer with a trained low-rank path parallel to it."""
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class LowRank(nn.Module):
             self.down.weight = nn.Parameter(torch.empty(rank, *layer.weight.shape[1:]))
             self.down.bias = None
             self.up = nn.Conv2d(rank, layer.out_channels, 1, bias=False, device="meta")
-        else:  # on no device, so that no random number is drawn
+        else:  # on the meta device, so that no random number is drawn
             self.down = nn.Linear(layer.in_features, rank, bias=False, device="meta").to_empty(device="cpu")
             self.up = nn.Linear(rank, layer.out_features, bias=False, device="meta")
         self.up.to_empty(device="cpu")
@@ -42,13 +42,13 @@ class LowRank(nn.Module):
         self.to(layer.weight.device, layer.weight.dtype)
 
     def forward(self, tensor: Tensor) -> Tensor:
-        """Give what the layer gives, and the trained path's part."""
+        """Add the outputs of the layer and of the trained path."""
         out: Tensor = self.layer(tensor) + self.up(self.down(tensor))
         return out
 
 
 def fit(task: CloneTask, budget: Budget) -> Fitted:
-    """Train adapters beside all layers, and the classifier."""
+    """Train adapters for all layers, and the classifier."""
     classifier = task.target.head.module
 
     def begin(model: nn.Module, strength: float, generator: torch.Generator) -> None:

@@ -1,8 +1,8 @@
-"""Learning without forgetting: fine-tuning that keeps the target's answers on the images at hand.
+"""Learning without forgetting: fine-tuning that keeps the target's answers on the available images.
 
 Li and Hoiem, 2016 (arXiv:1606.09282). The distillation term is KL(target || tuned network, base classes), softened by a
-temperature of 2. Deviations: one softmax over all classes, and base samples of the support are trained on where there
-are any, both of which are common since.
+temperature of 2. Deviations, both common by now: one softmax over all classes, and base samples of the support, if any,
+are trained on.
 """
 
 import torch.nn.functional as F

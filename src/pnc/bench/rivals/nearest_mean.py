@@ -12,10 +12,7 @@ SCALES = tuple(2.0**power for power in range(-2, 11))
 
 
 class NearestMean(nn.Module):
-    """Minus the scaled squared distances of features from the means of the classes, but for what all have in common.
-
-    Features are brought to length one first.
-    """
+    """Negative scaled squared distances of normalised features from the class means, without their common term."""
 
     def __init__(self, means: Tensor, scale: float) -> None:
         super().__init__()
@@ -24,12 +21,12 @@ class NearestMean(nn.Module):
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
-        """Give logits (B, K) for features (B, D)."""
+        """Return logits (B, K) for features (B, D)."""
         return self.scale * F.linear(F.normalize(features.float(), dim=1), 2 * self.means, -self.means.square().sum(1))
 
 
 def best_scale(features: Tensor, means: Tensor, labels: Tensor) -> tuple[Tensor, float]:
-    """The means, and the scale of the lowest balanced cross-entropy; it changes no prediction.
+    """The means, and the scale with the lowest balanced cross-entropy; the scale changes no prediction.
 
     Args:
         features: (N, D), of length one.
@@ -43,7 +40,7 @@ def best_scale(features: Tensor, means: Tensor, labels: Tensor) -> tuple[Tensor,
 
 
 def fit(task: CloneTask, budget: Budget) -> Fitted:
-    """Take the means of the support's features; nothing is chosen but the scale of the logits."""
+    """Compute the means of the support's features; only the scale of the logits is chosen."""
     need_base_samples(task, "the nearest mean of the target's features")
     features, labels = F.normalize(features_of(task), dim=1), task.samples.labels
     means = torch.stack([features[labels == label].mean(0) for label in range(task.n_base + len(task.new_classes))])

@@ -1,4 +1,4 @@
-"""What all rivals share: a name, a kind, the space that is searched, what may be spent, and what comes out."""
+"""What all rivals share: a name, a kind, a search space, a budget, and the form of the result."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,21 +10,21 @@ from pnc.foundation.errors import InputError
 from pnc.method.task import CloneTask, Precision
 
 RivalKind = Literal["ensemble", "features", "tuning", "clone", "bound"]
-"""Both networks side by side; a classifier on one network's frozen features; parameters of the target trained; a part
-of the source put in, as by `pnc` but without its search; or no rival but a bound: it sees what the others do not."""
+"""ensemble: both networks side by side; features: a classifier on one network's frozen features; tuning: training
+parameters of the target; clone: inserting a part of the source; bound: sees data that the others do not."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What each rival that trains by gradient may spend: the same for all, `pnc.bench.rivals.tuning` says how.
+    """Training steps of each rival that trains by gradient, the same for all; used by `pnc.bench.rivals.tuning`.
 
     Attributes:
-        first_steps: Of every setting of its space.
-        second_steps: Of the best `n_second` of these, anew.
-        last_steps: Of the best of these, anew; it is compared with the shorter training.
+        first_steps: For every setting of its space.
+        second_steps: For the best `n_second` of these, from scratch.
+        last_steps: For the best of these, from scratch; it competes with the shorter training.
         n_second: Settings in the second round.
-        batch_size: Samples in a step, every class equally often.
-        precision: Of the forward pass while training; "bfloat16" (autocast) takes half the time where the processor has
+        batch_size: Samples per step, every class equally often.
+        precision: Of the forward pass in training; "bfloat16" (autocast) takes half the time on processors that support
             it.
     """
 
@@ -38,11 +38,11 @@ class Budget:
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """What a rival made.
+    """The result of a rival.
 
     Attributes:
         module: The network, (B, C, H, W) to (B, K_base + K_new), in eval mode.
-        chosen: The setting that was chosen, as plain values; empty where nothing is.
+        chosen: The chosen setting, as plain values; empty if there is no choice.
         trials: Every setting that was tried, with its score on held-out support.
     """
 
@@ -53,14 +53,14 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Rival:
-    """A way to get from two networks and a support to a network that knows old and new classes.
+    """A way to get a network that knows base and new classes from two networks and a support.
 
     Attributes:
         name: In results.
         kind: What it does, in one word.
-        fit: Makes it. Raises an `InputError` where it cannot use the support.
-        space: The values that are searched, by the name of the setting; empty where nothing is.
-        sees_everything: It is to be given all images of all classes, whatever the support of the others.
+        fit: Fits it. Raises an `InputError` if it cannot use the support.
+        space: The values that are searched, by setting; empty without a search.
+        sees_everything: Whether it receives all training images of all classes instead of the support.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Rival:
 
 
 def need_base_samples(task: CloneTask, what: str) -> None:
-    """Refuse a support without samples of base classes; `what` needs them, and begins the message.
+    """Refuse a support without samples of base classes; `what`, which needs them, begins the message.
 
     Raises:
         InputError: there is none.

@@ -1,8 +1,8 @@
 """Stacking in scikit-learn: a logistic regression on both networks' features, mixed with both networks' own answers.
 
 What a good engineer builds in an afternoon, and the strongest rival at the cost of both networks: out-of-fold logits of
-the regression, the log-sum-exps of both networks' logits, and a second logistic regression that tells new from base by
-these three (stacking: Wolpert, Neural Networks 5, 1992). One form keeps the target's logits, so its locality counts.
+the regression, the log-sum-exps of both networks' logits, and a second logistic regression that separates new from base
+by these three (stacking: Wolpert, Neural Networks 5, 1992). One form keeps the target's logits.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ from pnc.method.head_fitting import balanced_weights
 from pnc.method.task import CloneTask, Network
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Of the regression among classes of one kind; the network that was trained on them has the rest."""
+"""Weights of the regression among the base or the new classes; the network trained on them has the rest."""
 
 
 class FeaturesAndLogits(nn.Module):
-    """A network's penultimate features (B, D), float32, and its logits (B, K), from one pass."""
+    """A network's penultimate features (B, D), float32, and its logits (B, K), in one pass."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -39,15 +39,15 @@ class FeaturesAndLogits(nn.Module):
 
 
 class Stacked(nn.Module):
-    """Both networks, a linear classifier of their features, and the mixture of all three.
+    """Both networks, a linear classifier of their features, and a mixture of all three.
 
     Args:
-        task: The two networks.
-        classifier: Of both networks' features, the target's first; logits (B, K_base + K_new).
-        odds: Weights of the log-odds of new against base: the classifier's, the source's and the target's log-sum-exp,
-            and a constant, (4,).
-        share_base: Of the classifier among the base classes; None keeps the target's logits as they are.
-        share_new: Of the classifier among the new classes.
+        task: Has both networks.
+        classifier: Maps both networks' features, the target's first, to logits (B, K_base + K_new).
+        odds: Weights of the log-odds of new against base: those of the classifier, the log-sum-exps of source and
+            target, and a constant, (4,).
+        share_base: Weight of the classifier among the base classes; None keeps the target's logits.
+        share_new: Weight of the classifier among the new classes.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Stacked(nn.Module):
         self.odds: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
-        """Give logits (B, K_base + K_new) for images (B, C, H, W)."""
+        """Return logits (B, K_base + K_new) for images (B, C, H, W)."""
         (own, base), (other, new) = self.target(images), self.source(images)
         answers = Answers(self.classifier(torch.cat([own, other], 1)), base, new[:, self.source_ids])
         return answers.mixed(self.odds, self.share_base, self.share_new)
@@ -76,13 +76,13 @@ class Answers:
     source: Tensor
 
     def terms(self) -> Tensor:
-        """What new is told from base by, (B, 3)."""
+        """Inputs of the regression that separates new from base, (B, 3)."""
         n_base = self.target.shape[1]
         fitted = self.fitted[:, n_base:].logsumexp(1) - self.fitted[:, :n_base].logsumexp(1)
         return torch.stack([fitted, self.source.logsumexp(1), self.target.logsumexp(1)], 1)
 
     def within(self, share_base: float, share_new: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the base classes among themselves, and of the new ones."""
+        """Log-probabilities among the base classes, and among the new ones."""
         n_base = self.target.shape[1]
         base = share_base * self.fitted[:, :n_base] + (1 - share_base) * self.target
         new = share_new * self.fitted[:, n_base:] + (1 - share_new) * self.source
@@ -97,7 +97,7 @@ class Answers:
 
 
 def fit(task: CloneTask, budget: Budget, keep_logits: bool) -> Fitted:
-    """Choose penalty and mixture on held-out folds; base and new samples weigh the same, as in the average accuracy."""
+    """Choose penalty and mixture on held-out folds; base and new samples have equal weight, as in average accuracy."""
     from sklearn.linear_model import LogisticRegression
 
     need_base_samples(task, "stacked features of both networks")

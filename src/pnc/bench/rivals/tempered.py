@@ -13,7 +13,7 @@ _STEPS = 100
 
 
 def fit(task: CloneTask, budget: Budget) -> Fitted:
-    """Fit three numbers by cross-entropy; base and new samples weigh the same, as in the average accuracy."""
+    """Fit three numbers by cross-entropy; base and new samples have equal weight, as in average accuracy."""
     need_base_samples(task, "an ensemble with temperatures")
     raw = DirectEnsemble(task.target.recording.module, task.source.recording.module, task.source_ids)
     with torch.no_grad():
@@ -25,11 +25,11 @@ def fit(task: CloneTask, budget: Budget) -> Fitted:
 
 
 def fit_scales(logits: Tensor, labels: Tensor, n_base: int) -> tuple[tuple[float, float], float]:
-    """Scales of base and of new logits, and the offset of the new ones, of the lowest balanced cross-entropy.
+    """Scales of base and new logits, and the offset of the new ones, with the lowest balanced cross-entropy.
 
     Args:
         logits: (N, K_base + K_new), float64.
-        labels: (N,), of every class.
+        labels: (N,), of all classes.
         n_base: K_base.
     """
     weights = balanced_weights(labels, n_base)

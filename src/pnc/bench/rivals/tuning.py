@@ -1,11 +1,11 @@
-"""The one training loop of all rivals that train parameters of the target, and the one search of their settings.
+"""The training loop and the search for settings of all rivals that train parameters of the target.
 
-A rival says what it trains, on which samples and with which loss beside cross-entropy; the rest is the same for all. A
-quarter of the support is held out. Every setting of the rival's space is trained for a few steps on the rest, the best
-few of them longer and anew, the best of these longer still; what was best on the held-out quarter, the number of steps
-included, is then trained on the whole support. Batches hold every class equally often, the learning rate rises and
-falls over the steps, gradients are clipped: without that, networks whose BatchNorm keeps its statistics diverge at
-every learning rate that is worth trying.
+A rival defines what is trained, on which samples and with which loss in addition to cross-entropy; the rest is the same
+for all. A quarter of the support is held out. Every setting of the rival's space is trained for a few steps on the
+rest, the best few of them longer and from scratch, the best of these longer still; the setting and number of steps with
+the best held-out score are then used on the whole support. Batches hold every class equally often, the learning rate
+rises and falls, gradients are clipped: otherwise networks with fixed BatchNorm statistics diverge at every useful
+learning rate.
 """
 
 import copy
@@ -28,21 +28,21 @@ from pnc.method.task import CloneTask
 
 WEIGHT_DECAY = 5e-4
 ROWS = 1200
-"""Samples, mirror images counted, up to which the budget holds as it is; more of them get more steps ..."""
+"""Samples, mirror images included, up to which the budget is used as given; with more, steps grow in proportion."""
 MOST = 4
-"""... in proportion, up to so many times as many."""
+"""Largest factor by which steps grow."""
 _GRADIENT_NORM = 1.0
-_VALIDATION_SHARE = 4  # one image in so many
-_LAST_STAGE = 1 / 3  # of the multiply-accumulates, at least
+_VALIDATION_STEP = 4  # every fourth image is held out
+_LAST_STAGE = 1 / 3  # smallest share of the multiply-accumulates
 
 Scope = Literal["all", "last stage", "head"]
-"""What of the target is trained: everything, what lies behind the last cut that leaves a third of the multiply-
-accumulates behind it, or the classifier alone. What lies before is run once, and its tensors are kept."""
+"""Which part of the target is trained: everything, the part after the last cut with at least a third of the multiply-
+accumulates after it, or the classifier alone. The part before it runs once, and its outputs are kept."""
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """One point of a space: learning rate of SGD, whether BatchNorm uses batch statistics, the method's own number."""
+    """One setting: learning rate of SGD, whether BatchNorm uses batch statistics, the method's own number, steps."""
 
     learning_rate: float
     train_norm: bool = True
@@ -52,10 +52,10 @@ class Hyperparameters:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """What is trained on, sample by sample.
+    """Training data, sample by sample.
 
     Attributes:
-        inputs: Of the part that is trained, (N, ...): images, or the target's tensors where that begins.
+        inputs: Of the trained part, (N, ...): images, or the target's tensors at the cut where it starts.
         labels: (N,), base classes first.
         base_logits: The target's own logits, (N, K_base).
     """
@@ -66,7 +66,7 @@ class Data:
 
     @property
     def is_base(self) -> Tensor:
-        """Which samples are of base classes, (N,) bool."""
+        """Whether each sample is of a base class, (N,) bool."""
         return self.labels < self.base_logits.shape[1]
 
     def select(self, rows: Tensor) -> "Data":
@@ -75,21 +75,21 @@ class Data:
 
 
 Term = Callable[[nn.Module, Tensor, Data, float], Tensor]
-"""(what is trained, its logits, the batch, the setting's strength) -> what is added to cross-entropy."""
+"""(trained network, its logits, batch, strength of the setting) -> term added to cross-entropy."""
 
 
 @dataclass(frozen=True, eq=False)
 class TuningMethod:
-    """A way of tuning.
+    """A method of tuning.
 
     Attributes:
-        settings: The space, every point of it; the first one where the support is too small to choose.
-        strength: What the method calls its own number; None where it has none.
-        scope: What is trained.
-        replay: Whether base samples of the support are trained on; they serve to choose the setting in any case.
+        settings: All settings; the first is used if the support is too small for a choice.
+        strength: Name of the method's own number; None if it has none.
+        scope: Which part is trained.
+        replay: Whether base samples of the support are trained on; they help to choose the setting in any case.
         term: Added to cross-entropy.
-        begin: Prepares the widened network: says which parameters are trained, puts in others. Gets the strength.
-        finish: Makes the classifier of what was trained, from the samples that it was trained on.
+        begin: Prepares the widened network, given the strength: selects the trained parameters, inserts others.
+        finish: Turns the trained network into a classifier, given the samples that it was trained on.
     """
 
     settings: Sequence[Hyperparameters]
@@ -101,7 +101,7 @@ class TuningMethod:
     finish: Callable[[nn.Module, Data], nn.Module] | None = None
 
     def words(self, setting: Hyperparameters) -> dict[str, Any]:
-        """A setting in the method's own words, as plain values."""
+        """A setting as plain values, with the method's own name of its number."""
         own = {} if self.strength is None else {self.strength: setting.strength}
         return {
             "learning_rate": setting.learning_rate,
@@ -113,14 +113,14 @@ class TuningMethod:
 
 @dataclass(frozen=True)
 class Quality:
-    """What held-out samples say of a setting: the higher the score, the better."""
+    """Results of a setting on held-out samples; a higher score is better."""
 
     score: float
     accuracy: float
     loss: float
 
     def facts(self) -> dict[str, Any]:
-        """As plain values; what is infinite is None."""
+        """As plain values, with None for infinite ones."""
         return {f"held_out_{name}": value if math.isfinite(value) else None for name, value in vars(self).items()}
 
 
@@ -154,24 +154,24 @@ def tune(task: CloneTask, method: TuningMethod, budget: Budget) -> Fitted:
 
 
 def train_once(task: CloneTask, method: TuningMethod, budget: Budget) -> Fitted:
-    """Tune a copy of the target on the whole support with the method's first setting; nothing is searched."""
+    """Tune a copy of the target on the whole support with the method's first setting, without a search."""
     trainer, setting = _Trainer(task, method, budget), method.settings[0]
     trained = trainer.train(setting, torch.ones_like(task.samples.labels, dtype=torch.bool))
     return Fitted(trainer.whole(trained), method.words(setting))
 
 
 def validation_rows(task: CloneTask) -> Tensor:
-    """Rows of every fourth image of each class that has two or more; flipped copies go with their original."""
+    """Rows of every fourth image of each class with two or more, together with its mirror images."""
     chosen = torch.zeros_like(task.samples.labels, dtype=torch.bool)
     for label in task.samples.labels.unique():
         images = task.samples.groups[task.samples.labels == label].unique()
         if len(images) > 1:
-            chosen |= torch.isin(task.samples.groups, images[::_VALIDATION_SHARE])
+            chosen |= torch.isin(task.samples.groups, images[::_VALIDATION_STEP])
     return chosen
 
 
 class _Trainer:
-    """Trains with one setting after the other; holds what they share."""
+    """Trains with one setting after another; holds what they share."""
 
     def __init__(self, task: CloneTask, method: TuningMethod, budget: Budget) -> None:
         self._task, self._method, self._budget = task, method, budget
@@ -180,7 +180,7 @@ class _Trainer:
         self._data = _data(task, self._cut)
 
     def steps(self, n_steps: int) -> int:
-        """Steps for a support of this size."""
+        """The number of steps, adapted to the size of the support."""
         return round(n_steps * min(MOST, max(1.0, len(self._data.labels) / ROWS)))
 
     def train(self, setting: Hyperparameters, rows: Tensor) -> nn.Module:
@@ -206,7 +206,7 @@ class _Trainer:
         )
         model.train(setting.train_norm)
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.default_generator.manual_seed(self._task.seed)  # for dropout; torch.manual_seed seeds every device
+            torch.default_generator.manual_seed(self._task.seed)  # for dropout; torch.manual_seed seeds all devices
             for _ in range(setting.n_steps):
                 rows = torch.multinomial(weights, budget.batch_size, replacement=True, generator=generator)
                 batch = data.select(rows.to(self._device))
@@ -224,11 +224,11 @@ class _Trainer:
 
     @torch.no_grad()
     def quality(self, model: nn.Module, rows: Tensor) -> Quality:
-        """How well samples are classified that the model was not trained on, base and new ones weighing the same.
+        """Evaluate a model on held-out samples; base and new samples have equal weight.
 
-        The score is minus the loss: accuracy on so few is mostly noise. Without base samples that would favour whoever
-        forgets most; there it is the accuracy, and how often the best base class of a new sample is still the target's
-        stands in for the accuracy on base samples.
+        The score is the negative loss, because accuracy on so few samples is mostly noise. Without base samples, the
+        loss would favour models that forget; the score is then the accuracy, where agreement with the target about the
+        best base class of new samples replaces the accuracy on base samples.
         """
         data = self._data.select(rows.to(self._device))
         logits = torch.cat([model(inputs).float() for inputs in data.inputs.split(self._task.batch_size)])
@@ -247,14 +247,14 @@ class _Trainer:
         return Quality(-losses, accuracy, losses)
 
     def whole(self, trained: nn.Module) -> nn.Module:
-        """The network from image to logits; what was not trained is the target's own."""
+        """The network from images to logits; its untrained part is the target's."""
         if self._cut is None:
             return trained
         return nn.Sequential(extract(self._task.target.recording, None, [self._cut]), trained).eval()
 
 
 def first_trained(task: CloneTask, scope: Scope) -> CutPoint | None:
-    """Where the part begins that is trained; None for the whole network."""
+    """The cut where the trained part starts; None for the whole network."""
     if scope == "all":
         return None
     features = task.target.head.features
@@ -280,17 +280,17 @@ def _data(task: CloneTask, cut: CutPoint | None) -> Data:
 
 
 def extend_classifier(task: CloneTask, cut: CutPoint | None, generator: torch.Generator) -> nn.Module:
-    """Copy the target, or its part behind `cut`, and widen its classifier by the new classes, with small random rows.
+    """Copy the target, or its part after `cut`, and extend its classifier by small random rows for the new classes.
 
     Raises:
-        InputError: the target's classifier is no linear layer.
+        InputError: the target's classifier is not a linear layer.
     """
     head, recording = task.target.head, task.target.recording
     model = copy.deepcopy(task.target.model) if cut is None else own_copy(extract(recording, cut, [LOGITS]))
     old = None if head.module is None else model.get_submodule(head.module)
     if not isinstance(old, nn.Linear):
         raise InputError(
-            f"tuning needs a linear classifier to widen; the target's is {type(old).__name__ if old else 'no layer'}"
+            f"tuning needs a linear classifier to extend; the target's is {type(old).__name__ if old else 'no layer'}"
         )
     wide = nn.Linear(old.in_features, old.out_features + len(task.new_classes), device="meta", dtype=old.weight.dtype)
     wide = wide.to_empty(device="cpu")

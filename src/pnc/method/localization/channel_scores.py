@@ -4,7 +4,6 @@ Each method gives a score per unit (`taylor_scores`, `magnitude_scores`, `random
 comparable between all units of a segment, and `masks_within` keeps the best ones within a budget.
 """
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -20,11 +19,8 @@ from pnc.graph.nodes import BATCH_SIZES, batch_dims, shape_of
 
 OneShot = Literal["taylor", "magnitude", "random"]
 
-SegmentLoss = Callable[[Tensor, Tensor], Tensor]
-"""(outputs of the segment (B, ...), indices of these samples among the inputs (B,)) -> loss per sample (B,)."""
-
 N_PROJECTIONS = 4
-"""Random directions of the output along which `taylor_scores` measures where there is no loss."""
+"""Random directions of the output along which `taylor_scores` measures."""
 
 _BATCH = 32
 
@@ -35,7 +31,6 @@ def one_shot_ranking(
     inputs: Tensor,
     generator: torch.Generator,
     method: OneShot = "taylor",
-    loss: SegmentLoss | None = None,
 ) -> dict[str, Tensor]:
     """Rank the units of a segment for `masks_within`.
 
@@ -43,16 +38,15 @@ def one_shot_ranking(
         segment: The part of the source that would be cloned.
         costs: Of this segment.
         inputs: What the segment sees of the support, (N, ...).
-        generator: For "random", and for "taylor" without a loss.
+        generator: For "random" and "taylor".
         method: "taylor": effect on the output for these inputs, to first order, per multiply-accumulate; "magnitude":
             size of the weights; "random": the baseline, uniform over all units.
-        loss: What "taylor" measures the effect on; see `taylor_scores`.
     Returns:
         Space name -> ranks (size,), float64.
     """
     spaces = costs.spaces
     if method == "taylor":
-        scores = taylor_scores(segment, spaces, inputs, generator, loss)
+        scores = taylor_scores(segment, spaces, inputs, generator)
         prices = by_space(spaces, costs.prices())
         return {name: of_space / prices[name] for name, of_space in scores.items()}
     if method == "magnitude":
@@ -61,28 +55,23 @@ def one_shot_ranking(
 
 
 def taylor_scores(
-    segment: fx.GraphModule,
-    spaces: ChannelSpaces,
-    inputs: Tensor,
-    generator: torch.Generator,
-    loss: SegmentLoss | None = None,
+    segment: fx.GraphModule, spaces: ChannelSpaces, inputs: Tensor, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Effect of removing each unit, to first order, from gradients at gates of 1 on whatever is read of it.
+    """Effect of removing each unit on the output, to first order, from gradients at gates of 1 wherever it is read.
 
-    With a loss: the sum over samples of |d loss / d gate|. Without: the expected squared change of the output,
-    sum over samples of |d output / d gate|^2, estimated along random directions of the output. (The distance to the
-    output without a mask cannot serve as the loss: at the start it is zero, and so is its gradient.)
+    It is the expected squared change of the output, the sum over samples of |d output / d gate|^2, estimated along
+    random directions of the output.
 
     Args:
         inputs: (N, ...).
         generator: Draws the random directions.
-        loss: Such as `class_loss`.
     Returns:
         Space name -> scores (size,), float64, non-negative.
     Raises:
-        InputError: the inputs do not fit to the segment.
-    Source: Molchanov et al., 2017 (arXiv:1611.06440) with a loss; `one_shot_ranking` divides by the price in MACs
-    instead of their normalisation by layer.
+        InputError: the inputs do not fit the segment.
+    Source: after Molchanov et al., 2017 (arXiv:1611.06440). Deviations: the output takes the place of their loss, which
+    is at a minimum here and has no gradient; `one_shot_ranking` divides by the price in MACs instead of normalising by
+    layer.
     """
     _check_inputs(segment, inputs)
     if not spaces.spaces:
@@ -93,29 +82,11 @@ def taylor_scores(
         gates = torch.ones(len(rows), spaces.n_units, dtype=inputs.dtype, device=inputs.device, requires_grad=True)
         with torch.enable_grad():
             out = gated.run_with(inputs[rows].detach(), gates)
-            if loss is not None:
-                (gradient,) = torch.autograd.grad(loss(out, rows).sum(), gates, allow_unused=False)
-                total += gradient.detach().abs().double().sum(0).cpu()
-                continue
             for left in reversed(range(N_PROJECTIONS)):
                 direction = torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out.device)
                 (gradient,) = torch.autograd.grad(out, gates, direction, retain_graph=left > 0)
                 total += gradient.detach().double().square().sum(0).cpu() / N_PROJECTIONS
     return by_space(spaces, total)
-
-
-def class_loss(classify: Callable[[Tensor], Tensor], labels: Tensor) -> SegmentLoss:
-    """Cross entropy of a classifier behind the segment, as the loss of `taylor_scores`.
-
-    Args:
-        classify: Maps the segment's output to logits (B, K): the source's own head, say.
-        labels: Class of every input, (N,), in [0, K).
-    """
-
-    def loss(outputs: Tensor, rows: Tensor) -> Tensor:
-        return F.cross_entropy(classify(outputs), labels[rows.to(labels.device)].to(outputs.device), reduction="none")
-
-    return loss
 
 
 def magnitude_scores(segment: fx.GraphModule, spaces: ChannelSpaces) -> dict[str, Tensor]:

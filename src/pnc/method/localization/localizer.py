@@ -7,7 +7,6 @@ ranks and norms by gradient where the clone will work, behind the adapter, and t
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, fx
@@ -17,7 +16,6 @@ from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import compact, own_copy
 from pnc.channels.mac_budget import Costs, masks_within
 from pnc.clones.adapter import Adapter
-from pnc.foundation.errors import InputError
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.graph.cut_points import LOGITS, extract
 from pnc.method.held_out import source_body
@@ -26,10 +24,9 @@ from pnc.method.localization.channel_scores import one_shot_ranking
 from pnc.method.localization.gates import learn_gates
 from pnc.method.localization.norms import Batch, reestimate_statistics, tune_norms
 from pnc.method.localization.paper_surrogate import Neighbourhoods, neighbourhoods, surrogate_loss
+from pnc.method.settings import Method, Removal
 from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Progress
-
-Method = Literal["gates", "taylor", "magnitude", "random", "local-surrogate"]
 
 GATES_STEPS = 200
 NORMS_STEPS = 300
@@ -73,10 +70,7 @@ def localize(
     Raises:
         InputError: an unknown method, or a density that cannot be met.
     """
-    if method not in get_args(Method):
-        raise InputError(f"method: expected one of {', '.join(get_args(Method))}, got {method!r}")
-    if not 0 < density <= 1:
-        raise InputError(f"density must be in (0, 1]: the share of prunable MACs that is kept; got {density}")
+    density = Removal(density, method, round_to).fixed_density
     task = task.within(4 * adapter.source_cut.size + task.samples.images.n_bytes)
     body = source_body(task, adapter.source_cut)
     if density == 1 or not (spaces := channel_spaces(body)).spaces:

@@ -1,0 +1,81 @@
+"""What the cells of a bench share: a pair of networks, images, and how many of them a support holds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pnc.data.image_set import ImageSet, class_subset, relabel
+from pnc.data.support import Support, draw_support
+from pnc.models.model_specs import LoadedModel
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A pair of networks, images, and how supports are drawn.
+
+    Attributes:
+        source: Knows the new classes.
+        target: Receives them.
+        train: Images that supports are drawn from.
+        test: Images to measure on.
+        data: Name of the images in the results.
+        n_new: Support images per new class; None for all.
+        n_base: Per base class.
+        flip: Mirror images may be used, by all methods.
+        n_test: Test images per class, if not all are used; a label of `test`, which is reduced already.
+        given: How the command line named the networks, for the results.
+    """
+
+    source: LoadedModel
+    target: LoadedModel
+    train: ImageSet
+    test: ImageSet
+    data: str
+    n_new: int | None
+    n_base: int | None
+    flip: bool
+    n_test: int | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where both networks are."""
+        return next(self.target.module.parameters()).device
+
+    @property
+    def new_classes(self) -> tuple[str, ...]:
+        """All that the source knows and the target lacks."""
+        return tuple(name for name in self.source.classes if name not in self.target.classes)
+
+    @property
+    def support(self) -> str:
+        """Images per new / per base class."""
+        return "/".join("all" if number is None else str(number) for number in (self.n_new, self.n_base))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What rows depend on, for the head of a result file."""
+        return {**self.given, "data": self.data, "support": self.support, "flip": self.flip}
+
+    @property
+    def words(self) -> str:
+        """The same for people."""
+        flips = ", with mirror images" if self.flip else ""
+        return f"{self.data}; support of {self.support} images per new/base class{flips}"
+
+    def draw(self, classes: Sequence[str], seed: int) -> Support:
+        """Draw a support of `classes` and of the base classes."""
+        generator = torch.Generator().manual_seed(seed)
+        return draw_support(self.train, classes, self.target.classes, self.n_new, self.n_base, generator)
+
+    def arguments(self, classes: Sequence[str], seed: int) -> dict[str, Any]:
+        """Arguments of `clone` and `prepare_task` beside networks and support."""
+        names = {"classes": classes, "source_classes": self.source.classes, "base_classes": self.target.classes}
+        return {**names, "flip": self.flip, "seed": seed}
+
+    def test_images(self, classes: Sequence[str]) -> ImageSet:
+        """Test images of the base classes and of `classes`, labelled in this order."""
+        names = [*self.target.classes, *classes]
+        return relabel(class_subset(self.test, names), names)

@@ -1,0 +1,98 @@
+"""The commands `pnc export` and `pnc bench export`: composites written for where they run, and what that gives."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pnc.bench import export as export_bench
+from pnc.bench.result_files import Cells, write_results
+from pnc.cli.arguments import (
+    ModelOptions,
+    attach_clones,
+    check_outputs,
+    check_trained,
+    load_network,
+    read_clone_facts,
+    use_threads,
+)
+from pnc.cli.bench_options import show_claims
+from pnc.cli.options import Json, Names, Sources, Target, Threads, Weights, write_json
+from pnc.cli.output import progress, say
+from pnc.composite.export import check_export_folder, check_export_path, export, export_split
+from pnc.composite.program_files import BATCH_SIZES
+
+
+def export_clones(
+    clones: Annotated[list[Path], typer.Argument(help="Clone files to attach, one or more.")],
+    source: Sources,
+    target: Target,
+    out: Annotated[Path, typer.Option(help="File to write, .onnx or .pt2; with --split, a folder.")],
+    split: Annotated[
+        bool, typer.Option("--split", help="Write trunk.onnx and one file for each clone, which come and go.")
+    ] = False,
+    source_weights: Weights = None,
+    target_weights: Weights = None,
+    source_classes: Names = None,
+    target_classes: Names = None,
+    threads: Threads = None,
+    json_path: Json = None,
+) -> None:
+    """Attach clones and write the composite as ONNX or .pt2, for any number of images.
+
+    What is written is run and compared with the composite first; where it differs by more than rounding, nothing is
+    written.
+    """
+    asked = ModelOptions("target", target, target_weights, target_classes)
+    sources = [ModelOptions("source", spec, source_weights, source_classes) for spec in source]
+    inputs = [*clones, asked.file, *(one.file for one in sources)]
+    check_outputs({"json": json_path} if split else {"out": out, "json": json_path}, inputs)
+    (check_export_folder if split else check_export_path)(out)
+    check_trained(asked, *sources)
+    known = [read_clone_facts(path) for path in clones]
+    model = load_network(asked, known[0].base_classes, known[0].input_shape)
+    net = attach_clones(known, sources, model)
+    with use_threads(threads):
+        made = (export_split if split else export)(net, out)
+    sizes = {path.name if split else str(path): path.stat().st_size for path in made.files}
+    write_json(
+        json_path,
+        {
+            "out": str(out),
+            "files": sizes,
+            "clones": list(net.clones),
+            "classes": list(net.classes),
+            "largest_difference": made.difference,
+            "batch_sizes": list(BATCH_SIZES),
+        },
+    )
+    for name, n_bytes in sizes.items():
+        say(f"{out / name if split else name}: {n_bytes:,} bytes")
+    tried = ", ".join(map(str, BATCH_SIZES))
+    say(
+        f"run on batches of {tried}: logits differ from the composite's by at most {made.difference:.1g} of the largest"
+    )
+
+
+def measure_exports(
+    pairs: Annotated[
+        str | None, typer.Option(help="Patterns of pairs, separated by commas, such as 'zoo:*'; all by default.")
+    ] = None,
+    json_path: Annotated[Path, typer.Option("--json", help="Results; the tables go beside it.")] = Path(
+        "results/export.json"
+    ),
+) -> None:
+    """Export composites of the zoo, timm, torchvision and transformers; compare, weigh and time what comes out.
+
+    Takes a quarter of an hour. Rows are kept beside the results as they come, and a stopped run goes on behind them.
+    """
+    wanted = export_bench.chosen(pairs)
+    outputs = {suffix: json_path.with_suffix(suffix) for suffix in (".json", ".md", ".jsonl")}
+    check_outputs(dict(outputs))
+    with use_threads(1), progress() as bar:  # the clock is that of one thread
+        cells = Cells(outputs[".jsonl"], {}, export_bench.KEYS)
+        rows = export_bench.run(wanted, cells, bar.step)
+        command = "pnc bench export" + (f" --pairs '{pairs}'" if pairs else "")
+        found, text = export_bench.claims(rows), export_bench.markdown(rows)
+        write_results(json_path.parent, json_path.stem, command, {"rows": rows}, found, text)
+    show_claims(found, outputs[".md"])

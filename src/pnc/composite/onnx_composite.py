@@ -1,0 +1,194 @@
+"""A composite in onnxruntime, without PyTorch: the trunk and the clones of a split export, which come and go."""
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pnc.foundation.errors import FileFormatError, InputError, MismatchError
+
+METADATA_KEY = "pnc"
+"""Key of the ONNX metadata that holds our JSON."""
+
+FORMAT = "pnc-export"
+"""Names that JSON."""
+
+VERSION = 1
+"""Of the format; files of newer ones are refused."""
+
+IMAGES, LOGITS = "images", "logits"
+"""Name of the input of whole networks and trunks, and of the logits that they give."""
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One file: its session, and what it says of itself."""
+
+    session: Any
+    facts: Mapping[str, Any]
+
+
+class OnnxComposite:
+    """A target and its clones from the files of `export_split`; needs numpy and onnxruntime, not PyTorch.
+
+    A call gives what the composite gave that was exported, to rounding: the target's logits, then each clone's in the
+    order of attachment. A call reads one set of clones, so threads may call while another one attaches or detaches.
+
+    Args:
+        trunk: The file `trunk.onnx`, or its bytes.
+        clones: Files of clones, or their bytes, to attach at once.
+        providers: Where onnxruntime computes, in order of preference.
+        options: An `onnxruntime.SessionOptions` for all sessions, such as one that sets the number of threads.
+    Raises:
+        InputError: onnxruntime is not installed, or a clone or class is attached already.
+        FileFormatError: a file is not there, or no such part of a split export.
+        MismatchError: a clone belongs to another target.
+    """
+
+    def __init__(
+        self,
+        trunk: str | Path | bytes,
+        *clones: str | Path | bytes,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        options: Any = None,
+    ) -> None:
+        self._providers, self._options = list(providers), options
+        self._trunk = self._open(trunk, "trunk")
+        self._outputs = [output.name for output in self._trunk.session.get_outputs()]
+        self._parts: tuple[_Part, ...] = ()  # replaced whole, never changed: a call reads one of them
+        self.base_priority: float = self._trunk.facts["base_priority"]
+        """Nats that are taken off all new logits: that of the exported composite at first."""
+        for clone in clones:
+            self.attach(clone)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the logits that a call gives now, in order."""
+        return *self.base_classes, *(name for part in self._parts for name in part.facts["classes"])
+
+    @property
+    def base_classes(self) -> tuple[str, ...]:
+        """Names of the target's own logits."""
+        return tuple(self._trunk.facts["base_classes"])
+
+    @property
+    def clones(self) -> tuple[str, ...]:
+        """Names of the attached clones, in the order of their logits."""
+        return tuple(part.facts["name"] for part in self._parts)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Shape of one image, (C, H, W)."""
+        channels, height, width = self._trunk.facts["input_shape"]
+        return channels, height, width
+
+    def attach(self, clone: str | Path | bytes) -> str:
+        """Attach one more clone.
+
+        Args:
+            clone: A file of `export_split`, or its bytes.
+        Returns:
+            Its name.
+        Raises:
+            FileFormatError, MismatchError, InputError: as for the class; then nothing has changed.
+        """
+        part = self._open(clone, "clone")
+        facts, name = part.facts, part.facts["name"]
+        if (facts["target"], facts["base_classes"]) != (self._trunk.facts["target"], self._trunk.facts["base_classes"]):
+            raise MismatchError(f"clone {name!r} was exported for another target; export it with this one's trunk")
+        lacking = [one.name for one in part.session.get_inputs() if one.name not in (IMAGES, *self._outputs)]
+        if lacking:
+            raise MismatchError(
+                f"clone {name!r} reads {lacking[0]!r}, which this trunk does not give; use the trunk that was exported "
+                "with it, which serves the other clones too if they were attached"
+            )
+        if name in self.clones:
+            raise InputError(f"clone: one named {name!r} is attached already; detach it first")
+        clash = [one for one in facts["classes"] if one in self.classes]
+        if clash:
+            raise InputError(f"clone {name!r}: there is a class {clash[0]!r} already; export it with another name")
+        self._parts = (*self._parts, part)
+        return str(name)
+
+    def detach(self, name: str) -> None:
+        """Take a clone out; the logits of the others stay as they are.
+
+        Raises:
+            InputError: no clone of that name is attached.
+        """
+        if name not in self.clones:
+            raise InputError(f"name: there is no clone {name!r}; there are {', '.join(self.clones) or 'none'}")
+        self._parts = tuple(part for part in self._parts if part.facts["name"] != name)
+
+    def __call__(self, images: Array) -> Array:
+        """Give logits (B, K_base + K_new), float32, for images (B, C, H, W), float32.
+
+        Raises:
+            InputError: the images have another shape or type.
+        """
+        if not isinstance(images, np.ndarray) or images.dtype != np.float32 or images.shape[1:] != self.input_shape:
+            came = f"{images.shape} {images.dtype}" if isinstance(images, np.ndarray) else type(images).__name__
+            raise InputError(f"images: expected float32, (B, {', '.join(map(str, self.input_shape))}); got {came}")
+        parts = self._parts
+        seen = dict(zip(self._outputs, self._trunk.session.run(self._outputs, {IMAGES: images}), strict=True))
+        tensors = {**seen, IMAGES: images}
+        new = [
+            part.session.run(None, {one.name: tensors[one.name] for one in part.session.get_inputs()})[0]
+            for part in parts
+        ]
+        return np.concatenate([seen[LOGITS], *(one - np.float32(self.base_priority) for one in new)], 1)
+
+    def _open(self, file: str | Path | bytes, kind: str) -> _Part:
+        """Open a file of that kind."""
+        if not isinstance(file, bytes) and not Path(file).is_file():
+            raise FileFormatError(f"{kind}: there is no file {file}")
+        session = open_session(file, self._providers, self._options)
+        facts = read_facts(session)
+        if facts is None or facts["kind"] != kind:
+            what = f"a {facts['kind']}" if facts else "no file of pnc"
+            raise FileFormatError(f"{kind}: expected a {kind} of pnc.export_split; {_name(file)} is {what}")
+        return _Part(session, facts)
+
+
+def open_session(file: str | Path | bytes, providers: Sequence[str], options: Any = None) -> Any:
+    """Give the onnxruntime session of a file, or of its bytes.
+
+    Raises:
+        InputError: onnxruntime is not installed.
+        FileFormatError: it cannot be read.
+    """
+    try:
+        runtime = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise InputError('the package onnxruntime is needed for this; pip install "pnc[export]"') from error
+    if options is None:
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3  # errors: it warns of every constant that it folds
+    try:
+        return runtime.InferenceSession(file if isinstance(file, bytes) else str(file), options, list(providers))
+    except Exception as error:  # noqa: BLE001 - the errors of onnxruntime have no base of their own
+        raise FileFormatError(f"{_name(file)} cannot be read by onnxruntime: {str(error).splitlines()[0]}") from error
+
+
+def read_facts(session: Any) -> dict[str, Any] | None:
+    """Give what a file of ours says of itself; None for files of others.
+
+    Raises:
+        FileFormatError: the file is of a newer version.
+    """
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    facts: dict[str, Any] | None = None if text is None else json.loads(text)
+    if facts is not None and facts["version"] > VERSION:
+        raise FileFormatError(f"the file has version {facts['version']} of its format; this pnc reads up to {VERSION}")
+    return facts
+
+
+def _name(file: str | Path | bytes) -> str:
+    return f"what was given, {len(file)} bytes," if isinstance(file, bytes) else str(file)

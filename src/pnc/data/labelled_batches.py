@@ -1,0 +1,184 @@
+"""Images with labels out of pairs, datasets and loaders of any making: batch by batch, and the names of their ids."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import ChainDataset, ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
+
+from pnc.foundation.class_names import check_class_names, listed
+from pnc.foundation.errors import InputError
+
+IMAGE_KEYS = ("image", "images", "img", "pixel_values")
+LABEL_KEYS = ("label", "labels", "fine_label")
+_OF_PAIRS = "of a list of pairs make (torch.stack([image for image, _ in pairs]), [label for _, label in pairs])"
+
+
+def batches(data: Any) -> Iterator[tuple[Tensor, list[Any]]]:
+    """Images (B, C, H, W) and their labels, of a pair, a dictionary, a dataset or a loader.
+
+    Raises:
+        InputError: it is something else, or holds what is no image or no label.
+    """
+    if isinstance(data, DataLoader):
+        for images, labels in map(_pair, data):
+            yield _image_batch(images), _label_list(labels)
+    elif isinstance(data, Dataset):
+        for image, label in map(_pair, _items(data)):
+            yield _image_tensor(image)[None], [label]
+    elif isinstance(data, Mapping) or (isinstance(data, tuple | list) and len(data) == 2):
+        images, labels = _pair(data)
+        yield _image_batch(images), _label_list(labels)
+    else:
+        kind = f"{type(data).__module__.partition('.')[0]}.{type(data).__name__}".removeprefix("builtins.")
+        hint = ""
+        if isinstance(data, tuple | list) and data and _is_sample(data[0]):
+            hint = f"; {_OF_PAIRS}"
+        elif hasattr(data, "with_format"):
+            hint = "; pass torch.utils.data.DataLoader(data.with_format('torch'), batch_size=64)"
+        raise InputError(
+            "support: expected a pair (images, labels), an ImageSet, or a Dataset or DataLoader of torch.utils.data, "
+            f"got {kind}{hint}"
+        )
+
+
+def _is_sample(item: Any) -> bool:
+    """Whether something is a pair (image, label) itself, so that what holds it is a list of samples."""
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        return False
+    label = item[1]
+    return isinstance(label, str | int | np.generic) or (isinstance(label, Tensor) and label.ndim == 0)
+
+
+def _items(dataset: Dataset[Any]) -> Iterable[Any]:
+    if isinstance(dataset, IterableDataset):
+        return dataset
+    if not hasattr(dataset, "__len__"):
+        raise InputError(f"support: {type(dataset).__name__} has no length; give it __len__, or pass a DataLoader")
+    return (dataset[index] for index in range(len(dataset)))
+
+
+def _pair(item: Any) -> tuple[Any, Any]:
+    if isinstance(item, Mapping):
+        found = [[key for key in keys if key in item] for keys in (IMAGE_KEYS, LABEL_KEYS)]
+        if any(len(keys) != 1 for keys in found):
+            raise InputError(
+                f"support: of a dictionary one of the keys {', '.join(IMAGE_KEYS)} and one of {', '.join(LABEL_KEYS)} "
+                f"is read, got {listed([str(key) for key in item], 6)}; give pairs (item[KEY], item[KEY])"
+            )
+        return item[found[0][0]], item[found[1][0]]
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise InputError(f"support: every item must be a pair (image, label), got {type(item).__name__}")
+    return item[0], item[1]
+
+
+def _image_batch(images: Any) -> Tensor:
+    """Images as one tensor, of one tensor or of a list of them."""
+    if isinstance(images, tuple | list) and images and all(isinstance(image, Tensor) for image in images):
+        shapes = sorted({str(tuple(image.shape)) for image in images})
+        if len(shapes) > 1:
+            raise InputError(f"support: the images have {len(shapes)} shapes, {listed(shapes, 3)}; give all one shape")
+        return torch.stack([image.detach().cpu() for image in images])
+    if isinstance(images, tuple | list) and images and not _is_sample(images):
+        images = next(image for image in images if not isinstance(image, Tensor))  # for the message
+    return _image_tensor(images)
+
+
+def _image_tensor(image: Any) -> Tensor:
+    if isinstance(image, Tensor):
+        return image.detach().cpu()
+    kind = type(image).__name__
+    if _is_sample(image):
+        way_out = _OF_PAIRS
+    elif hasattr(image, "getpixel"):
+        way_out = (
+            "add transform=torchvision.transforms.ToTensor(), or torchvision.transforms.functional.to_tensor(image)"
+        )
+        kind = "an image of Pillow"
+    elif isinstance(image, np.ndarray):
+        way_out = "torch.from_numpy(images), and .permute(0, 3, 1, 2) where the channels come last"
+    else:
+        way_out = "add a transform that makes one"
+    raise InputError(f"support: images must be tensors, got {kind}; {way_out}")
+
+
+def _label_list(labels: Any) -> list[Any]:
+    if isinstance(labels, str | Mapping) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0:
+        raise InputError(
+            f"support: expected a sequence of labels beside the images, one for each; got {type(labels).__name__}"
+        )
+    return list(labels)
+
+
+def label_column(labels: list[Any]) -> tuple[Tensor | list[str], int | None]:
+    """Labels as ids, (N,), or as names; and the number of columns where they came as rows with a single one.
+
+    Raises:
+        InputError: they are neither.
+    """
+    values = [label.item() if isinstance(label, Tensor | np.generic) and label.ndim == 0 else label for label in labels]
+    if values and all(isinstance(value, Tensor | np.ndarray) and value.ndim == 1 for value in values):
+        return _from_rows(values)
+    names = [value for value in values if isinstance(value, str)]
+    ids = [value for value in values if isinstance(value, int)]
+    if len(ids) == len(values):
+        if any(not -(2**63) <= value < 2**63 for value in ids):
+            raise InputError("support: labels must be ids of 63 bits")
+        return torch.tensor(ids, dtype=torch.int64), None
+    if len(names) == len(values):
+        return names, None
+    strange = [value for value in values if not isinstance(value, str | int)]
+    came = f"{strange[0]!r:.80}" if strange else "a mix of both"
+    hint = "; use labels.long()" if strange and all(isinstance(value, float) for value in strange) else ""
+    raise InputError(f"support: labels must be all class names or all integer ids, got {came}{hint}")
+
+
+def _from_rows(rows: Sequence[Any]) -> tuple[Tensor, int]:
+    """The ids of labels that are rows of zeros with a single one."""
+    sizes = {len(row) for row in rows}
+    if len(sizes) == 1 and (n_columns := sizes.pop()) > 1:
+        matrix = torch.stack([torch.as_tensor(row) for row in rows])
+        if bool(((matrix == 0) | (matrix == 1)).all()) and bool((matrix.sum(1) == 1).all()):
+            return matrix.long().argmax(1), n_columns
+    raise InputError(
+        "support: labels that are rows must be zeros with a single one; give one id for each image, such as "
+        "labels.argmax(1), or labels.flatten() for a single column"
+    )
+
+
+def own_names(data: Any) -> tuple[str, ...] | None:
+    """The names that ids of a dataset mean, of one at the bottom of a loader, of subsets or of joined datasets.
+
+    They are its `classes`, or those of the label among its `features`, as data sets of `datasets` have them. What is no
+    collection, such as a number of classes, is passed over.
+
+    Raises:
+        InputError: joined datasets have different ones, or `classes` holds something else than names.
+    """
+    while isinstance(data, DataLoader | Subset):
+        data = data.dataset
+    if isinstance(data, ConcatDataset | ChainDataset):
+        found = {own_names(one) for one in data.datasets}
+        if len(found) > 1:
+            raise InputError(
+                "support: the joined datasets do not have the same classes, so an id means different ones; "
+                "let them give class names as labels"
+            )
+        return found.pop() if found else None
+    classes = getattr(data, "classes", None)
+    if classes is None:
+        features = getattr(data, "features", None)
+        labels = [features[key] for key in LABEL_KEYS if key in features] if isinstance(features, Mapping) else []
+        classes = getattr(labels[0], "names", None) if len(labels) == 1 else None
+    if isinstance(classes, str) or callable(classes) or not isinstance(classes, Iterable):
+        return None
+    values = list(classes.values()) if isinstance(classes, Mapping) else list(classes)
+    if not values or not (isinstance(classes, Mapping) or all(isinstance(value, str) for value in values)):
+        came = type(values[0]).__name__ if values else "nothing"
+        raise InputError(
+            f"support: the attribute `classes` of {type(data).__name__} says what ids mean, and holds {came}, not "
+            "names; set it to a list of names, or let the dataset give class names as labels"
+        )
+    return check_class_names(classes, f"support: the attribute `classes` of {type(data).__name__}")

@@ -1,0 +1,70 @@
+"""Moments of all pairs of cuts, gathered in one pass of the support: what adapters are solved from."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from pnc.data.image_store import to_device
+from pnc.graph.cut_points import LOGITS, CutPoint, extract
+from pnc.method.adapter_fitting import N_ROWS, AdapterFitter
+from pnc.method.held_out import batches
+from pnc.method.task import CloneTask, Progress
+
+RANKED_IMAGES, RANKED_ROWS, RANKED_OUTPUTS = 100, 8_000, 64
+"""By how many images, rows and channels pairs of cuts are ranked where the moments of all would not fit the memory."""
+
+
+def adapter_fitter(
+    task: CloneTask,
+    target_cuts: Sequence[CutPoint],
+    source_cuts: Sequence[CutPoint],
+    pairs: Sequence[tuple[CutPoint, CutPoint]] | None = None,
+    n_rows: int = N_ROWS,
+    n_outputs: int | None = None,
+) -> AdapterFitter:
+    """A fitter for these cuts that has seen nothing yet."""
+    generator = torch.Generator().manual_seed(task.seed)
+    return AdapterFitter(target_cuts, source_cuts, len(task.samples.labels), generator, pairs, n_rows, n_outputs)
+
+
+def ranked_pairs(
+    task: CloneTask, target_cuts: Sequence[CutPoint], source_cuts: Sequence[CutPoint], progress: Progress | None
+) -> dict[tuple[str, str], float]:
+    """Errors of the adapters of all pairs, by names of the cuts, from a part of the support, in two folds."""
+    part = task.reduced(RANKED_IMAGES)
+    samples = part.samples
+    if samples.n_folds > 2:
+        halves = (samples.folds >= samples.n_folds // 2).long()
+        part = replace(part, samples=replace(samples, folds=halves))
+    fitter = adapter_fitter(part, target_cuts, source_cuts, None, RANKED_ROWS, RANKED_OUTPUTS)
+    gather_moments(part, fitter, target_cuts, source_cuts, "ranking cuts", progress)
+    return {(t.name, s.name): fitter.error(t, s) for t in target_cuts for s in source_cuts}
+
+
+def gather_moments(
+    task: CloneTask,
+    fitter: AdapterFitter,
+    target_cuts: Sequence[CutPoint],
+    source_cuts: Sequence[CutPoint],
+    what: str,
+    progress: Progress | None,
+) -> None:
+    """Run the support through both networks, and give the fitter the tensors at all cuts."""
+    target_taps = extract(task.target.recording, None, [*target_cuts, LOGITS])
+    source_taps = extract(task.source.recording, None, [*source_cuts, LOGITS])
+    done = 0
+    for number, fold, _, images in batches(task, [*target_cuts, *source_cuts], what, progress, with_first=True):
+        for _ in range(done, number):
+            fitter.skip()
+        done = number + 1
+        with torch.no_grad(), task.autocast():
+            here = to_device(images, task.target.device)
+            target_tensors, source_tensors = target_taps(here), source_taps(here)
+        fitter.update(
+            fold,
+            {cut.name: tensor for cut, tensor in zip(target_cuts, target_tensors, strict=False)},
+            {cut.name: tensor for cut, tensor in zip(source_cuts, source_tensors, strict=False)},
+            counted=task.team.is_mine(number),
+        )
+    fitter.share(task.team, task.samples.n_folds)
