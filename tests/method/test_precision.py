@@ -40,6 +40,8 @@ def average_accuracy(net):
 
 def clone(**settings):
     nets = pair()
+    if "density" not in settings:
+        settings["effort"] = "seconds"
     made = pnc.clone(nets.source.module, nets.target.module, support(), classes=NEW, **nets.names(), **settings)
     assert all(one.dtype != torch.bfloat16 for one in made.branch.state_dict().values())
     return pnc.attach(nets.target.module, made)

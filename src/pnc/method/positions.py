@@ -38,8 +38,6 @@ N_ERRORS_FINAL = 2.0
 """Standard errors of the difference to the best by which a position may lie behind after the first round."""
 N_ERRORS = 0.5
 """Standard errors of the difference to the best that are given up for lower cost; see docs/method.md."""
-MAX_LOSS = 0.02
-"""Nats that may be given up at most: the error of few images is large, and stands for a point or two of accuracy."""
 COST_STEP = 0.1
 """Share of the source's multiply-accumulates by which costs must differ to count as different."""
 ROUNDING = 1e-12
@@ -185,7 +183,7 @@ class Scan:
         as_good = []
         for position in allowed:
             loss, error = self.loss_against(position, best)
-            if loss <= min(n_errors * error, MAX_LOSS) + ROUNDING:
+            if loss <= n_errors * error + ROUNDING:
                 as_good.append(position)
         bound = min(p.macs_share for p in as_good) + COST_STEP
         return min((p for p in as_good if p.macs_share <= bound), key=lambda p: (not p.is_exact, p.log_loss, p.n_macs))
