@@ -116,6 +116,17 @@ def test_clone_takes_classes_density_kind_and_support_without_base_samples(comma
     assert "not measured, as there was no base image" in " ".join(found.out.split())
 
 
+def test_the_default_clone_says_what_it_was_chosen_from(command: Command, tmp_path: Path) -> None:
+    found = command(f"clone {NETWORKS} --data digits --out {{out}} --prefer small", out=tmp_path / "c")
+    recipe = pnc.inspect(tmp_path / "c")["recipe"]
+    assert recipe["prefer"] == "small"
+    assert "the front that it was chosen from (small)" in found.out
+    assert found.out.count("measured") == sum(made for *_, made in recipe["front"])
+    assert found.out.count("expected") == sum(not made for *_, made in recipe["front"])
+    again = command("inspect {c}", c=tmp_path / "c").out
+    assert "the front that it was chosen from (small)" in again
+
+
 def test_what_base_images_may_lose_is_bounded_or_refused(command: Command, tmp_path: Path) -> None:
     words = f"clone {NETWORKS} --data digits --out {{out}} --effort seconds --max-base-drop 0.02 --support"
     assert "base images may lose" in command(f"{words} 10/10", out=tmp_path / "c").out
