@@ -7,7 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 .PHONY: demo test check clean
 
 demo: $(VENV)/.demo
-	$(BIN)/pnc demo
+	@mkdir -p build
+	$(BIN)/pnc demo --report build/demo-report.html
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
@@ -27,7 +28,7 @@ $(VENV)/.torch: $(BIN)/python constraints.txt
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) -e ".[digits]"
+	$(PIP) -e ".[digits,report]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml

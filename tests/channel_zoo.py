@@ -1,4 +1,4 @@
-"""Tiny networks for the tests of channel spaces, one hazard each, with what must be found in them."""
+"""Tiny networks for the tests of channel spaces, one hazard each, with the expected spaces."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ CASES = {}
 
 
 def case(spaces, frozen=()):
-    """Register a network with what must be found in it: {space: (units, channels per unit)}, {layer: reason}."""
+    """Register a network with expected {space: (units, channels per unit)} and frozen {layer: reason}."""
 
     def register(factory):
         CASES[factory.__name__] = (factory, spaces, dict(frozen))
@@ -18,7 +18,7 @@ def case(spaces, frozen=()):
 
 
 class Net(nn.Module):
-    """A convolution that makes 8 channels, the hazard, a convolution to 5 channels, a head."""
+    """A convolution to 8 channels, the hazard, a convolution to 5 channels, a head."""
 
     def __init__(self, **layers):
         super().__init__()
@@ -55,7 +55,7 @@ class NormInBetween(Net):
 
 @case({"first": (8, 1)}, LAST)
 class NotZero(Net):
-    """softplus(0) is not 0: what is left of a masked channel is masked where the next layer reads it."""
+    """softplus(0) is not 0: a masked channel is masked again where the next layer reads it."""
 
     def middle(self, x):
         return F.softplus(x)
@@ -63,7 +63,7 @@ class NotZero(Net):
 
 @case({"first": (8, 1)}, LAST)
 class NotZeroBeforeNorm(Net):
-    """The norm's zeroed weight and bias make it 0 again."""
+    """The norm's zeroed weight and bias give 0 again."""
 
     def __init__(self):
         super().__init__(norm=nn.BatchNorm2d(8))
@@ -110,7 +110,7 @@ class GroupNormWithoutAffine(Net):
 
 @case({"first": (8, 1)}, LAST)
 class OneGroup(Net):
-    """The norm goes on counting the removed channels, as zeros."""
+    """The norm still counts the removed channels, as zeros."""
 
     def __init__(self):
         super().__init__(norm=nn.GroupNorm(1, 8))
@@ -121,7 +121,7 @@ class OneGroup(Net):
 
 @case({"first": (8, 1)}, LAST)
 class UnknownOperation(Net):
-    """It gets its input in full size, zeros for removed channels, and all that it makes stays."""
+    """It receives its input in full size, with zeros for removed channels, and keeps all its outputs."""
 
     def middle(self, x):
         return x.cumsum(1)
@@ -129,7 +129,7 @@ class UnknownOperation(Net):
 
 @case({}, {"first": "no rule for cumsum"})
 class UnknownOperationAfterOffset(Net):
-    """What it would see of removed channels are no zeros."""
+    """Removed channels would not be zero in its input."""
 
     def middle(self, x):
         return torch.sigmoid(x).cumsum(1)
@@ -172,7 +172,7 @@ class FirstApart(nn.Module):
 
 @case({"first": (8, 1)}, LAST)
 class ForeignPlaces(Net):
-    """Entry by entry, but not in the same way for all channels."""
+    """Entry by entry, but different for each channel."""
 
     def __init__(self):
         super().__init__(act=FirstApart())
@@ -206,7 +206,7 @@ class SamePadding(nn.Conv2d):
 
 @case({"first": (8, 1), "conv": (8, 1)}, LAST)
 class ConvolutionSubclass(Net):
-    """Another padding: still a convolution, its module shrinks."""
+    """Another padding: still a convolution whose module shrinks."""
 
     def __init__(self):
         super().__init__(conv=SamePadding(8, 8, 3))
@@ -228,7 +228,7 @@ class Depthwise(Net):
 
 @case({"first": (2, 4)}, LAST)
 class GroupedConvolution(Net):
-    """Whole groups go: two inputs and four outputs each; the next layer ties two such groups together."""
+    """Whole groups are removed, two inputs and four outputs each; the next layer ties two such groups together."""
 
     def __init__(self):
         super().__init__(grouped=nn.Conv2d(8, 16, 3, groups=4), back=nn.Conv2d(16, 8, 1, groups=2))
@@ -249,7 +249,7 @@ class SqueezeExcite(Net):
 
 @case({"gate": (8, 1), "first": (8, 1)}, LAST)
 class FixedGate(Net):
-    """A gate from an unknown operation is cut to the size of what it is multiplied with."""
+    """A gate from an unknown operation shrinks with the tensor that it multiplies."""
 
     def __init__(self):
         super().__init__(gate=nn.Conv2d(3, 8, 1))
@@ -261,7 +261,7 @@ class FixedGate(Net):
 
 @case({"first": (8, 1), "other": (8, 1)}, LAST)
 class AddedToFixed(Net):
-    """Removed channels are filled in again for a sum with channels that stay."""
+    """Zeros replace removed channels in a sum with channels that stay."""
 
     def __init__(self):
         super().__init__(other=nn.Conv2d(3, 8, 3, padding=1))
@@ -315,7 +315,7 @@ class Concatenation(Net):
 
 @case({"first": (4, 2), "back": (8, 1)}, LAST)
 class GatedHalves(Net):
-    """chunk, then one half times the other: two channels go together."""
+    """chunk, then one half times the other: channels are removed in pairs."""
 
     def __init__(self):
         super().__init__(back=nn.Conv2d(4, 8, 1))
@@ -384,7 +384,7 @@ class EveryOtherChannel(Net):
 
 @case({"first": (6, 1), "wide": (2, 1)}, LAST)
 class PaddedShortcut(Net):
-    """ResNet's parameter-free shortcut: channels of zeros go together with the channels that they are added to."""
+    """ResNet's parameter-free shortcut: padded channels go with the channels that they are added to."""
 
     def __init__(self):
         super().__init__(wide=nn.Conv2d(6, 8, 3, 2, 1))
@@ -437,7 +437,7 @@ class UsedTwice(Net):
 
 @case({"wide": (8, 1), "first": (8, 1)}, LAST)
 class InPlaceSum(Net):
-    """The sum is written into the removable part: that one is filled in before, if nobody else looks there again."""
+    """The sum is written into the removable part, which is expanded first if nothing reads it later."""
 
     def __init__(self):
         super().__init__(wide=nn.Conv2d(3, 8, 1))
@@ -463,7 +463,7 @@ class InPlaceSumSeenTwice(Net):
 
 @case({"first": (8, 1)}, LAST)
 class ChannelConvolution(Net):
-    """ECA: a gate from a convolution along the channels, in the shape of what it is multiplied with."""
+    """ECA: a gate from a convolution along the channels, in the shape of the tensor that it multiplies."""
 
     def __init__(self):
         super().__init__(along=nn.Conv1d(1, 1, 3, padding=1))
@@ -485,7 +485,7 @@ class TiedWeights(Net):
 
 @case({"first": (8, 1)}, LAST)
 class InPlace(Net):
-    """The old name of a tensor is read again after it was overwritten."""
+    """The old name of a tensor is read after the tensor was overwritten."""
 
     def middle(self, x):
         y = x.flatten(2)
@@ -534,7 +534,7 @@ class DividedByChannels(Net):
 
 @case({"first": (8, 1)}, LAST)
 class SummedChannels(Net):
-    """Zeros add nothing to a sum over the channels; a mean over them would count them."""
+    """Zeros add nothing to a sum over the channels, but count in a mean."""
 
     def __init__(self):
         super().__init__()
@@ -560,7 +560,7 @@ class Pairwise(Net):
 
 @case({"first": (8, 1), "mid": (6, 1), "back": (8, 1)}, LAST)
 class NormsThatCountChannels(Net):
-    """Each of them goes on counting what was removed."""
+    """Each of them still counts removed channels."""
 
     def __init__(self):
         super().__init__(mid=nn.Linear(8, 6), norm=nn.LayerNorm(8), rms=nn.RMSNorm(6), back=nn.Linear(6, 8))
@@ -599,7 +599,7 @@ class MaximumOverChannels(Net):
 
 @case({"first": (8, 1)}, LAST)
 class TokenMixing(Net):
-    """A linear layer along the positions: the channels pass through one by one."""
+    """A linear layer along the positions: channels pass through one by one."""
 
     def __init__(self):
         super().__init__(mix=nn.Linear(64, 64))
@@ -675,7 +675,7 @@ class DrawsLots(nn.Module):
 
 @case({"first": (8, 1)}, {"last": "output of the segment"})
 class NotOpened(Net):
-    """Its Python code depends on the values: it stays as it is."""
+    """Its Python code depends on the values: it stays whole."""
 
     def __init__(self):
         super().__init__(lots=DrawsLots())
@@ -725,7 +725,7 @@ class FusedAttention(Tokens):
 
 @case({"query": (3, 4), "up": (10, 1)}, STREAM)
 class ExplicitAttention(Tokens):
-    """Separate projections, softmax spelt out, a bias per head from a table."""
+    """Separate projections, softmax written out, a bias per head from a table."""
 
     def __init__(self):
         super().__init__(query=nn.Linear(12, 12), key=nn.Linear(12, 12, bias=False), value=nn.Linear(12, 12))
@@ -759,7 +759,7 @@ class NormalizedHeads(Tokens):
 
 @case({"qkv": (36, 1), "up": (10, 1)}, STREAM)
 class OneHead(Tokens):
-    """Without heads the scale of the scores depends on the channels, which are filled in again."""
+    """Without heads the scale of the scores depends on the channels, so it receives them in full size."""
 
     def __init__(self):
         super().__init__(qkv=nn.Linear(12, 36))
@@ -812,7 +812,7 @@ class CrossAttention(Tokens):
 
 @case({"patches": (4, 1), "merge": (6, 1), "up": (5, 1)}, {"out": "output of the segment"})
 class SecondStage(nn.Module):
-    """A residual stream of its own behind a reduction, as in Swin: it goes through its LayerNorms."""
+    """A separate residual stream after a reduction, as in Swin; it passes through LayerNorms."""
 
     def __init__(self):
         super().__init__()

@@ -13,7 +13,7 @@ from pnc.graph.recording import record
 
 
 def network(factory, seed=0):
-    """A network in float64 with random weights and statistics, the global random state untouched."""
+    """A network in float64 with random weights and statistics; the global random state does not change."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         module = factory()
@@ -56,7 +56,7 @@ class Values(fx.Interpreter):
 
 
 def assert_compact_is_masked(segment, free_output=False, seed=0) -> ChannelSpaces:
-    """Compare the two forms after every node of the graph, at another batch size than the recorded ones."""
+    """Compare the two forms after every node of the graph, at a batch size that was not recorded."""
     spaces = channel_spaces(segment, free_output)
     masks = half(spaces, seed)
     flags = kept_flags(spaces, masks)

@@ -987,13 +987,13 @@ class LargeBatchBranch(Around):
         return x * 2 if x.shape[0] > 3 else x
 
 
-@refused("depends on the batch size in a way that is no multiple of it: 3 at batch size 2, 4 at 3")
+@refused("depends on the batch size, but not as a multiple of it: 3 at batch size 2, 4 at 3")
 class BatchPlusOne(Around):
     def middle(self, x):
         return F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1)).narrow(0, 0, len(x) + 1)[:-1]
 
 
-@refused("depends on the batch size in a way that is no multiple of it: 0.5 at")
+@refused("depends on the batch size, but not as a multiple of it: 0.5 at")
 class DividedByBatch(Around):
     def middle(self, x):
         return x * (1 / len(x))
@@ -1024,7 +1024,7 @@ class ListRoundTrip(Around):
         return torch.tensor(x.tolist())
 
 
-@refused("did not see being made .* another thread")
+@refused("created outside PyTorch.s sight .* another thread")
 class OtherThread(Around):
     def middle(self, x):
         with ThreadPoolExecutor(1) as pool:

@@ -16,13 +16,16 @@ if TYPE_CHECKING:
     from pnc.clones.branch import Scalars
     from pnc.clones.clone import Clone
     from pnc.clones.clone_file import inspect, load, save
+    from pnc.composite.answering import Prediction, predict
     from pnc.composite.composite import Composite, attach
+    from pnc.composite.evaluation import EvaluationReport, evaluate
     from pnc.composite.export import Exported, export, export_split
     from pnc.composite.forward_plan import CloneStatus
     from pnc.composite.fused_composite import FusedComposite
     from pnc.composite.onnx_composite import OnnxComposite
     from pnc.composite.verification import Report, snapshot, verify
     from pnc.data.image_set import ImageSet
+    from pnc.data.normalization import Normalization
     from pnc.data.readers import load_data
     from pnc.data.support import Support, draw_support
     from pnc.foundation.errors import (
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
         InputError,
         MismatchError,
         PNCError,
+        PNCWarning,
         RecordingError,
     )
     from pnc.foundation.process_team import Team, joined
@@ -41,7 +45,10 @@ if TYPE_CHECKING:
     from pnc.method.task import CloneTask, prepare_task
     from pnc.models.exported_programs import from_exported
     from pnc.models.model_specs import LoadedModel, load_model
+    from pnc.models.outputs import Output
     from pnc.models.preprocessing import Preprocessed
+    from pnc.report.hub import from_pretrained, push_to_hub, save_pretrained
+    from pnc.report.page import write_report
 
 __all__ = [
     "Calibration",
@@ -50,6 +57,7 @@ __all__ = [
     "CloneStatus",
     "CloneTask",
     "Composite",
+    "EvaluationReport",
     "ExportError",
     "Exported",
     "FileFormatError",
@@ -58,9 +66,13 @@ __all__ = [
     "InputError",
     "LoadedModel",
     "MismatchError",
+    "Normalization",
     "OnnxComposite",
+    "Output",
     "PNCError",
+    "PNCWarning",
     "Position",
+    "Prediction",
     "Preprocessed",
     "RecordingError",
     "Report",
@@ -72,36 +84,46 @@ __all__ = [
     "calibrate",
     "clone",
     "draw_support",
+    "evaluate",
     "export",
     "export_split",
     "fit",
     "from_exported",
+    "from_pretrained",
     "inspect",
     "joined",
     "load",
     "load_data",
     "load_model",
+    "predict",
     "prepare_task",
+    "push_to_hub",
     "save",
+    "save_pretrained",
     "scan",
     "snapshot",
     "verify",
+    "write_report",
 ]
 
 _NAMES_OF = {
     "clones.branch": "Scalars",
     "clones.clone": "Clone",
     "clones.clone_file": "inspect load save",
+    "composite.answering": "Prediction predict",
     "composite.composite": "Composite attach",
+    "composite.evaluation": "EvaluationReport evaluate",
     "composite.export": "Exported export export_split",
     "composite.forward_plan": "CloneStatus",
     "composite.fused_composite": "FusedComposite",
     "composite.onnx_composite": "OnnxComposite",
     "composite.verification": "Report snapshot verify",
     "data.image_set": "ImageSet",
+    "data.normalization": "Normalization",
     "data.readers": "load_data",
     "data.support": "Support draw_support",
-    "foundation.errors": "ClassNameError ExportError FileFormatError InputError MismatchError PNCError RecordingError",
+    "foundation.errors": "ClassNameError ExportError FileFormatError InputError MismatchError PNCError PNCWarning "
+    "RecordingError",
     "foundation.process_team": "Team joined",
     "method.calibration": "Calibration calibrate",
     "method.pipeline": "clone fit",
@@ -109,7 +131,10 @@ _NAMES_OF = {
     "method.task": "CloneTask prepare_task",
     "models.exported_programs": "from_exported",
     "models.model_specs": "LoadedModel load_model",
+    "models.outputs": "Output",
     "models.preprocessing": "Preprocessed",
+    "report.hub": "from_pretrained push_to_hub save_pretrained",
+    "report.page": "write_report",
 }
 _LOADED_WHEN_ASKED = {name: f"pnc.{module}" for module, names in _NAMES_OF.items() for name in names.split()}
 

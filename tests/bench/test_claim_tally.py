@@ -26,5 +26,5 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="no result file in .* has claims"):
         read_claims(tmp_path)
     (tmp_path / "odd.json").write_text("[1, 2]")
-    with pytest.raises(FileFormatError, match=r"odd\.json is no result file of a bench"):
+    with pytest.raises(FileFormatError, match=r"odd\.json is not a result file of a bench"):
         read_claims(tmp_path)

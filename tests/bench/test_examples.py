@@ -1,4 +1,4 @@
-"""The examples run as they are written: on small data here."""
+"""The examples run unchanged, on small data."""
 
 import importlib.util
 import json
@@ -39,7 +39,7 @@ def fast_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cifar10(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module examples/cifar10.py, with little networks and few steps of fine-tuning."""
+    """The module examples/cifar10.py, with small networks and few steps of fine-tuning."""
     module = module_of("cifar10")
     monkeypatch.setattr(module, "SPEC", "zoo:cnn?width=0.25")
     monkeypatch.setattr(module, "RECIPE", Recipe(epochs=2, batch_size=64, crop_padding=1, flip=False))
@@ -128,7 +128,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     lines = readme_block("On the command line", "sh").splitlines()
     assert [line.split()[:2] for line in lines] == [
         ["pnc", name]
-        for name in ("pretrain", "pretrain", "clone", "inspect", "verify", "eval", "predict", "cuts", "scan")
+        for name in ("pretrain", "pretrain", "clone", "inspect", "verify", "eval", "report", "predict", "cuts", "scan")
     ]
     for line in lines:
         small = line.replace("parquet:photos", "digits").replace("zoo:resnet20", "zoo:cnn?width=0.25 --epochs 2")

@@ -69,4 +69,4 @@ def test_the_command_writes_results_and_goes_on(tmp_path, monkeypatch, torchvisi
 def test_a_row_is_kept_under_its_pair(tmp_path):
     cells = Cells(tmp_path / "rows.jsonl", {}, export_bench.KEYS)
     cells.add({"pair": PAIRS[0].name, "size": 1})
-    assert export_bench.run(PAIRS[:1], cells) == [{"pair": PAIRS[0].name, "size": 1}]
+    assert export_bench.bench(PAIRS[:1]).measure(cells, None) == [{"pair": PAIRS[0].name, "size": 1}]

@@ -131,7 +131,7 @@ def test_the_bench_counts_writes_and_is_not_made_again(tmp_path, monkeypatch):
 
 
 def die(numbers, folder, memory, connection):
-    """A reader that is killed by its second file."""
+    """A reader that dies at its second file."""
     for index, number in enumerate(numbers):
         connection.send((number, "bit flips", None, 0.0))
         if index == 1:

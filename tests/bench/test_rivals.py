@@ -1,4 +1,4 @@
-"""Every rival on the digits: does it learn, does it leave the networks alone, what does it refuse, is it right."""
+"""Every rival on the digits: it learns, changes no network, refuses unsuitable supports, computes what it claims."""
 
 from dataclasses import replace
 from functools import cache
@@ -82,7 +82,7 @@ def task(n_new: int = 20, n_base: int = 5, **settings: Any) -> CloneTask:
 
 @cache
 def fitted(name: str) -> tuple[Fitted, list[list[str]], bool]:
-    """A rival fitted on networks in training mode; what of these changed; whether the global random state stayed."""
+    """A rival fitted on networks in training mode, changes in them, and whether the global random state is the same."""
     given = task()
     models = [given.source.model, given.target.model]
     for model in models:
@@ -252,7 +252,7 @@ def test_stacking_keeps_the_targets_logits_and_beats_the_plain_ensemble() -> Non
 
 
 def test_calibrated_rivals_weigh_base_and_new_alike() -> None:
-    """With four base classes and one new one, no rival may learn that new is rare."""
+    """With four base classes and one new class, no rival may learn that new images are rare."""
     given = task(classes=("7",))
     images, labels = given.samples.images[:], given.samples.labels
     for rival in (tempered.RIVAL, lda.ON_SOURCE, linear_probe.ON_SOURCE, *stacked_features.RIVALS):

@@ -85,7 +85,7 @@ def test_looking_changes_nothing(name):
 
 
 class Counting(torch.overrides.TorchFunctionMode):
-    """Counts the operations on tensors."""
+    """Counts operations on tensors."""
 
     n_calls = 0
 

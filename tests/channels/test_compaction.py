@@ -87,7 +87,7 @@ def test_every_network_that_can_be_recorded_can_be_compacted(name):
     ],
 )
 def test_families_shrink_to_the_promised_share(torchvision, name, share):
-    """timm's miniatures, from the stem on, half of every space dropped."""
+    """timm's miniature networks after the stem, with half of every space dropped."""
     import timm
 
     with torch.random.fork_rng():

@@ -27,7 +27,7 @@ ANY = st.integers(0, len(SEGMENTS) - 1)
 
 
 def measured_macs(segment, shape=(3, 8, 8)):
-    """Per sample, counted while it runs: what is computed from weights alone, as often as that is, falls out."""
+    """Multiply-accumulates per sample, counted in runs of two sizes, so that operations on weights alone cancel."""
     counts = []
     for n_samples in (2, 3):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -42,7 +42,7 @@ def ranks(spaces, seed):
 
 
 def counts(costs, masks):
-    """Kept channels of each space, and all of it, counted in the first producer."""
+    """Kept channels and all channels of each space, counted in the first producer."""
     return [(int(masks.kept[s.name].sum()) * s.granule, s.size * s.granule) for s in costs.spaces.spaces]
 
 
@@ -93,7 +93,7 @@ def test_a_density_of_one_keeps_all_and_of_nearly_none_one_unit_of_each_space():
 
 
 def test_the_ranking_goes_across_spaces():
-    """Two layers of equal price: the ones ranked highest stay, wherever they are."""
+    """Two layers of equal price: the units of highest rank stay, in either layer."""
     segment = segment_of(network(lambda: resnet((3, 8, 8), 3, 2)))
     costs = Costs(segment, channel_spaces(segment))
     first, second = [s.name for s in costs.spaces.spaces if s.size == 16 and "conv1" in s.name]

@@ -113,7 +113,7 @@ def test_clone_takes_classes_density_kind_and_support_without_base_samples(comma
     made = pnc.clone(nets.source.module, nets.target.module, data, classes=["7", "5"], density=0.5, **nets.names())
     assert known["recipe"] == made.recipe
     assert "20 new, 0 base images" in found.out
-    assert "not measured, as there was no base image" in " ".join(found.out.split())
+    assert "among the new classes only, as there was no base image" in " ".join(found.out.split())
 
 
 def test_the_default_clone_says_what_it_was_chosen_from(command: Command, tmp_path: Path) -> None:
@@ -131,7 +131,10 @@ def test_what_base_images_may_lose_is_bounded_or_refused(command: Command, tmp_p
     words = f"clone {NETWORKS} --data digits --out {{out}} --effort seconds --max-base-drop 0.02 --support"
     assert "base images may lose" in command(f"{words} 10/10", out=tmp_path / "c").out
     assert pnc.inspect(tmp_path / "c")["recipe"]["max_base_drop"] == 0.02
-    assert "0 base images cannot show that; give at least 49" in command(f"{words} 10/0", out=tmp_path / "d").complaint
+    assert (
+        "0 base images are too few to verify that; give at least 49"
+        in command(f"{words} 10/0", out=tmp_path / "d").complaint
+    )
     assert not (tmp_path / "d").exists()
 
 
@@ -294,7 +297,8 @@ def test_every_command_takes_json(command: Command) -> None:
 
 
 def test_the_command_alone_shows_help_and_the_version(command: Command) -> None:
-    assert command("").out == command("--help").out
+    alone = command("")
+    assert (alone.code, alone.out, alone.err) == (2, "", command("--help").out)
     assert command("--version").out == f"pnc {importlib.metadata.version('pnc')}\n"
 
 
@@ -342,13 +346,13 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         (CLONE + "--source-classes 4,6,7,8,9 --classes 4,6", "target knows 4 already"),
         (CLONE + "--source-classes 0,1,2,3,4", "target knows every class"),
         (CLONE + "--source-classes a,b,c,d,e", "asks for 20 images of class 'a', but the data has 0"),
-        (CLONE + "--source-classes 5,6", "source: .*2 names given for the 5 outputs"),
-        (CLONE + "--target-classes 0,1,2,3,3", "target: .*3 given twice"),
+        (CLONE + "--source-classes 5,6", "--source-classes: 2 names given for the 5 outputs"),
+        (CLONE + "--target-classes 0,1,2,3,3", "--target-classes: 3 given twice"),
         (CLONE + "--support 20", "support: expected NEW/BASE"),
         (CLONE + "--support 0/5", "support: expected NEW/BASE"),
         (CLONE + "--support 500/5", "support: 500/5 asks for 500 images of class '5', but the data has 13"),
         (CLONE + "--support 20/500", "asks for 500 images of class '0'"),
-        (CLONE + "--density 0", "density must be in"),
+        (CLONE + "--density 0", "--density: expected a share"),
         (CLONE + "--density 1.5", "density"),
         (CLONE + "--density much", "density"),
         (CLONE + "--method best", "method"),
@@ -375,21 +379,24 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         ),
         ("scan --source {t} --target {t} --data digits", "same network"),
         (f"scan {NETWORKS} --data digits --plot {{d}}/a.jpg", "plot: .* must end in .png"),
-        (f"scan {NETWORKS} --data digits --max-bytes 100", "max_bytes=100: the smallest file .* may have [0-9]+ bytes"),
+        (
+            f"scan {NETWORKS} --data digits --max-bytes 100",
+            "--max-bytes 100: the smallest file .* may have [0-9]+ bytes",
+        ),
         ("clone --source {t} --target {t} --data digits --out {d}/c", "same network"),
         ("clone --source zoo:cnn --source-weights {t} --target {t} --data digits --out {d}/c", "same network"),
         ("clone --source {f}/../{f.name}/t.safetensors --target {t} --data digits --out {d}/c", "same network"),
         ("clone --source py:a:b --target py:a:b --data digits --out {d}/c", "same network, py:a:b"),
         ("clone --source zoo:cnn --target {t} --data digits --out {d}/c", "zoo:cnn has random weights"),
-        ("clone --source {d}/no.safetensors --target {t} --data digits --out {d}/c", "source: .*no file"),
-        ("clone --source {f}/all.safetensors --target {t} --data digits --out {d}/c", "source: .*no network"),
+        ("clone --source {d}/no.safetensors --target {t} --data digits --out {d}/c", "--source: .*no file"),
+        ("clone --source {f}/all.safetensors --target {t} --data digits --out {d}/c", "--source: .*no network"),
         (
             "clone --source {s} --target zoo:cnn --target-weights {d}/no.pt --data digits --out {d}/c",
-            "target: .*no file",
+            "--target(-weights)?: .*no file",
         ),
         (
             "clone --source zoo:cnn?width=0.5 --source-weights {s} --target {t} --data digits --out {d}/c",
-            "source: weights: they do not fit the network",
+            "--source-weights: they do not fit the network",
         ),
         ("clone --target {t} --data digits --out {d}/c", "source"),
         (f"eval {{f}}/five.safetensors {{f}}/all.safetensors {NETWORKS} --data digits", "class '5' already"),
@@ -413,12 +420,12 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         ("inspect {d}/no", "there is no file"),
         ("verify {d}/no --target {t}", "file: there is no file"),
         ("verify {f}/all.safetensors --target zoo:cnn", "zoo:cnn has random weights"),
-        ("verify {f}/all.safetensors --target {d}/no.safetensors", "target: .*no file"),
+        ("verify {f}/all.safetensors --target {d}/no.safetensors", "--target(-weights)?: .*no file"),
         ("verify {f}/all.safetensors --target {t} --json {t}", "given for something else"),
         ("verify {f}/all.safetensors", "target"),
         ("inspect {f}", "not a whole safetensors file"),
-        ("cuts zoo:cnn", "model: .*classes"),
-        ("cuts zoo:cnn --classes a,b", "model: .*input_shape"),
+        ("cuts zoo:cnn", "--input-shape: "),
+        ("cuts zoo:cnn --classes a,b", "--input-shape: "),
         ("cuts zoo:cnn --classes a,b --input-shape 8", "input-shape: expected channels,height,width"),
         ("cuts zoo:nothing --classes a,b --input-shape 1,8,8", "no reference network 'nothing'"),
         ("cuts py:nothing:here --classes a,b --input-shape 1,8,8", "^pnc: model: cannot import nothing"),
@@ -553,7 +560,7 @@ def test_a_clone_of_a_wider_source_is_refused_for_another_one(command: Command, 
 def test_verify_proves_a_clone_on_its_networks(command: Command, tmp_path: Path) -> None:
     facts = command.facts(f"verify {{f}}/all.safetensors {NETWORKS}", tmp_path / "v.json")
     assert facts["ok"] is True
-    assert [check["what"] for check in facts["checks"]] == ["file", "target", "source", "attached", "detached"]
+    assert [check["what"] for check in facts["checks"]] == ["file", "names", "target", "source", "attached", "detached"]
     assert all(check["ok"] for check in facts["checks"])
     found = command(f"verify {{f}}/all.safetensors {NETWORKS}")
     assert (found.code, found.err) == (0, "")
@@ -563,7 +570,7 @@ def test_verify_proves_a_clone_on_its_networks(command: Command, tmp_path: Path)
 
 def test_verify_without_source_checks_file_and_target(command: Command, tmp_path: Path) -> None:
     facts = command.facts("verify {f}/two.safetensors --target {t}", tmp_path / "v.json")
-    assert [check["what"] for check in facts["checks"]] == ["file", "target", "source"]
+    assert [check["what"] for check in facts["checks"]] == ["file", "names", "target", "source"]
     assert facts["ok"] and "not given" in facts["checks"][-1]["found"]
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import pnc
 from pnc.foundation.errors import MismatchError
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is of an earlier version of pnc:UserWarning")
 FOLDER = Path(__file__).parents[1] / "golden"
 SCHEMA = Path(__file__).parents[2] / "docs" / "clone-file.schema.json"
 LOGITS: dict[str, Any] = json.loads((FOLDER / "clone_v1.json").read_text())
@@ -35,6 +36,14 @@ def test_it_is_read_and_gives_the_logits_that_it_gave(name: str) -> None:
     # Other processors sum in another order; the clone's features are small differences of larger numbers.
     torch.testing.assert_close(found, torch.tensor(LOGITS[name]), atol=1e-3, rtol=1e-3)
     assert net.verify().ok
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_a_warning_says_that_only_weights_were_compared(name: str) -> None:
+    with pytest.warns(UserWarning, match="says nothing of what its networks do with their weights"):
+        clone = pnc.load(FOLDER / f"{name}.safetensors", source=script()["source"]())
+    notes = pnc.attach(script()["target"](), clone).verify().notes
+    assert len(notes) == 1 and "is unknown, as its file is of an earlier version" in notes[0]
 
 
 @pytest.mark.parametrize("name", LOGITS)

@@ -38,9 +38,12 @@ def network(spec, shape=(3, 16, 16)) -> Network:
 
 @pytest.fixture(scope="session")
 def net(stage):
-    """Two clones, one of them calibrated; no test may change it."""
+    """Two clones, one of them calibrated: its rival is far more likely for every image; no test may change it."""
     made = pnc.attach(stage.target, *stage.clones[:2])
-    made.rescale({stage.clones[0].name: Scalars(1.5, (0.25,))})
+    width = stage.clones[0].branch.rivals.shape[1]
+    rivals = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    rivals[0, -1] = 200
+    made.rescale({stage.clones[0].name: Scalars(1.5, (0.25,), tuple(map(tuple, rivals.tolist())))})
     made.base_priority = 0.5
     return made
 
@@ -48,7 +51,9 @@ def net(stage):
 @pytest.fixture(scope="session")
 def logits(stage, net):
     with torch.no_grad():
-        return net(stage.images)
+        found = net(stage.images)
+    assert found[:, len(net.base_classes)].min() < -150, "the sigmoid of that is 0"
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -156,6 +161,7 @@ def test_parts_come_and_go(written, net, stage, logits):
     whole = together(images)
     assert whole.dtype == np.float32 and close(whole, logits)
     assert all(close(together(images[:size]), logits[:size]) for size in (1, 2))
+    assert together.base_priority == net.base_priority == 0.5
     together.detach(names[0])
     assert together.clones == names[1:] and together.classes == (*net.base_classes, *stage.clones[1].classes)
     n_base, n_first = len(net.base_classes), len(stage.clones[0].classes)
@@ -163,15 +169,13 @@ def test_parts_come_and_go(written, net, stage, logits):
     assert np.array_equal(rest, np.delete(whole, range(n_base, n_base + n_first), 1))
     assert together.attach(clones[0].read_bytes()) == names[0]
     assert together.clones == names[::-1] and close(together(images)[:, -n_first:], whole[:, n_base:][:, :n_first])
-    together.base_priority = 0.0
-    assert close(together(images)[:, n_base:], rest_without_priority(together, images, n_base))
+    together.base_priority = 2.5
+    assert close(together(images)[:, n_base:] + 2, rest_and_first(whole, n_base, n_first))
 
 
-def rest_without_priority(together, images, n_base):
-    together.base_priority = 2.0
-    found = together(images)[:, n_base:] + 2
-    together.base_priority = 0.0
-    return found
+def rest_and_first(whole, n_base, n_first):
+    """The new logits, the first clone's last."""
+    return np.roll(whole[:, n_base:], -n_first, 1)
 
 
 def test_a_later_clone_needs_a_trunk_that_gives_what_it_reads(written, net, stage, tmp_path):
@@ -183,6 +187,18 @@ def test_a_later_clone_needs_a_trunk_that_gives_what_it_reads(written, net, stag
     with pytest.raises(pnc.MismatchError, match=r"clone 'gnu' reads 'tap\..*', which this trunk does not give"):
         together.attach(deep)
     assert together.clones == (*net.clones, "later")
+
+
+def with_facts(path, other, text):
+    """A copy of an ONNX file with other metadata."""
+    import onnx
+
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    if text is not None:
+        model.metadata_props.add(key="pnc", value=text)
+    onnx.save(model, other)
+    return other
 
 
 def test_parts_that_do_not_fit_are_refused(written, stage, tmp_path):
@@ -198,7 +214,16 @@ def test_parts_that_do_not_fit_are_refused(written, stage, tmp_path):
         pnc.OnnxComposite(written["onnx"].files[0])
     with pytest.raises(pnc.FileFormatError, match="clone: there is no file .*nowhere.onnx"):
         together.attach(tmp_path / "nowhere.onnx")
-    with pytest.raises(pnc.FileFormatError, match=r"given, 5 bytes, cannot be read by onnxruntime"):
+    with pytest.raises(pnc.FileFormatError, match=r"other.onnx was not written by pnc.export_split"):
+        together.attach(with_facts(first, tmp_path / "other.onnx", None))
+    with pytest.raises(pnc.FileFormatError, match=r"other.onnx: its metadata is damaged"):
+        together.attach(with_facts(first, tmp_path / "other.onnx", '{"version": 1'))
+    with pytest.raises(pnc.FileFormatError, match=r"other.onnx has version 99 of its format; this pnc reads up to 1"):
+        together.attach(with_facts(first, tmp_path / "other.onnx", '{"version": 99}'))
+    with pytest.raises(pnc.MismatchError, match=r"clone 'x' was exported for another target"):
+        facts = {"version": 1, "kind": "clone", "name": "x", "classes": ["y"], "base_classes": [], "target": {}}
+        together.attach(with_facts(first, tmp_path / "other.onnx", json.dumps(facts)))
+    with pytest.raises(pnc.FileFormatError, match=r"onnxruntime cannot read the 5 bytes that were given: "):
         together.attach(b"bytes")
     assert together.clones == (stage.clones[0].name,)
 

@@ -20,6 +20,7 @@ from pnc.composite import fused_composite
 from pnc.composite.forward_plan import Plan
 from pnc.composite.fused_composite import FusedComposite
 from pnc.composite.layer_folding import folded_part
+from pnc.composite.target_watch import TargetWatch
 from pnc.foundation.errors import InputError, PNCError
 from pnc.graph.cut_points import LOGITS, extract
 from pnc.models.model_specs import build_model
@@ -54,6 +55,7 @@ def plan_of(target, branches, **settings) -> Plan:
             "base_priority": 0.0,
             "probe": target.recording.probe,
             "clones": (),
+            "watch": TargetWatch(target.module, target.recording.module.graph),
             **settings,
         }
     )

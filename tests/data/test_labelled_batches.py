@@ -181,8 +181,12 @@ def test_doubts_have_figures() -> None:
     images[2:4] = images[2]
     assert found(images, [0, 0, 1, 1, 2, 2, 3, 3]) == ["all 2 images of 'bee' are equal"]
     images = some(8)
-    images[5] = 0
-    assert found(images, [0, 0, 1, 1, 2, 2, 3, 3]) == ["1 of 2 images of 'cat' are black"]
+    images[5:7] = 0
+    assert found(images, [0, 0, 1, 1, 2, 2, 2, 2]) == ["2 of 4 images of 'cat' are black"]
+    images = some(4)
+    images[3] = 0
+    assert found(images, [0, 1, 2, 3]) == ["1 of 1 images of 'dog' are black"]
+    assert found(images, [0, 1, 2, 2]) == []
     images = some(8)
     images[7], images[6] = images[0], images[1]
     text = "2 images are given under two classes, such as numbers 1 (ant) and 6 (dog)"

@@ -157,7 +157,15 @@ def write_by_numpy(tensor):
     tensor.detach().numpy().reshape(-1)[-1] = 7
 
 
-@pytest.mark.parametrize("change", [lambda t: t.add_(1e-3), exchange, write_past_the_count, write_by_numpy])
+def reverse_by_numpy(tensor):
+    values = tensor.detach().numpy().reshape(-1)
+    values[:] = values[::-1].copy()
+
+
+CHANGES = [lambda t: t.add_(1e-3), exchange, write_past_the_count, write_by_numpy, reverse_by_numpy]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", ["0.weight", "1.running_mean", "4.bias"])
 def test_a_known_fingerprint_is_computed_anew_where_a_tensor_has_changed(monkeypatch, change, name):
     model, known, calls = network(), KnownFingerprint(), []

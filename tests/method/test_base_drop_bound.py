@@ -46,7 +46,7 @@ def test_nothing_is_taken_off_where_nothing_is_lost():
 
 
 def test_too_few_images_for_a_promise_are_refused_with_both_ways_out():
-    text = "10 base images cannot show that; give at least 49 (labelled, or as background), or allow 0.091 or more"
+    text = "are too few to verify that; give at least 49 (labelled, or as background), or allow 0.091 or more"
     with pytest.raises(InputError, match=re.escape(text)):
         check_promise(0.02, 10)
     check_promise(0.02, 49)
@@ -79,7 +79,7 @@ def test_a_clone_keeps_to_the_bound_on_new_images(part):
 
 def test_without_base_samples_the_bound_is_refused_before_any_work():
     nets, seen = pair(), []
-    with pytest.raises(InputError, match="0 base images cannot show that"):
+    with pytest.raises(InputError, match="0 base images are too few to verify that"):
         pnc.clone(
             nets.source.module,
             nets.target.module,

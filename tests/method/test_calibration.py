@@ -129,7 +129,7 @@ def test_calibrate_moves_what_it_says_and_nothing_else(stage, net):
     with torch.no_grad():
         logits = net(images)
         assert torch.equal(logits[:, :N_BASE], stage.base)
-        level, features = stage.base.logsumexp(1, keepdim=True), net.log_odds(images)[1]
+        level, features = stage.base.logsumexp(1, keepdim=True), net.now().log_odds(images)[1]
         start = N_BASE
         for (name, scalars), raw in zip(found.scalars.items(), stage.alone, strict=True):
             expected = level + scalars.scale * (raw - level) + torch.tensor(scalars.offsets)
@@ -263,7 +263,7 @@ def test_scalars_that_make_no_sense_are_refused(net):
 
 def test_log_odds_are_relative_to_the_base_and_uncalibrated(stage, net):
     net.rescale({"dog": Scalars(0.5, (1.0,))})
-    base, found, features = collect_log_odds(net, stage.images, batch_size=2)
+    base, found, features = collect_log_odds(net.now(), stage.images, batch_size=2)
     assert all(one.dtype == torch.float64 and len(one) == len(stage.images) for one in features.values())
     assert base.dtype == torch.float64
     level = stage.base.double().logsumexp(1, keepdim=True)

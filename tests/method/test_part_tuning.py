@@ -8,6 +8,7 @@ from digits import NEW, pair, support
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
 from pnc.method import part_tuning
+from pnc.method.held_out import unscored
 from pnc.method.localization.aim import Aim
 from pnc.method.localization.localizer import localize
 from pnc.method.part_tuning import tune_part
@@ -64,7 +65,7 @@ def test_the_copy_that_is_scored_has_not_seen_its_fold(monkeypatch):
         found = pnc.scan(task)
         fitted = found.adapter(next(p for p in found.positions if p.is_exact))
         part = localize(task, fitted.adapter, 0.5, "taylor")
-        monkeypatch.setattr(part_tuning, "Aim", lambda task: Aim(task.unscored()))  # units are of all images
+        monkeypatch.setattr(part_tuning, "Aim", lambda task: Aim(unscored(task)))  # units are of all images
         parts.append((part.masks, tune_part(task, fitted, part, "weights").part))
     (mask, one), (other_mask, two) = parts
     assert torch.equal(mask.flat, other_mask.flat)

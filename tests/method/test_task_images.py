@@ -94,8 +94,14 @@ def composite() -> pnc.Composite:
 
 @pytest.mark.parametrize("images", [support(0, 255)[0], support(-2, 2)[0], support(0, 1)[0] + 0.5])
 def test_a_composite_refuses_what_its_target_does_not_take(composite: pnc.Composite, images: torch.Tensor) -> None:
-    with pytest.raises(InputError, match="images: values lie in .*, but the target does its own preprocessing"):
-        composite(images)
+    labelled = images, list("abcd") * 4
+    for call in (
+        lambda: composite(images),
+        lambda: composite.log_odds(images),
+        lambda: pnc.calibrate(composite, labelled),
+    ):
+        with pytest.raises(InputError, match="images: values lie in .*, but the target does its own preprocessing"):
+            call()
 
 
 def test_a_composite_gives_the_targets_bits_in_range_and_where_values_cannot_be_read(composite: pnc.Composite) -> None:

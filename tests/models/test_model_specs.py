@@ -277,7 +277,7 @@ def test_checkpoints_with_more_than_weights(network: LoadedModel, tmp_path: Path
 
 
 class Payload:
-    """What a pickle that runs code looks like."""
+    """A pickle that runs code."""
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return eval, ("[][1]",)

@@ -113,5 +113,5 @@ def test_a_partial_file_with_wrong_facts_is_one_error(
     recipe, out = Recipe(epochs=1, batch_size=4), tmp_path / "o.safetensors"
     identity = pretraining._identity("zoo:cnn?width=0.25", train, test, recipe)
     write_tensors(tmp_path / "o.safetensors.partial.safetensors", {}, {"identity": identity, "history": history})
-    with pytest.raises(FileFormatError, match="is damaged; remove the file, and training starts anew"):
+    with pytest.raises(FileFormatError, match="is damaged; remove the file to start training again"):
         pretraining.pretrain("zoo:cnn?width=0.25", train, test, recipe, out)

@@ -40,7 +40,7 @@ def small(input_shape: tuple[int, int, int]) -> nn.Module:
 
 
 def operations(recording: Recording) -> list[str]:
-    """What is recorded in front of the network itself."""
+    """The recorded operations before the network itself."""
     found = []
     for node in recording.module.graph.nodes:
         if str(node.target).startswith("network."):
@@ -131,6 +131,49 @@ def test_channels_that_cannot_be_made_are_refused(given: int, taken: int) -> Non
         Preprocessed(nn.Identity(), (taken, 8, 8))(images(1, given, 8, 8))
 
 
+# ------------------------------------------------------------------------------------------------ normalized before
+def test_the_normalization_of_another_loader_is_undone_first() -> None:
+    theirs = pnc.Normalization((0.1, 0.2, 0.3), (0.5, 0.25, 0.125))
+    batch = images(2, 3, 8, 8)
+    inner = Preprocessed(nn.Identity(), (3, 5, 5), MEAN, STD)
+    outer = Preprocessed(nn.Identity(), (3, 5, 5), MEAN, STD, given=theirs)
+    normalized = theirs.apply(batch)
+    assert torch.equal(outer(normalized), inner(theirs.undo(normalized)))
+    assert torch.allclose(outer(normalized), inner(batch), atol=1e-5)  # x - m and back rounds
+
+
+def test_grey_images_of_another_loader_become_colour_after_it_is_undone() -> None:
+    theirs = pnc.Normalization(0.5, 0.25)
+    normalized = theirs.apply(images(2, 1, 8, 8))
+    outer = Preprocessed(nn.Identity(), (3, 8, 8), MEAN, STD, given=theirs)
+    assert torch.equal(outer(normalized), Preprocessed(nn.Identity(), (3, 8, 8), MEAN, STD)(theirs.undo(normalized)))
+
+
+@pytest.mark.parametrize("theirs", [pnc.Normalization(MEAN, STD), pnc.Normalization(0.5, 0.25)])
+def test_images_normalized_as_the_network_wants_them_pass_as_they_are(theirs: pnc.Normalization) -> None:
+    own = (MEAN, STD) if isinstance(theirs.mean, tuple) else ((0.5,) * 3, 0.25)
+    batch = images(2, 3, 8, 8)
+    wrapped = Preprocessed(nn.Identity(), (3, 8, 8), *own, given=theirs)
+    assert wrapped(batch) is batch
+    assert wrapped(images(2, 3, 9, 8)).shape == (2, 3, 8, 8)
+    other = Preprocessed(nn.Identity(), (3, 8, 8), MEAN, 1.0, given=theirs)
+    assert not torch.equal(other(batch), batch)
+
+
+def test_without_given_state_and_fingerprint_are_as_before() -> None:
+    plain = Preprocessed(small((3, 8, 8)), (3, 8, 8), MEAN, STD)
+    assert set(plain.state_dict()) == {"mean", "std", "pipeline", *(f"network.{n}" for n in plain.network.state_dict())}
+    given = Preprocessed(plain.network, (3, 8, 8), MEAN, STD, given=pnc.Normalization(0.5))
+    assert set(given.state_dict()) - set(plain.state_dict()) == {"given_mean", "given_std"}
+
+
+def test_a_normalization_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(InputError, match=r"given: expected pnc.Normalization\(mean, std\), got float"):
+        Preprocessed(nn.Identity(), (3, 8, 8), given=0.5)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="images: of 1 channels, but given= says how 3 are normalized"):
+        Preprocessed(nn.Identity(), (3, 8, 8), given=pnc.Normalization(MEAN, STD))(images(1, 1, 8, 8))
+
+
 # ------------------------------------------------------------------------------------------------ recorded
 @pytest.mark.parametrize(
     ("given", "steps"),
@@ -178,12 +221,12 @@ COLOURED = (3, 16, 16)
 
 
 def coloured(images: Tensor) -> Tensor:
-    """Digits at twice their size in three equal channels."""
+    """Digits at twice their size, in three equal channels."""
     return F.interpolate(images, COLOURED[1:], mode="bilinear", antialias=True).repeat(1, 3, 1, 1)
 
 
 def bare(classes: tuple[str, ...]) -> tuple[nn.Module, float, float]:
-    """A trained network that takes normalised digits, with the mean and std that they must be normalised by."""
+    """A trained network for normalised digits, with the mean and standard deviation of the normalisation."""
     module = copy.deepcopy(network(classes).module)
     normalize = module.get_submodule("normalize")
     mean, std = (normalize.get_buffer(name).item() for name in ("mean", "std"))
@@ -210,7 +253,7 @@ class Case:
 
 
 def case(name: str) -> Case:
-    """Networks of other sizes, colours and normalisations, and images as one of them or neither takes them."""
+    """Networks of different sizes, colours and normalisations, and images for one of them or neither."""
     grey, test = support(), held_out_images()
     colour = Support(coloured(grey.images), grey.labels, grey.names)
     coloured_test = ImageSet(coloured(test.images), test.labels, test.classes)
@@ -229,7 +272,7 @@ def case(name: str) -> Case:
 
 @cache
 def made(name: str) -> tuple[Case, pnc.Clone]:
-    """A case and its clone, whose networks are found as they were."""
+    """A case and its clone; its networks must not change."""
     nets = case(name)
     before = [take_snapshot(nets.source), take_snapshot(nets.target)]
     clone = pnc.clone(nets.source, nets.target, nets.support, source_classes=NEW, base_classes=BASE)
@@ -291,3 +334,27 @@ def test_a_network_without_its_normalisation_gets_it_back_bit_for_bit() -> None:
     digits = held_out_images().images
     with torch.no_grad():
         assert same_bits(Preprocessed(module, (1, 8, 8), mean, std)(digits), pair().source.module(digits))
+
+
+def test_a_target_stays_as_it_is_and_the_source_alone_is_wrapped() -> None:
+    """The target gets what its own loader makes; the clone is as good as where both are wrapped."""
+    target, mean, std = bare(BASE)
+    source, source_mean, source_std = bare(NEW)
+    theirs = pnc.Normalization(mean, std)
+    given, test = support(), held_out_images()
+    names = {"source_classes": NEW, "base_classes": BASE}
+    both = pnc.clone(
+        Preprocessed(source, (1, 8, 8), source_mean, source_std),
+        Preprocessed(target, (1, 8, 8), mean, std),
+        given,
+        **names,
+    )
+    labels = [given.names[label] for label in given.labels]
+    wrapped = Preprocessed(source, (1, 8, 8), source_mean, source_std, given=theirs)
+    made = pnc.clone(wrapped, target, (theirs.apply(given.images), labels), **names)
+    net = pnc.attach(target, made)
+    with torch.no_grad():
+        assert torch.equal(net(theirs.apply(test.images))[:, : len(BASE)], target(theirs.apply(test.images)))
+        found = evaluate(net(theirs.apply(test.images)), test.labels, target(theirs.apply(test.images)))
+    assert found.average_accuracy > 0.9
+    assert abs(made.recipe["score"] - both.recipe["score"]) < 0.03  # undoing rounds, so other ties are broken

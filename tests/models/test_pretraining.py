@@ -97,7 +97,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(
 
 
 def train_and_report(path: Path, connection: Any) -> None:
-    """Train on digits, keep a row of each epoch, and send its number: the work of a process that is killed."""
+    """Train on digits, keep a row of each epoch, and send its number; runs in a process that is killed."""
     sets = [class_subset(load_data("digits", split), ["0", "1", "2"]) for split in ("train", "test")]
     cells = Cells(path.with_suffix(".jsonl"), {}, ["epoch"])
 

@@ -38,7 +38,7 @@ def test_every_part_of_a_network_is_trained(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_normalization_comes_first(name: str) -> None:
-    """Other pixels with a normalisation that undoes the difference give the same logits."""
+    """Scaled pixels with a matching normalisation give the same logits."""
     torch.manual_seed(0)
     network = BUILDERS[name]((3, 8, 8), 3).eval()
     images = torch.rand(2, 3, 8, 8)

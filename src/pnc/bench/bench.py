@@ -1,4 +1,4 @@
-"""A bench as a value: which rows it makes, how, and what it says of them."""
+"""A bench as a value: its rows, how they are measured, its claims and tables."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ class Bench:
         name: Of its command.
         keys: Fields that name a row.
         settings: What rows depend on, as JSON values; a file with rows of other settings is refused.
-        measure: Makes the rows that the file lacks, and returns all that were asked for. `one_by_one` makes such a
-            function. Its second argument is called with what is being done, the steps done, and the steps in all.
-        claims: What was asked for, beside what was measured.
-        markdown: The rows as tables, with whatever must be said.
+        measure: Measures the rows that the file lacks, and returns all that are wanted; see `one_by_one`. Its second
+            argument is called with the current step, the number of steps done, and their total.
+        claims: Required figures, with what was measured.
+        markdown: The rows as tables, with explanations.
         facts: What the JSON file holds, `rows` among it; by default the settings and the rows.
         device: Where it is measured.
     """

@@ -161,7 +161,7 @@ def markdown(rows: Rows, setting: Setting) -> str:
     seeds = sorted({row["seed"] for row in rows})
     lines = [
         f"{setting.words}; means over {len(seeds)} seeds. relative: average accuracy as a share of the clone's at full "
-        "density. cloned, not cloned: accuracy of the source alone, with the smaller part in place of its own, on its "
+        "density. cloned, not cloned: accuracy of the source alone, with its part replaced by the smaller one, on its "
         "classes that were cloned and on its others. part MACs: as a share of the part's at full density.",
     ]
     header = ("method", "density", *(column.replace("_", " ") for column in COLUMNS))

@@ -1,4 +1,4 @@
-"""Tally of claims: how many of the figures that were asked for hold, file by file, and which do not."""
+"""Tally of claims: how many of the required figures hold, file by file, and which do not."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ class Tally:
 
     Attributes:
         name: Of the file, without its suffix.
-        n_claims: How many there are.
-        failing: Those that do not hold, as in the file.
+        n_claims: Number of claims.
+        failing: The claims that do not hold, as in the file.
     """
 
     name: str
@@ -26,11 +26,11 @@ class Tally:
 
 
 def read_claims(folder: Path) -> list[Tally]:
-    """Read the claims of all result files in a folder, by name of the file; files without claims are left out.
+    """Read the claims of all result files in a folder, sorted by file name; files without claims are left out.
 
     Raises:
-        InputError: no file of the folder has claims.
-        FileFormatError: a file is no result file.
+        InputError: no file in the folder has claims.
+        FileFormatError: a file is not a result file.
     """
     found = []
     for path in sorted(folder.glob("*.json")):
@@ -38,7 +38,7 @@ def read_claims(folder: Path) -> list[Tally]:
             claims = json.loads(path.read_text()).get("claims", [])
             failing = tuple(claim for claim in claims if not claim["holds"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FileFormatError(f"{path} is no result file of a bench; move it away") from error
+            raise FileFormatError(f"{path} is not a result file of a bench; move it away") from error
         if claims:
             found.append(Tally(path.stem, len(claims), failing))
     if not found:

@@ -76,14 +76,14 @@ def measure(
         made_now = [row for row in cells.rows if row["commit"] == now and not str(now).endswith("+")]
         kept = {_key(row) for row in cells.rows if row["method"] not in again} | {_key(row) for row in made_now}
         missing = [one for one in wanted if _key(one[0]) not in kept]
-        arena = _Arena(setting, budget)
+        runner = _Runner(setting, budget)
         where = {"budget": dataclasses.asdict(budget), "environment": environment(), "commit": now}
         for done, (cell, classes) in enumerate(missing):
             if progress is not None:
                 left = _time_left([later["method"] for later, _ in missing[done:]], cells.rows)
                 progress(f"seed {cell['seed']}, {cell['classes']}: {cell['method']}{left}", done, len(missing))
             start = time.perf_counter()
-            facts = arena.measure(METHODS[cell["method"]], classes, cell["seed"])
+            facts = runner.measure(METHODS[cell["method"]], classes, cell["seed"])
             cells.add({**cell, **facts, "cell_seconds": time.perf_counter() - start, **where})
         return [cells[cell] for cell, _ in wanted]
 
@@ -116,7 +116,7 @@ def _time_left(methods: Sequence[str], rows: Rows) -> str:
     return f", about {minutes:.0f} min left"
 
 
-class _Arena:
+class _Runner:
     """Runs methods in one setting; computes once what does not depend on the method."""
 
     def __init__(self, setting: Setting, budget: Budget) -> None:

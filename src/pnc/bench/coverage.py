@@ -28,7 +28,8 @@ from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.candidate_cuts import candidate_cuts, gaps
 from pnc.graph.classifier import find_head
 from pnc.graph.cut_points import LOGITS, cut_points, extract
-from pnc.graph.recording import Recording, pick_logits, record
+from pnc.graph.logits import pick_logits
+from pnc.graph.recording import Recording, record
 from pnc.method.pipeline import fit
 from pnc.method.positions import scan
 from pnc.method.task import Progress, prepare_task

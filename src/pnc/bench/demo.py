@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from pnc.bench import main_job
+from pnc.clones.clone_file import load
+from pnc.composite.composite import attach
 from pnc.data.image_set import class_subset, relabel
 from pnc.data.readers import load_data
 from pnc.data.support import draw_support
 from pnc.method.task import Progress
 from pnc.models.pretraining import EpochReport, Recipe, pretrain
+from pnc.report.page import check_report, write_report
 
 BASE_CLASSES = tuple("01234")
 NEW_CLASSES = tuple("56789")
@@ -27,6 +30,7 @@ def run_demo(
     recipe: Recipe = RECIPE,
     progress: Progress | None = None,
     trained: Callable[[str, EpochReport], None] | None = None,
+    report: Path | None = None,
 ) -> dict[str, Any]:
     """Train a target on digits 0-4 and a source on 5-9, clone all five new classes, and compare.
 
@@ -35,9 +39,12 @@ def run_demo(
         recipe: How both networks are trained; its seed is ignored.
         progress: Called with what is being done, the steps done, and the steps in all.
         trained: Called after each epoch with "target" or "source".
+        report: Where to write a report on the clone, a page of HTML; None for none. It needs the extra `report`.
     Returns:
         As `pnc.bench.main_job.run`.
     """
+    if report is not None:
+        check_report()
     train, test = load_data("digits", "train"), load_data("digits", "test")
     recipe = replace(recipe, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -60,4 +67,9 @@ def run_demo(
             effort="minutes",
             seed=seed,
         )
-        return main_job.run(job, list(main_job.RIVALS), Path(folder), progress)
+        facts = main_job.run(job, list(main_job.RIVALS), Path(folder), progress)
+        if report is not None:
+            file = Path(folder) / "clone.safetensors"
+            net = attach(networks["target"].module, load(file, source=networks["source"].module))
+            write_report(net, job.test, report, files=[file])
+        return facts

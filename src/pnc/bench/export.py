@@ -1,4 +1,4 @@
-"""Composites of three libraries exported, whole and in parts: differences, sizes, and time beside PyTorch."""
+"""Exports of composites of three libraries, whole and in parts: differences, sizes, and time compared with PyTorch."""
 
 import fnmatch
 import tempfile
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pnc.bench.bench import Bench, Row, Rows, one_by_one
 from pnc.bench.library_classifiers import CLASSIFIERS, N_CLASSES, build, check_libraries, prepared
-from pnc.bench.result_files import Cells, Claim, at_least, at_most, commit, table
+from pnc.bench.result_files import Claim, at_least, at_most, commit, table
 from pnc.clones.clone import Clone
 from pnc.composite.composite import Composite, attach
 from pnc.composite.export import Exported, export, export_split
@@ -27,7 +28,7 @@ from pnc.foundation.network_state import differences, take_snapshot
 from pnc.graph.cut_points import INPUT
 from pnc.method.pipeline import fit
 from pnc.method.positions import scan
-from pnc.method.task import Progress, prepare_task
+from pnc.method.task import prepare_task
 from pnc.models.model_specs import build_model
 
 ZOO_SIZE = 32
@@ -38,13 +39,13 @@ DENSITIES = (0.5, 1.0)
 
 TIMED_BATCHES = (1, 16)
 SECONDS = 3.0
-"""Time for the rounds of one pair and one batch size, about."""
+"""Approximate time for the rounds of one pair and one batch size."""
 
 MIN_ROUNDS, MAX_ROUNDS, N_WARM = 5, 200, 3
-"""Rounds that count, and those before them that do not."""
+"""Rounds that count, and warm-up rounds."""
 
 KEYS = ("pair",)
-"""What names a row."""
+"""Fields that name a row."""
 
 TORCH, FUSED, PT2, ONNX, SPLIT = "PyTorch", "fused", ".pt2", "ONNX", "split"
 FORMS, EXPORTED = (TORCH, FUSED, PT2, ONNX, SPLIT), (ONNX, PT2, SPLIT)
@@ -55,14 +56,14 @@ _CPU = ("CPUExecutionProvider",)
 
 @dataclass(frozen=True)
 class Pair:
-    """A target and the sources of its clones: names as of `library_classifiers`, or specs of the zoo."""
+    """A target and the sources of its clones: names out of `library_classifiers`, or specs of the zoo."""
 
     target: str
     sources: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """Both, for people."""
+        """Target and sources, for people."""
         return f"{self.target} <- {' + '.join(self.sources)}"
 
     @property
@@ -86,11 +87,11 @@ PAIRS = (
     Pair("transformers:ViT", ("transformers:ConvNext",)),
     Pair("transformers:Swinv2", ("transformers:RegNet", "torchvision:mobilenet_v2")),
 )
-"""Convolutional networks and transformers of all libraries, each kind into each, three of them with two clones."""
+"""Convolutional networks and transformers of all libraries, in all combinations; three pairs have two clones."""
 
 
 def chosen(patterns: str | None) -> tuple[Pair, ...]:
-    """Pairs whose name one of some patterns matches, such as `timm:*`, separated by commas; None for all.
+    """Pairs whose names match a pattern such as `timm:*`; patterns are separated by commas, None gives all.
 
     Raises:
         InputError: a pattern matches nothing.
@@ -104,32 +105,24 @@ def chosen(patterns: str | None) -> tuple[Pair, ...]:
     return tuple(found)
 
 
-def run(pairs: Sequence[Pair], cells: Cells, progress: Progress | None = None) -> list[dict[str, Any]]:
-    """Measure pairs that `cells` does not hold yet.
+def bench(pairs: Sequence[Pair]) -> Bench:
+    """Measure pairs out of `PAIRS`, one row each.
 
-    Args:
-        pairs: Out of `PAIRS`.
-        cells: Where rows are kept, by `KEYS`.
-        progress: Called with the pair, the number of pairs done, and that of all.
-    Returns:
-        A row for each pair, in their order.
     Raises:
-        InputError: a library cannot be imported.
+        InputError: a library cannot be imported; raised before the first row is made.
     """
-    missing = [pair for pair in pairs if {"pair": pair.name} not in cells]
-    if missing:
+    by_name = {pair.name: pair for pair in pairs}
+
+    def make(cell: Row) -> Row:
         check_packages()
         check_libraries()
-    for done, pair in enumerate(missing, start=len(pairs) - len(missing)):
-        if progress is not None:
-            progress(pair.name, done, len(pairs))
-        cells.add({**measure(pair), "commit": commit()})
-    rows = {row["pair"]: row for row in cells.rows}
-    return [rows[pair.name] for pair in pairs]
+        return {**measure(by_name[cell["pair"]]), "commit": commit()}
+
+    return Bench("export", KEYS, {}, one_by_one([{"pair": name} for name in by_name], make), claims, markdown)
 
 
 def measure(pair: Pair) -> dict[str, Any]:
-    """Make the row of one pair; what fails is in its `reason`."""
+    """Measure one pair; `reason` in its row says what failed."""
     row: dict[str, Any] = {"pair": pair.name, "size": pair.size, "n_clones": len(pair.sources), "reason": ""}
     with warnings.catch_warnings(), torch.random.fork_rng(), tempfile.TemporaryDirectory() as name:
         warnings.simplefilter("ignore")  # of the libraries
@@ -163,9 +156,9 @@ def measure(pair: Pair) -> dict[str, Any]:
 
 
 def composite_of(pair: Pair) -> Composite:
-    """Attach one clone of each source, with weights of torch's global random state.
+    """Attach one clone of each source, with weights from torch's global random state.
 
-    Each clone has two classes, and leaves the target behind its input where a place there could be scored.
+    Each clone has two classes, and leaves the target after its input if such a position could be scored.
     """
     target, clones = _network(pair.target, pair.size), list[Clone]()
     for place, name in enumerate(pair.sources):
@@ -196,7 +189,7 @@ def _network(name: str, size: int) -> nn.Module:
 
 
 def _options() -> Any:
-    """Sessions of one thread, as PyTorch has one."""
+    """Sessions with one thread, like PyTorch."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -206,7 +199,7 @@ def _options() -> Any:
 
 
 def _calls(net: Composite, made: Mapping[str, Exported]) -> dict[str, Callable[[Tensor], Any]]:
-    """What is timed: from images to logits."""
+    """Functions to be timed, from images to logits."""
     found: dict[str, Callable[[Tensor], Any]] = {TORCH: net, FUSED: net.fused()}
     if PT2 in made:
         found[PT2] = torch.export.load(made[PT2].files[0]).module()
@@ -220,10 +213,9 @@ def _calls(net: Composite, made: Mapping[str, Exported]) -> dict[str, Callable[[
 
 
 def _times(calls: Mapping[str, Callable[[Tensor], Any]], images: Tensor) -> dict[str, float]:
-    """Median milliseconds of every form, in turn, round after round.
+    """Median milliseconds of every form; all run in turn, round after round.
 
-    What counts is the processor's time of this thread, which does all the work, so that other work on the machine does
-    not.
+    CPU time of this thread, which does all the work, so that other work on the machine does not count.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + SECONDS
@@ -239,7 +231,7 @@ def _times(calls: Mapping[str, Callable[[Tensor], Any]], images: Tensor) -> dict
 
 
 def _comes_and_goes(split: Exported, images: Tensor) -> bool:
-    """Whether the first clone can be taken out and put in again, with the same bits for all others and for itself."""
+    """Whether the first clone can be detached and attached again, and all logits keep their bits."""
     trunk, *clones = split.files
     parts, given = OnnxComposite(trunk, *clones), images.numpy()
     whole, n_base, n_first = parts(given), N_CLASSES, 2
@@ -254,8 +246,8 @@ def _comes_and_goes(split: Exported, images: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------------------ results
 
 
-def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
-    """What was asked for, beside what was measured."""
+def claims(rows: Rows) -> list[Claim]:
+    """Required figures, with what was measured."""
     n, tried = len(rows), ", ".join(map(str, BATCH_SIZES))
     found = [at_least("pairs", 10, n)]
     for form in EXPORTED:
@@ -266,12 +258,12 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
             found.append(at_most(what, TOLERANCE, max(known)))
     come_and_go = sum(row["comes_and_goes"] for row in rows) / n
     found.append(at_least("share where clones come and go in onnxruntime, same bits", 1, come_and_go))
-    found.append(at_least("share where composite and target are as before", 1, sum(r["unchanged"] for r in rows) / n))
+    found.append(at_least("share where composite and target do not change", 1, sum(r["unchanged"] for r in rows) / n))
     return found
 
 
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as two tables, and what their columns mean."""
+def markdown(rows: Rows) -> str:
+    """The rows as two tables, and the meaning of their columns."""
     header = "target <- sources", "size", "weights", ONNX, PT2, "split: trunk + clones"
     sizes = [
         (
@@ -292,12 +284,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     said = " and ".join(f"{gain:.2f} ({batch})" for gain, batch in zip(gains, TIMED_BATCHES, strict=True))
     return "\n\n".join(
         [
-            f"Random weights, images of `size` x `size`, two classes a clone; the first clone has density "
+            f"Random weights, images of `size` x `size`, two classes per clone; the first clone has density "
             f"{DENSITIES[0]:g}, a second one {DENSITIES[1]:g}. Sizes in MB; `weights`: of target and clones in memory. "
             "`diff.`: largest difference of a logit from the composite's over the largest logit (or 1).",
             table((*header, *(f"{form}, diff." for form in EXPORTED)), sizes),
             "Medians in milliseconds of one processor, all forms in turn, round after round, one thread each. "
-            "`PyTorch`: the composite as it is; `gain`: its time over that of the ONNX file. "
+            "`PyTorch`: the composite itself; `gain`: its time divided by that of the ONNX file. "
             f"Median gain over all pairs (images at a time): {said}.",
             table(("target <- sources", "images", *FORMS, "gain"), times),
             "\n".join(f"- {row['pair']}: {row['reason']}" for row in rows if row["reason"]),
@@ -309,11 +301,11 @@ def _mb(*sizes: int) -> str:
     return " + ".join(f"{size / 1e6:.2f}" for size in sizes)
 
 
-def _difference(row: Mapping[str, Any], form: str) -> str:
+def _difference(row: Row, form: str) -> str:
     found = row["difference"].get(form)
     return "refused" if found is None else f"{found:.1g}"
 
 
-def _gain(row: Mapping[str, Any], batch: int) -> float:
+def _gain(row: Row, batch: int) -> float:
     times = row["ms"][str(batch)]
     return float(times[TORCH] / times[ONNX]) if ONNX in times else float("nan")

@@ -108,36 +108,36 @@ def _network(seed: int, n_classes: int, width: int) -> nn.Module:
     return model.eval()
 
 
-def damaged(there: Material, number: int) -> tuple[str, bytes]:
+def damaged(original: Material, number: int) -> tuple[str, bytes]:
     """Damage a file; `number` determines the kind, which is returned with the bytes."""
     random = Random(number)
     kind = list(MUTATIONS)[number % len(MUTATIONS)]
-    return kind, MUTATIONS[kind](random.choice(there.files), random)
+    return kind, MUTATIONS[kind](random.choice(original.files), random)
 
 
 # ------------------------------------------------------------------------------------------------------------- judging
-def judge(there: Material, path: Path, forged: bool) -> str:
+def judge(original: Material, path: Path, forged: bool) -> str:
     """Inspect, load and attach a damaged file; returns the outcome, one of `OUTCOMES`.
 
     Args:
-        there: The original.
+        original: What was damaged.
         path: The damaged file.
         forged: Its digest was recomputed: if it is accepted, its weights must be the original ones, but a number or a
             name in the metadata may differ.
     """
     try:
         inspect(path)
-        found = load(path, source=there.source)
-        if not _same_weights(found, there.clone):
+        found = load(path, source=original.source)
+        if not _same_weights(found, original.clone):
             return "other_weights"
-        net = attach(there.target, found)
+        net = attach(original.target, found)
         with torch.no_grad():
-            logits = net(there.images)
+            logits = net(original.images)
     except PNCError as error:
         return "over_memory" if _lacked_memory(error) else "refused"
     except Exception as error:  # noqa: BLE001 - any other error is what the bench looks for
         return "over_memory" if _lacked_memory(error) else "crashes"
-    return "accepted" if forged or same_bits(logits, there.logits) else "other_weights"
+    return "accepted" if forged or same_bits(logits, original.logits) else "other_weights"
 
 
 def _same_weights(a: Clone, b: Clone) -> bool:
@@ -158,19 +158,19 @@ def _lacked_memory(error: BaseException | None) -> bool:
 def judge_many(numbers: Sequence[int], folder: Path, memory: int | None, connection: Connection) -> None:
     """Damage and read files, and send (number, kind, outcome, seconds) for each; runs in its own process."""
     torch.set_num_threads(1)
-    there = material()
+    original = material()
     path = folder / f"{numbers[0]}.safetensors"
-    path.write_bytes(there.files[0])
-    judge(there, path, forged=False)  # load everything that is loaded at first use
+    path.write_bytes(original.files[0])
+    judge(original, path, forged=False)  # load everything that is loaded at first use
     if memory is not None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + memory, resource.RLIM_INFINITY))
     for number in numbers:
-        kind, data = damaged(there, number)
+        kind, data = damaged(original, number)
         path.write_bytes(data)
         connection.send((number, kind, None, 0.0))
         started = time.process_time()
-        outcome = judge(there, path, kind in FORGED)
+        outcome = judge(original, path, kind in FORGED)
         seconds = time.process_time() - started
         connection.send((number, kind, "hangs" if seconds > SECONDS else outcome, seconds))
     connection.close()
@@ -216,20 +216,20 @@ def kill_many(number: int, folder: Path, seed: str, connection: Connection) -> N
     Forked processes start at once, because everything that they need is loaded already.
     """
     torch.set_num_threads(1)
-    there, random = material(width=KILLED_WIDTH, density=1.0), Random(seed)
+    original, random = material(width=KILLED_WIDTH, density=1.0), Random(seed)
     path = folder / "clone.safetensors"
     started = time.perf_counter()
     for kind in _KINDS:
-        save(there.clone, path, kind)
+        save(original.clone, path, kind)
     seconds = time.perf_counter() - started
     for _ in range(number):
         child = os.fork()
         if child == 0:
-            _save_repeatedly(there.clone, path)
+            _save_repeatedly(original.clone, path)
         time.sleep(random.uniform(0, 3) * seconds)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        connection.send(_after_a_kill(there, path))
+        connection.send(_after_a_kill(original, path))
     connection.close()
 
 
@@ -243,12 +243,12 @@ def _save_repeatedly(made: Clone, path: Path) -> Never:
         os._exit(1)  # never run code of the parent process here
 
 
-def _after_a_kill(there: Material, path: Path) -> dict[str, int]:
+def _after_a_kill(original: Material, path: Path) -> dict[str, int]:
     """Count what is in the file and beside it; then save to the same path, and count what is still beside it."""
     content = path.read_bytes()
-    found = {f"is_{kind}": int(content == data) for kind, data in zip(_KINDS, there.files, strict=True)}
+    found = {f"is_{kind}": int(content == data) for kind, data in zip(_KINDS, original.files, strict=True)}
     while_writing = len(list(path.parent.iterdir())) > 1
-    save(there.clone, path)
+    save(original.clone, path)
     left = len(list(path.parent.iterdir())) - 1
     neither = int(not any(found.values()))
     return {"kills": 1, **found, "neither": neither, "while_writing": int(while_writing), "left_behind": left}

@@ -138,7 +138,7 @@ def _row(maker: CloneMaker, seed: int, clones: str) -> dict[str, Any]:
     made = [maker.clone(support, share, seed) for share in shares(new, clones)]
     net = attach(setting.target.module, *made)
     test = relabel(class_subset(setting.test, net.classes), net.classes)
-    base_logits, log_odds, features = collect_log_odds(net, test.images, 250)
+    base_logits, log_odds, features = collect_log_odds(net.now(), test.images, 250)
     start = time.perf_counter()
     found = calibrate(net, support)
     seconds = time.perf_counter() - start

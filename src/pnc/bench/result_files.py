@@ -99,12 +99,12 @@ class Cells:
             whole = path.read_bytes().decode().rpartition("\n")[0] if path.is_file() else ""
             lines = whole.splitlines() or [canonical_json({"settings": settings})]
             first, *rows = [json.loads(line) for line in lines]
-            there = first["settings"]
+            known = first["settings"]
             self._rows = {self._key(row): row for row in rows}
         except (ValueError, KeyError, TypeError) as error:
             raise FileFormatError(f"{path} holds no rows of a bench; move it away, or write elsewhere") from error
-        if there != json.loads(canonical_json(settings)):
-            raise InputError(f"{path} holds rows of other settings ({there}); move it away, or write elsewhere")
+        if known != json.loads(canonical_json(settings)):
+            raise InputError(f"{path} holds rows of other settings ({known}); move it away, or write elsewhere")
         write_file(path, "\n".join(lines) + "\n")
 
     def __contains__(self, cell: Mapping[str, Any]) -> bool:

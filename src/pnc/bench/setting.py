@@ -1,4 +1,4 @@
-"""What the cells of a bench share: a pair of networks, images, and how many of them a support holds."""
+"""What the cells of a bench share: a pair of networks, images, and the size of a support."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +71,7 @@ class Setting:
         return draw_support(self.train, classes, self.target.classes, self.n_new, self.n_base, generator)
 
     def arguments(self, classes: Sequence[str], seed: int) -> dict[str, Any]:
-        """Arguments of `clone` and `prepare_task` beside networks and support."""
+        """Arguments of `clone` and `prepare_task`, except networks and support."""
         names = {"classes": classes, "source_classes": self.source.classes, "base_classes": self.target.classes}
         return {**names, "flip": self.flip, "seed": seed}
 

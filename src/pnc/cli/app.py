@@ -1,10 +1,13 @@
 """The `pnc` command. Every command takes `--json PATH` for the facts that it shows, and exits with 2 on bad input."""
 
 import importlib.metadata
+import io
+import os
 import sys
 import time
+import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -26,9 +29,11 @@ from pnc.cli.arguments import (
     use_threads,
 )
 from pnc.cli.bench_commands import bench
+from pnc.cli.calibrate_command import calibrate_clones
 from pnc.cli.clone_commands import evaluate_clones, inspect_clone, predict_images, verify_clone
 from pnc.cli.export_command import export_clones
 from pnc.cli.network_commands import list_cuts, pretrain_network
+from pnc.cli.option_names import Commands
 from pnc.cli.options import (
     Data,
     Device,
@@ -45,21 +50,25 @@ from pnc.cli.options import (
     Weights,
     write_json,
 )
-from pnc.cli.output import complain, progress, say, show_clone, show_job, show_scan
+from pnc.cli.output import complain, only_json, progress, say, show_clone, show_job, show_scan
 from pnc.cli.plots import check_plot, draw_scan
+from pnc.cli.report_command import report_clones
 from pnc.clones import clone_file
+from pnc.clones.clone import check_file_name, check_name
 from pnc.data.image_store import GIB, MEMORY
 from pnc.data.readers import load_data
 from pnc.foundation import process_team
-from pnc.foundation.errors import PNCError
+from pnc.foundation.argument_checks import MAX_THREADS
+from pnc.foundation.errors import PNCError, PNCWarning
 from pnc.method import pipeline, positions
-from pnc.method.settings import Effort, Method, Prefer, Removal, Strategy, Tune, check_effort
+from pnc.method.settings import Bounds, Effort, Method, Prefer, Removal, Strategy, Tune, check_effort, check_strategy
 from pnc.method.task import Precision, prepare_task
 
 BAD_INPUT, INTERRUPTED = 2, 130
 _USAGE_ERROR: Any = typer.BadParameter.__base__  # of click or of typer itself, as typer's version has it
 
 app = typer.Typer(
+    cls=Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -79,22 +88,27 @@ def start(
         say(f"pnc {importlib.metadata.version('pnc')}")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        say(context.get_help())
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(BAD_INPUT)
 
 
 @app.command()
 def demo(
-    seed: Seed = 0, threads: Annotated[int, typer.Option(help="Threads for torch.", min=1)] = 1, json_path: Json = None
+    seed: Seed = 0,
+    threads: Annotated[int, typer.Option(help="Threads for torch.", min=1, max=MAX_THREADS)] = 1,
+    report: Annotated[Path | None, typer.Option(help="Write a report on the clone here, a page of HTML.")] = None,
+    json_path: Json = None,
 ) -> None:
     """Clone digits 5-9 into a network that knows 0-4.
 
     Trains both networks first, and compares the clone with three other ways to do it. More threads than one only cost
     time with networks this small.
     """
-    check_outputs({"json": json_path})
+    check_outputs({"report": report, "json": json_path})
     with use_threads(threads), progress() as bar:
         facts = demonstration.run_demo(
             seed,
+            report=report,
             progress=bar.step,
             trained=lambda role, report: bar.step(f"training the {role}", report.epoch, report.epochs),
         )
@@ -103,6 +117,8 @@ def demo(
     say("by 20 images of each new digit and 5 of each old one.")
     say()
     show_job(facts)
+    if report is not None:
+        say(f"A report on the clone, to open in a browser: {report}")
     if not all(facts["verified"].values()):
         raise typer.Exit(1)
 
@@ -182,8 +198,11 @@ def clone(
         check_trained(*asked)
         parse_support(support)
         wanted_density = parse_density(density)
-        removal = Removal(wanted_density, method, round_to, tune)
+        removal, bounds = Removal(wanted_density, method, round_to, tune), Bounds(max_macs, max_bytes, max_base_drop)
+        check_strategy(strategy, removal, bounds, refine)
         check_effort(effort, prefer, removal, refine, strategy)
+        check_name(name)
+        check_file_name(out)
         images = load_data(data, "train")
         unlabelled = None if background is None else load_data(background, "train")
         models = [load_network(one, input_shape=images.input_shape) for one in asked]
@@ -258,6 +277,7 @@ def scan(
         ModelOptions("target", target, target_weights, target_classes, device),
     )
     check_outputs({"plot": plot, "json": json_path}, [*(one.file for one in asked), data_file(data)])
+    Bounds(max_macs, max_bytes)
     if plot is not None:
         check_plot(plot)
     check_different(*asked)
@@ -291,6 +311,8 @@ def scan(
 
 app.command("eval")(evaluate_clones)
 app.command("predict")(predict_images)
+app.command("calibrate")(calibrate_clones)
+app.command("report")(report_clones)
 app.command("inspect")(inspect_clone)
 app.command("verify")(verify_clone)
 app.command("export")(export_clones)
@@ -299,13 +321,24 @@ app.command("cuts")(list_cuts)
 
 def main() -> None:
     """Run the command line: a wrong input is one line on standard error and exit code 2."""
+    only_json(None)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
     try:
-        code = app(standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = app(standalone_mode=False)
+        sys.stdout.flush()
     except PNCError as error:
         complain(str(error))
         sys.exit(BAD_INPUT)
     except _USAGE_ERROR as error:
         complain(f"{error.format_message()} (pnc COMMAND --help lists what there is)")
+        sys.exit(BAD_INPUT)
+    except OSError as error:  # a full disk, or standard output on one
+        complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ', while writing'}")
+        _drop_output()
         sys.exit(BAD_INPUT)
     except typer.Abort:
         code = INTERRUPTED
@@ -314,5 +347,24 @@ def main() -> None:
     sys.exit(code)
 
 
-if __name__ == "__main__":
-    main()
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Write a warning of ours as one line; others as Python does."""
+    if issubclass(category, PNCWarning):
+        complain(f"warning: {message}")
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+
+def _drop_output() -> None:
+    """Let what is still to be written go nowhere: Python would try once more at its end, and fail again."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

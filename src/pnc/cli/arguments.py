@@ -13,9 +13,11 @@ import torch
 from pnc.clones import clone_file
 from pnc.composite.composite import Composite, attach
 from pnc.data.image_set import ImageSet, draw_images
+from pnc.foundation.argument_checks import came, usable_device
 from pnc.foundation.class_names import listed, parse_classes
 from pnc.foundation.errors import ClassNameError, InputError, PNCError
 from pnc.foundation.file_writing import check_place, checked_path
+from pnc.method.settings import Removal
 from pnc.models.model_specs import LoadedModel, has_own_weights, load_model
 from pnc.models.preprocessing import shape_text
 
@@ -32,7 +34,7 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[str | Pat
     """
     taken = {Path(os.path.realpath(checked_path(path, "input"))) for path in inputs if path is not None}
     for option, path in outputs.items():
-        if path is None:
+        if path is None or (option == "json" and path == Path("-")):
             continue
         place = check_place(path, option)
         if place in taken:
@@ -50,12 +52,7 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[str | Pat
 
 def read_device(name: str) -> torch.device:
     """Return the device of that name if it can be used here."""
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # "meta" fails only here
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises for missing devices
-        raise InputError(f"device: {name!r} cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
-    return device
+    return usable_device(name)
 
 
 @contextmanager
@@ -91,10 +88,11 @@ def parse_density(text: str) -> float | Literal["auto"]:
         return "auto"
     try:
         density = float(text)
-    except ValueError:
-        density = 0.0
-    if not 0 < density <= 1:
-        raise InputError(f"density must be in (0, 1], the share of prunable MACs kept, or auto; got {text!r}")
+    except ValueError as error:
+        raise InputError(
+            f"density: expected a share of the prunable multiply-accumulates, such as 0.5, or auto; got {came(text)}"
+        ) from error
+    Removal(density)
     return density
 
 
@@ -124,7 +122,11 @@ class ModelOptions:
 
 
 def load_network(
-    options: ModelOptions, classes: Sequence[str] | None = None, input_shape: Sequence[int] | None = None
+    options: ModelOptions,
+    classes: Sequence[str] | None = None,
+    input_shape: Sequence[int] | None = None,
+    *,
+    unnamed: bool = False,
 ) -> LoadedModel:
     """Load a network, and put it on its device.
 
@@ -132,6 +134,7 @@ def load_network(
         options: What is asked for.
         classes: Names of its outputs where neither the options nor its file give them.
         input_shape: Shape of its images where its file does not give it.
+        unnamed: Number the outputs where nothing names them.
     Raises:
         PNCError: as `load_model`; the message begins with the role.
     """
@@ -141,7 +144,7 @@ def load_network(
         names = tuple(part.strip() for part in options.classes.split(","))
     device = read_device(options.device)
     with named(options.role):
-        model = load_model(options.spec, options.weights, names, None if own_file else input_shape)
+        model = load_model(options.spec, options.weights, names, None if own_file else input_shape, unnamed=unnamed)
     model.module.to(device)
     return model
 

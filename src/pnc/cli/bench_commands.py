@@ -9,6 +9,7 @@ import typer
 from pnc.bench import (
     channel_methods,
     coverage,
+    few_images,
     file_attacks,
     latency,
     library_classifiers,
@@ -36,6 +37,7 @@ from pnc.cli.bench_options import (
 )
 from pnc.cli.compare_commands import measure_comparison, report_comparison, tally_claims
 from pnc.cli.export_command import measure_exports
+from pnc.cli.option_names import Commands
 from pnc.cli.options import Data, Device
 from pnc.cli.plots import check_plot, draw_growth
 from pnc.foundation.class_names import listed, parse_classes
@@ -43,7 +45,7 @@ from pnc.foundation.errors import InputError
 
 _HELP = "Measure, and write the results as JSON and Markdown; a stopped bench continues where it stopped."
 
-bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=_HELP)
+bench = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, help=_HELP)
 
 
 @bench.callback(help=_HELP)
@@ -158,6 +160,38 @@ def measure_parts(
     run_bench(context, make, out / "part.json", threads, options.files)
 
 
+@bench.command("few")
+def measure_few_images(
+    context: typer.Context,
+    source: Annotated[list[str], typer.Option("--source", help="Files that know new classes, one for each pair.")],
+    target: Annotated[list[str], typer.Option("--target", help="Files of the targets of these, in order.")],
+    data: Annotated[list[str], typer.Option("--data", help="Images of each pair.")],
+    data_name: Annotated[list[str] | None, typer.Option("--data-name", help="Names of these in the results.")] = None,
+    flip: Mirror = False,
+    seeds: Seeds = 10,
+    n_test: Annotated[int, typer.Option("--n-test", help="Test images per class, the first ones.", min=1)] = 200,
+    out: OutFolder = Path("results"),
+    threads: OneThread = 1,
+) -> None:
+    """Compare clones of one, two and five images per class with ensembles of both whole networks.
+
+    Takes some minutes for each pair; existing rows are not measured again.
+    """
+    names = data_name or data
+    if not len(source) == len(target) == len(data) == len(names):
+        raise InputError("data: give --source, --target, --data and --data-name equally often, once for each pair")
+    pairs = {
+        name: PairOptions(own_source, own_target, own_data, "1/1", flip, name, n_test)
+        for name, own_source, own_target, own_data in zip(names, source, target, data, strict=True)
+    }
+    facts = {"pairs": {name: [one.source, one.target] for name, one in pairs.items()}, "flip": flip, "n_test": n_test}
+
+    def make() -> Bench:
+        return few_images.bench({name: one.load() for name, one in pairs.items()}, range(seeds), facts)
+
+    run_bench(context, make, out / "few.json", threads, [file for one in pairs.values() for file in one.files])
+
+
 @bench.command("files")
 def attack_files(
     context: typer.Context,
@@ -189,7 +223,7 @@ def measure_lifecycle(
     json_path: OutFile = Path("results/lifecycle.json"),
     threads: OneThread = 1,
 ) -> None:
-    """Many clones in one target: random sequences of operations, bit for bit, and what calibration gains.
+    """Test many clones in one target: random sequences of operations, bit for bit, and the gain by calibration.
 
     Takes some minutes for each seed and for the sequences; existing rows are not measured again.
     """
@@ -229,7 +263,7 @@ def measure_scale(
     device: Device = "cpu",
     threads: OneThread = 2,
 ) -> None:
-    """Time and memory as supports and networks grow, and in two processes.
+    """Measure time and memory as supports and networks grow, and in two processes.
 
     Takes half an hour on two cores; existing rows are not measured again.
     """
@@ -260,14 +294,14 @@ def measure_speed(
         "latency,job"
     ),
     layouts: Annotated[
-        str, typer.Option(help="Of latency, beside eager networks as they are: channels_last, compiled.")
+        str, typer.Option(help="Of latency, in addition to plain eager networks: channels_last, compiled.")
     ] = "channels_last,compiled",
     data_name: DataName = None,
     json_path: OutFile = Path("results/speed.json"),
     device: Device = "cpu",
     threads: OneThread = 1,
 ) -> None:
-    """Time to make a clone, to run it and to attach it, beside whole networks, the paper's search and fine-tuning.
+    """Time to make, run and attach a clone, compared with whole networks, the paper's search and fine-tuning.
 
     Takes a quarter of an hour, half of it the paper's search; existing rows are not measured again. The machine should
     have nothing else to do.

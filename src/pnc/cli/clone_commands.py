@@ -2,9 +2,8 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 
 from pnc.cli.arguments import (
@@ -19,14 +18,14 @@ from pnc.cli.arguments import (
     read_device,
     use_threads,
 )
+from pnc.cli.image_arguments import image_files
 from pnc.cli.options import Data, Device, Json, Names, Sources, Target, Threads, Weights, write_json
-from pnc.cli.output import say, show_clone, show_facts, shown
+from pnc.cli.output import complain, say, show_clone, show_facts
+from pnc.composite.answering import predict
+from pnc.composite.evaluation import evaluate, uncalibrated_clones, uncalibrated_warning
 from pnc.composite.file_proof import Check, prove
-from pnc.composite.metrics import evaluate
-from pnc.composite.prediction import predict
-from pnc.data.image_set import class_subset, relabel
-from pnc.data.readers import load_data, load_images
-from pnc.foundation.class_names import listed
+from pnc.composite.verification import UNPROVEN
+from pnc.data.readers import load_data
 from pnc.foundation.errors import FileFormatError, InputError
 
 
@@ -57,29 +56,20 @@ def evaluate_clones(
     model = load_network(asked, known[0].base_classes, images.input_shape)
     check_input_shape(images, model)
     net = attach_clones(known, sources, model)
-    there = [name for name, count in images.counts().items() if count and name in net.classes]
-    if not set(there) & set(model.classes) or set(there) <= set(model.classes):
-        raise InputError(
-            f"data: images of base and of new classes are needed; of {listed(net.classes)} "
-            f"there are images of {listed(there)} only"
-        )
-    test = relabel(class_subset(images, there), net.classes)
     with use_threads(threads):
-        logits, target_logits = predict(net, test.images), predict(model.module, test.images)
-    facts = {
-        "clones": list(net.clones),
-        "classes": list(net.classes),
-        "classes_without_images": [name for name in net.classes if name not in there],
-        "n_images": len(test),
-        **vars(evaluate(logits, test.labels, target_logits)),
-        "base_logits_equal": torch.equal(logits[:, : len(model.classes)], target_logits),
-    }
-    write_json(json_path, facts)
-    show_facts({key.replace("_", " "): shown(value) for key, value in facts.items()})
+        found = evaluate(net, images)
+    write_json(json_path, found.facts())
+    say(str(found))
 
 
 def predict_images(
-    images: Annotated[list[Path], typer.Argument(help="Image files; cropped and resized to what the target takes.")],
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Image files, folders or patterns such as 'photos/*.jpg'; - reads an image, or paths one a line, from "
+            "standard input. Images are cropped and resized to what the target takes."
+        ),
+    ],
     clones: Annotated[list[Path], typer.Option("--clone", help="Clone file to attach; may be given again.")],
     source: Sources,
     target: Target,
@@ -91,31 +81,33 @@ def predict_images(
     device: Device = "cpu",
     json_path: Json = None,
 ) -> None:
-    """Say what is on images, with clones attached."""
+    """Classify images with clones attached; with --json also which clone answered."""
     asked = ModelOptions("target", target, target_weights, target_classes, device)
     sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
-    check_outputs({"json": json_path}, [*images, *clones, asked.file, *(one.file for one in sources)])
-    check_trained(asked, *sources)
-    read_device(device)
-    known = [read_clone_facts(path) for path in clones]
-    model = load_network(asked, known[0].base_classes, known[0].input_shape)
-    pixels = load_images(images, model.input_shape)
-    net = attach_clones(known, sources, model)
-    best = predict(net, pixels).float().softmax(1).topk(min(top, len(net.classes)), dim=1)
+    with image_files(images) as files:
+        check_outputs({"json": json_path}, [*files, *clones, asked.file, *(one.file for one in sources)])
+        check_trained(asked, *sources)
+        read_device(device)
+        known = [read_clone_facts(path) for path in clones]
+        model = load_network(asked, known[0].base_classes, known[0].input_shape)
+        net = attach_clones(known, sources, model)
+        found = predict(net, list(files))
+    answers = list(zip(files.values(), found, strict=True))
     facts = [
         {
-            "image": str(path),
-            "classes": [
-                {"class": net.classes[index], "probability": probability}
-                for probability, index in zip(row.tolist(), ids.tolist(), strict=True)
-            ],
+            "image": file,
+            "clone": one.clone,
+            "classes": [{"class": name, "probability": probability} for name, probability in one.top(top).items()],
         }
-        for path, row, ids in zip(images, best.values, best.indices, strict=True)
+        for file, one in answers
     ]
     write_json(json_path, {"predictions": facts})
-    for fact in facts:
-        answers: Any = fact["classes"]
-        say(f"{fact['image']}: " + ", ".join(f"{a['class']} ({a['probability']:.2f})" for a in answers))
+    for file, one in answers:
+        said = ", ".join(f"{name} ({probability:.2f})" for name, probability in one.top(top).items())
+        say(f"{file}: {said}")
+    warning = uncalibrated_warning(uncalibrated_clones(net))
+    if warning:
+        complain(warning)
 
 
 def inspect_clone(file: Annotated[Path, typer.Argument(help="Clone file.")], json_path: Json = None) -> None:
@@ -161,13 +153,15 @@ def verify_clone(
         checks: tuple[Check, ...] = (Check("file", False, str(error)),)
     else:
         names = (known.base_classes, None)
-        models = [load_network(one, own, known.input_shape).module for one, own in zip(asked, names, strict=False)]
-        checks = prove(file, *models)
+        models = [load_network(one, own, known.input_shape) for one, own in zip(asked, names, strict=False)]
+        checks = prove(file, *(model.module for model in models), base_classes=models[0].classes)
     ok = all(check.ok for check in checks)
-    write_json(json_path, {"file": str(file), "ok": ok, "checks": [dataclasses.asdict(check) for check in checks]})
+    listed_checks = [dataclasses.asdict(check) for check in checks]
+    write_json(json_path, {"file": str(file), "ok": ok, "checks": listed_checks, "unproven": UNPROVEN})
     if checks[0].ok:
         show_facts({check.what: check.found for check in checks if check.ok})
     if not ok:
         say(f"FAILED: {checks[-1].what}: {checks[-1].found}")
         raise typer.Exit(1)
+    show_facts({"not proven": UNPROVEN})
     say(f"verified: {file}")

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from pnc.bench import export as export_bench
-from pnc.bench.result_files import Cells, write_results
 from pnc.cli.arguments import (
     ModelOptions,
     attach_clones,
@@ -16,9 +15,9 @@ from pnc.cli.arguments import (
     read_clone_facts,
     use_threads,
 )
-from pnc.cli.bench_options import show_claims
+from pnc.cli.bench_options import OutFile, run_bench
 from pnc.cli.options import Json, Names, Sources, Target, Threads, Weights, write_json
-from pnc.cli.output import progress, say
+from pnc.cli.output import say
 from pnc.composite.export import check_export_folder, check_export_path, export, export_split
 from pnc.composite.program_files import BATCH_SIZES
 
@@ -75,24 +74,15 @@ def export_clones(
 
 
 def measure_exports(
+    context: typer.Context,
     pairs: Annotated[
         str | None, typer.Option(help="Patterns of pairs, separated by commas, such as 'zoo:*'; all by default.")
     ] = None,
-    json_path: Annotated[Path, typer.Option("--json", help="Results; the tables go beside it.")] = Path(
-        "results/export.json"
-    ),
+    json_path: OutFile = Path("results/export.json"),
 ) -> None:
-    """Export composites of the zoo, timm, torchvision and transformers; compare, weigh and time what comes out.
+    """Export composites of the zoo, timm, torchvision and transformers; compare, weigh and time the results.
 
-    Takes a quarter of an hour. Rows are kept beside the results as they come, and a stopped run goes on behind them.
+    Takes a quarter of an hour. Rows are written as they are measured; a stopped run continues after the last one.
     """
     wanted = export_bench.chosen(pairs)
-    outputs = {suffix: json_path.with_suffix(suffix) for suffix in (".json", ".md", ".jsonl")}
-    check_outputs(dict(outputs))
-    with use_threads(1), progress() as bar:  # the clock is that of one thread
-        cells = Cells(outputs[".jsonl"], {}, export_bench.KEYS)
-        rows = export_bench.run(wanted, cells, bar.step)
-        command = "pnc bench export" + (f" --pairs '{pairs}'" if pairs else "")
-        found, text = export_bench.claims(rows), export_bench.markdown(rows)
-        write_results(json_path.parent, json_path.stem, command, {"rows": rows}, found, text)
-    show_claims(found, outputs[".md"])
+    run_bench(context, lambda: export_bench.bench(wanted), json_path, threads=1)  # the clock is that of one thread

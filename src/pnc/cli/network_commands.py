@@ -90,10 +90,10 @@ def list_cuts(
     ] = None,
     json_path: Json = None,
 ) -> None:
-    """List where a network can be parted, and how deep."""
+    """List where a network can be cut, and how deep; names of its classes are not needed."""
     asked = ModelOptions("model", model, weights, classes)
     check_outputs({"json": json_path}, [asked.file])
-    loaded = load_network(asked, input_shape=parse_shape(input_shape))
+    loaded = load_network(asked, input_shape=parse_shape(input_shape), unnamed=True)
     example = torch.rand(2, *loaded.input_shape, generator=torch.Generator().manual_seed(0))
     network = read_network(loaded.module, example, loaded.classes, "model")
     rows: list[dict[str, Any]] = [

@@ -5,6 +5,8 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -14,12 +16,28 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from pnc.cli.arguments import CloneFacts
+from pnc.clones.description import clone_lines
 
+STANDARD_OUTPUT = Path("-")
 _GAP = "  "
+_MAX_COMPLAINT = 2000
+_only_json = ContextVar("only_json", default=False)
+
+
+def only_json(path: Path | None) -> Path | None:
+    """Keep lines off standard output where `--json -` sends facts there; gives the path back, as options want it."""
+    _only_json.set(path == STANDARD_OUTPUT)
+    return path
 
 
 def say(text: str = "") -> None:
-    """Write one line."""
+    """Write one line, unless standard output is for JSON."""
+    if not _only_json.get():
+        write_line(text)
+
+
+def write_line(text: str) -> None:
+    """Write a line on standard output, whatever else goes there."""
     typer.echo(text)
 
 
@@ -85,30 +103,11 @@ def show_job(facts: Mapping[str, Any]) -> None:
 def show_clone(facts: CloneFacts) -> None:
     """Show what a clone file says of itself."""
     known = facts.all
-    recipe, position = known["recipe"], known["position"]
-    sides = {side: f"{position[side]['name']} ({shown(position[side]['shape'])})" for side in ("target", "source")}
-    lines = {
-        "name": known["name"],
-        "new classes": ", ".join(known["classes"]),
-        "base classes": ", ".join(known["base_classes"]),
-        "leaves the target at": sides["target"],
-        "enters the source at": sides["source"],
-        "support": f"{recipe['n_new_samples']} new, {recipe['n_base_samples']} base images",
-        "held-out score": f"{recipe['score']:.3f} +- {recipe['standard_error']:.3f}",
-        "added MACs": f"{recipe['macs_share']:.1%} of the source's",
-        "density": f"{recipe['density']:g}",
-        "tuned": recipe.get("tune") or "nothing",
-        "file": f"{known['kind']}, format {known['version']}, {known['n_bytes']:,} bytes",
-    }
-    if not recipe["n_base_samples"] + recipe.get("n_background_samples", 0):
-        lines["old against new"] = "not measured, as there was no base image; the score is among the new classes alone"
-    if "max_base_drop" in recipe:
-        lines["base images may lose"] = (
-            f"{recipe['max_base_drop']:.1%}: new logits lowered by {recipe['base_priority']:.2f}"
-        )
-    show_facts(lines)
-    if "front" in recipe:
-        show_front(recipe)
+    cuts = known["position"]["target"], known["position"]["source"]
+    lines = clone_lines(known["name"], known["classes"], known["base_classes"], cuts, known["recipe"])
+    show_facts({**lines, "file": f"{known['kind']}, format {known['version']}, {known['n_bytes']:,} bytes"})
+    if "front" in known["recipe"]:
+        show_front(known["recipe"])
 
 
 def show_front(recipe: Mapping[str, Any]) -> None:
@@ -165,7 +164,8 @@ def shown(value: Any) -> str:
 
 def complain(text: str) -> None:
     """Write one line on standard error, whatever line ends the text has."""
-    typer.echo(" ".join(f"pnc: {text}".split()), err=True)
+    line = " ".join(f"pnc: {text}".split())
+    typer.echo(line if len(line) <= _MAX_COMPLAINT else f"{line[:_MAX_COMPLAINT]} ...", err=True)
 
 
 class Bar:

@@ -1,11 +1,11 @@
-"""Adapters: affine maps, fitted in closed form, from a tensor of the target to the one that a source has at a cut.
+"""Adapters: affine maps, fitted in closed form, from the target's tensor at one cut to the source's at another.
 
-Every cut tensor is read as a grid of positions with channels, (B, C, H, W), plus prefix tokens (B, P, C): a map
-is its own grid, tokens form a square grid where their number is a square, a vector is a grid of one position. The
-adapter is one convolution with resizing: 3x3 where neighbours help and cost little (`kernel_size`), 1x1 elsewhere.
-Each prefix token of the source has a matrix of its own, fed by the target's class token or, where it has none, by the
-mean of its grid. So every kind fits to every other kind. Where both networks have one and the same tensor, as at their
-inputs or behind a trunk that they share, the adapter passes it on.
+Every cut tensor is read as a grid of positions with channels, (B, C, H, W), plus prefix tokens (B, P, C): a map is
+its own grid, tokens form a square grid if their number is a square, a vector is a grid of one position. The adapter is
+one convolution with resizing: 3x3 where neighbours help and cost little (`kernel_size`), otherwise 1x1. Each prefix
+token of the source has its own matrix, applied to the target's class token or, if there is none, to the mean of its
+grid. Thus every kind of tensor maps to every other. If both networks have the same tensor, as at the input or after a
+shared trunk, the adapter is the identity.
 """
 
 import math
@@ -23,9 +23,9 @@ MAX_CHANNELS_3X3 = 128
 def kernel_size(target_cut: CutPoint, size: tuple[int, int]) -> int:
     """Side of the convolution that maps the tensor at `target_cut` to a grid of `size`.
 
-    3 where the grid does not grow and the channels are few, else 1. On ResNets of CIFAR size, 3x3 adapters halve the
-    error of 1x1 ones and gain 1 to 6 points of accuracy for 5% of the source's MACs; beyond `MAX_CHANNELS_3X3` channels
-    their file and their fit would no longer be small.
+    3 if the grid does not grow and has few channels, otherwise 1. On ResNets of CIFAR size, 3x3 adapters halve the
+    error of 1x1 ones and gain 1 to 6 points of accuracy for 5% of the source's MACs; beyond `MAX_CHANNELS_3X3`
+    channels, file and fit would no longer be small.
     """
     grid = grid_size(target_cut)
     grows = size[0] > grid[0] or size[1] > grid[1]
@@ -33,13 +33,13 @@ def kernel_size(target_cut: CutPoint, size: tuple[int, int]) -> int:
 
 
 class Adapter(nn.Module):
-    """Turn the target's tensor at one cut into what the source expects at another.
+    """Map the target's tensor at one cut to the source's tensor at another.
 
     Args:
-        target_cut: Where the input comes from.
-        source_cut: Which tensor the output stands for.
-        rectify: Clamp the grid at zero, as the source does with this tensor.
-        is_identity: Pass on what comes, with no weights at all; the cuts must be alike.
+        target_cut: Cut of the input.
+        source_cut: Cut of the source's tensor that the output replaces.
+        rectify: Clamp the grid at zero, because the source's tensor is never negative.
+        is_identity: Return the input, without any weights; the cuts must be alike.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class Adapter(nn.Module):
         size = grid_size(self.source_cut)
         if math.prod(size) <= math.prod(grid_size(self.target_cut)):
             grid = self._convolve(resize(grid, size))
-        else:  # 1x1: commutes with a resize, whose weights sum to one, and is cheaper on the smaller grid
+        else:  # a 1x1 convolution commutes with resizing, whose weights sum to one; it is cheaper on the smaller grid
             grid = resize(self._convolve(grid), size)
         if self.rectify:
             grid = F.relu(grid)
         return from_grid(grid, made, self.source_cut)
 
     def prefix_tokens(self, grid: Tensor, prefix: Tensor) -> Tensor | None:
-        """The source's prefix tokens (B, P, C); None where it has none."""
+        """The source's prefix tokens (B, P, C); None if it has none."""
         if not self.source_cut.n_prefix_tokens:
             return None
         return torch.einsum("bi,poi->bpo", prefix_summary(grid, prefix), self.prefix_weight) + self.prefix_bias
@@ -98,7 +98,7 @@ class Adapter(nn.Module):
 
 
 class Stitched(nn.Module):
-    """A part of the source behind an adapter: the target's tensor at one cut in, the source's penultimate features out.
+    """An adapter and a part of the source: from the target's tensor at a cut to the source's penultimate features.
 
     Args:
         adapter: From the target's cut to the source's.

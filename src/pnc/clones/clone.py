@@ -8,10 +8,17 @@ from typing import Any
 from pnc.channels.channel_masks import ChannelMasks
 from pnc.clones.branch import Branch
 from pnc.clones.deltas import Deltas
+from pnc.clones.description import HeldOut, clone_lines, held_out_of
 from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name
 from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import Fingerprint
+from pnc.foundation.plain_text import facts_text, few_names
 from pnc.graph.cut_points import CutPoint
+from pnc.graph.forward_prints import ForwardPrint
+
+_FOREIGN_SUFFIXES = frozenset(
+    {".pt", ".pth", ".ckpt", ".bin", ".onnx", ".pkl", ".pickle", ".npz", ".h5", ".json", ".pt2", ".gguf"}
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +39,8 @@ class Clone:
         target_features: The cut of the target's features that the head reads: the penultimate ones, or, without base
             samples, the input of its last BatchNorm layer.
         recipe: How it was made and what it promises: plain values.
+        source_forward: What the source does with its weights; None for clones of files that do not say it.
+        target_forward: The same of the target.
     """
 
     name: str
@@ -46,6 +55,8 @@ class Clone:
     target_features: CutPoint
     recipe: Mapping[str, Any]
     deltas: Deltas | None = None
+    source_forward: ForwardPrint | None = None
+    target_forward: ForwardPrint | None = None
 
     @property
     def target_cut(self) -> CutPoint:
@@ -56,6 +67,19 @@ class Clone:
     def source_cut(self) -> CutPoint:
         """Where it enters the source."""
         return self.branch.stitched.adapter.source_cut
+
+    @property
+    def held_out(self) -> HeldOut:
+        """How it fared on images of the support that its head was not fitted on."""
+        return held_out_of(self.recipe)
+
+    def __str__(self) -> str:
+        cuts = self.target_cut, self.source_cut
+        lines = clone_lines(self.name, self.classes, self.base_classes, cuts, self.recipe)
+        return facts_text("Clone", {**lines, "values": f"{self.n_params:,} added to the target"})
+
+    def __repr__(self) -> str:
+        return f"Clone({self.name!r}: {few_names(self.classes)}; {self.target_cut.name} > {self.source_cut.name})"
 
     @property
     def n_params(self) -> int:
@@ -99,3 +123,17 @@ def check_clones(values: Sequence[object]) -> None:
     hint = "; write *clones" if isinstance(wrong, list | tuple) else ""
     hint = f"; read the file first: pnc.load({str(wrong)!r})" if isinstance(wrong, str | Path) else hint
     raise InputError(f"clones: expected what pnc.clone or pnc.load gives, one by one; got {type(wrong).__name__}{hint}")
+
+
+def check_file_name(path: str | Path) -> None:
+    """Refuse the suffix of another format, which other programs would read the file by.
+
+    Raises:
+        InputError: the message gives the path with the right one.
+    """
+    path = Path(path)
+    if path.suffix.lower() in _FOREIGN_SUFFIXES:
+        raise InputError(
+            f"out: clone files are safetensors, and {path.name} looks like another format; "
+            f"write {path.with_suffix('.safetensors').name}"
+        )

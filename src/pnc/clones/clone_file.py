@@ -5,6 +5,7 @@ A `thin` file leaves the source's weights out: loading it takes them from the so
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -17,19 +18,21 @@ from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import compact, own_copy
 from pnc.clones.adapter import Adapter, Stitched
 from pnc.clones.branch import Branch
-from pnc.clones.clone import Clone
-from pnc.clones.deltas import DTYPES, Deltas, check_fit, deltas_of, merge
+from pnc.clones.clone import Clone, check_file_name
+from pnc.clones.deltas import DTYPES, Deltas, check_fit, deltas_in, merge
 from pnc.clones.heads import DiscriminantHead, Head, SourceHead, StackedHead
 from pnc.clones.manifest import FileKind, Manifest, read_manifest
 from pnc.foundation.argument_checks import check_module
-from pnc.foundation.errors import FileFormatError, InputError, MismatchError
+from pnc.foundation.errors import FileFormatError, InputError, MismatchError, PNCWarning
 from pnc.foundation.fingerprints import fingerprint, first_difference
+from pnc.foundation.network_state import images_for
 from pnc.foundation.tensor_bits import dtype_name
 from pnc.foundation.tensor_files import DIGEST_KEY, read_sealed, write_tensors
 from pnc.graph.classifier import find_head
 from pnc.graph.cut_points import CutPoint, cut_points, extract
 from pnc.graph.dry_run import shapes_without_values
-from pnc.graph.recording import record
+from pnc.graph.forward_prints import ForwardPrint, forward_difference, forward_print
+from pnc.graph.recording import Recording, record
 
 __all__ = ["FileKind", "inspect", "load", "read_clone_file", "save"]
 
@@ -56,6 +59,7 @@ def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
     """
     if kind not in get_args(FileKind):
         raise InputError(f"kind: expected {' or '.join(get_args(FileKind))}, got {kind!r}")
+    check_file_name(path)
     tensors = {name: _short(name, tensor) for name, tensor in _fitted(clone.branch).items() if tensor.numel()}
     if clone.branch.scalars.is_identity:  # which is what a file without them stands for
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CALIBRATION)}
@@ -79,12 +83,7 @@ def _short(name: str, tensor: Tensor) -> Tensor:
 
 def _body_tensors(clone: Clone, kind: FileKind) -> dict[str, Tensor]:
     state = clone.branch.stitched.body.state_dict()
-    return {name: state[name] for name in _body_names(state, kind, _is_changed(clone))}
-
-
-def _is_changed(clone: Clone) -> bool:
-    """Whether the part's statistics are its own."""
-    return clone.masks is not None or clone.deltas is not None
+    return {name: state[name] for name in _body_names(state, kind, clone.masks is not None or clone.deltas is not None)}
 
 
 def _body_names(state: Mapping[str, Tensor], kind: FileKind, changed: bool) -> list[str]:
@@ -112,6 +111,8 @@ def _manifest(clone: Clone, kind: FileKind) -> Manifest:
         target=clone.target,
         input_shape=clone.input_shape,
         recipe=clone.recipe,
+        source_forward=clone.source_forward,
+        target_forward=clone.target_forward,
     )
 
 
@@ -163,8 +164,13 @@ def load(
             f"{path} was made from another source: {difference}; load it with the source it was made from, or with "
             "allow_mismatch=True if you know better"
         )
-    deltas = _deltas(tensors)
-    body, masks, features = _body(path, source, manifest, tensors, deltas)
+    _check_size(path, source, manifest)
+    recording = record(source, images_for(source, manifest.input_shape))
+    forward = forward_print(source, recording)
+    if not allow_mismatch:
+        _check_forward(path, manifest, forward)
+    deltas = deltas_in(tensors, _DELTAS)
+    body, masks, features = _body(path, recording, manifest, tensors, deltas)
     branch = _skeleton(path, manifest, tensors, Stitched(_adapter(manifest, tensors), body, features)).cpu()
     for name, tensor in _fitted(branch).items():
         if name in tensors:
@@ -184,6 +190,34 @@ def load(
         source_input_shape=manifest.input_shape,
         target_features=manifest.target_features,
         recipe=manifest.recipe,
+        source_forward=forward if is_other else manifest.source_forward,
+        target_forward=manifest.target_forward,
+    )
+
+
+def _check_forward(path: str | Path, manifest: Manifest, found: ForwardPrint) -> None:
+    """Refuse a source that does something else with the weights than the one that the file names."""
+    if manifest.source_forward is None:
+        warnings.warn(
+            f"{path} is of an earlier version of pnc and says nothing of what its networks do with their weights: only "
+            "the weights were compared; save the clone again",
+            PNCWarning,
+            stacklevel=3,
+        )
+        return
+    difference = forward_difference(found, manifest.source_forward, weights=manifest.kind == "thin")
+    if difference is None:
+        return
+    if difference.is_other:
+        raise MismatchError(
+            f"{path} was made from another source, with the same weights and another forward pass: {difference.text}; "
+            "load it with the source it was made from, or with allow_mismatch=True if you know better"
+        )
+    warnings.warn(
+        f"source: {difference.text}, compared with the one that {path} was made from; its answers to a test pattern "
+        "are the same",
+        PNCWarning,
+        stacklevel=3,
     )
 
 
@@ -294,12 +328,6 @@ def _fitted(branch: Branch) -> dict[str, Tensor]:
     }
 
 
-def _deltas(tensors: Mapping[str, Tensor]) -> Deltas | None:
-    """What a file says of changed weights; None for nothing."""
-    own = {name.removeprefix(_DELTAS): tensor for name, tensor in tensors.items() if name.startswith(_DELTAS)}
-    return deltas_of(own) if own else None
-
-
 def _check_head(path: str | Path, branch: Branch, manifest: Manifest) -> None:
     """Run the head once, on zeros of the sizes that it will meet."""
     n_base, n_features = len(manifest.base_classes), manifest.target_features.n_channels
@@ -334,13 +362,9 @@ def _check_size(path: str | Path, source: nn.Module, manifest: Manifest) -> None
 
 
 def _body(
-    path: str | Path, source: nn.Module, manifest: Manifest, tensors: Mapping[str, Tensor], deltas: Deltas | None
+    path: str | Path, recording: Recording, manifest: Manifest, tensors: Mapping[str, Tensor], deltas: Deltas | None
 ) -> tuple[nn.Module, ChannelMasks | None, CutPoint]:
-    """Rebuild the source's part: recorded anew, cut, compacted, changed by deltas, with the file's own tensors."""
-    _check_size(path, source, manifest)
-    parameter = next(source.parameters(), torch.empty(0))
-    example = torch.rand(2, *manifest.input_shape, generator=torch.Generator().manual_seed(0))
-    recording = record(source, example.to(parameter.device, parameter.dtype))
+    """Rebuild the source's part: recorded anew, cut, compacted, changed by deltas; some tensors are the file's own."""
     cut = manifest.source_cut
     if not any(cut.is_same_place(other) for other in cut_points(recording)):
         raise MismatchError(
@@ -357,10 +381,7 @@ def _body(
     else:
         body = own_copy(segment)
     if deltas is not None:
-        try:
-            (merge if manifest.kind == "thin" else check_fit)(body, deltas)
-        except MismatchError as error:
-            raise MismatchError(f"{path}: {error}") from error
+        (merge if manifest.kind == "thin" else check_fit)(body, deltas, str(path))
     state = body.state_dict()
     own = {name.removeprefix(_BODY): tensor for name, tensor in tensors.items() if name.startswith(_BODY)}
     wanted = _body_names(state, manifest.kind, masks is not None or deltas is not None)

@@ -68,6 +68,12 @@ def deltas_of(tensors: Mapping[str, Tensor]) -> Deltas:
     return Deltas(**{name: tensors.get(name, torch.empty(0, dtype=dtype)) for name, dtype in DTYPES.items()})
 
 
+def deltas_in(tensors: Mapping[str, Tensor], prefix: str) -> Deltas | None:
+    """The deltas among a file's tensors, whose names begin with a prefix; None where there are none."""
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return deltas_of(own) if own else None
+
+
 def rounded_deltas(part: nn.Module, tuned: Mapping[str, Tensor]) -> Deltas:
     """Deltas from a part to tuned values of its parameters, weights rounded channel by channel.
 
@@ -128,14 +134,14 @@ def rank_of(weight: Tensor, rank: int) -> int:
 
 
 @torch.no_grad()
-def merge(part: nn.Module, deltas: Deltas) -> None:
+def merge(part: nn.Module, deltas: Deltas, path: str = "deltas") -> None:
     """Change a part's parameters by deltas, in place: on every machine to the same bits.
 
     Raises:
         MismatchError: the deltas are not for a part of this architecture.
     """
     weights, others = _weights(part), [p for _, p in part.named_parameters() if p.dim() < 2]
-    check_fit(part, deltas)
+    check_fit(part, deltas, path)
     codes, scales = _unpacked(deltas.codes), deltas.scales
     left, right, shifts = deltas.left.float(), deltas.right.float(), deltas.shifts.float()
     for _, weight in weights:
@@ -159,7 +165,7 @@ def merge(part: nn.Module, deltas: Deltas) -> None:
         parameter.add_(own.reshape(parameter.shape).to(parameter.device, parameter.dtype))
 
 
-def check_fit(part: nn.Module, deltas: Deltas) -> None:
+def check_fit(part: nn.Module, deltas: Deltas, path: str = "deltas") -> None:
     """Refuse deltas that are not for a part of this architecture.
 
     Raises:
@@ -184,8 +190,12 @@ def check_fit(part: nn.Module, deltas: Deltas) -> None:
     whole = whole and not (there.keys() & kinds[0] and there.keys() & kinds[1]) and rank >= 0
     wrong = next((name for name, tensor in there.items() if len(tensor) != wanted[name]), None)
     if wrong is not None or not whole:
-        what = "deltas of two kinds" if wrong is None else f"{len(there[wrong])} {wrong}, {wanted[wrong]} are needed,"
-        raise MismatchError(f"deltas: {what} for the source's part; load the file with the source it was made from")
+        what = (
+            "changes of two kinds, or half of one,"
+            if wrong is None
+            else f"{len(there[wrong])} {wrong}, {wanted[wrong]} are needed,"
+        )
+        raise MismatchError(f"{path}: {what} for the source's part; load the file with the source it was made from")
 
 
 def _weights(part: nn.Module) -> list[tuple[str, nn.Parameter]]:

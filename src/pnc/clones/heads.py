@@ -1,16 +1,16 @@
-"""Heads that extend the target by new classes and leave its own logits as they are.
+"""Heads that extend the target by new classes without changing its own logits.
 
-A head sees the target's penultimate features, the clone's, and the target's logits, and gives the logits of the new
-classes only. From any posterior over base and new classes it makes
+A head receives the target's penultimate features, the clone's, and the target's logits, and returns only the logits of
+the new classes. From a posterior over base and new classes it computes
 
     z_new[k] = log p(k | new, x) + log-odds(new against base | x) + logsumexp(z_base),
 
-so that softmax([z_base, z_new]) gives the new classes exactly that posterior and keeps, among the base classes, exactly
-the target's own distribution.
+so that softmax([z_base, z_new]) gives the new classes exactly that posterior, and keeps exactly the target's
+distribution among the base classes.
 
-Two posteriors are at hand: a logistic regression fitted on the support, and both networks' own classifiers. The first
-knows base and new samples side by side but has seen few of them, the second saw many but never both kinds. A handful of
-weights that mix them is fitted on held-out samples (stacking: Wolpert, Neural Networks 5, 1992).
+Two posteriors are available: a logistic regression fitted on the support, and both networks' own classifiers. The first
+compares base with new samples but was fitted on few; the second were trained on many, but never on both kinds. A few
+weights that mix them are fitted on held-out samples (stacking: Wolpert, Neural Networks 5, 1992).
 """
 
 import torch
@@ -38,7 +38,7 @@ class DiscriminantHead(nn.Module):
         self.bias: Tensor
 
     def forward(self, target_features: Tensor, clone_features: Tensor, base_logits: Tensor) -> Tensor:
-        """Give the logits of the new classes, (B, K_new), in the dtype of `base_logits` (B, K_base)."""
+        """Return the logits of the new classes, (B, K_new), in the dtype of `base_logits` (B, K_base)."""
         odds = self.log_odds(target_features, clone_features)
         return (odds + base_logits.to(odds.dtype).logsumexp(1, keepdim=True)).to(base_logits.dtype)
 
@@ -50,9 +50,9 @@ class DiscriminantHead(nn.Module):
 
 
 class SourceHead(nn.Module):
-    """The source's own logits of the new classes, for when nothing is known of the base classes.
+    """The source's own logits of the new classes, used if nothing is known about the base classes.
 
-    Softmax over both networks' logits then is the direct ensemble.
+    The softmax over both networks' logits is then the direct ensemble.
 
     Args:
         n_new: K_new.
@@ -69,13 +69,13 @@ class SourceHead(nn.Module):
         self.bias: Tensor
 
     def forward(self, target_features: Tensor, clone_features: Tensor, base_logits: Tensor) -> Tensor:
-        """Give the logits of the new classes, (B, K_new), in the dtype of `base_logits` (B, K_base)."""
+        """Return the logits of the new classes, (B, K_new), in the dtype of `base_logits` (B, K_base)."""
         logits = F.linear(clone_features.to(self.weight.dtype), self.weight, self.bias)
         return logits.to(base_logits.dtype)
 
 
 class StackedHead(nn.Module):
-    """Fitted scores and both networks' own logits, mixed.
+    """A mixture of fitted scores and both networks' own logits.
 
     The log-odds of new against base are a weighted sum of those of the fitted scores, the logsumexp of the source's
     logits and that of the target's, plus a constant; among the new classes, the fitted scores and the source's logits
@@ -83,7 +83,7 @@ class StackedHead(nn.Module):
 
     Args:
         discriminants: Fitted on the support.
-        own: The source's classifier of the new classes; zeros where it has none that is linear.
+        own: The source's classifier of the new classes; zeros if it has no linear one.
     """
 
     kind = "stacked"
@@ -97,7 +97,7 @@ class StackedHead(nn.Module):
         self.class_weight: Tensor
 
     def forward(self, target_features: Tensor, clone_features: Tensor, base_logits: Tensor) -> Tensor:
-        """Give the logits of the new classes, (B, K_new), in the dtype of `base_logits` (B, K_base)."""
+        """Return the logits of the new classes, (B, K_new), in the dtype of `base_logits` (B, K_base)."""
         base = base_logits.to(self.odds_weight.dtype)
         fitted = self.discriminants.log_odds(target_features, clone_features)
         own = self.own(target_features, clone_features, base)
@@ -106,7 +106,7 @@ class StackedHead(nn.Module):
 
 
 def mixed_logits(fitted: Tensor, own: Tensor, level: Tensor, odds_weight: Tensor, class_weight: Tensor) -> Tensor:
-    """Logits of the new classes, (B, K_new), as `StackedHead` makes them.
+    """Logits of the new classes, (B, K_new), as in `StackedHead`.
 
     Args:
         fitted: Log-odds of each new class against the base by the fitted scores, (B, K_new).
@@ -121,7 +121,7 @@ def mixed_logits(fitted: Tensor, own: Tensor, level: Tensor, odds_weight: Tensor
 
 
 def odds_terms(fitted: Tensor, own: Tensor, level: Tensor) -> Tensor:
-    """What log-odds of new against base are made of, (B, 3); arguments as in `mixed_logits`."""
+    """Terms of the log-odds of new against base, (B, 3); arguments as in `mixed_logits`."""
     return torch.cat([fitted.logsumexp(1, keepdim=True), own.logsumexp(1, keepdim=True), level], 1)
 
 
@@ -129,7 +129,7 @@ Head = DiscriminantHead | SourceHead | StackedHead
 
 
 def in_half_precision(head: DiscriminantHead) -> DiscriminantHead:
-    """Round the weights to half precision, in place: eleven bits say all that few samples know."""
+    """Round the weights to half precision, in place: a fit on few samples is not more precise than eleven bits."""
     short = head.weight.half()
     if bool(short.isfinite().all()):
         head.weight.copy_(short)
@@ -137,7 +137,7 @@ def in_half_precision(head: DiscriminantHead) -> DiscriminantHead:
 
 
 def source_head(weight: Tensor, bias: Tensor) -> SourceHead:
-    """Make the head of a support without base samples from the source's classifier: (K_new, D_s) and (K_new,)."""
+    """Make the head for a support without base samples from the source's classifier, (K_new, D_s) and (K_new,)."""
     head = SourceHead(*weight.shape)
     head.weight.copy_(weight)
     head.bias.copy_(bias)

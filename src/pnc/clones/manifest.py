@@ -6,6 +6,7 @@ long texts may be, within which bounds numbers lie, and which fields must fit to
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from pnc.foundation.class_names import MAX_TEXT, is_name
 from pnc.foundation.errors import FileFormatError, InputError
 from pnc.foundation.fingerprints import Fingerprint
 from pnc.graph.cut_points import CutPoint
+from pnc.graph.forward_prints import N_ANSWERS, N_IMAGES, ForwardPrint
 
 FORMAT = "pnc-clone"
 VERSION = 2
@@ -41,6 +43,7 @@ _KEYS = (
 )
 _RECIPE_DEPTH = 4
 _ENTRY, _HEX_DIGITS = 16, frozenset("0123456789abcdef")
+_OPERATION, _MAX_ANSWER = re.compile(r"\w{1,100}:[0-9a-f]{4}", re.ASCII), 1e39
 _DIMS = {"vector": (1,), "tokens": (1, 2), "map": (1, 3)}
 """Where the channels may be, by kind of cut, batch counted."""
 
@@ -62,6 +65,8 @@ class Manifest:
     target: Fingerprint
     input_shape: tuple[int, ...]
     recipe: Mapping[str, Any]
+    source_forward: ForwardPrint | None = None
+    target_forward: ForwardPrint | None = None
     version: int = VERSION
 
     def facts(self) -> dict[str, Any]:
@@ -84,8 +89,8 @@ class Manifest:
                 "rectify": self.rectify,
             },
             "head": self.head,
-            "source": _network_facts(self.source, self.input_shape),
-            "target": _network_facts(self.target, self.input_shape),
+            "source": _network_facts(self.source, self.input_shape, self.source_forward),
+            "target": _network_facts(self.target, self.input_shape, self.target_forward),
             "recipe": dict(self.recipe),
         }
         _parsed(facts, _cannot_be_saved)
@@ -126,8 +131,12 @@ def _cut_facts(cut: CutPoint) -> dict[str, Any]:
     return {**dataclasses.asdict(cut), "shape": list(cut.shape)}
 
 
-def _network_facts(found: Fingerprint, input_shape: Sequence[int]) -> dict[str, Any]:
-    return {**dataclasses.asdict(found), "tensors": "".join(found.tensors), "input_shape": list(input_shape)}
+def _network_facts(found: Fingerprint, input_shape: Sequence[int], forward: ForwardPrint | None) -> dict[str, Any]:
+    facts = {**dataclasses.asdict(found), "tensors": "".join(found.tensors), "input_shape": list(input_shape)}
+    if forward is not None:
+        operations = " ".join(forward.operations)
+        facts["forward"] = {"answers": list(forward.answers), "digest": forward.digest, "operations": operations}
+    return facts
 
 
 Fail = Callable[[str], Never]
@@ -140,7 +149,8 @@ def _parsed(facts: Any, fail: Fail) -> Manifest:
     if len({*classes, *base_classes}) < len(classes) + len(base_classes):
         fail("classes, base_classes: a name is there twice")
     position = whole.object("position", ("rectify", "source", "target", "target_features"))
-    source, target = (whole.object(key, ("input_shape", "structure", "tensors", "weights")) for key in _NETWORKS)
+    keys = "input_shape", "structure", "tensors", "weights"
+    source, target = (whole.object(key, keys, optional="forward") for key in _NETWORKS)
     shape = target.sizes("input_shape", 3)
     if source.sizes("input_shape", 3) != shape or math.prod(shape) > MAX_IMAGE:
         fail(f"input_shape: source and target must take the same images, of {MAX_IMAGE} values at most")
@@ -159,6 +169,8 @@ def _parsed(facts: Any, fail: Fail) -> Manifest:
         input_shape=shape,
         recipe=_recipe(whole, fail),
         version=version,
+        source_forward=_forward(source),
+        target_forward=_forward(target),
     )
 
 
@@ -194,6 +206,24 @@ def _fingerprint(facts: "_Object") -> Fingerprint:
     return Fingerprint(structure, weights, tuple(entries[i : i + _ENTRY] for i in range(0, len(entries), _ENTRY)))
 
 
+def _forward(network: "_Object") -> ForwardPrint | None:
+    """The forward print of a network; files of earlier versions of pnc have none."""
+    if "forward" not in network.values:
+        return None
+    facts = network.object("forward", ("answers", "digest", "operations"))
+    digest, operations = (facts.get(key, str, "a text") for key in ("digest", "operations"))
+    if len(digest) != 32 or not set(digest) <= _HEX_DIGITS:
+        facts.refuse("digest", "32 hex digits", digest)
+    if operations and not all(map(_OPERATION.fullmatch, operations.split(" "))):
+        facts.refuse("operations", "names with four hex digits each, such as relu:0a1b", operations)
+    answers = facts.get("answers", list, "a list of numbers")
+    if not 1 <= len(answers) <= N_IMAGES * N_ANSWERS or not all(
+        type(one) in (int, float) and abs(one) <= _MAX_ANSWER for one in answers
+    ):
+        facts.refuse("answers", f"1 to {N_IMAGES * N_ANSWERS} finite numbers", answers)
+    return ForwardPrint(tuple(operations.split(" ")) if operations else (), digest, tuple(map(float, answers)))
+
+
 def _recipe(whole: "_Object", fail: Fail) -> dict[str, Any]:
     """The recipe: what `pnc inspect` shows must be there; anything else may be, as plain values."""
     facts = whole.object("recipe", None)
@@ -215,7 +245,9 @@ def _is_plain(value: Any, depth: int) -> bool:
         return depth > 0 and all(_is_plain(part, depth - 1) for part in value)
     if isinstance(value, Mapping):
         return depth > 0 and all(_is_plain(k, 0) and _is_plain(v, depth - 1) for k, v in value.items())
-    return value is None or (isinstance(value, int | float) and abs(value) <= _MAX_COUNT)
+    return value is None or (
+        isinstance(value, int | float) and abs(value) <= (_MAX_COUNT if isinstance(value, float) else 2**63)
+    )
 
 
 class _Object:
@@ -226,13 +258,16 @@ class _Object:
         label: Its own key, for messages; empty for the whole.
         keys: The keys that it has, no more and no less; None for any.
         fail: Raises the error.
+        optional: One more key that it may have.
     """
 
-    def __init__(self, values: Any, label: str, keys: Sequence[str] | None, fail: Fail) -> None:
+    def __init__(
+        self, values: Any, label: str, keys: Sequence[str] | None, fail: Fail, optional: str | None = None
+    ) -> None:
         self.values, self._label, self._fail = values, label, fail
         if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
             fail(f"{label or 'all'}: expected an object, got {shortened(values)}")
-        for key in sorted(set(keys) ^ values.keys() if keys is not None else ()):
+        for key in sorted(set(keys) ^ (values.keys() - {optional}) if keys is not None else ()):
             fail(f"{self._full(key)[:MAX_TEXT]} is {'unknown' if key in values else 'missing'}")
 
     def refuse(self, key: str, expected: str, got: Any) -> Never:
@@ -248,9 +283,9 @@ class _Object:
             self.refuse(key, words, self.values.get(key))
         return self.values[key]
 
-    def object(self, key: str, keys: Sequence[str] | None) -> "_Object":
-        """An object with exactly these keys; None for any."""
-        return _Object(self.values.get(key), self._full(key), keys, self._fail)
+    def object(self, key: str, keys: Sequence[str] | None, optional: str | None = None) -> "_Object":
+        """An object with exactly these keys, and perhaps an optional one; None for any."""
+        return _Object(self.values.get(key), self._full(key), keys, self._fail, optional)
 
     def flag(self, key: str) -> bool:
         """True or false."""

@@ -10,7 +10,7 @@ from pnc.graph.cut_points import CutPoint
 
 
 def grid_size(cut: CutPoint) -> tuple[int, int]:
-    """Height and width, in positions, of the grid that the tensor at `cut` is read as."""
+    """Height and width, in positions, of the tensor at `cut` read as a grid."""
     if len(cut.shape) == 1:
         return 1, 1
     sizes = [size for dim, size in enumerate(cut.shape, start=1) if dim != cut.channel_dim]
@@ -42,7 +42,7 @@ def from_grid(grid: Tensor, prefix: Tensor | None, cut: CutPoint) -> Tensor:
 
 
 def resize(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize (B, C, H, W) to `size`: exact area means where it shrinks, bilinear where it grows."""
+    """Resize (B, C, H, W) to `size`: area means if it shrinks, bilinear if it grows."""
     height, width = grid.shape[-2:]
     if (height, width) == size:
         return grid
@@ -52,15 +52,15 @@ def resize(grid: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def grows_to(grid: Tensor, size: tuple[int, int]) -> bool:
-    """Tell whether `resize` to `size` makes a grid higher or wider."""
+    """Whether `resize` to `size` makes a grid higher or wider."""
     return size[0] > grid.shape[2] or size[1] > grid.shape[3]
 
 
 def pool(tensor: Tensor, cut: CutPoint) -> Tensor:
-    """One feature vector per sample, (B, C), from the tensor at `cut`: as it is, its class token, or its mean."""
+    """One feature vector per sample, (B, C), from the tensor at `cut`: itself, its class token, or its mean."""
     return tensor if tensor.dim() == 2 else prefix_summary(*to_grid(tensor, cut))
 
 
 def prefix_summary(grid: Tensor, prefix: Tensor) -> Tensor:
-    """One vector (B, C) for each sample: its class token, or the mean of its grid where there is none."""
+    """One vector (B, C) per sample: its class token, or the mean of its grid if there is none."""
     return prefix[:, 0] if prefix.shape[1] else grid.mean((2, 3))

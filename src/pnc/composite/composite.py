@@ -2,32 +2,32 @@
 
 import copy
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from pnc.clones.branch import Branch, Scalars
 from pnc.clones.clone import Clone, check_clones
-from pnc.composite.direct_calls import called_directly, flattened
-from pnc.composite.forward_plan import CloneStatus, Places, Plan, WantedClones, check_places, check_target, status_of
+from pnc.composite.clone_checks import NamedNetwork, check_forward, check_names, check_target, network_of
+from pnc.composite.forward_plan import Block, CloneStatus, Plan, WantedClones, status_of
 from pnc.composite.fused_composite import FusedComposite
-from pnc.composite.verification import PROBE_SIZES, Report, verify_composite
+from pnc.composite.recorded_target import RecordedTarget
+from pnc.composite.verification import Report, verify_composite
 from pnc.data.image_range import check_values
-from pnc.foundation.argument_checks import check_flag, check_module
-from pnc.foundation.class_names import listed, unknown_name
-from pnc.foundation.errors import ClassNameError, InputError
+from pnc.foundation.argument_checks import check_flag
+from pnc.foundation.class_names import unknown_name
+from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import KnownFingerprint
 from pnc.foundation.network_state import Snapshot, undisturbed
-from pnc.graph.cut_points import LOGITS, extract
-from pnc.graph.recording import Recording, record
+from pnc.foundation.plain_text import few_names
+from pnc.foundation.process_lock import ProcessLock
 
-_LOCK = threading.RLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
-_RECORDED = "_plan", "_places", "_recording", "_trunks"
+_LOCK = ProcessLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
+_RECORDED = "_plan", "_recorded"
 """Attributes that come of recording the target."""
 
 
@@ -45,8 +45,7 @@ class Composite(nn.Module):
     """
 
     _plan: Plan
-    _recording: Recording
-    _places: Places
+    _recorded: RecordedTarget
 
     def __init__(self, target: nn.Module, clone: Clone, known: KnownFingerprint) -> None:
         super().__init__()
@@ -54,9 +53,9 @@ class Composite(nn.Module):
         self.branches = nn.ModuleList()
         self._known = known
         self._base_classes = clone.base_classes
-        self._input_shape = clone.input_shape
+        self.input_shape = clone.input_shape
         self._clones: dict[str, Clone] = {}  # never changed in place, like the list of branches: readers need no lock
-        self._blocks: tuple[_Block, ...] = ()
+        self._blocks: tuple[Block, ...] = ()
         self._base_priority = 0.0
         self.branches.training = self.training = False
         self.register_load_state_dict_post_hook(_follow_weights)  # type: ignore[no-untyped-call]
@@ -137,8 +136,9 @@ class Composite(nn.Module):
         check_clones([clone])
         clone = clone.renamed(name, rename)
         with _LOCK, torch.inference_mode(False):
-            self._check(clone, allow_mismatch)
-            branch = copy.deepcopy(clone.branch).to(self._recording.probe.device)
+            check_names(clone, self._base_classes, self._clones.values())
+            self._recorded.check([clone], allow_mismatch)
+            branch = copy.deepcopy(clone.branch).to(self._recorded.probe.device)
             self._replace([*self._pairs(), (clone, branch)])
         return self
 
@@ -146,8 +146,7 @@ class Composite(nn.Module):
         """Take a clone out, in any order; the others and the target stay as they are.
 
         Returns:
-            The clone as it was attached. What `calibrate` has changed is gone with it, unless `clone(name)` was asked
-            for it before.
+            The clone as it was attached; `clone(name)` before gives it as `calibrate` has changed it.
         Raises:
             InputError: no clone of that name is attached.
         """
@@ -157,13 +156,18 @@ class Composite(nn.Module):
             self._replace([pair for pair in self._pairs() if pair[0].name != name])
         return found
 
-    def rescale(self, scalars: Mapping[str, Scalars]) -> Self:
+    def rescale(self, scalars: Mapping[str, Scalars], *, found_on: Plan | None = None) -> Self:
         """Set the scalars of some clones, all at once: `calibrate` finds good ones; `Scalars()` is none.
 
+        Args:
+            scalars: By name of the clone.
+            found_on: The set of clones that they were found for, from `now`: refuse them if one is another by now.
         Raises:
-            InputError: no clone of such a name is attached, or it has another number of classes.
+            InputError: no clone of such a name is attached, it has another number of classes, or it was replaced.
         """
         with _LOCK, torch.inference_mode(False):
+            if found_on is not None:
+                found_on.check_there([branch for _, branch in self._pairs()])
             self._check_names(list(scalars))
             self._replace(
                 [
@@ -176,7 +180,7 @@ class Composite(nn.Module):
     @contextmanager
     def disabled(self) -> Iterator[Self]:
         """Within the block the composite is the target alone: it gives the base logits only, in every thread."""
-        with self._block(_Block(())):
+        with self._block(Block(())):
             yield self
 
     @contextmanager
@@ -191,7 +195,7 @@ class Composite(nn.Module):
         if not names:
             raise InputError("names: give at least one clone, or use disabled() for the target alone")
         self._check_names(names)
-        with self._block(_Block(names)):
+        with self._block(Block(names)):
             yield self
 
     # -------------------------------------------------------------------------------------------------- as a module
@@ -223,33 +227,52 @@ class Composite(nn.Module):
             return FusedComposite(self._plan)
 
     def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """Give what calibration starts from: the target's logits, and what the enabled clones say against the base.
-
-        Returns:
-            Logits (B, K_base); and by name of the clone its uncalibrated logits minus the logsumexp of those,
-            (B, K_new), with its features, (B, D_s).
-        """
+        """Give what calibration starts from: `Plan.log_odds`."""
+        check_values(images, self.target, "the target")
         return self._plan.log_odds(images)
+
+    def now(self) -> Plan:
+        """Give what a call reads now: one set of clones."""
+        return self._plan
 
     def train(self, mode: bool = True) -> Self:
         """Set the flag of the composite alone: neither the target nor a clone ever leaves eval mode through it."""
         self.training = mode
         return self
 
-    def verify(self, before: Snapshot | None = None) -> Report:
-        """Compare base logits with the target's own on probe images, and the target with what the clones were made for.
+    def verify(self, before: Snapshot | None = None, *, images: Tensor | None = None) -> Report:
+        """Run the target's own forward beside its recording, and compare it with what the clones were made for.
 
         Args:
             before: From `pnc.snapshot(target)`: everything of the target is compared with that too.
+            images: Your own, (N, C, H, W), besides random ones.
         """
-        parameter = next(self.target.parameters(), torch.empty(0))
-        images = torch.rand(max(PROBE_SIZES), *self._input_shape, generator=torch.Generator().manual_seed(0))
-        expected = {clone.name: clone.target for clone in self._clones.values()}
-        return verify_composite(self, self.target, expected, images.to(parameter.device, parameter.dtype), before)
+        changed, clones = self._recorded.watch.difference(), list(self._clones.values())
+        return verify_composite(self, self.target, changed, clones, images, before)
 
-    def extra_repr(self) -> str:
-        """Name what is attached."""
-        return ", ".join(f"{clone.name}: {', '.join(clone.classes)}" for clone in self._clones.values())
+    def refresh(self, *, allow_mismatch: bool = False) -> Self:
+        """Record the target again, after layers, hooks, parameters or settings of it were replaced on purpose.
+
+        Args:
+            allow_mismatch: Go on with clones that were made for the target as it was, as in `pnc.attach`.
+        Raises:
+            MismatchError: the clones were made for another target than it is now; the composite refuses calls as
+                before.
+            RecordingError: the target cannot be recorded.
+        """
+        with _LOCK, torch.inference_mode(False):
+            recorded = RecordedTarget(self.target, self.input_shape, self._known)
+            recorded.check(self._clones.values(), allow_mismatch)
+            self._recorded = recorded
+            self.branches.to(recorded.probe)
+            self._update_plan()
+        return self
+
+    def __repr__(self) -> str:
+        clones = [f"{clone.name}: {few_names(clone.classes)}" for clone in self._clones.values()]
+        return (
+            f"Composite({type(self.target).__name__}: {few_names(self._base_classes)}; {'; '.join(clones) or 'alone'})"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles would copy the recording's weights apart from the target's, and blocks that never end.
@@ -281,34 +304,13 @@ class Composite(nn.Module):
         self.branches, self._clones = branches, {clone.name: clone for clone, _ in pairs}
         self._update_plan()
 
-    def _check(self, clone: Clone, allow_mismatch: bool) -> None:
-        if clone.name in self._clones:
-            raise InputError(
-                f"clone: one named {clone.name!r} is attached already; detach it, or attach this one with another name="
-            )
-        taken = {*self._base_classes, *(name for other in self._clones.values() for name in other.classes)}
-        clash = [name for name in clone.classes if name in taken]
-        if clash:
-            raise ClassNameError(
-                f"clone {clone.name!r}: the composite has a class {clash[0]!r} already; "
-                f"attach it with rename={{{clash[0]!r}: ...}}, or attach clone.renamed(...)"
-            )
-        if clone.base_classes != self._base_classes:
-            raise ClassNameError(
-                f"clone {clone.name!r} calls the target's outputs {listed(clone.base_classes)}, here they are "
-                f"{listed(self._base_classes)}; clone with the same base_classes"
-            )
-        if not allow_mismatch:
-            check_target(self.target, [clone], self._known)
-        check_places(self._places, clone)
-
     def _check_names(self, names: list[str] | tuple[str, ...]) -> None:
         unknown = [name for name in names if name not in self._clones]
         if unknown:
             raise InputError(f"name: {unknown_name(unknown[0], self.clones, 'clone')}")
 
     @contextmanager
-    def _block(self, block: "_Block") -> Iterator[None]:
+    def _block(self, block: Block) -> Iterator[None]:
         """Enter a block of enabled clones; blocks may end in any order, as threads do."""
         with _LOCK:
             self._blocks = (*self._blocks, block)
@@ -322,11 +324,7 @@ class Composite(nn.Module):
 
     def _record(self) -> None:
         with _LOCK:
-            parameter = next(self.target.parameters(), torch.empty(0))
-            example = torch.rand(2, *self._input_shape, generator=torch.Generator().manual_seed(0))
-            self._recording = record(self.target, example.to(parameter.device, parameter.dtype))
-            self._places = Places.of(self._recording)
-            self._trunks: dict[tuple[str, ...], fx.GraphModule] = {}
+            self._recorded = RecordedTarget(self.target, self.input_shape, self._known)
             self._update_plan()
 
     def _update_plan(self) -> None:
@@ -336,7 +334,7 @@ class Composite(nn.Module):
         taps, views = [clone.target_cut for clone, _ in pairs], [clone.target_features for clone, _ in pairs]
         cuts, features = tuple(dict.fromkeys(taps)), tuple(dict.fromkeys(views))
         plan = Plan(
-            trunk=self._trunk(tuple(cut.name for cut in (*cuts, *features))),
+            trunk=self._recorded.trunk(tuple(cut.name for cut in (*cuts, *features))),
             features=features,
             taps=tuple(map(cuts.index, taps)),
             views=tuple(map(features.index, views)),
@@ -345,42 +343,33 @@ class Composite(nn.Module):
             calibrated=tuple(not branch.scalars.is_identity for _, branch in pairs),
             classes=(*self._base_classes, *(name for clone, _ in pairs for name in clone.classes)),
             base_priority=self._base_priority,
-            probe=self._recording.probe,
             clones=tuple(clone for clone, _ in pairs),
+            probe=self._recorded.probe,
+            watch=self._recorded.watch,
         )
         # Past Module.__setattr__: the trunk shares the target's weights, registered it would list each of them twice.
         self.__dict__["_plan"] = plan
 
-    def _trunk(self, cuts: tuple[str, ...]) -> fx.GraphModule:
-        """The target up to its logits, with the tensors at `cuts`; kept, so that compiled code of it stays of use."""
-        if cuts not in self._trunks:
-            self._trunks[cuts] = called_directly(flattened(extract(self._recording, None, [*cuts, LOGITS])))
-        return self._trunks[cuts]
 
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """One `with` block in which only the clones of these names are enabled."""
-
-    names: tuple[str, ...]
-
-
-def attach(target: nn.Module, *clones: Clone, allow_mismatch: bool = False) -> Composite:
+def attach(target: nn.Module | NamedNetwork, *clones: Clone, allow_mismatch: bool = False) -> Composite:
     """Put clones into a target: a new module around it, while the target itself stays as it is, bit for bit.
 
+    The target's forward pass is recorded, and compared with the recording, bit for bit, on random images at batch sizes
+    1 and 4. The target is compared with the one that each clone was made for: names, types, shapes and values of all
+    tensors, a digest of the recorded graph, and answers to a fixed pattern. Nothing is compared on images of yours:
+    that is `net.verify(images=...)`.
+
     Args:
-        target: The network that the clones were made for.
+        target: The network that the clones were made for; or what `load_model` gave: its names are compared too.
         clones: One or more; `Clone.renamed` helps where two have a name or a class in common.
-        allow_mismatch: Attach them to another target too, such as a fine-tuned one, if they fit to it. Nobody has
-            measured what comes out.
+        allow_mismatch: Attach them to another target too, such as a fine-tuned one, if they fit; check what comes out.
     Raises:
         InputError: no clone is given, two have one name, or the target is a composite.
         MismatchError: a clone was made for another target; with `allow_mismatch`, it does not fit to this one.
         ClassNameError: two classes have one name, or two clones call the target's outputs differently.
         RecordingError: the target cannot be recorded.
     """
-    check_module(target, "target")
-    check_clones(clones)
+    target = network_of(target, clones)
     check_flag(allow_mismatch, "allow_mismatch")
     if isinstance(target, Composite):
         raise InputError("target is a composite already; use its method attach, composite.attach(clone)")
@@ -390,6 +379,8 @@ def attach(target: nn.Module, *clones: Clone, allow_mismatch: bool = False) -> C
     composite = Composite(target, clones[0], known)
     for clone in clones:
         composite.attach(clone, allow_mismatch=True)  # the weights, which take longest, were compared once for all
+    if not allow_mismatch:
+        check_forward(composite._recorded.forward_print, clones)
     return composite
 
 

@@ -1,22 +1,19 @@
 """What a composite runs, as data: replaced whole whenever clones come and go; and what is attached where."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from pnc.clones.branch import Branch
 from pnc.clones.clone import Clone
 from pnc.clones.position_grids import pool
+from pnc.composite.target_watch import TargetWatch
 from pnc.foundation.class_names import unknown_name
-from pnc.foundation.errors import InputError, MismatchError
-from pnc.foundation.fingerprints import KnownFingerprint, first_difference
+from pnc.foundation.errors import InputError
 from pnc.foundation.tensor_bits import dtype_name
-from pnc.graph.batch_norm_means import last_norm
-from pnc.graph.classifier import find_head
-from pnc.graph.cut_points import CutPoint, cut_points
-from pnc.graph.recording import Recording
+from pnc.graph.cut_points import CutPoint
 
 WantedClones = Sequence[str | Collection[str] | None]
 """For each image of a batch the clones that are wanted: a name, several or none of them, or None for all enabled."""
@@ -71,6 +68,13 @@ def status_of(clone: Clone, branch: Branch, enabled: bool) -> CloneStatus:
 
 
 @dataclass(frozen=True, eq=False)
+class Block:
+    """One `with` block in which only the clones of these names are enabled."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """One forward pass. A call reads one plan, so that it sees all of one set of clones and nothing of another.
 
@@ -86,6 +90,7 @@ class Plan:
         base_priority: Nats that are taken off the new logits.
         probe: Images like those that the target was recorded with.
         clones: The clones that run, as values; the branches are their copies.
+        watch: Says whether the target is still what was recorded.
     """
 
     trunk: fx.GraphModule
@@ -99,6 +104,7 @@ class Plan:
     base_priority: float
     probe: Tensor
     clones: tuple[Clone, ...]
+    watch: TargetWatch
 
     def logits(self, images: Tensor, only: WantedClones | None = None) -> Tensor:
         """Give logits (B, K_base + K_new) for images (B, C, H, W): `Composite.forward`."""
@@ -110,6 +116,12 @@ class Plan:
         if self.base_priority:
             new = [one - self.base_priority for one in new]
         return torch.cat([logits, *new], 1)
+
+    def check_there(self, branches: Sequence[Branch]) -> None:
+        """Raise an `InputError` unless all clones of this set are still those, by their attached branches."""
+        for name, branch in zip(self.names, self.branches, strict=True):
+            if not any(branch is other for other in branches):
+                raise InputError(f"net: clone {name!r} was detached, replaced or rescaled meanwhile; calibrate again")
 
     def _new(self, place: int, rows: list[int] | None, *inputs: Tensor) -> Tensor:
         """New logits (B, K_new) of the clone at one place: -inf but for the given rows, None for all."""
@@ -144,7 +156,12 @@ class Plan:
         return names
 
     def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """Give the target's logits, each clone's uncalibrated log-odds and its features: `Composite.log_odds`."""
+        """Give what calibration starts from: the target's logits, and what the enabled clones say against the base.
+
+        Returns:
+            Logits (B, K_base); and by name of the clone its uncalibrated logits minus the logsumexp of those,
+            (B, K_new), with its features, (B, D_s).
+        """
         inputs, logits = self._run(images)
         level = logits.logsumexp(1, keepdim=True)
         found = {}
@@ -156,6 +173,7 @@ class Plan:
     def _run(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """For each branch the tensor and the pooled features that it reads; and the target's logits."""
         check_like(images, self.probe)
+        self.watch.check()
         found = self.trunk(images)
         if not self.branches:
             return [], found
@@ -172,53 +190,4 @@ def check_like(images: Tensor, probe: Tensor) -> None:
         raise InputError(
             f"images: a composite takes images like those that its clones were made with, (B, C, H, W) with {expected} "
             f"each; got {came}"
-        )
-
-
-def check_target(target: nn.Module, clones: Iterable[Clone], known: KnownFingerprint) -> None:
-    """Raise a `MismatchError` unless all clones were made for `target` with the weights that it has now."""
-    found = known.of(target)
-    for clone in clones:
-        difference = first_difference(target, clone.target, found)
-        if difference is not None:
-            raise MismatchError(
-                f"clone {clone.name!r} was made for another target: {difference}; attach it to that one, clone again, "
-                "or give allow_mismatch=True if you know better"
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class Places:
-    """What of a recorded target clones may read.
-
-    Attributes:
-        cuts: Where they may leave it.
-        features: What their heads may read.
-        n_classes: Number of its classes.
-    """
-
-    cuts: tuple[CutPoint, ...]
-    features: tuple[CutPoint, ...]
-    n_classes: int
-
-    @classmethod
-    def of(cls, recording: Recording) -> "Places":
-        """Find them; it takes as long as attaching a clone."""
-        cuts = *cut_points(recording), find_head(recording).features
-        norm = last_norm(recording)
-        return cls(cuts, (*cuts, *((norm.cut,) if norm else ())), recording.n_classes)
-
-
-def check_places(places: Places, clone: Clone) -> None:
-    """Raise a `MismatchError` unless a target has the tensors that `clone` reads, and as many classes."""
-    for cut, allowed in ((clone.target_cut, places.cuts), (clone.target_features, places.features)):
-        if not any(map(cut.is_same_place, allowed)):
-            raise MismatchError(
-                f"clone {clone.name!r} reads {cut.name!r} with shape {cut.shape}, which this target does not have; "
-                "attach it to the one that it was made for"
-            )
-    if places.n_classes != len(clone.base_classes):
-        raise MismatchError(
-            f"clone {clone.name!r} was made for {len(clone.base_classes)} base classes, this target has "
-            f"{places.n_classes}; attach it to the one that it was made for"
         )

@@ -32,6 +32,9 @@ TOLERANCE, GPU_TOLERANCE = 1e-4, 1e-2
 ten times what other orders of summation make of float32, far below what a wrong rule would. On GPUs products may be
 rounded to eleven bits (TF32)."""
 
+MAGNIFYING = 1e4
+"""Weight of a head beyond which rounding alone may make such differences."""
+
 
 class FusedComposite(nn.Module):
     """What `Composite.fused` gives: base logits bit for bit, new ones up to rounding, from fewer operations.
@@ -49,6 +52,7 @@ class FusedComposite(nn.Module):
         super().__init__()
         self.classes, self._features = plan.classes, plan.features
         self._like = plan.probe.new_empty(0, *plan.probe.shape[1:])
+        self._watch = plan.watch
         self.__dict__["_trunk"] = plan.trunk  # the target's tensors, not listed among its own, whose flags may be set
         parts = [folded_part(tap, branch.stitched) for tap, branch in zip(plan.taps, plan.branches, strict=True)]
         self.stems = nn.ModuleList(_stems(parts))
@@ -64,6 +68,7 @@ class FusedComposite(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Give logits (B, K_base + K_new) for images (B, C, H, W)."""
         check_like(images, self._like)
+        self._watch.check()
         made = self._trunk(images)
         if not self._n_clones:
             return cast(Tensor, made)
@@ -101,9 +106,24 @@ class FusedComposite(nn.Module):
         tolerance = TOLERANCE if probe.device.type == "cpu" else GPU_TOLERANCE
         if not difference <= tolerance * max(scale, 1.0):
             raise PNCError(
-                f"the fused form differs from the composite by {difference:.2g} (largest logit {scale:.2g}); please "
-                "report the networks, and use the composite itself meanwhile"
+                f"the fused form differs from the composite by {difference:.2g} (largest logit {scale:.2g}); "
+                f"{_cause(plan)}, and use the composite itself meanwhile"
             )
+
+
+def _cause(plan: Plan) -> str:
+    """What may have made a difference, and what to do: large weights of a head magnify rounding."""
+    largest = {
+        name: max(float(tensor.abs().max()) for tensor in branch.head.buffers() if tensor.numel())
+        for name, branch in zip(plan.names, plan.branches, strict=True)
+    }
+    name = max(largest, key=lambda one: largest[one])
+    if largest[name] > MAGNIFYING:
+        return (
+            f"the head of clone {name!r} multiplies by up to {largest[name]:.2g}, which magnifies rounding, as where a "
+            "source says next to nothing of the images; clone it again from a better source"
+        )
+    return "please report the networks"
 
 
 # -------------------------------------------------------------------------------------------------------------- stems

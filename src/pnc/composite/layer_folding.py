@@ -111,7 +111,7 @@ class _Layers:
         if node.op != "call_module" or len(node.args) != 1 or node.kwargs or self._calls[node.target] > 1:
             return None
         layer = self._body.get_submodule(str(node.target))
-        return None if has_hooks(layer) else layer
+        return None if has_hooks(layer) or "forward" in vars(layer) else layer
 
 
 def _is_norm(layer: nn.Module | None) -> bool:

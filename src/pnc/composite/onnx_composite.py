@@ -26,6 +26,12 @@ IMAGES, LOGITS = "images", "logits"
 
 Array = NDArray[Any]
 
+_KEYS = {
+    "trunk": ("base_classes", "input_shape", "target", "base_priority"),
+    "clone": ("base_classes", "target", "name", "classes"),
+}
+"""What is read of the metadata of each kind of file."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Part:
@@ -150,11 +156,7 @@ class OnnxComposite:
         if not isinstance(file, bytes) and not Path(file).is_file():
             raise FileFormatError(f"{kind}: there is no file {file}")
         session = open_session(file, self._providers, self._options)
-        facts = read_facts(session)
-        if facts is None or facts["kind"] != kind:
-            what = f"a {facts['kind']}" if facts else "no file of pnc"
-            raise FileFormatError(f"{kind}: expected a {kind} of pnc.export_split; {_name(file)} is {what}")
-        return _Part(session, facts)
+        return _Part(session, _facts_of(session, file, kind))
 
 
 def open_session(file: str | Path | bytes, providers: Sequence[str], options: Any = None) -> Any:
@@ -174,21 +176,30 @@ def open_session(file: str | Path | bytes, providers: Sequence[str], options: An
     try:
         return runtime.InferenceSession(file if isinstance(file, bytes) else str(file), options, list(providers))
     except Exception as error:  # noqa: BLE001 - the errors of onnxruntime have no base of their own
-        raise FileFormatError(f"{_name(file)} cannot be read by onnxruntime: {str(error).splitlines()[0]}") from error
+        raise FileFormatError(f"onnxruntime cannot read {_name(file)}: {str(error).splitlines()[0]}") from error
 
 
-def read_facts(session: Any) -> dict[str, Any] | None:
-    """Give what a file of ours says of itself; None for files of others.
-
-    Raises:
-        FileFormatError: the file is of a newer version.
-    """
+def _facts_of(session: Any, file: str | Path | bytes, kind: str) -> dict[str, Any]:
+    """What a file says of itself, if it is of that kind and has all that is read of it."""
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-    facts: dict[str, Any] | None = None if text is None else json.loads(text)
-    if facts is not None and facts["version"] > VERSION:
-        raise FileFormatError(f"the file has version {facts['version']} of its format; this pnc reads up to {VERSION}")
-    return facts
+    if text is None:
+        raise FileFormatError(f"{kind}: {_name(file)} was not written by pnc.export_split")
+    damaged = FileFormatError(f"{kind}: {_name(file)}: its metadata is damaged; export it again")
+    try:
+        facts = json.loads(text)
+        version, found = int(facts["version"]), facts.get("kind")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged from error
+    if version > VERSION:
+        raise FileFormatError(
+            f"{kind}: {_name(file)} has version {version} of its format; this pnc reads up to {VERSION}"
+        )
+    if found != kind:
+        raise FileFormatError(f"{kind}: expected a {kind} of pnc.export_split; {_name(file)} is a {found}")
+    if any(key not in facts for key in _KEYS[kind]):
+        raise damaged
+    return {key: facts[key] for key in _KEYS[kind]}
 
 
 def _name(file: str | Path | bytes) -> str:
-    return f"what was given, {len(file)} bytes," if isinstance(file, bytes) else str(file)
+    return f"the {len(file)} bytes that were given" if isinstance(file, bytes) else str(file)

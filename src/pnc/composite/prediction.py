@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pnc.data.image_set import images_as_float
 from pnc.data.image_store import to_device
-from pnc.foundation.network_state import evaluating
+from pnc.foundation.network_state import evaluating, like_images
 
 
 def predict(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
@@ -18,7 +18,7 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
     Returns:
         Logits (N, K) on the CPU.
     """
-    like = next(model.parameters(), torch.empty(0))
+    like = like_images(model)
     with evaluating(model):
         batches = (to_device(images_as_float(batch).to(like.dtype), like.device) for batch in images.split(batch_size))
         return torch.cat([model(batch).cpu() for batch in batches])

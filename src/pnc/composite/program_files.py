@@ -95,6 +95,7 @@ def onnx_bytes(
             external_data=False,
             input_names=list(inputs),
             output_names=list(outputs),
+            custom_translation_table={torch.ops.aten.log_sigmoid.default: _log_sigmoid},
         )
         assert made is not None
         model = made.model_proto
@@ -106,6 +107,12 @@ def onnx_bytes(
         model.metadata_props.add(key=METADATA_KEY, value=json.dumps(facts, sort_keys=True))
         data: bytes = model.SerializeToString()
     return data
+
+
+def _log_sigmoid(values: Any) -> Any:
+    """In ONNX; the exporter's own is the logarithm of the sigmoid, which is -inf below -100."""
+    operators = importlib.import_module("onnxscript").opset18
+    return operators.Neg(operators.Softplus(operators.Neg(values)))
 
 
 def _strip(graph: Any) -> None:

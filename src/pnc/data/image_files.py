@@ -115,7 +115,7 @@ def decode(
     width, height = size or next(iter(sizes))
     pixels = np.empty((len(headers), height, width, channels), dtype=np.uint8)
     for index, (image, turn) in enumerate(zip(headers, turned, strict=True)):
-        with _image_errors(names[index]):
+        with image_errors(names[index]):
             upright = image.transpose(pillow.Transpose[_TURNS[turn]]) if turn != 1 else image
             upright = upright.convert(_PIL_MODES[channels])
             if upright.size != (width, height):
@@ -126,7 +126,7 @@ def decode(
 
 
 def _opened(content: bytes, name: str) -> Any:
-    with _image_errors(name):
+    with image_errors(name):
         image = required("PIL.Image", "data").open(io.BytesIO(content))
     if image.mode == "F" or image.mode.startswith("I"):
         raise InputError(f"spec: {name} has more than 8 bits per channel (mode {image.mode}); convert it first")
@@ -145,7 +145,8 @@ def _orientation(image: Any) -> int:
 
 
 @contextmanager
-def _image_errors(name: str) -> Iterator[None]:
+def image_errors(name: str) -> Iterator[None]:
+    """Turn what decoding an image may raise into one line that calls it by `name`."""
     pillow = required("PIL.Image", "data")
     try:
         yield

@@ -77,6 +77,8 @@ def check_values(images: Tensor, module: nn.Module, role: str) -> None:
     """
     if image_range(module) is None or images.device.type != "cpu" or not images.numel():
         return
+    if not images.is_floating_point():  # of a type that is refused by itself
+        return
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() or type(images) not in (Tensor, nn.Parameter):
         return
     if _UNCHECKED.get() or torch._C._is_torch_function_mode_enabled() or torch._C._len_torch_dispatch_stack():

@@ -10,6 +10,7 @@ from torch import Tensor
 from pnc.data.image_store import check_images
 from pnc.foundation.class_names import check_class_names, class_ids, listed
 from pnc.foundation.errors import ClassNameError, InputError
+from pnc.foundation.plain_text import few_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,10 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.input_shape))
+        return f"ImageSet({len(self)} images {shape}, {len(self.classes)} classes: {few_names(self.classes)})"
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ from pnc.data.image_store import ImageStore, check_images
 from pnc.data.labelled_batches import batches, label_column, own_names
 from pnc.foundation.class_names import check_class_names, class_ids, listed
 from pnc.foundation.errors import InputError
+from pnc.foundation.plain_text import few_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,10 @@ class Support:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.images.shape[1:]))
+        return f"Support({len(self)} images {shape} of {len(self.labels.unique())} classes, {few_names(self.names)})"
 
 
 def as_support(data: Any, names: Sequence[str] | Mapping[Any, Any] | None = None) -> Support:
@@ -186,7 +191,7 @@ def doubts(store: ImageStore, labels: Tensor, names: Sequence[str]) -> list[str]
         n_black = int(black[members].sum())
         if len(members) > 1 and len({digests[row] for row in members}) == 1:
             found.append(f"all {len(members)} images of {name!r} are equal")
-        elif n_black and n_black >= len(members) / 10:
+        elif n_black == len(members) == 1 or n_black >= max(2, len(members) / 10):
             found.append(f"{n_black} of {len(members)} images of {name!r} are black")
     first: dict[bytes, int] = {}
     pairs = [

@@ -5,9 +5,13 @@ import math
 from collections.abc import Sequence
 from typing import TypeGuard
 
+import torch
 from torch import nn
 
 from pnc.foundation.errors import InputError
+
+MAX_THREADS = 1024
+"""More than any machine has use for; torch fails in many ways where it is asked for millions."""
 
 
 def check_module(value: object, argument: str) -> None:
@@ -60,6 +64,31 @@ def check_finite(value: object, argument: str) -> None:
     """Refuse what is no finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or _is_huge(value) or not math.isfinite(value):
         raise InputError(f"{argument}: expected a finite number; got {came(value)}")
+
+
+def usable_device(name: object) -> torch.device:
+    """Return the device of that name if it can be used here.
+
+    Raises:
+        InputError: there is no such device; the message says what else it may be called.
+    """
+    try:
+        device: torch.device = torch.device(name)  # type: ignore[call-overload]
+        torch.zeros(1, device=device).item()  # "meta" fails only here
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+        TypeError,
+    ) as error:  # what torch raises for missing ones
+        reason, called = str(error).splitlines()[0], _DEVICES.get(str(name).lower())
+        reason = reason if called is None else f"torch calls it {called}"
+        there = "cpu or cuda" if torch.cuda.is_available() else "cpu"
+        raise InputError(f"device: {name!r} cannot be used here ({reason}); try {there}") from error
+    return device
+
+
+_DEVICES = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "amd": "cuda", "metal": "mps", "apple": "mps"}
 
 
 def came(value: object) -> str:

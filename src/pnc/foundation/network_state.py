@@ -45,6 +45,24 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             submodule.training = training
 
 
+def like_images(module: nn.Module) -> Tensor:
+    """An empty tensor of the device and type that `module` takes images in: of its first real floating-point tensor.
+
+    Its first parameter may be of integers or complex numbers; without any of floats images are float32.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+    if first is not None:
+        return torch.empty(0, device=first.device, dtype=first.dtype)
+    return torch.empty(0, device=tensors[0].device if tensors else None, dtype=torch.float32)
+
+
+def images_for(module: nn.Module, shape: tuple[int, ...], n_images: int = 2) -> Tensor:
+    """Random images (n_images, C, H, W) in [0, 1) that `module` takes, the same ones each time."""
+    images = torch.rand(n_images, *shape, generator=torch.Generator().manual_seed(0))
+    return images.to(like_images(module))
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """Everything of a module that must not change: copies of its tensors, their flags and gradients, submodules, hooks.

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pnc.foundation.argument_checks import usable_device
 from pnc.foundation.errors import InputError
 
 
@@ -108,7 +109,22 @@ ALONE = Team()
 
 def launched() -> bool:
     """Whether this process is one of several that `accelerate launch` or `torchrun` started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return _from_environment("WORLD_SIZE", 1, 1) > 1
+
+
+def _from_environment(name: str, default: int, least: int) -> int:
+    """A whole number that launchers set.
+
+    Raises:
+        InputError: it is none.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isascii() or not text.isdecimal() or len(text) > 6 or int(text) < least:
+        raise InputError(
+            f"the environment variable {name} is {text!r:.100}, expected a whole number, at least {least}; "
+            "start the processes with torchrun or accelerate launch, or unset it"
+        )
+    return int(text)
 
 
 def join(device: torch.device | str = "cpu") -> tuple[Team, torch.device]:
@@ -121,9 +137,10 @@ def join(device: torch.device | str = "cpu") -> tuple[Team, torch.device]:
     Returns:
         The team, and the device for this process.
     Raises:
-        InputError: there are several processes, and `accelerate` is not installed.
+        InputError: the device cannot be used here; there are several processes, and `accelerate` is not installed, or
+            what they were launched with is no number.
     """
-    device = torch.device(device)
+    device = usable_device(device)
     if not launched() and not (dist.is_available() and dist.is_initialized()):
         return ALONE, device
     if not dist.is_initialized():
@@ -133,9 +150,14 @@ def join(device: torch.device | str = "cpu") -> tuple[Team, torch.device]:
             raise InputError(
                 "several processes were launched, which needs accelerate: pip install 'pnc[distributed]'"
             ) from error
-        accelerate.PartialState(cpu=device.type == "cpu")
+        try:
+            accelerate.PartialState(cpu=device.type == "cpu")
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise InputError(
+                f"the processes cannot meet: {error}; start them with torchrun or accelerate launch"
+            ) from error
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", _from_environment("LOCAL_RANK", 0, 0))
         torch.cuda.set_device(device)
     return Team(dist.get_rank(), dist.get_world_size()), device
 

@@ -1,4 +1,4 @@
-"""Means that BatchNorm layers keep of their inputs."""
+"""Running means of BatchNorm layers."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from pnc.graph.recording import Recording
 
 @dataclass(frozen=True, eq=False)
 class RememberedMean:
-    """The mean that a BatchNorm layer keeps of its input.
+    """The running mean that a BatchNorm layer has of its input.
 
     Attributes:
-        cut: Its input: a map (B, C, H, W) or a vector (B, C). As a rule no cut point, since other tensors pass by it.
-        mean: Over the training images of the input pooled over positions, (C,), float32 on the CPU.
+        cut: Its input: a map (B, C, H, W) or a vector (B, C). Usually not a cut point, because other tensors bypass it.
+        mean: Over training images and positions, (C,), float32 on the CPU.
     """
 
     cut: CutPoint
@@ -24,7 +24,7 @@ class RememberedMean:
 
 
 def last_norm(recording: Recording) -> RememberedMean | None:
-    """Find the last BatchNorm layer on images' way to the logits; None where there is none that keeps statistics."""
+    """Find the last BatchNorm layer with running statistics between images and logits; None if there is none."""
     graph = recording.module.graph
     for index, node in reversed(list(enumerate(graph.nodes))):
         layer = recording.module.get_submodule(str(node.target)) if node.op == "call_module" else None

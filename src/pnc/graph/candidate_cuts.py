@@ -1,4 +1,4 @@
-"""Which cut points are worth trying, and the gaps between them."""
+"""Cut points worth trying, and the gaps between cut points."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ from pnc.graph.recording import Recording
 from pnc.graph.subgraphs import costs_before
 
 LARGE_GAP = 0.2
-"""Share of a network without a cut point inside that is worth a word."""
+"""Share of a network without a cut point that is worth reporting."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Neighbouring cut points, or the last one and the output, with no way to part the network between them.
+    """Neighbouring cut points, or the last one and the output: the network cannot be split between them.
 
     Attributes:
-        share: Of the network's MACs, the part that lies between them.
-        params_share: Of its parameters.
-        after: Name of the cut point in front.
-        before: Name of the one behind; `LOGITS` for the output.
+        share: Share of the network's MACs between them.
+        params_share: Share of its parameters.
+        after: Name of the cut point before the gap.
+        before: Name of the cut point after it; `LOGITS` for the output.
     """
 
     share: float
@@ -32,12 +32,12 @@ class Gap:
 
     @property
     def is_large(self) -> bool:
-        """Whether a fifth of the network's MACs or parameters lies between them."""
+        """Whether at least a fifth of the network's MACs or parameters lies between them."""
         return max(self.share, self.params_share) >= LARGE_GAP
 
 
 def gaps(recording: Recording) -> tuple[Gap, ...]:
-    """The parts of a network that have no cut point inside, by MACs, the largest first."""
+    """The parts of a network without a cut point inside, sorted by MACs, the largest first."""
     n_macs, n_params = (max(n, 1) for n in costs_before([recording.output])[0])
     cuts = cut_points(recording)
     places = [*((cut.name, cut.n_macs, cut.n_params) for cut in cuts), (LOGITS, n_macs, n_params)]
@@ -48,10 +48,10 @@ def gaps(recording: Recording) -> tuple[Gap, ...]:
 def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...]:
     """The cut points worth trying, from the input to the deepest one before the head's features.
 
-    Of cuts with no multiply-accumulate between them (convolution, norm, activation, dropout, pooling to a smaller
-    map) only the last is kept, as it saves the most at no cost. The input stays, and so does the last tensor with
-    more than one position where positions are then pooled away; what that gives is kept as well, but not where it is
-    as good as the head's features. Of what remains, `limit` are spread evenly over the depth in MACs.
+    Of cuts without multiply-accumulates between them (convolution, norm, activation, dropout, pooling to a smaller map)
+    only the last is kept: it saves most at no cost. The input stays, and so does the last tensor with more than one
+    position if positions are pooled away afterwards; the pooled tensor is kept too, unless it is equivalent to the
+    head's features. Of the remaining cuts, `limit` are chosen, spread evenly over the depth in MACs.
 
     Raises:
         InputError: `limit` is below 2, or the network's head is not found (`find_head`).
@@ -68,10 +68,10 @@ def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...
 
 
 def _chain_ends(chain: Sequence[CutPoint], is_last: bool) -> list[CutPoint]:
-    """The cuts to keep of those with the same cost; `is_last`: the head's features belong to them as well.
+    """The cuts to keep among those of the same cost; `is_last`: the head's features are among them.
 
-    A map is preferred to the same values as tokens or as one long vector: it knows which positions are neighbours. And
-    a map before it is padded for the next layer to the padded one, whose border an adapter could not know.
+    A map is preferred to the same values as tokens or as a vector, because it shows which positions are neighbours; and
+    a map before padding is preferred to the padded one, whose border an adapter could not reproduce.
     """
     spatial = [cut for cut in chain if not cut.is_pooled]
     pooled = [cut for cut in chain if cut.is_pooled and not is_last][-1:]
@@ -84,7 +84,7 @@ def _chain_ends(chain: Sequence[CutPoint], is_last: bool) -> list[CutPoint]:
 
 
 def _spread(cuts: Sequence[CutPoint], limit: int) -> tuple[CutPoint, ...]:
-    """At most `limit` of the cuts, first and last included, nearest to even steps in MACs."""
+    """At most `limit` of the cuts, including the first and the last, nearest to even steps in MACs."""
     if len(cuts) <= limit:
         return tuple(cuts)
     chosen = {0, len(cuts) - 1}

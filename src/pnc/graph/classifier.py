@@ -17,12 +17,12 @@ class ClassifierLayer:
     """What turns features into logits.
 
     Attributes:
-        features: Input of the last linear layer. A vector, or a map or tokens where the head pools afterwards; see
+        features: Input of the last linear layer. A vector, or a map or tokens if the head pools afterwards; see
             `find_head` for heads of several layers.
-        module: Qualified name of that layer; None where there are several or it is no module.
-        n_features: Size of the features' channel dimension.
+        module: Qualified name of that layer; None if there are several or it is not a module.
+        n_features: Number of channels of the features.
         weight: (K, n_features); None unless logits = mean of the features over their positions @ weight.T + bias.
-        bias: (K,); None where `weight` is, or where the layer has none.
+        bias: (K,); None if `weight` is None, or the layer has none.
     """
 
     features: CutPoint
@@ -33,15 +33,15 @@ class ClassifierLayer:
 
 
 def find_head(recording: Recording) -> ClassifierLayer:
-    """The layer that makes the logits, and the features that it reads.
+    """Find the layer that computes the logits, and the features that it reads.
 
-    Walks from the logits back to the last operations that multiply and add. If that is one layer, its input are the
-    features. If there are several (a distilled ViT averages two heads), the features are the deepest cut point with
-    no such operation between it and them. Where there is none either (heads on several branches or stages), the
-    logits stand in for the features.
+    Walks from the logits back to the last operations with multiply-accumulates. If that is one layer, its input is the
+    features. If there are several (a distilled ViT averages two heads), the features are the deepest cut point without
+    such an operation between it and them. If there is none (heads on several branches or stages), the logits replace
+    the features.
 
     Raises:
-        InputError: no operation of the network multiplies and adds; the message lists the deepest cut points.
+        InputError: the network has no operation with multiply-accumulates; the message lists the deepest cut points.
     """
     cuts = cut_points(recording)
     layers = _last_layers(recording)
@@ -67,7 +67,7 @@ def _head(recording: Recording, features: CutPoint, module: str | None) -> Class
 
 
 def _last_layers(recording: Recording) -> list[fx.Node]:
-    """The operations with multiply-accumulates that reach the output through none other."""
+    """The operations with multiply-accumulates that reach the output without passing another."""
     needs = needs_of(recording.module.graph)
     found: list[fx.Node] = []
     seen: set[fx.Node] = set()
@@ -84,7 +84,7 @@ def _last_layers(recording: Recording) -> list[fx.Node]:
 
 
 def _affine_map(recording: Recording, features: CutPoint, module: str | None) -> tuple[Tensor | None, Tensor | None]:
-    """The layer's weight and bias if logits = mean features @ weight.T + bias, tried on noise; else (None, None)."""
+    """The layer's weight and bias if logits = mean features @ weight.T + bias, tested on noise; else (None, None)."""
     layer = None if module is None else recording.module.get_submodule(module)
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     if not isinstance(weight, Tensor) or weight.numel() != recording.n_classes * features.n_channels:
@@ -96,6 +96,6 @@ def _affine_map(recording: Recording, features: CutPoint, module: str | None) ->
     expected = nn.functional.linear(pooled, weight, bias)
     with torch.no_grad():
         found = extract(recording, features, [LOGITS])(noise)
-    # Another order of summation: rounding grows with the root of the number of terms.
+    # The order of summation differs: rounding grows with the square root of the number of terms.
     tolerance = 8 * torch.finfo(weight.dtype).eps * features.n_channels**0.5 * expected.abs().max()
     return (weight, bias) if (found - expected).abs().max() <= tolerance else (None, None)

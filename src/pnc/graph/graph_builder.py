@@ -1,4 +1,4 @@
-"""Two tapes of a network made into one `torch.fx` graph over the network's own memory."""
+"""Builds one `torch.fx` graph over the network's own memory from two tapes of the network."""
 
 import collections
 import operator
@@ -12,15 +12,16 @@ from torch import Tensor, fx, nn
 
 from pnc.foundation.errors import RecordingError
 from pnc.foundation.tensor_bits import same_bits
+from pnc.graph.graph_modules import RecordedModule
 from pnc.graph.nodes import BATCH_SIZES, NodeInfo, info, operation_name
 from pnc.graph.operation_tape import Op, Ref, Tape
 
 
 def merge(network: nn.Module, first: Tape, second: Tape) -> fx.Graph:
-    """Make one graph of two tapes of a network, taken at `BATCH_SIZES`; operations that no logit needs are left out.
+    """Merge two tapes of a network, recorded at `BATCH_SIZES`, into one graph; operations unused by logits are dropped.
 
     Raises:
-        RecordingError: the tapes differ in more than integers that are a multiple of the batch size, or the network
+        RecordingError: the tapes differ in more than integers that are multiples of the batch size, or the network
             writes to memory that outlives the run.
     """
     _check_alike(first, second)
@@ -43,7 +44,7 @@ def _check_alike(first: Tape, second: Tape) -> None:
     for op, other in zip(first.ops, second.ops, strict=False):
         if (op.kind, op.target, op.scope) != (other.kind, other.target, other.scope):
             raise RecordingError(
-                f"what the network computes depends on the batch size: {operation_name(op.target)} in {op.scope!r} at "
+                f"the network's computation depends on the batch size: {operation_name(op.target)} in {op.scope!r} at "
                 f"batch size {BATCH_SIZES[0]}, {operation_name(other.target)} in {other.scope!r} at {BATCH_SIZES[1]}"
             )
     if len(first.ops) != len(second.ops):
@@ -51,13 +52,13 @@ def _check_alike(first: Tape, second: Tape) -> None:
     for name, constant in first.constants.items():
         if not same_bits(constant, second.constants[name]):
             raise RecordingError(
-                "the network uses a tensor that PyTorch did not see being made and that changes between runs "
+                "the network uses a tensor that was created outside PyTorch's sight and changes between runs "
                 f"(numpy, a C++ extension, TorchScript or another thread?), of shape {tuple(constant.shape)}"
             )
 
 
 def _dependencies(ops: Sequence[Op]) -> list[list[int]]:
-    """For each operation those whose data it needs: its arguments, and what wrote to them since they were made."""
+    """For each operation those whose data it needs: its arguments, and later writes to their memory."""
     writers: dict[int, int] = {}
     dependencies = []
     for i, op in enumerate(ops):
@@ -71,7 +72,7 @@ def _dependencies(ops: Sequence[Op]) -> list[list[int]]:
 
 
 def _closure(dependencies: Sequence[Sequence[int]]) -> set[int]:
-    """Everything that the last operation needs, the input and itself included."""
+    """Everything that the last operation needs, including the input and itself."""
     needed, todo = {0}, [len(dependencies) - 1]
     while todo:
         i = todo.pop()
@@ -92,7 +93,7 @@ def _refs(value: Any) -> Iterator[int]:
 
 
 class _GraphBuilder:
-    """Turns pairs of operations into nodes; an integer that follows the batch becomes a multiple of `x.size(0)`."""
+    """Turns pairs of operations into nodes; integers that scale with the batch become multiples of `x.size(0)`."""
 
     def __init__(self, network: nn.Module, written: frozenset[int]) -> None:
         self.graph = fx.Graph()
@@ -104,7 +105,7 @@ class _GraphBuilder:
         self._counted: set[int] = set()
 
     def add(self, index: int, op: Op, other: Op, dependencies: Sequence[int]) -> None:
-        """Append the node of operation `index`, seen as `op` and `other` in the two runs."""
+        """Append the node of operation `index`, which is `op` in the first run and `other` in the second."""
         args = self._argument(op.args, other.args, op)
         kwargs = self._argument(op.kwargs, other.kwargs, op)
         before = [self._nodes[i] for i in dependencies]
@@ -126,7 +127,7 @@ class _GraphBuilder:
         self._nodes[index] = node
 
     def _target(self, op: Op) -> Any:
-        # `view` needs its input laid out as it was in the recorded run, but a suffix may be fed by something else.
+        # `view` needs the memory layout of the recorded run, but a part of the network may get another input.
         if op.target == "view" and op.kind == "call_method" and not op.kwargs and not op.holds & self._written:
             return "view" if isinstance(op.args[1], torch.dtype) else "reshape"
         return op.target
@@ -157,12 +158,12 @@ class _GraphBuilder:
             if not isinstance(a, Ref) and (a == b or repr(a) == repr(b)):  # repr: nan
                 return a
         raise RecordingError(
-            f"{operation_name(op.target)} in {op.scope or 'the network'} depends on the batch size in a way that is no "
+            f"{operation_name(op.target)} in {op.scope or 'the network'} depends on the batch size, but not as a "
             f"multiple of it: {_shown(a)} at batch size {BATCH_SIZES[0]}, {_shown(b)} at {BATCH_SIZES[1]}"
         )
 
     def _multiple(self, factor: int) -> fx.Node:
-        """The node of `factor` times the batch size."""
+        """A node with `factor` times the batch size."""
         if not self._multiples:
             self._multiples[1] = self.graph.call_method("size", (self._nodes[0], 0))
         if factor not in self._multiples:
@@ -179,7 +180,7 @@ def _shown(value: Any) -> str:
 
 
 def _node_name(op: Op) -> str:
-    """A stable name for people; `input` and `logits` are reserved for the network's ends."""
+    """A stable, readable name; `input` and `logits` are reserved for the network's ends."""
     name = operation_name(op.target).strip("_")
     if op.kind in ("call_function", "call_method") and op.scope:
         name = f"{op.scope}_{name}"
@@ -191,7 +192,10 @@ def _node_name(op: Op) -> str:
 
 
 def bind(network: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor]) -> fx.GraphModule:
-    """A module of the graph with twins of the network's leaves and aliases of its tensors (see `Recording.module`)."""
+    """A module of the graph with shallow copies of the network's leaves and aliases of its tensors.
+
+    See `Recording.module`.
+    """
     twins = _Twins()
     root: dict[str, Any] = {}
     for node in graph.nodes:
@@ -205,31 +209,31 @@ def bind(network: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor]) -
 
 def eval_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
     """A module of the graph over the attributes of `root`, in eval mode."""
-    module = fx.GraphModule(root, graph)
+    module = RecordedModule(root, graph)
     for part in module.modules():
         part.training = False
     return module
 
 
 class _Twins:
-    """Shallow copies: module objects of their own with aliases of the same tensors, each original copied once."""
+    """Shallow copies: new module objects with aliases of the same tensors; each original is copied once."""
 
     def __init__(self) -> None:
         self._modules: dict[int, nn.Module] = {}
         self._tensors: dict[int, Tensor] = {}
 
     def tensor(self, tensor: Tensor) -> Tensor:
-        """The same memory as another object, with a gradient of its own."""
+        """The same memory as another object, with its own gradient."""
         if id(tensor) not in self._tensors:
             alias = tensor.detach()
             if isinstance(tensor, nn.Parameter):
-                # Not simply False: `matmul` picks its kernel by this flag, even without gradients, and so the bits.
+                # Not simply False: even without gradients, `matmul` chooses its kernel, and so the bits, by this flag.
                 alias = nn.Parameter(alias, requires_grad=tensor.requires_grad and not tensor.is_inference())
             self._tensors[id(tensor)] = alias
         return self._tensors[id(tensor)]
 
     def module(self, module: nn.Module) -> nn.Module:
-        """An eval-mode module of the same class, hooks included."""
+        """An eval-mode module of the same class, including hooks."""
         if id(module) in self._modules:
             return self._modules[id(module)]
         twin = type(module).__new__(type(module))
@@ -251,7 +255,7 @@ class _Twins:
 
 
 def _find(network: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer of a qualified name."""
+    """The parameter or buffer with a qualified name."""
     owner, _, attribute = name.rpartition(".")
     tensor = getattr(network.get_submodule(owner), attribute)
     assert isinstance(tensor, Tensor)

@@ -36,7 +36,8 @@ class Op:
     """One operation of a run.
 
     `reads`, `writes` and `holds` are the storages (numbered per run) of its tensor arguments, of those whose content
-    it changed, and of its results; a view holds the storage of its base. `flops` counts the whole batch.
+    it changed, and of its results; a view holds the storage of its base. `flops` counts the whole batch. `open_dims`
+    are those dims of its result whose sizes depend on the images' values.
     """
 
     kind: OperationKind
@@ -51,6 +52,7 @@ class Op:
     dtype: torch.dtype | None = None
     is_tensor: bool = False
     flops: int = 0
+    open_dims: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -132,6 +134,17 @@ class _Memory:
         self._makers.pop(id(tensor), None)  # of a tensor that is gone
         return number
 
+    def known(self, tensor: Tensor) -> int | None:
+        """The number of a tensor's storage, if it was seen before."""
+        known = self._tensors.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        try:
+            seen = self._storages.get(StorageWeakRef(tensor.untyped_storage()).cdata)
+        except (NotImplementedError, RuntimeError):  # without memory of its own
+            return None
+        return None if seen is None else seen[0]
+
     def add(self, tensor: Tensor, storage: int, ref: Ref) -> None:
         """An operation has made a tensor, or handed it out again."""
         self._makers[id(tensor)] = self._aliases[self._alias(tensor, storage)] = ref
@@ -176,6 +189,26 @@ class TapeWriter:
     def depends_on_input(self, storages: frozenset[int]) -> bool:
         """Whether the content of any of these storages depends on the network's input."""
         return not storages.isdisjoint(self._from_input)
+
+    def is_fixed(self, tensor: Tensor) -> bool:
+        """Whether a tensor is known, and its content is the same for all images."""
+        if id(tensor) in self._owned:
+            return True
+        number = self._memory.known(tensor)
+        return number is not None and number not in self._from_input
+
+    def open_dims(self, tensor: Tensor) -> frozenset[int]:
+        """The dims of a tensor whose sizes depend on the images' values."""
+        number = self._memory.known(tensor)
+        maker = None if number is None else self._memory.maker(tensor, number)
+        return frozenset() if maker is None else self.tape.ops[maker.index].open_dims
+
+    def set_open_dims(self, tensor: Tensor, dims: frozenset[int]) -> None:
+        """Note them for a tensor that the last operation made."""
+        number = self._memory.known(tensor)
+        maker = None if number is None else self._memory.maker(tensor, number)
+        if maker is not None:
+            self.tape.ops[maker.index].open_dims = dims
 
     def append(self, op: Op, out: object) -> Ref:
         """Append an operation with the facts about its result, and remember which tensors it made."""

@@ -2,11 +2,13 @@
 
 The network's own Python code runs, so whatever it does on its way (keyword arguments, dataclasses, loops over blocks,
 shape arithmetic) cannot confuse the recorder; only tensor operations and calls of leaf modules reach the tape. Shape
-reads do not: they are plain integers by then, and the ones that follow the batch are found by comparing two runs.
+reads do not: they are plain integers by then, and the ones that follow the batch are found by comparing two runs. Where
+a size depends on the values of the images (`x[mask]`, `x.nonzero()`), reading it counts as reading a value.
 """
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pnc.foundation.errors import RecordingError
+from pnc.graph import image_sizes
+from pnc.graph.image_sizes import Dims
 from pnc.graph.nodes import operation_name
 from pnc.graph.operation_tape import Op, OperationKind, Tape, TapeWriter, is_plain, strange_types, tensors_in
 
+_CALLED = "_compiled_call_impl"
 _CONTAINERS = (
     nn.Sequential,
     nn.ModuleList,
@@ -34,6 +39,10 @@ _DATA_READS = frozenset(
     {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__bool__", "__int__", "__float__", "__complex__"}
     | {"__index__", "__contains__", "__array__", "__dlpack__", "_local_scalar_dense"}
 )
+_NAMESPACES = "aten", "prim", "prims"
+_Opened = tuple[tuple[int, ...], Dims]
+_SCALAR: _Opened = (-1,), image_sizes.NONE
+_ANY: _Opened = (-2,), image_sizes.NONE
 _METHODS: dict[Any, str] = {
     getattr(Tensor, name): name
     for name in dir(Tensor)
@@ -58,16 +67,18 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 class _Kernels(TorchDispatchMode):
-    """Sees every kernel that runs inside: adds up floating point operations, and reports scalars that are read.
+    """Sees every kernel that runs inside: adds up floating point operations, and reports reads and open sizes.
+
+    Reported are scalars that are read, and results whose shape depends on values, or may, as nobody can tell.
 
     Not `torch.utils.flop_counter.FlopCounterMode`: that one hooks every module call of the process, also in other
     threads, and does not know the CPU's fused attention.
     """
 
-    def __init__(self, on_read: Callable[[Tensor], None]) -> None:
+    def __init__(self, on_read: Callable[[Tensor], None], on_open: Callable[[Any, Any, Any], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
-        self._on_read = on_read
+        self._on_read, self._on_open = on_read, on_open
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -87,6 +98,8 @@ class _Kernels(TorchDispatchMode):
             self.flops += 2 * n_scores * (queries.shape[-1] + values.shape[-1])
         elif kernel is torch.ops.aten._local_scalar_dense:
             self._on_read(args[0])
+        elif torch.Tag.dynamic_output_shape in func.tags or func.namespace not in _NAMESPACES:
+            self._on_open(func, args, out)
         return out
 
 
@@ -101,7 +114,9 @@ class Recorder(TorchFunctionMode):
         self._looks = {id(module): _look(module) for module in network.modules() if is_leaf(module)}
         self._scopes = [""]
         self._paused = False
-        self._kernels = _Kernels(self._note_read)
+        self._kernels = _Kernels(self._note_read, self._note_open)
+        self._opened: list[_Opened] = []  # what kernels of this operation made: shapes, and their open dims
+        self._strange = False  # whether one of them is nobody's but the user's
         self._autocast = False
 
     @property
@@ -110,35 +125,49 @@ class Recorder(TorchFunctionMode):
         return self._writer.tape
 
     def run(self, x: Tensor, pick_logits: Callable[[object], Tensor]) -> Tensor:
-        """Run the network on `x`, note what it does, and return its logits.
-
-        `nn.Module.__call__` is replaced meanwhile, for the whole process, but acts in this thread only.
-        """
+        """Run the network on `x`, note what it does, and return its logits."""
         self._autocast = torch.is_autocast_enabled(x.device.type)
         self._writer.add_input(x)
-        thread, original = threading.get_ident(), nn.Module.__call__
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if self._paused or threading.get_ident() != thread:
-                return original(module, *args, **kwargs)
-            return self._call(module, args, kwargs)
-
-        nn.Module.__call__ = call  # type: ignore[method-assign]
-        try:
-            with self._kernels, self:
-                out = self._network(x)
-        finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
+        with self._calls_seen(), self._kernels, self:
+            out = self._network(x)
         logits = pick_logits(out)
         self._writer.add_output(logits)
         return logits
 
+    @contextlib.contextmanager
+    def _calls_seen(self) -> Iterator[None]:
+        """See the calls of the network's modules, in this thread alone; no other module is touched.
+
+        By the attribute where `Module.compile` keeps what is called in place of the forward.
+        """
+        thread, modules = threading.get_ident(), list(self._network.modules())
+        before = [module.__dict__.get(_CALLED, self) for module in modules]  # self stands for none
+
+        def seen(module: nn.Module) -> Callable[..., Any]:
+            otherwise: Callable[..., Any] = module._compiled_call_impl or module._call_impl
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if threading.get_ident() != thread:
+                    return otherwise(*args, **kwargs)
+                # Not what `module.compile()` put there, which would run out of our sight.
+                return module._call_impl(*args, **kwargs) if self._paused else self._call(module, args, kwargs)
+
+            return call
+
+        try:
+            for module in modules:
+                module.__dict__[_CALLED] = seen(module)
+            yield
+        finally:
+            for module, value in zip(modules, before, strict=True):
+                if value is self:
+                    module.__dict__.pop(_CALLED, None)
+                else:
+                    module.__dict__[_CALLED] = value
+
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = self._modules.get(id(module))
-        # Not through __call__: that would run the code that `module.compile()` put there, out of our sight.
+        name = self._modules[id(module)]
         forward: Callable[..., Any] = module._call_impl
-        if name is None:  # made on the fly: its operations count as its caller's
-            return forward(*args, **kwargs)
         self._scopes.append(name)
         try:
             # A leaf that has been given other weights or hooks for this call is opened, as a graph could not tell.
@@ -182,18 +211,19 @@ class Recorder(TorchFunctionMode):
         """
         self._paused = True  # neither what runs inside nor what is asked about its tensors are the network's operations
         try:
-            inputs = tensors_in((args, kwargs))
+            inputs, scope = tensors_in((args, kwargs)), self._scopes[-1]
             versions = [_version(tensor) for tensor in inputs]
-            flops = self._kernels.flops
-            out = run(*args, **kwargs)
-            written = [t for t, version in zip(inputs, versions, strict=True) if _version(t) != version]
-            scope = self._scopes[-1]
             reads = self._writer.storages(inputs, scope)
-            if not written and not tensors_in(out):
-                if operation_name(target) in _DATA_READS and self._writer.depends_on_input(reads):
-                    self.data_reads.append(self._where(target))
-                return out
+            known = {id(tensor): (tuple(tensor.shape), self._writer.open_dims(tensor)) for tensor in inputs}
+            flops = self._kernels.flops
+            self._opened, self._strange = [], False
+            out = run(*args, **kwargs)
+            n_flops, made = self._kernels.flops - flops, tensors_in(out)
+            written = [t for t, version in zip(inputs, versions, strict=True) if _version(t) != version]
             noted = (args if noted_args is None else noted_args, kwargs)
+            self._note_look(target, noted, inputs, reads, bool(made))
+            if not written and not made:
+                return out
             if not is_plain(noted):
                 if written or self._writer.depends_on_input(reads):
                     raise RecordingError(
@@ -203,13 +233,78 @@ class Recorder(TorchFunctionMode):
             self._check_context(inputs, target)
             if kind == "call_module" and isinstance(out, Tensor) and not written and any(out is t for t in inputs):
                 out = out.view_as(out)  # dropout hands its argument on: another object tells before from after
+                made = [out]
+            opened = self._open_dims(target, run, args, kwargs, known, made)
             refs: tuple[Any, Any] = self._writer.ref(noted, scope)
             op = Op(kind, target, refs[0], refs[1], scope, reads, self._writer.storages(written, scope))
-            op.flops = self._kernels.flops - flops
+            op.flops = n_flops
             self._writer.append(op, out)
+            for tensor, dims in zip(made, opened, strict=True):
+                self._writer.set_open_dims(tensor, dims)
             return out
         finally:
             self._paused = False
+
+    def _note_look(
+        self,
+        target: Any,
+        noted: tuple[tuple[Any, ...], dict[str, Any]],
+        inputs: Sequence[Tensor],
+        reads: frozenset[int],
+        makes_tensors: bool,
+    ) -> None:
+        """Note whether an operation tells the network's code values of the images, or sizes that depend on them."""
+        (args, kwargs), name = noted, operation_name(target)
+        if not makes_tensors and name in _DATA_READS and self._writer.depends_on_input(reads):
+            self.data_reads.append(self._where(target))
+        name = str(args[1]) if target is getattr else name
+        is_size = name in image_sizes.SIZE_READS and any(
+            self._writer.open_dims(tensor) & image_sizes.dims_read(name, args, tensor) for tensor in inputs
+        )
+        if is_size or image_sizes.counts_parts(name, args, kwargs, self._writer.open_dims):
+            where = self._scopes[-1] or "the network"
+            self.data_reads.append(f"{name} in {where}, of a tensor whose size depends on them")
+
+    def _open_dims(
+        self,
+        target: Any,
+        run: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        known: dict[int, tuple[tuple[int, ...], Dims]],
+        made: Sequence[Tensor],
+    ) -> list[Dims]:
+        """For each result of an operation that just ran the dims whose sizes depend on the images' values.
+
+        Args:
+            target: As on the tape.
+            run: What ran, on `args` and `kwargs`.
+            known: By id of each tensor among its arguments, the shape and open dims that this had before.
+            made: Its results.
+        """
+        opened = self._opened
+        if image_sizes.keeps_sizes(operation_name(target), args):
+            opened = [one for one in opened if one is not _SCALAR]
+        has_open = any(dims for _, dims in known.values())
+        if not opened and not has_open and not self._strange:
+            return [image_sizes.NONE] * len(made)
+
+        def dims_of(tensor: Tensor) -> Dims:
+            return known[id(tensor)][1] if id(tensor) in known else image_sizes.NONE
+
+        found = None if opened else image_sizes.followed(run, args, kwargs, dims_of, made)
+        dims = []
+        for place, tensor in enumerate(made):
+            shape = tuple(tensor.shape)
+            if known.get(id(tensor), ((-1,),))[0] == shape:  # written in place
+                dims.append(dims_of(tensor))
+            elif found is not None:
+                dims.append(found[place])
+            elif opened and opened[-1][0] == shape and not has_open:
+                dims.append(opened[-1][1])
+            else:
+                dims.append(image_sizes.all_dims(tensor))
+        return dims
 
     def _where(self, target: Any) -> str:
         return f"{operation_name(target)} in {self._scopes[-1] or 'the network'}"
@@ -227,9 +322,28 @@ class Recorder(TorchFunctionMode):
             )
 
     def _note_read(self, tensor: Tensor) -> None:
-        """Compiled code between the operations, such as a TorchScript function, looks at a value."""
-        if not self._paused and self._writer.depends_on_input(self._writer.storages([tensor], self._scopes[-1])):
+        """A value is looked at: by compiled code, such as a TorchScript function, or inside an operation."""
+        if self._paused:
+            if not self._writer.is_fixed(tensor):
+                self._opened.append(_SCALAR)  # as in x[:n], where n is a tensor
+        elif self._writer.depends_on_input(self._writer.storages([tensor], self._scopes[-1])):
             self.data_reads.append(f"compiled code in {self._scopes[-1] or 'the network'}")
+
+    def _note_open(self, kernel: Any, args: Sequence[Any], out: Any) -> None:
+        """A kernel has made something whose shape depends on values, or one of another library, which may have."""
+        if kernel.namespace not in _NAMESPACES:
+            self._strange = True
+            return
+        deciding = image_sizes.deciding_tensors(kernel, args)
+        if all(self._writer.is_fixed(tensor) for tensor in deciding):
+            return
+        if not self._paused:
+            where = self._scopes[-1] or "the network"
+            self.data_reads.append(f"compiled code in {where}, which makes tensors whose size depends on them")
+        elif isinstance(out, Tensor):
+            self._opened.append((tuple(out.shape), image_sizes.open_dims(kernel, args, out)))
+        else:
+            self._opened.append(_ANY)
 
 
 def _look(module: nn.Module) -> tuple[object, ...]:

@@ -1,15 +1,14 @@
 """Read any classifier: `record` turns a network into a graph over its own weights, verified bit for bit.
 
-A recording runs the network's real forward at two batch sizes (`tracing.py`), merges the two tapes into one
-`torch.fx` graph (`merging.py`), and compares graph and network on fresh images at two further batch sizes. What
+A recording runs the network's real forward at two batch sizes (`recorder.py`), merges the two tapes into one
+`torch.fx` graph (`graph_builder.py`), and compares graph and network on fresh images at two further batch sizes. What
 cannot be reproduced exactly is refused with the reason.
 """
 
 import contextlib
 import random
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +19,19 @@ from torch import Tensor, fx, nn
 from pnc.data.image_range import values_unchecked
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import InputError, RecordingError
+from pnc.foundation.process_lock import ProcessLock
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.graph_builder import bind, merge
+from pnc.graph.logits import pick_logits
 from pnc.graph.nodes import BATCH_SIZES, NodeInfo, info
-from pnc.graph.operation_tape import Tape, tensors_in
+from pnc.graph.operation_tape import Tape
 from pnc.graph.recorder import Recorder
 from pnc.graph.subgraphs import dominators, part
 
-__all__ = ["BATCH_SIZES", "NodeInfo", "Recording", "info", "pick_logits", "record"]
+__all__ = ["BATCH_SIZES", "NodeInfo", "Recording", "info", "record", "unwrapped"]
 
 _PROBE_SIZE = 4  # other than both batch sizes; not prime, so that a rounded half of the batch shows too
-_LOCK = threading.RLock()  # recording patches `nn.Module.__call__`: one at a time
+_LOCK = ProcessLock()  # a recording changes flags and attributes of its network for a while: one at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ def record(model: nn.Module, example: Tensor) -> Recording:
         InputError: `example` is no batch of images.
         RecordingError: the network fails on the example, or cannot be reproduced exactly; the message says why.
     """
-    network = _unwrap(model)
+    network = unwrapped(model)
     _check(network, example)
     probe = _fresh_images(example)
     with (
@@ -115,7 +116,8 @@ def record(model: nn.Module, example: Tensor) -> Recording:
 # --------------------------------------------------------------------------------------- the given network, untouched
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network without the wrappers of `DataParallel` and `torch.compile`; a recording names the layers of this."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -294,25 +296,6 @@ def _run_single(network: nn.Module, images: Tensor) -> Tensor | None:
     except RecordingError:
         _run(network, images[: BATCH_SIZES[0]])
         return None
-
-
-def pick_logits(out: object) -> Tensor:
-    """The logits in what a network's forward returned: a tensor, `.logits`, ["logits"], or the first tensor.
-
-    Raises:
-        RecordingError: there are none of shape (B, K).
-    """
-    logits = getattr(out, "logits", None)
-    if logits is None and isinstance(out, Mapping):
-        logits = out.get("logits")
-    if logits is None:
-        logits = next(iter(tensors_in(out)), None)
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or not logits.is_floating_point():
-        what = type(out).__name__
-        if isinstance(logits, Tensor):
-            what = f"a tensor {tuple(logits.shape)} of {logits.dtype}"
-        raise RecordingError(f"the network must give logits (B, K), but gives {what}")
-    return logits
 
 
 def _tape(network: nn.Module, x: Tensor) -> Tape:

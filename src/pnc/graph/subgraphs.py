@@ -1,4 +1,4 @@
-"""Parts of a recorded graph: through which nodes everything passes, and the sub-network between given nodes."""
+"""Parts of a recorded graph: nodes that everything passes through, and the sub-network between given nodes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from pnc.graph.nodes import BATCH_SIZES, NodeInfo, info
 
 
 def needs_of(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node those whose data it needs: its arguments, and what has written to them since they were made."""
+    """For each node the nodes whose data it needs: its arguments, and later writes to their memory."""
     names = {node.name: node for node in graph.nodes}
     return {n: [*n.all_input_nodes, *(names[name] for name in info(n).after)] for n in graph.nodes}
 
 
 def needed_for(outputs: Sequence[fx.Node], start: fx.Node | None = None) -> set[fx.Node]:
-    """Every node that the outputs need, themselves included, as far as `start` (excluded) does not stand for it."""
+    """All nodes that the outputs need, including themselves, back to `start` (excluded)."""
     needs = needs_of(outputs[0].graph)
     found: set[fx.Node] = set()
     todo = list(outputs)
@@ -30,9 +30,9 @@ def needed_for(outputs: Sequence[fx.Node], start: fx.Node | None = None) -> set[
 
 
 def dominators(graph: fx.Graph) -> list[fx.Node]:
-    """Nodes through which everything that the output takes from the input has to pass, the input first.
+    """Nodes that every path from the input to the output passes through, the input first.
 
-    Each holds one floating-point tensor with the batch in front. The output's own tensor is not among them.
+    Each holds one floating-point tensor whose first dim is the batch. The output's own tensor is not among them.
     """
     needs = {
         n: [d for d in before if info(d).from_input] for n, before in needs_of(graph).items() if info(n).from_input
@@ -59,7 +59,7 @@ def _is_batch(facts: NodeInfo) -> bool:
 
 
 def costs_before(cuts: Sequence[fx.Node]) -> list[tuple[int, int]]:
-    """(n_macs, n_params) of the part up to each of some dominators, given in their order; MACs are per sample."""
+    """(n_macs, n_params) of the part up to each of some dominators, given in graph order; MACs are per sample."""
     needs = needs_of(cuts[0].graph)
     found: set[fx.Node] = set()
     n_macs, n_params, costs = 0, 0, []
@@ -85,13 +85,14 @@ def subgraph(module: fx.GraphModule, start: fx.Node, outputs: Sequence[fx.Node])
 
 
 def part(graph: fx.Graph, start: fx.Node, outputs: Sequence[fx.Node]) -> fx.Graph:
-    """The part of a recorded graph that computes `outputs` from `start`, as a graph of its own.
+    """The part of a recorded graph that computes `outputs` from `start`, as a separate graph.
 
-    One output comes as a tensor, several as a tuple. The tensor given for `start` is never written to, and an output
-    that a later operation writes to is copied first. Integers that follow the batch come from the given tensor.
+    One output is returned as a tensor, several as a tuple. The tensor given for `start` is never written to, and an
+    output that a later operation writes to is copied first. Integers that depend on the batch size are read from the
+    given tensor.
 
     Raises:
-        InputError: an output needs more of the network's input than `start` carries.
+        InputError: an output cannot be computed from `start` alone.
     """
     wanted = needed_for(outputs, start)
     if any(node.op == "placeholder" for node in wanted):

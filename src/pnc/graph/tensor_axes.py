@@ -1,4 +1,4 @@
-"""What the dims of a recorded network's tensors stand for: where channels lie, which tokens are not of the image."""
+"""The meaning of dims in a recorded network: where channels lie, and which tokens do not come from the image."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ _CONVOLUTIONS = ("conv1d", "conv2d", "conv_transpose2d")
 
 
 def channel_dims(recording: Recording) -> dict[fx.Node, int]:
-    """Where each tensor has its channels, followed from the layers that define it; unknown ones are left out."""
+    """Channel dim of each tensor, derived from the layers that define it; tensors with an unknown one are left out."""
     nodes = [n for n in recording.module.graph.nodes if info(n).from_input and info(n).shape is not None]
     modules = dict(recording.module.named_modules(remove_duplicate=False))
     dims = {recording.input: 1}
@@ -22,7 +22,7 @@ def channel_dims(recording: Recording) -> dict[fx.Node, int]:
         dim = defined if defined is not None else next((d for d in carried if d is not None), None)
         if dim is not None:
             dims[node] = dim
-    for node in reversed(nodes):  # what no layer before it has defined, a layer that reads it may
+    for node in reversed(nodes):  # if no layer before a tensor defines its dim, a layer that reads it may
         read_by = [d for user in node.users if (d := _defined_channel_dim(modules, user)) is not None]
         if node not in dims and read_by:
             dims[node] = read_by[0]
@@ -30,7 +30,7 @@ def channel_dims(recording: Recording) -> dict[fx.Node, int]:
 
 
 def _defined_channel_dim(modules: Mapping[str, nn.Module], node: fx.Node) -> int | None:
-    """Where a linear layer or a convolution puts its channels."""
+    """Channel dim of the output of a linear layer or convolution; None for other nodes."""
     layer = modules[str(node.target)] if node.op == "call_module" else None
     name = operation_name(node.target)
     if isinstance(layer, nn.Linear) or name == "linear":
@@ -41,7 +41,7 @@ def _defined_channel_dim(modules: Mapping[str, nn.Module], node: fx.Node) -> int
 def _carried(
     modules: Mapping[str, nn.Module], node: fx.Node, source: fx.Node, dims: Mapping[fx.Node, int]
 ) -> int | None:
-    """The channel dimension of a node's result, given that of one of its arguments."""
+    """Channel dim of a node's result, given that of one of its arguments."""
     shape, before = info(node).shape, info(source).shape
     dim = dims.get(source)
     if not shape or before is None or dim is None:
@@ -62,14 +62,14 @@ def _carried(
 
 
 def _numbers(args: object) -> list[int]:
-    """The integers in the arguments, whether given one by one or as one tuple."""
+    """The integers in the arguments, given one by one or as a tuple."""
     if isinstance(args, int):
         return [args]
     return [n for part in args for n in _numbers(part)] if isinstance(args, (tuple, list)) else []
 
 
 def prefix_tokens(graph: fx.Graph) -> dict[fx.Node, int]:
-    """How many tokens that do not come from the image stand in front, for tensors (B, N, D)."""
+    """Number of leading tokens that do not come from the image, for tensors (B, N, D)."""
     counts: dict[fx.Node, int] = {}
     for node in graph.nodes:
         shape = info(node).shape
@@ -77,7 +77,7 @@ def prefix_tokens(graph: fx.Graph) -> dict[fx.Node, int]:
             continue
         name, first = operation_name(node.target), node.args[0] if node.args else None
         if not info(node).from_input:
-            counts[node] = shape[1]  # class tokens, in case they are put in front of others
+            counts[node] = shape[1]  # class tokens, if they are concatenated with others later
         elif name in ("cat", "concat", "concatenate") and isinstance(first, (tuple, list)):
             counts[node] = _leading_tokens(first, counts)
         elif name in ("getitem", "__getitem__") and isinstance(first, fx.Node):
@@ -89,7 +89,7 @@ def prefix_tokens(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def _leading_tokens(parts: Sequence[object], counts: dict[fx.Node, int]) -> int:
-    """Prefix tokens of concatenated parts: those of the first, and of the next where the first has no others."""
+    """Prefix tokens of concatenated parts: those of the first, and of the next if the first has only such tokens."""
     total = 0
     for part in parts:
         if not isinstance(part, fx.Node) or part not in counts:
@@ -101,7 +101,7 @@ def _leading_tokens(parts: Sequence[object], counts: dict[fx.Node, int]) -> int:
 
 
 def _sliced_tokens(index: object, count: int, n_tokens: int) -> int:
-    """How many of the first `count` of `n_tokens` tokens an index expression keeps in front."""
+    """Number of the first `count` of `n_tokens` tokens that an index expression keeps."""
     tokens = index[1] if isinstance(index, (tuple, list)) and len(index) > 1 else slice(None)
     if not isinstance(tokens, slice) or not all(isinstance(n, int | None) for n in (tokens.start, tokens.stop)):
         return 0

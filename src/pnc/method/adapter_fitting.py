@@ -1,4 +1,4 @@
-"""Adapters in closed form: streaming ridge regressions from the target's tensors to the source's, for pairs of cuts."""
+"""Adapters fitted in closed form: streaming ridge regressions from the target's tensors to the source's."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,28 +20,28 @@ Form = tuple[int, int]
 """A grid size, or `PREFIX`."""
 
 PREFIX: Form = (0, 0)
-"""Stands for a prefix token where grid sizes are listed."""
+"""The form of a prefix token, in place of a grid size."""
 
 N_ROWS = 40_000
-"""Rows that one regression is made from, about; more take time and give no accuracy."""
+"""Approximate number of rows per regression; more take time without improving accuracy."""
 
 MAX_MEASURED = 256
-"""Channels of a source cut, evenly spread, on which the error of an adapter and its penalty are measured."""
+"""Number of channels of a source cut, evenly spaced, on which errors are measured to choose the penalty."""
 
 
 @dataclass(frozen=True, eq=False)
 class CrossFitted:
     """The adapter of one pair of cuts, fitted on the whole support, and again without each fold.
 
-    What is measured or fitted behind an adapter on images that it was fitted on looks better than it is; so each image
-    goes through the adapter that has not seen it.
+    On images that an adapter was fitted on, everything after it looks better than it is; so each image passes through
+    the adapter that was fitted without it.
 
     Attributes:
         adapter: Fitted on all images.
-        held_out: For each fold the adapter fitted on the others.
-        error: Share of the variance of the source's tensor that `held_out` misses on its own folds; above 1 where it is
+        held_out: For each fold, the adapter fitted on the others.
+        error: Share of the variance of the source's tensor that `held_out` misses on its own folds; above 1 if it is
             worse than the mean.
-        samples: What a head is fitted on behind them, of the whole support and the whole part, where that is known.
+        samples: Samples for fitting a head, of the whole support and the whole part, if known.
     """
 
     adapter: Adapter
@@ -53,20 +53,19 @@ class CrossFitted:
 class AdapterFitter:
     """Streaming ridge regression between target cuts and source cuts.
 
-    One pass over the support feeds `update`; `error` and `solve` then answer for any pair. Second moments of a target
-    cut are kept once for each form in which source cuts need it (a grid size, or a prefix token), and are shared by all
-    source cuts of that form; where there are fewer rows than inputs, the rows themselves are kept instead. The ridge
-    penalty of a pair is the one of lowest error on held-out folds.
+    One pass over the support feeds `update`; `error` and `solve` then work for any pair. Second moments of a target cut
+    are kept once for each form that source cuts need (a grid size, or a prefix token), and shared by all source cuts of
+    that form; if there are fewer rows than inputs, the rows themselves are kept instead. The ridge penalty of a pair is
+    the one with the lowest error on held-out folds.
 
     Args:
-        target_cuts: Cuts whose tensors are mapped from.
-        source_cuts: Cuts whose tensors are mapped to.
-        n_images: How many images `update` will see in all: of large grids only some positions are used.
+        target_cuts: Cuts to map from.
+        source_cuts: Cuts to map to.
+        n_images: Total number of images for `update`: of large grids only some positions are used.
         generator: CPU generator for the choice of positions.
-        pairs: The pairs that matter; None for all.
-        n_rows: Rows that one regression is made from, about.
-        n_outputs: Channels of each source cut that are looked at, spread evenly; None for all, without which `solve`
-            cannot be asked.
+        pairs: The pairs to fit; None for all.
+        n_rows: Approximate number of rows per regression.
+        n_outputs: Number of channels sampled from each source cut, evenly spaced; None for all, which `solve` needs.
     """
 
     def __init__(
@@ -84,7 +83,7 @@ class AdapterFitter:
         self._max_positions = max(4, n_rows // n_images)
         self._forms = list(dict.fromkeys(form for cut in source_cuts for form, _ in _outputs_of(cut)))
         self._columns: dict[tuple[str, Form], dict[tuple[str, int], slice]] = {}
-        self._equal: dict[tuple[str, str], bool] = {}  # of pairs that are alike: whether their tensors were, so far
+        self._equal: dict[tuple[str, str], bool] = {}  # pairs of alike cuts: whether their tensors were equal so far
         for t, s in [(t, s) for t in target_cuts for s in source_cuts] if pairs is None else pairs:
             self._assign_columns(t, s)
             if t.is_alike(s):
@@ -95,7 +94,7 @@ class AdapterFitter:
         self._device = torch.device("cpu")
 
     def n_bytes(self, n_folds: int) -> int:
-        """What it holds in the end, after `update` with images of so many folds."""
+        """Bytes that it holds after `update` with images of `n_folds` folds."""
         total = 0
         for cut in self._target_cuts:
             for form in self._forms:
@@ -117,7 +116,7 @@ class AdapterFitter:
     ) -> None:
         """Add one batch of images of one fold: the tensors of all cuts, by name of the cut.
 
-        The first batch says about which point moments are summed; where it is not `counted`, it does nothing else.
+        The first batch sets the pivots of the moments; if it is not `counted`, it does nothing else.
         """
         self._device = next(iter(target_tensors.values())).device
         for (t, s), equal in self._equal.items():
@@ -141,12 +140,12 @@ class AdapterFitter:
                     self._add(fold, cut, form, x, joined[keys], counted)
 
     def skip(self) -> None:
-        """Pass over a batch that another process sees."""
+        """Skip a batch that another process handles."""
         for form in self._forms:
             self._draw(form)
 
     def share(self, team: Team, n_folds: int) -> None:
-        """Put together what all processes have seen, in folds 0, 1, ...; each must have had one batch at least."""
+        """Join the data of all processes, in folds 0, 1, ...; each process must have had at least one batch."""
         if team.size == 1:
             return
         for key, folds in self._seen.items():
@@ -192,7 +191,7 @@ class AdapterFitter:
         return CrossFitted(adapters[-1], tuple(adapters[:-1]), regression.best(columns)[1])
 
     def _is_identity(self, target_cut: CutPoint, source_cut: CutPoint) -> bool:
-        """Whether both tensors of a pair were one and the same on all images."""
+        """Whether both tensors of a pair were equal bit for bit on all images."""
         return self._equal.get((target_cut.name, source_cut.name), False)
 
     def _add(self, fold: int, cut: CutPoint, form: Form, x: Tensor, y: Tensor, counted: bool) -> None:
@@ -217,7 +216,7 @@ class AdapterFitter:
         return self._regressions[key]
 
     def _assign_columns(self, target_cut: CutPoint, source_cut: CutPoint) -> None:
-        """Find a place for a source cut's channels among the outputs of each regression of a target cut."""
+        """Assign columns to a source cut's channels among the outputs of each regression of a target cut."""
         for form, p in _outputs_of(source_cut):
             columns = self._columns.setdefault((target_cut.name, form), {})
             start = max((place.stop for place in columns.values()), default=0)
@@ -225,18 +224,18 @@ class AdapterFitter:
             columns[source_cut.name, p] = slice(start, start + n_channels)
 
     def _step(self, source_cut: CutPoint) -> int:
-        """Every how manyth channel of a source cut is looked at."""
+        """Stride at which channels of a source cut are sampled."""
         return 1 if self._n_outputs is None else -(-source_cut.n_channels // self._n_outputs)
 
     def _rows_per_image(self, cut: CutPoint, form: Form) -> int:
         return 1 if _is_vector(cut, form) else min(math.prod(form), self._max_positions)
 
     def _is_wide(self, cut: CutPoint, form: Form) -> bool:
-        """Whether a regression from a target's tensor onto one form has more inputs than rows."""
+        """Whether a regression from a target's tensor to one form has more inputs than rows."""
         return self._n_images * self._rows_per_image(cut, form) < cut.n_channels * kernel_size(cut, form) ** 2
 
     def _draw(self, form: Form) -> Tensor:
-        """The positions of a grid that are used for one batch, as flat indices."""
+        """Positions of a grid used for one batch, as flat indices."""
         n_positions = math.prod(form)
         if n_positions <= self._max_positions:
             return torch.arange(n_positions)
@@ -244,17 +243,17 @@ class AdapterFitter:
 
 
 def _outputs_of(source_cut: CutPoint) -> list[tuple[Form, int]]:
-    """What is fitted for a source cut, and in which form: its grid (-1), and each of its prefix tokens (p)."""
+    """Outputs to fit for a source cut, each with its form: the grid (-1), and each prefix token (p)."""
     return [(grid_size(source_cut), -1), *((PREFIX, p) for p in range(source_cut.n_prefix_tokens))]
 
 
 def _is_vector(cut: CutPoint, form: Form) -> bool:
-    """Whether a regression onto one form reads one and the same row of the target's tensor for all positions."""
+    """Whether a regression to one form reads the same row of the target's tensor for all positions."""
     return form == PREFIX or grid_size(cut) == (1, 1)
 
 
 def _inputs(tensor: Tensor, cut: CutPoint, form: Form, chosen: Tensor) -> Tensor:
-    """What a regression onto one form reads of the target's tensor: (B, C), or (B * positions, C * kernel * kernel)."""
+    """Inputs of a regression to one form: (B, C), or (B * positions, C * kernel * kernel)."""
     grid, prefix = to_grid(tensor, cut)
     if form == PREFIX:
         return prefix_summary(grid, prefix)
@@ -275,7 +274,7 @@ def _inputs(tensor: Tensor, cut: CutPoint, form: Form, chosen: Tensor) -> Tensor
 
 
 def _sampled(grid: Tensor, form: Form, chosen: Tensor) -> Tensor:
-    """Rows of what `resize` would give where the grid grows, without ever making the large grid."""
+    """Rows of the result of `resize` to a larger grid, without computing that grid."""
     places = torch.stack([chosen % form[1], chosen // form[1]], 1).to(grid)  # x, y
     sizes = places.new_tensor([form[1], form[0]])
     points = ((2 * places + 1) / sizes - 1).expand(len(grid), 1, -1, -1)

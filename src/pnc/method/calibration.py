@@ -1,18 +1,18 @@
-"""Clones that were made apart, made to live together: a few values of theirs fitted on a few images of all classes.
+"""Calibration of clones that were made separately: a few values of each, fitted on a few images of all classes.
 
-Each clone's log-odds were fitted against the base alone. It has never seen the classes of the others, and tends to be
-too sure of itself; so it may fire on their images. Calibration moves the log-odds l of a clone to
+Each clone's log-odds were fitted against the base classes only. It has never seen the classes of the others and is
+usually overconfident, so it may respond to their images. Calibration changes the log-odds l of a clone to
 
     scale * l + offset[class] + log p(own | own or rival),
 
-the scale above 0 and the same for all its classes. The last term is what the clone's own features say against the
-classes of the other clones, its rivals: their images are far from all that its log-odds were fitted on, and there it
-may be as sure as on its own. Linear discriminants that are fitted on the support tell them apart, as far as the
-source's features do; how sure they may be is decided on images that they were not fitted on.
+with a scale above 0 for all its classes. The last term compares its classes with those of the other clones, its rivals,
+by the clone's own features: images of rivals are far from everything that its log-odds were fitted on, where it may be
+as confident as on its own. Linear discriminants fitted on the support separate them, as far as the source's features
+do; held-out images determine how much to trust them.
 
-Scales and offsets are found together, as the most probable ones given the support and a prior that says: as before. The
-problem is convex and small. The target's logits take no part in it, so the distribution among the base classes stays
-the target's own.
+Scales and offsets are fitted together, as the most probable values given the support and a prior around no change. The
+problem is convex and small. The target's logits do not change, so the distribution among the base classes stays the
+target's own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,48 +25,49 @@ from torch import Tensor
 
 from pnc.clones.branch import Scalars, against_rivals
 from pnc.composite.composite import Composite
+from pnc.composite.forward_plan import Plan
 from pnc.data.image_set import images_as_float
 from pnc.data.support import Support, as_images, as_support
 from pnc.foundation.argument_checks import check_whole
 from pnc.foundation.class_names import listed
 from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.network_state import undisturbed
+from pnc.foundation.plain_text import few_names
 from pnc.method.discriminants import choose_shrinkage, fit_discriminants
 from pnc.method.head_fitting import balanced_weights
 
 SCALE_SPREAD = 0.1
 OFFSET_SPREAD = 0.3
 CLASS_SPREAD = 0.5
-"""Standard deviations of the prior: of a scale about 1, of a clone's offset about 0 in nats, and of the offset of each
-of its classes about that one. They are small because the support is usually the one that the clones were made from: on
-it each clone looks better than it is, and the weights of its head, fitted on held-out images, deserve more trust. Where
-some hundred images say otherwise, they are stronger all the same."""
+"""Standard deviations of the prior: of a scale about 1, of a clone's offset about 0 in nats, and of the offsets of its
+classes about that one. They are small because the support is usually the one that the clones were made from: on it each
+clone looks better than it is, and its head, whose weights were fitted on held-out images, deserves more trust. A few
+hundred images still outweigh the prior."""
 
 N_FOLDS = 5
-"""Into so many parts, at most, the support is parted to judge discriminants on images that they were not fitted on."""
+"""Largest number of folds of the support for evaluating discriminants on held-out images."""
 
 SURENESS = tuple(step / 20 for step in range(21))
-"""What discriminants of own classes against rivals may be multiplied by: 0 leaves them out, 1 believes them."""
+"""Candidate factors for the discriminants of own classes against rivals: 0 ignores them, 1 trusts them fully."""
 
 MAX_STEPS = 100
-"""Newton steps at most; ten are usual."""
+"""Largest number of Newton steps; ten are usual."""
 
 MIN_SCALE = 0.05
-"""A clone whose log-odds say nothing, or the opposite, on the support is turned down this far and no further."""
+"""Smallest scale, for a clone whose log-odds are uninformative or wrong on the support."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found.
+    """The result of `calibrate`.
 
     Attributes:
-        scalars: By name of the clone, as `Composite.rescale` takes them.
-        loss_before: Mean cross-entropy of the uncalibrated logits on the support, in nats, base and new samples
-            weighing the same, and so the classes of either kind;
-            over the new classes alone where there are no base samples.
-        loss_after: The same after calibration, rivals being judged on images that they were not fitted on.
-        n_images: In the support and the background.
-        has_base: Whether any of them shows a base class; without, scales stay 1.
+        scalars: By name of the clone, as for `Composite.rescale`.
+        loss_before: Mean cross-entropy of the uncalibrated logits on the support, in nats; base and new samples have
+            equal weight, and so have the classes of each kind. Without base samples, over the new classes only.
+        loss_after: The same after calibration, with discriminants against rivals evaluated on held-out images.
+        n_images: Images in the support and the background.
+        has_base: Whether any of them shows a base class; if not, scales stay 1.
     """
 
     scalars: Mapping[str, Scalars]
@@ -75,18 +76,26 @@ class Calibration:
     n_images: int
     has_base: bool
 
+    def __str__(self) -> str:
+        known = "base and new classes" if self.has_base else "among the new classes only, as there was no base image"
+        clones = [f"{name} (scale {one.scale:.2f})" for name, one in self.scalars.items()]
+        return (
+            f"Calibration of {few_names(clones)} on {self.n_images} images: log-loss {self.loss_before:.3f}, then "
+            f"{self.loss_after:.3f}, {known}"
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    """What is fitted on, in float64; the new classes of all clones stand side by side.
+    """Data of the fit, in float64; the new classes of all clones are concatenated.
 
     Attributes:
-        base_logits: (N, K_base); no column where there are no base samples.
-        level: What the log-odds are added to, (N, K_new): logsumexp of the target's logits, or zero where that does not
-            matter; and what each clone's features say against its rivals.
+        base_logits: (N, K_base); no columns without base samples.
+        level: Added to the log-odds, (N, K_new): logsumexp of the target's logits, or zero without base samples; plus
+            the term of each clone against its rivals.
         log_odds: Of all new classes, (N, K_new).
-        labels: (N,), places among the columns of `base_logits` followed by those of `log_odds`.
-        owner: Which clone each new class belongs to, (K_new, n_clones), one-hot.
+        labels: (N,), indices of columns of `base_logits` followed by those of `log_odds`.
+        owner: Clone of each new class, (K_new, n_clones), one-hot.
     """
 
     base_logits: Tensor
@@ -97,22 +106,22 @@ class _Problem:
 
     @property
     def weights(self) -> Tensor:
-        """Of the samples, (N,), as in the heads of clones; the sum is 1."""
+        """Weights of the samples, (N,), as in the heads of clones; their sum is 1."""
         weights = balanced_weights(self.labels, self.base_logits.shape[1])
         return weights / weights.sum()
 
     def logits(self, scales: Tensor, offsets: Tensor) -> Tensor:
-        """Of all classes, (N, K_base + K_new), given scales (n_clones,) and offsets (K_new,)."""
+        """Logits of all classes, (N, K_base + K_new), given scales (n_clones,) and offsets (K_new,)."""
         return torch.cat([self.base_logits, self.level + self.log_odds * (self.owner @ scales) + offsets], 1)
 
     def loss(self, scales: Tensor, offsets: Tensor) -> Tensor:
-        """Weighted mean of the cross-entropy."""
+        """Weighted mean cross-entropy."""
         losses = F.cross_entropy(self.logits(scales, offsets), self.labels, reduction="none")
         return (self.weights * losses).sum()
 
     @property
     def prior_precision(self) -> Tensor:
-        """Of scales and offsets in one vector: the inverse of their covariance, over the number of samples."""
+        """Inverse prior covariance of scales and offsets in one vector, divided by the number of samples."""
         n_new, n_clones = self.owner.shape
         covariance = torch.zeros(n_clones + n_new, n_clones + n_new, dtype=torch.float64)
         covariance[:n_clones, :n_clones] = SCALE_SPREAD**2 * torch.eye(n_clones)
@@ -139,52 +148,52 @@ class _Problem:
 def calibrate(net: Composite, support: Any, *, background: Any = None, batch_size: int = 128) -> Calibration:
     """Fit the scalars of all enabled clones together, and set them in the composite; takes seconds.
 
-    It starts from the uncalibrated clones each time, so it may be repeated, and must be when a clone has come or gone.
-    Only the composite's own copies of the clones change: the clones that were given to `attach`, the target, and the
-    target's logits stay as they are. `net.clone(name)` gives a calibrated clone, to be saved.
+    It always starts from the uncalibrated clones, so it can be repeated, and must be repeated after clones were
+    attached or detached. Only the composite's own copies of the clones change: the clones given to `attach`, the
+    target, and the target's logits do not. `net.clone(name)` returns a calibrated clone, for saving.
 
     Args:
         net: With at least one clone enabled.
-        support: As `clone` takes it: a few labelled images of every new class, labels as names or as places in
-            `net.classes`. Samples of base classes are optional. Without any, and without background, nothing is known
-            about base against new: the clones are weighed against each other only, by offsets that change nothing on
-            the whole.
-        background: As `clone` takes it: unlabelled images that the target is used on; they become samples of the base
-            classes that the target itself sees in them.
-        batch_size: Images that go through the network at a time.
+        support: As for `clone`: a few labelled images of every new class; labels are names or indices in
+            `net.classes`. Samples of base classes are optional. Without any, and without background, only the clones
+            are weighed against each other, by offsets with a mean of zero.
+        background: As for `clone`: unlabelled images that the target is used on; they become samples of the base
+            classes that the target predicts for them.
+        batch_size: Images per batch.
     Raises:
-        InputError: `net` is no composite, no clone is enabled, a new class has no sample, or the background images are
-            none, or of another shape.
+        InputError: `net` is not a composite, no clone is enabled, a new class has no sample, the background is empty
+            or of another shape, or another thread detached or replaced a clone meanwhile.
         ClassNameError: the support has samples of a class that the composite does not know.
     """
     if not isinstance(net, Composite):
-        raise InputError(f"net: expected a composite, what pnc.attach gives; got {type(net).__name__}")
+        raise InputError(f"net: expected a composite, as returned by pnc.attach; got {type(net).__name__}")
     check_whole(batch_size, "batch_size", 1)
-    names, base = net.classes, net.base_classes
+    plan = net.now()  # one set of clones for the whole fit: other threads may change the composite
+    names, base = plan.classes, net.base_classes
     if len(names) == len(base):
         raise InputError("net: no clone is enabled; attach one, or leave the block of disabled()")
     data = as_support(support, names=names)
     labels = _labels(data, names, len(base))
     unlabelled = data.images[:0] if background is None else as_images(background, "background", data.images)
-    base_logits, found, features = collect_log_odds(net, torch.cat([data.images, unlabelled]), batch_size)
+    base_logits, found, features = collect_log_odds(plan, torch.cat([data.images, unlabelled]), batch_size)
     labels = torch.cat([labels, base_logits[len(labels) :].argmax(1)])
     has_base = bool((labels < len(base)).any())
     level, log_odds = base_logits.logsumexp(1, keepdim=True), torch.cat(list(found.values()), 1)
     owner = torch.arange(len(found)).repeat_interleave(torch.tensor([one.shape[1] for one in found.values()]))
-    told = [_against_rivals(one, labels - len(base), owner == place) for place, one in enumerate(features.values())]
+    against = [_against_rivals(one, labels - len(base), owner == place) for place, one in enumerate(features.values())]
     if not has_base:
         base_logits, level, labels = base_logits[:, :0], 0 * level, labels - len(base)
     raw = _Problem(base_logits, level, log_odds, labels, F.one_hot(owner, len(found)).double())
-    problem = replace(raw, level=level + torch.cat([one for one, _ in told], 1)[:, owner])
+    problem = replace(raw, level=level + torch.cat([one for one, _ in against], 1)[:, owner])
     scales, offsets = _most_probable(problem, fit_scales=has_base)
     if not has_base:
-        offsets = offsets - offsets.mean()  # what is common to all new classes speaks of base against new
+        offsets = offsets - offsets.mean()  # a common offset would only matter for base against new
     sizes = problem.owner.sum(0).long().tolist()
     scalars = {
         name: Scalars(float(scale), tuple(one.tolist()), rivals)
-        for name, scale, one, (_, rivals) in zip(found, scales, offsets.split(sizes), told, strict=True)
+        for name, scale, one, (_, rivals) in zip(found, scales, offsets.split(sizes), against, strict=True)
     }
-    net.rescale(scalars)
+    net.rescale(scalars, found_on=plan)
     return Calibration(
         scalars=scalars,
         loss_before=float(raw.loss(torch.ones_like(scales), torch.zeros_like(offsets))),
@@ -195,15 +204,15 @@ def calibrate(net: Composite, support: Any, *, background: Any = None, batch_siz
 
 
 def _against_rivals(features: Tensor, labels: Tensor, is_own: Tensor) -> tuple[Tensor, tuple[tuple[float, ...], ...]]:
-    """Tell a clone's classes from those of the others, on its own features.
+    """Separate a clone's classes from those of the others, by its own features.
 
     Args:
         features: (N, D_s).
-        labels: (N,), places among the new classes of all clones; below 0 for images of base classes.
-        is_own: Which of the new classes are the clone's, (K_new,) bool.
+        labels: (N,), indices among the new classes of all clones; below 0 for images of base classes.
+        is_own: Whether each new class is the clone's, (K_new,) bool.
     Returns:
-        log p(own | own or rival), (N, 1), of new images by discriminants that were fitted without them; and the rivals
-        as in `Scalars`. Zeros and none where there are no others, or some class has one image only.
+        log p(own | own or rival), (N, 1), for new images by discriminants that were fitted without them; and the rivals
+        as in `Scalars`. Zeros and no rivals if there are no other clones, or a class has only one image.
     """
     is_new = labels >= 0
     own, others = is_own.nonzero().flatten(), (~is_own).nonzero().flatten()
@@ -226,7 +235,7 @@ def _against_rivals(features: Tensor, labels: Tensor, is_own: Tensor) -> tuple[T
 
 
 def _sureness(log_odds: Tensor, is_own: Tensor) -> float:
-    """The factor that makes log-odds (N, 1) of own against rival most probable, both kinds weighing the same."""
+    """The factor of the log-odds (N, 1) of own against rival with the lowest loss; both kinds have equal weight."""
     signed = torch.where(is_own[:, None], log_odds, -log_odds)
 
     def loss(factor: float) -> float:
@@ -237,7 +246,7 @@ def _sureness(log_odds: Tensor, is_own: Tensor) -> float:
 
 
 def _number_within_class(labels: Tensor) -> Tensor:
-    """How many earlier samples have the label of each, (N,)."""
+    """Number of earlier samples with the same label, (N,)."""
     numbers = torch.empty_like(labels)
     for label in labels.unique():
         rows = labels == label
@@ -246,7 +255,7 @@ def _number_within_class(labels: Tensor) -> Tensor:
 
 
 def _labels(data: Support, names: Sequence[str], n_base: int) -> Tensor:
-    """Labels as places in `names`; every doubt about the support is settled."""
+    """Labels as indices in `names`, after checking the classes of the support."""
     counts = data.labels.bincount(minlength=len(data.names)).tolist()
     seen = {name for name, count in zip(data.names, counts, strict=True) if count}
     foreign = sorted(seen - set(names))
@@ -262,25 +271,24 @@ def _labels(data: Support, names: Sequence[str], n_base: int) -> Tensor:
 
 
 def collect_log_odds(
-    net: Composite, images: Tensor, batch_size: int = 128
+    plan: Plan, images: Tensor, batch_size: int = 128
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """Run images through `Composite.log_odds`.
+    """Run images through `Plan.log_odds`.
 
     Args:
-        net: On any device.
+        plan: From `Composite.now`, on any device.
         images: (N, C, H, W), uint8 or floating point.
         batch_size: Images at a time.
     Returns:
-        The target's logits (N, K_base) and, by name, each enabled clone's uncalibrated log-odds (N, K_new) and its
-        features (N, D_s); float64 on the CPU.
+        The target's logits (N, K_base) and, by name, each enabled clone's uncalibrated log-odds (N, K_new) and features
+        (N, D_s); float64 on the CPU.
     """
-    like = next(net.parameters(), torch.empty(0))
     base_logits: list[Tensor] = []
     log_odds: dict[str, list[Tensor]] = {}
     features: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for batch in images.split(batch_size):
-            base, found = net.log_odds(images_as_float(batch).to(like.device, like.dtype))
+            base, found = plan.log_odds(images_as_float(batch).to(plan.probe))
             base_logits.append(base.double().cpu())
             for name, (one, own) in found.items():
                 log_odds.setdefault(name, []).append(one.double().cpu())
@@ -290,7 +298,7 @@ def collect_log_odds(
 
 
 def _most_probable(problem: _Problem, fit_scales: bool) -> tuple[Tensor, Tensor]:
-    """Scales (n_clones,) and offsets (K_new,) of the largest posterior probability, scales no less than `MIN_SCALE`."""
+    """Scales (n_clones,), at least `MIN_SCALE`, and offsets (K_new,) with the largest posterior probability."""
     n_new, n_clones = problem.owner.shape
     values = torch.cat([torch.ones(n_clones), torch.zeros(n_new)]).double()
     free = torch.ones(len(values), dtype=torch.bool)
@@ -304,7 +312,7 @@ def _most_probable(problem: _Problem, fit_scales: bool) -> tuple[Tensor, Tensor]
 
 
 def _newton(problem: _Problem, values: Tensor, free: Tensor) -> Tensor:
-    """Minimise loss and prior over the `free` ones of the values, from the given ones on: damped Newton steps."""
+    """Minimise loss and prior over the `free` values, starting from the given ones, by damped Newton steps."""
     n_clones = problem.owner.shape[1]
     mean = torch.zeros_like(values)
     mean[:n_clones] = 1

@@ -1,6 +1,6 @@
 """Linear discriminant analysis with a shrunk covariance: any shrinkage from one eigendecomposition.
 
-Source: Friedman, Regularized Discriminant Analysis, JASA 84 (1989); one pooled covariance and equal class priors, and
+Source: Friedman, Regularized Discriminant Analysis, JASA 84 (1989), with one pooled covariance and equal class priors;
 features are scaled to unit within-class variance before shrinking.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 SHRINKAGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 0.9)
 ABSENT = -1e6
-"""Bias of the discriminant of a class without any sample: it takes no part."""
+"""Bias of the discriminant of a class without samples, which excludes it."""
 
 
 def fit_discriminants(features: Tensor, labels: Tensor, n_classes: int, shrinkage: float) -> tuple[Tensor, Tensor]:
@@ -21,7 +21,7 @@ def fit_discriminants(features: Tensor, labels: Tensor, n_classes: int, shrinkag
 
     Args:
         features: (N, D).
-        labels: Class ids, (N,), in [0, K); a class without samples takes no part.
+        labels: Class ids, (N,), in [0, K); a class without samples is excluded.
         n_classes: K.
         shrinkage: Weight of the identity against the within-class correlation matrix, in (0, 1].
     Returns:
@@ -32,17 +32,17 @@ def fit_discriminants(features: Tensor, labels: Tensor, n_classes: int, shrinkag
 
 
 def choose_shrinkage(features: Tensor, labels: Tensor, folds: Tensor, n_rest: int) -> tuple[float, Tensor]:
-    """Choose the shrinkage that tells some classes apart from the rest, and from each other, on held-out samples.
+    """Choose the shrinkage that best separates some classes from the rest, and from each other, on held-out samples.
 
     Args:
         features: (N, D).
-        labels: Class ids, (N,): the rest first.
-        folds: (N,), the fold in which each is held out; where there is one only, the strongest shrinkage is taken and
+        labels: Class ids, (N,); those of the rest come first.
+        folds: (N,), the fold in which each sample is held out; with a single fold, the strongest shrinkage is used and
             nothing is held out.
-        n_rest: Number of classes of the rest.
+        n_rest: Number of classes in the rest.
     Returns:
-        The shrinkage of lowest log-loss, the rest and the other samples weighing the same; and the log-odds of each
-        other class against the rest, (N, K - n_rest), float64, of each sample when it was held out.
+        The shrinkage with the lowest log-loss, where the rest and the other samples have equal weight; and the held-out
+        log-odds of each other class against the rest, (N, K - n_rest), float64.
     """
     n_folds, n_classes = int(folds.max()) + 1, int(labels.max()) + 1
     tried = SHRINKAGES if n_folds > 1 else SHRINKAGES[-1:]
@@ -68,7 +68,7 @@ class _Spectrum:
 
     Attributes:
         means: (K, D); zeros for a class without samples.
-        present: Which classes have samples, (K,) bool.
+        present: Whether each class has samples, (K,) bool.
         scale: Standard deviations within classes, (D,).
         eigenvalues: Of the correlation matrix, (R,).
         eigenvectors: (D, R).
@@ -88,7 +88,7 @@ class _Spectrum:
         means = means / counts.clamp_min(1)[:, None]
         centred = features - means[labels]
         scale = centred.square().mean(0).sqrt()
-        scale = scale.clamp_min(1e-6 * float(scale.max()) + 1e-12)  # features that never move carry no information
+        scale = scale.clamp_min(1e-6 * float(scale.max()) + 1e-12)  # constant features carry no information
         eigenvalues, eigenvectors = _eigen(centred / scale)
         return cls(means, counts > 0, scale, eigenvalues, eigenvectors)
 
@@ -104,7 +104,7 @@ class _Spectrum:
 
 
 def _eigen(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues above rounding and eigenvectors (columns) of the rows' covariance, by the smaller Gram matrix."""
+    """Eigenvalues above rounding, and eigenvectors (columns), of the rows' covariance, from the smaller Gram matrix."""
     n, n_features = rows.shape
     if n_features <= n:
         eigenvalues, vectors = torch.linalg.eigh(rows.T @ rows / n)

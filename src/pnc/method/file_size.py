@@ -23,9 +23,12 @@ def thin_bytes(task: CloneTask, adapter: Adapter) -> int:
     if task.has_base or last_norm(task.target.recording) is not None:  # discriminants in half precision
         n_classes = task.n_base + n_new
         n_head += n_classes * (2 * (features_seen(task).n_channels + n_features) + 4)
+    n_operations = sum(
+        len(one) + 1 for network in (task.source, task.target) for one in network.forward_print.operations
+    )
     n_tensors = sum(len(network.model.state_dict()) for network in (task.source, task.target))
     n_names = 2 * sum(8 + 6 * len(name) for name in (*task.target.classes, *task.new_classes))  # a clone's name too
-    return 4 * adapter.n_params + n_head + DIGEST_BYTES * n_tensors + n_names + FACTS_BYTES
+    return 4 * adapter.n_params + n_head + DIGEST_BYTES * n_tensors + n_operations + n_names + FACTS_BYTES
 
 
 def tuned_bytes(task: CloneTask, adapter: Adapter, part: nn.Module, rank: int | None) -> int:

@@ -17,8 +17,10 @@ from pnc.graph.cut_points import LOGITS, CutPoint, extract
 from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.head_fitting import HeadSamples, Stacking, choose_stacking, fit_stacked
 from pnc.method.head_without_base import remembering_head
-from pnc.method.task import SCORED_FOLD, CloneTask, Progress
+from pnc.method.task import CloneTask, Progress
 
+SCORED_FOLD = 0
+"""The fold that what is learned by gradient leaves out, to be scored on it."""
 TAPPED_BYTES = 2**28
 """Memory for the tensors at all cuts that one batch of images takes, about."""
 
@@ -44,9 +46,21 @@ class Outcome:
         variance = sum(float(part.var(correction=0)) / len(part) for part in kinds) / len(kinds) ** 2
         return mean, variance**0.5
 
+    def of(self, base: bool) -> float | None:
+        """Mean over base or over new images; None where there are none."""
+        part = self.values[self.is_base == base]
+        return float(part.mean()) if len(part) else None
+
     def minus(self, other: "Outcome") -> tuple[float, float]:
         """Difference of both averages and its standard error, which is small: they are of the same images."""
         return replace(self, values=self.values - other.values).average
+
+
+def unscored(task: CloneTask) -> CloneTask:
+    """The same task without the images that score a clone, fold 0; itself, where nothing can be held out."""
+    if task.samples.n_folds == 1:
+        return task
+    return replace(task, samples=task.samples.select(task.samples.folds != SCORED_FOLD))
 
 
 def source_body(task: CloneTask, cut: CutPoint) -> fx.GraphModule:
@@ -196,6 +210,18 @@ def outcome_of_part(part: Judged, unseen: Judged, whole: Judged, task: CloneTask
     likely, without, own = (one.log_likelihoods.double().exp() for one in (part, unseen, whole))
     gain, error = outcome_of((likely - without)[rows], task, rows).average
     return outcome_of(whole.correct.double() + likely - own - max(0.0, gain), task), error
+
+
+def base_drop_facts(samples: HeadSamples, judged: Judged, task: CloneTask) -> dict[str, float]:
+    """For the recipe: the share of held-out base images that the target gets right and the composite does not.
+
+    Nothing where there is no base image, or none could be held out.
+    """
+    is_base = samples.labels < samples.n_base
+    if judged.stacking is None or samples.folds.max() == 0 or not is_base.any():
+        return {}
+    lost = (samples.base_logits.argmax(1) == samples.labels) & ~judged.correct
+    return {"expected_base_drop": outcome_of(lost[is_base], task, is_base).average[0]}
 
 
 def own_head(task: CloneTask) -> SourceHead:

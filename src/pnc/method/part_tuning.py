@@ -25,6 +25,7 @@ from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.graph.cut_points import extract
 from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.file_size import tuned_bytes
+from pnc.method.held_out import unscored
 from pnc.method.localization.aim import Aim, Answers
 from pnc.method.localization.norms import batch_norms, reestimate_statistics, training_norms
 from pnc.method.settings import Tune
@@ -102,7 +103,7 @@ def tune_part(
         steps: Where the result is kept, and found again.
         progress: Called after each step.
     """
-    seen = task.unscored()
+    seen = unscored(task)
     kept = steps.get(_STEP)
     if kept is None:
         path = _Path(task, fitted.adapter, part.module, tune, progress)

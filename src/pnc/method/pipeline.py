@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -27,7 +26,17 @@ from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.assembly import assembled, n_images
 from pnc.method.base_drop_bound import check_promise, least_priority
 from pnc.method.density_choice import Candidate, joint_front, smallest_good
-from pnc.method.held_out import Outcome, fit_head, judge, outcome_of, outcome_of_part, run_parts, source_body
+from pnc.method.gradients import check_gradient, check_whole_source, uses_gradient, without_gradient
+from pnc.method.held_out import (
+    Outcome,
+    base_drop_facts,
+    fit_head,
+    judge,
+    outcome_of,
+    outcome_of_part,
+    run_parts,
+    source_body,
+)
 from pnc.method.localization.localizer import localize
 from pnc.method.paper_search import search
 from pnc.method.part_tuning import tune_part, what_to_tune
@@ -46,6 +55,7 @@ from pnc.method.settings import (
 )
 from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Precision, Progress, check_task, prepare_task
+from pnc.method.usefulness import usefulness
 
 
 @undisturbed()
@@ -164,6 +174,9 @@ def clone(
     with closing(task):
         if max_base_drop is not None:
             check_promise(max_base_drop, n_images(task, base=True))
+        usefulness(task)  # warns before the work
+        removal = without_gradient(task, removal)
+        check_whole_source(task, uses_gradient(removal, refine, strategy == "sequential"))
         if strategy == "sequential":
             return fit_sequential(
                 task,
@@ -255,7 +268,9 @@ def fit(
         raise InputError(f"fitted: expected adapters, found.adapter(position) of a scan; got {type(fitted).__name__}")
     if max_base_drop is not None:
         check_promise(max_base_drop, n_images(task, base=True))
-    removal = replace(removal, density=removal.fixed_density)
+    usefulness(task)
+    removal = without_gradient(task, replace(removal, density=removal.fixed_density))
+    check_gradient(task, fitted.adapter.source_cut, uses_gradient(removal, refine))
     return fit_and_judge(
         task, fitted, removal, max_bytes, max_base_drop, refine=refine, name=name, steps=steps, progress=progress
     )[0]
@@ -310,10 +325,10 @@ def fit_and_judge(
     outcome, gain_error = outcome_of(judged.correct, seen), 0.0
     if others:
         outcome, gain_error = outcome_of_part(judged, others[0], others[1], seen)
-    average, error = outcome.average
-    score = min(1.0, max(0.0, average)), math.hypot(error, gain_error)
     head = fit_head(task, samples, judged)
-    return assembled(task, copy.deepcopy(fitted.adapter), part, head, score, name, facts), outcome
+    facts |= base_drop_facts(samples, judged, seen)
+    adapter = copy.deepcopy(fitted.adapter)
+    return assembled(task, adapter, part, head, outcome, gain_error, name, facts), outcome
 
 
 @undisturbed()
@@ -338,9 +353,12 @@ def fit_sequential(
     Raises:
         InputError: an argument is out of range.
     """
-    density = Removal(density, method, round_to).fixed_density
+    removal = Removal(density, method, round_to)
+    density = removal.fixed_density
     _check_others(name, None, progress)
     check_task(task)
+    usefulness(task)
+    check_whole_source(task, uses_gradient(removal, refine=False, sequential=True))
 
     def part_of(adapter: Adapter) -> SourcePart:
         return localize(task, adapter, density, method, norms=method == "gates", hold_out=False, round_to=round_to)
@@ -351,7 +369,7 @@ def fit_sequential(
         "method": None if found.part.masks is None else method,
         "strategy": "sequential",
     }
-    return assembled(task, found.adapter, found.part, found.head, found.outcome.average, name, facts)
+    return assembled(task, found.adapter, found.part, found.head, found.outcome, 0.0, name, facts)
 
 
 def _identity(task: CloneTask, settings: Mapping[str, Any]) -> str:

@@ -25,6 +25,8 @@ from pnc.method.settings import Bounds
 from pnc.method.task import CloneTask, Progress, check_task
 
 MAX_CUTS = 12
+MAX_SHOWN = 15
+"""Positions that `print(scan)` shows."""
 RUNNER_UP = 1.1
 FITTED_IMAGES = 10_000
 """Images of the support that adapters are fitted on, at most: they already give all rows that a regression needs."""
@@ -38,6 +40,8 @@ N_ERRORS_FINAL = 2.0
 """Standard errors of the difference to the best by which a position may lie behind after the first round."""
 N_ERRORS = 0.5
 """Standard errors of the difference to the best that are given up for lower cost; see docs/method.md."""
+FEW_IMAGES = 5
+"""Images of a new class up to which an exact position goes before all others."""
 COST_STEP = 0.1
 """Share of the source's multiply-accumulates by which costs must differ to count as different."""
 ROUNDING = 1e-12
@@ -80,6 +84,12 @@ class Position:
         """Whether its adapter changes nothing, or only units: the clone sees what the source would."""
         return self.adapter_error <= NO_ERROR
 
+    def __repr__(self) -> str:
+        return (
+            f"Position({self.target_cut.name} > {self.source_cut.name}: log-loss {self.log_loss:.3f}, score "
+            f"{self.score:.3f} +- {self.standard_error:.3f}, {self.macs_share:.1%} of the source's MACs)"
+        )
+
     @property
     def names(self) -> tuple[str, str]:
         """Names of its two cuts."""
@@ -95,12 +105,27 @@ class Scan:
         adapters: The fitted adapters of each, by the names of its two cuts, with what was seen behind them.
         outcomes: Log-likelihoods of the images of the support at each, by the names of its two cuts.
         adapter_errors: The adapters' errors of all pairs of cuts, scored or not, by the names of the two cuts.
+        exact_first: Whether a position whose adapter changes nothing goes before all others: of few images, the best of
+            many others only seems to be better.
     """
 
     positions: tuple[Position, ...]
     adapters: Mapping[tuple[str, str], CrossFitted]
     outcomes: Mapping[tuple[str, str], Outcome]
     adapter_errors: Mapping[tuple[str, str], float]
+    exact_first: bool = False
+
+    def __str__(self) -> str:
+        shown, front = self.positions[:MAX_SHOWN], self.front()
+        lines = [f"{'*' if one in front else ' '} {repr(one)[9:-1]}" for one in shown]
+        more = len(self.positions) - len(shown)
+        lines += [f"  ... {more} more"] * bool(more)
+        return "\n".join(
+            [f"Scan of {len(self.positions)} positions, best first (* no other is better and cheaper)", *lines]
+        )
+
+    def __repr__(self) -> str:
+        return f"Scan({len(self.positions)} positions; best {self.positions[0]!r})"
 
     def adapter(self, position: Position) -> CrossFitted:
         """Give the adapters of a scored position."""
@@ -152,6 +177,8 @@ class Scan:
         those of the support; then the lowest log-loss. Of positions within the bounds, those that were scored on most
         images count.
 
+        With at most five images of a new class a position whose adapter changes nothing goes before all others.
+
         Without base samples nothing tells what an adapter does to images of base classes, which it was not fitted on: a
         position whose adapter changes nothing, the whole source from its input on, then goes before all others.
 
@@ -176,7 +203,7 @@ class Scan:
             if not allowed:
                 raise InputError(f"max_bytes={max_bytes}: the smallest file of such a clone may have {smallest} bytes")
         exact = [p for p in allowed if p.is_exact]
-        if exact and not has_base:
+        if exact and (not has_base or self.exact_first):
             return min(exact, key=lambda p: p.n_macs)
         allowed = [p for p in allowed if p.n_images == max(q.n_images for q in allowed)]
         best = min(allowed, key=lambda p: p.log_loss)
@@ -226,7 +253,14 @@ def scan(
     if not exhaustive:
         adapters = _undominated(task, adapters)
     del fitter  # its moments are the largest thing here
-    return Scan(*_scored(whole, adapters, source_cuts, progress), errors)
+    return Scan(*_scored(whole, adapters, source_cuts, progress), errors, _has_few_images(whole))
+
+
+def _has_few_images(task: CloneTask) -> bool:
+    """Whether some new class has so few images that other positions than exact ones cannot be judged."""
+    labels, groups = task.samples.labels, task.samples.groups
+    fewest = min(len(groups[labels == place].unique()) for place in labels[labels >= task.n_base].unique())
+    return fewest <= FEW_IMAGES
 
 
 def _scored(

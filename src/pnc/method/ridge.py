@@ -1,4 +1,4 @@
-"""Ridge regressions in closed form over streamed rows, with held-out errors and a penalty chosen by them."""
+"""Ridge regressions in closed form over streamed rows; held-out errors choose the penalty."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from torch import Tensor
 from pnc.foundation.process_team import Team
 
 PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
-"""Ridge penalties that are tried, in units of the inputs' variance."""
+"""Candidate ridge penalties, in units of the inputs' variance."""
 
 
 class Moments:
     """First and second moments of rows x (n, C) and y (n, D), summed about a pivot to keep differences exact.
 
-    Where several rows of y belong to one of x, their mean stands for them, and what they scatter about it (which no
-    regression on x can explain) is counted by itself.
+    If several rows of y belong to one of x, they are replaced by their mean; their scatter about it, which no
+    regression on x can explain, is summed separately.
     """
 
     def __init__(self, x_pivot: Tensor, y_pivot: Tensor) -> None:
@@ -29,11 +29,11 @@ class Moments:
         self.yy = torch.zeros(n_out, dtype=torch.float64)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows x (n, C), and y (n, D) or, with several rows for each of x in turn, (n * m, D)."""
+        """Add rows x (n, C), and y (n, D) or, with m consecutive rows for each of x, (n * m, D)."""
         self.add_averaged(x, *_averaged(y, len(x)))
 
     def add_averaged(self, x: Tensor, y: Tensor, scatter: Tensor) -> None:
-        """Add rows x (n, C) and y (n, D), and the squares (D,) of what was averaged to y."""
+        """Add rows x (n, C) and y (n, D), and the squared scatter (D,) of the rows averaged to y."""
         x, y = x - self.x_pivot, y - self.y_pivot
         self.n += x.shape[0]
         self.x += x.sum(0).cpu()
@@ -43,20 +43,20 @@ class Moments:
         self.yy += (y.square().sum(0) + scatter).cpu()
 
     def share(self, team: Team) -> None:
-        """Make this the moments of what all processes have seen."""
+        """Sum the moments of all processes."""
         self.n = int(team.sum(torch.tensor(self.n)))
         for name in ("x", "y", "xx", "xy", "yy"):
             setattr(self, name, team.sum(getattr(self, name)))
 
     def about(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Second moments xx (C, C), xy (C, D), yy (D,) about the given points, which are relative to the pivot."""
+        """Second moments xx (C, C), xy (C, D), yy (D,) about points given relative to the pivot."""
         xx = self.xx - torch.outer(self.x, x) - torch.outer(x, self.x) + self.n * torch.outer(x, x)
         xy = self.xy - torch.outer(self.x, y) - torch.outer(x, self.y) + self.n * torch.outer(x, y)
         return xx, xy, self.yy - 2 * y * self.y + self.n * y.square()
 
 
 def _averaged(y: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Means (n, D) of equally many rows of y each, and by how much the squares of the rows exceed theirs (D,)."""
+    """Means (n, D) of equal groups of rows of y, and by how much the squares of the rows exceed theirs (D,)."""
     if len(y) == n:
         return y, y.new_zeros(y.shape[1])
     grouped = y.unflatten(0, (n, -1))
@@ -65,7 +65,7 @@ def _averaged(y: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 class StoredRows:
-    """Rows x (n, C) and y (n, D) themselves: where they are fewer than C, `Moments` would take more time and memory."""
+    """Rows x (n, C) and y (n, D) themselves: if there are fewer than C, `Moments` would take more time and memory."""
 
     def __init__(self, x_pivot: Tensor, y_pivot: Tensor) -> None:
         self.x_pivot, self.y_pivot = x_pivot, y_pivot
@@ -76,7 +76,7 @@ class StoredRows:
         self._parts.append((x - self.x_pivot, *_averaged(y, len(x))))
 
     def share(self, team: Team) -> None:
-        """Make this the rows that all processes have seen."""
+        """Join the rows of all processes."""
         none = self.x_pivot.new_empty(0, len(self.x_pivot)), *[self.y_pivot.new_empty(0, len(self.y_pivot))] * 2
         x, y, scatter = (torch.cat(parts) for parts in zip(none, *self._stacked(), strict=True))
         n_rows = team.sum(torch.zeros(team.size, dtype=torch.int64).index_fill(0, torch.tensor(team.rank), len(x)))
@@ -101,8 +101,8 @@ class StoredRows:
 
 
 @dataclass(frozen=True)
-class _Plane:
-    """Where all rows lie: the solution of a ridge regression does too, so that their coordinates are inputs enough.
+class _Subspace:
+    """The subspace of all rows: it contains the solution of a ridge regression, so their coordinates suffice as inputs.
 
     Attributes:
         axes: From inputs relative to the pivot to coordinates, (C, R): orthonormal axes of the inputs scaled to unit
@@ -114,33 +114,33 @@ class _Plane:
     pivot: Tensor
 
     @classmethod
-    def through(cls, folds: Sequence[StoredRows]) -> "_Plane":
-        """The plane of the rows of all folds."""
+    def through(cls, folds: Sequence[StoredRows]) -> "_Subspace":
+        """The subspace of the rows of all folds."""
         x = torch.cat([fold.x for fold in folds])
         scale = x.var(0, correction=0).clamp_min(1e-12).sqrt()
         return cls(torch.linalg.qr((x / scale).T).Q / scale[:, None], folds[0].x_pivot.cpu().double())
 
 
 class Regression:
-    """Ridge regressions of all columns of y on x: for each penalty and fold the one fitted without that fold.
+    """Ridge regressions of all columns of y on x: one for each penalty and fold, fitted without that fold.
 
-    Only their errors are kept; `solutions` solves again what is asked for, as weights of all would fill the memory.
-    With a single fold nothing can be held out: all is fitted and measured on the same rows, with the largest penalty.
+    Only their errors are kept, because the weights of all would fill the memory; `solutions` solves the requested ones
+    again. With a single fold nothing can be held out: the largest penalty is fitted and measured on the same rows.
 
     Args:
-        folds: What was seen of each, all as moments or all as rows.
-        measured: Places of the columns of y whose errors are measured; None for all.
+        folds: Data of each fold, all as moments or all as rows.
+        measured: Indices of the columns of y whose errors are measured; None for all.
     """
 
     def __init__(self, folds: Sequence[Moments | StoredRows], measured: Tensor | None = None) -> None:
         rows = [fold for fold in folds if isinstance(fold, StoredRows)]
-        plane = self._plane = _Plane.through(rows) if rows else None
+        subspace = self._subspace = _Subspace.through(rows) if rows else None
         self._folds = [fold for fold in folds if isinstance(fold, Moments)]
-        if plane is not None:
-            self._folds = [fold.moments(plane.axes) for fold in rows]
+        if subspace is not None:
+            self._folds = [fold.moments(subspace.axes) for fold in rows]
         self._all = _total(self._folds)
-        self._scale = torch.ones_like(self._all.x)  # the axes of a plane have the right one
-        if self._plane is None:
+        self._scale = torch.ones_like(self._all.x)  # coordinates in a subspace are scaled already
+        if self._subspace is None:
             self._scale = (self._all.about(*_means(self._all))[0].diagonal() / self._all.n).clamp_min(1e-12).sqrt()
         self._penalties = PENALTIES if len(folds) > 1 else PENALTIES[-1:]
         columns = torch.arange(len(self._all.y)) if measured is None else measured
@@ -155,7 +155,7 @@ class Regression:
         self._variance[columns] = self._all.about(*_means(self._all))[2][columns]
 
     def best(self, columns: slice) -> tuple[int, float]:
-        """Place of the best penalty for some columns of y, and the share of their variance that it misses."""
+        """Index of the best penalty for some columns of y, and the share of their variance that it misses."""
         shares = self._missed[:, columns].sum(1) / self._variance[columns].sum().clamp_min(1e-300)
         index = int(shares.argmin())
         return index, max(0.0, float(shares[index]))
@@ -168,9 +168,9 @@ class Regression:
             x_mean, y_mean = _means(moments)
             x_mean, y_mean = x_mean + moments.x_pivot.cpu().double(), y_mean + moments.y_pivot.cpu().double()
             bias = y_mean[columns] - weight @ x_mean
-            if self._plane is not None:
-                weight = weight @ self._plane.axes.T
-                bias = bias - weight @ self._plane.pivot
+            if self._subspace is not None:
+                weight = weight @ self._subspace.axes.T
+                bias = bias - weight @ self._subspace.pivot
             yield weight, bias
 
     def _without(self, fold: Moments) -> Moments:
@@ -186,10 +186,10 @@ class Regression:
 
 
 def _solve(correlation: Tensor, penalty: float, right: Tensor) -> Tensor:
-    """Solve (correlation + penalty) @ x = right for a matrix that is positive definite but for rounding.
+    """Solve (correlation + penalty) @ x = right for a matrix that is positive definite up to rounding.
 
-    Moments are summed in float32, so that the smallest eigenvalues may come out below zero by more than the smallest
-    penalty; then there is no Cholesky factor, and LU takes its place.
+    Moments are summed in float32, so that the smallest eigenvalues may fall below zero by more than the smallest
+    penalty; without a Cholesky factor, LU is used.
     """
     matrix = correlation.clone()
     matrix.diagonal().add_(penalty)

@@ -3,8 +3,13 @@
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from pnc.foundation.argument_checks import check_choice, check_share, check_whole
+import torch
+from torch import nn
+
+from pnc.foundation.argument_checks import check_choice, check_flag, check_module, check_share, check_whole
 from pnc.foundation.errors import InputError
+from pnc.foundation.process_team import Team
+from pnc.foundation.tensor_bits import dtype_name
 
 Method = Literal["gates", "taylor", "magnitude", "random", "local-surrogate"]
 """How channels are chosen: learned by gradient, scored once, or by the paper's rule."""
@@ -20,6 +25,9 @@ Effort = Literal["seconds", "minutes"]
 
 Strategy = Literal["scan", "sequential"]
 """How a position is found: all in closed form, or as the paper does (`paper_search`), the reference."""
+
+
+LEAST_MEMORY = 2**20
 
 
 @dataclass(frozen=True)
@@ -135,3 +143,24 @@ def check_effort(effort: str, prefer: str, removal: Removal, refine: bool, strat
         return removal
     density = 1.0 if removal.density == "auto" else removal.density
     return replace(removal, density=density, tune=tune or ("norms" if refine else "none"))
+
+
+def check_network(model: nn.Module, argument: str) -> None:
+    """Refuse what is no network of float32, before anything is read."""
+    check_module(model, argument)
+    other = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
+    if other is not None:
+        raise InputError(
+            f"{argument} has parameters in {dtype_name(other)}, and clones are made in float32: give "
+            f"copy.deepcopy({argument}).float() here (precision='bfloat16' is faster), and cast the composite"
+        )
+
+
+def check_run(flip: object, seed: object, batch_size: object, memory: object, team: object) -> None:
+    """Refuse settings of a run that are out of range."""
+    check_flag(flip, "flip")
+    check_whole(seed, "seed", 0)
+    check_whole(batch_size, "batch_size", 1)
+    check_whole(memory, "memory", LEAST_MEMORY)
+    if not isinstance(team, Team):
+        raise InputError(f"team: expected a team of pnc.joined, got {type(team).__name__}")

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,14 +15,16 @@ from pnc.data.image_range import check_range
 from pnc.data.image_set import ImageSet
 from pnc.data.image_store import MEMORY, ImageStore, check_images, to_device
 from pnc.data.support import StoredSupport, doubts, stored_support
-from pnc.foundation.argument_checks import check_choice, check_flag, check_module, check_whole
-from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name
+from pnc.foundation.argument_checks import check_choice
+from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name, listed
 from pnc.foundation.errors import ClassNameError, InputError, PNCWarning, RecordingError
-from pnc.foundation.network_state import undisturbed
+from pnc.foundation.network_state import like_images, undisturbed
+from pnc.foundation.plain_text import few_names
 from pnc.foundation.process_team import ALONE, Team
-from pnc.foundation.tensor_bits import dtype_name
 from pnc.graph.classifier import ClassifierLayer, find_head
+from pnc.graph.forward_prints import ForwardPrint, forward_print
 from pnc.graph.recording import Recording, info, record
+from pnc.method.settings import check_network, check_run
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the steps done, and the steps in all."""
@@ -29,10 +32,8 @@ Progress = Callable[[str, int, int], None]
 Precision = Literal["float32", "bfloat16"]
 """What networks compute in while a clone is made."""
 
-SCORED_FOLD = 0
-"""The fold that what is learned by gradient leaves out, to be scored on it."""
 _EXAMPLES = 4
-LEAST_MEMORY = 2**20
+_NAMES = {"source": "source_classes", "target": "base_classes", "model": "classes"}
 IMAGES_SHARE = 0.5
 """Of the memory, what images may take before they go to a file."""
 
@@ -55,6 +56,11 @@ class Network:
     def n_macs(self) -> int:
         """Multiply-accumulates of one sample through the whole network."""
         return sum(info(node).n_macs for node in self.recording.module.graph.nodes)
+
+    @cached_property
+    def forward_print(self) -> ForwardPrint:
+        """What it does with its weights."""
+        return forward_print(self.model, self.recording)
 
     @property
     def n_params(self) -> int:
@@ -111,12 +117,6 @@ class CloneTask:
             return self
         return replace(self, samples=self.samples.select(self.samples.spread(n_images, self.n_base)))
 
-    def unscored(self) -> "CloneTask":
-        """The same task without the images that score a clone, fold 0; itself, where nothing can be held out."""
-        if self.samples.n_folds == 1:
-            return self
-        return replace(self, samples=self.samples.select(self.samples.folds != SCORED_FOLD))
-
     @torch.no_grad()
     def run(
         self, function: Callable[[Tensor], tuple[Tensor, ...]], device: torch.device
@@ -136,6 +136,15 @@ class CloneTask:
         rows = torch.cat([torch.arange(place.start, place.stop) for place in own])
         n_samples = len(self.samples.labels)
         return tuple(self.team.gather(_widened(torch.cat(parts)), rows, n_samples) for parts in made), places
+
+    def __repr__(self) -> str:
+        labels, groups = self.samples.labels, self.samples.groups
+        n_base = len(groups[labels < self.n_base].unique())
+        n_new = len(groups[labels >= self.n_base].unique())
+        return (
+            f"CloneTask({few_names(self.new_classes)} of {len(self.source.classes)} source classes, for a target of "
+            f"{self.n_base}; support of {n_new} new and {n_base} base images)"
+        )
 
     @property
     def _batch_size(self) -> int:
@@ -174,21 +183,27 @@ def read_network(model: nn.Module, example: Tensor, classes: Sequence[str], argu
         RecordingError: the network cannot be recorded, or cannot take such images.
         ClassNameError: the names do not fit to the outputs.
     """
-    _check_network(model, argument)
+    check_network(model, argument)
     names = check_class_names(classes, f"{argument} classes")
-    parameter = next(model.parameters(), None)
-    if parameter is not None:
-        example = example.to(parameter.device, parameter.dtype)
+    example = example.to(like_images(model))
     try:
         recording = record(model, example)
         head = find_head(recording)
     except RecordingError as error:
-        raise RecordingError(f"{argument} on images {tuple(example.shape[1:])}: {error}") from error
+        hint = (
+            ""
+            if argument == "model" or "cannot process images" not in str(error)
+            else (
+                f"; where it takes other images than the support's, wrap it: pnc.Preprocessed({argument}, (C, H, W), "
+                "mean, std) with the channels and size that it was trained on"
+            )
+        )
+        raise RecordingError(f"{argument} on images {tuple(example.shape[1:])}: {error}{hint}") from error
     if not recording.probe_logits.isfinite().all():
         raise InputError(f"{argument} gives NaN or infinite logits on noise like the support; check its weights")
     if recording.n_classes != len(names):
         raise ClassNameError(
-            f"{argument} has {recording.n_classes} outputs but {len(names)} class names were given; "
+            f"{_NAMES[argument]} has {len(names)} names, the {argument} gives {recording.n_classes} logits; "
             "name every output, in order"
         )
     return Network(model, recording, head, names)
@@ -245,8 +260,9 @@ def prepare_task(
             "attach that clone to the composite too, and calibrate them together"
         )
     for model, argument in ((source, "source"), (target, "target")):
-        _check_network(model, argument)
-    _check_settings(flip, seed, batch_size, memory, team, precision)
+        check_network(model, argument)
+    check_run(flip, seed, batch_size, memory, team)
+    check_choice(precision, "precision", get_args(Precision))
     base = check_class_names(base_classes, "base_classes")
     known = check_class_names(source_classes, "source_classes")
     new = _new_classes(classes, known, base)
@@ -255,8 +271,9 @@ def prepare_task(
         raise ClassNameError(
             f"classes: {unwritable!r:.100} is no printable text of at most {MAX_TEXT} characters; rename it"
         )
-    given = stored_support(support, (*base, *new), int(IMAGES_SHARE * memory))
-    labels, store = _places(given, base, new), given.images
+    left_out = tuple(name for name in known if name not in {*base, *new})
+    given = stored_support(support, (*base, *new, *left_out), int(IMAGES_SHARE * memory))
+    labels, store = _places(given, base, new, left_out), given.images
     n_given = len(store)
     _check_values(source, target, store, "support")
     if team.is_main:
@@ -290,30 +307,6 @@ def check_task(task: object) -> None:
     """Refuse what is no task, as the first argument of the steps of `clone`."""
     if not isinstance(task, CloneTask):
         raise InputError(f"task: expected what pnc.prepare_task gives, got {type(task).__name__}")
-
-
-def _check_network(model: nn.Module, argument: str) -> None:
-    """Refuse what is no network of float32, before anything is read."""
-    check_module(model, argument)
-    other = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
-    if other is not None:
-        raise InputError(
-            f"{argument} has parameters in {dtype_name(other)}, and clones are made in float32: give "
-            f"copy.deepcopy({argument}).float() here (precision='bfloat16' is faster), and cast the composite"
-        )
-
-
-def _check_settings(
-    flip: object, seed: object, batch_size: object, memory: object, team: object, precision: object
-) -> None:
-    """Refuse settings that are out of range."""
-    check_flag(flip, "flip")
-    check_whole(seed, "seed", 0)
-    check_whole(batch_size, "batch_size", 1)
-    check_whole(memory, "memory", LEAST_MEMORY)
-    check_choice(precision, "precision", get_args(Precision))
-    if not isinstance(team, Team):
-        raise InputError(f"team: expected a team of pnc.joined, got {type(team).__name__}")
 
 
 def _check_values(source: nn.Module, target: nn.Module, images: ImageStore, argument: str) -> None:
@@ -381,18 +374,24 @@ def _new_classes(classes: Sequence[str] | None, known: tuple[str, ...], base: tu
     return new
 
 
-def _places(support: StoredSupport, base: tuple[str, ...], new: tuple[str, ...]) -> Tensor:
+def _places(support: StoredSupport, base: tuple[str, ...], new: tuple[str, ...], left_out: tuple[str, ...]) -> Tensor:
     """Labels of a support as places among base and new classes, (N,)."""
     names = (*base, *new)
     counts = support.labels.bincount(minlength=len(support.names)).tolist()
     seen = {name: count for name, count in zip(support.names, counts, strict=True) if count}
+    dropped = [name for name in left_out if name in seen]
+    if dropped:
+        raise ClassNameError(
+            f"support has samples of {listed(dropped)}, which the source knows but `classes` leaves out: drop these "
+            "samples, as [sample for sample in support if its class is wanted], or clone these classes too"
+        )
     foreign = sorted(set(seen) - set(names))
     if foreign:
         raise ClassNameError(
-            f"support has samples of {', '.join(foreign)}, neither a base class nor a class to clone; leave them out"
+            f"support has samples of {listed(foreign)}, neither a base class nor a class to clone; leave them out"
         )
     missing = [name for name in new if name not in seen]
     if missing:
-        raise InputError(f"support has no sample of {', '.join(missing)}; every class to clone needs at least one")
+        raise InputError(f"support has no sample of {listed(missing)}; every class to clone needs at least one")
     place = torch.tensor([names.index(name) if name in names else -1 for name in support.names])
     return place[support.labels]

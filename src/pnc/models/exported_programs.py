@@ -4,6 +4,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from pnc.foundation.errors import InputError
+from pnc.graph.graph_modules import RecordedModule
 
 
 def from_exported(program: ExportedProgram) -> nn.Module:
@@ -43,4 +44,4 @@ def from_exported(program: ExportedProgram) -> nn.Module:
         )
     unwrapped = program.module()
     assert isinstance(unwrapped, fx.GraphModule)  # of every program
-    return fx.GraphModule(unwrapped, unwrapped.graph).eval()  # wrapped again: train() and eval() of `unwrapped` raise
+    return RecordedModule(unwrapped, unwrapped.graph).eval()  # wrapped again: train() and eval() of `unwrapped` raise

@@ -22,7 +22,7 @@ _PLACEHOLDER = re.compile(r"LABEL_\d+")  # transformers' names of unnamed classe
 
 
 @dataclass(frozen=True)
-class Wish:
+class LibraryRequest:
     """A request for a network of a library.
 
     Attributes:
@@ -53,7 +53,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Found:
+class LibraryNetwork:
     """A network of a library; `classes` is None if the library does not name its outputs."""
 
     network: Preprocessed
@@ -66,24 +66,24 @@ HF_OPTIONS = ("pretrained", "size", "revision")
 
 
 # --------------------------------------------------------------------------------------------------- timm
-def timm_network(wish: Wish) -> Found:
+def timm_network(asked: LibraryRequest) -> LibraryNetwork:
     """Build a network of timm: a name of `timm.list_models`, ``hf-hub:ID`` or ``local-dir:FOLDER``.
 
     Raises:
         InputError: an unknown name, a network without a classifier, or weights that timm cannot load.
     """
     timm = load_library("timm")
-    arguments: dict[str, Any] = {} if wish.n_classes is None else {"num_classes": wish.n_classes}
-    if "in_chans" in wish.options:
-        arguments["in_chans"] = wish.whole_number("in_chans")
-    if ":" not in wish.name:
-        fixed = _timm_size_is_fixed(timm, wish.name)
-        if wish.size and fixed:
-            arguments["img_size"] = wish.size
-    with _asking("timm", wish.spec, _WITHOUT_DOWNLOAD):
-        network = timm.create_model(wish.name, pretrained=wish.pretrained, **arguments)
+    arguments: dict[str, Any] = {} if asked.n_classes is None else {"num_classes": asked.n_classes}
+    if "in_chans" in asked.options:
+        arguments["in_chans"] = asked.whole_number("in_chans")
+    if ":" not in asked.name:
+        fixed = _timm_size_is_fixed(timm, asked.name)
+        if asked.size and fixed:
+            arguments["img_size"] = asked.size
+    with _asking("timm", asked.spec, _WITHOUT_DOWNLOAD):
+        network = timm.create_model(asked.name, pretrained=asked.pretrained, **arguments)
     if not network.num_classes:
-        raise InputError(f"model: {wish.spec} has no classifier; choose a network with one")
+        raise InputError(f"model: {asked.spec} has no classifier; choose a network with one")
     data = timm.data.resolve_model_data_config(network)
     n_channels, height, width = data["input_size"]
     n_channels = arguments.get("in_chans", n_channels)
@@ -91,8 +91,10 @@ def timm_network(wish: Wish) -> Found:
     interpolation: Interpolation = (
         data["interpolation"] if data["interpolation"] in ("nearest", "bilinear") else "bicubic"
     )
-    shape = (n_channels, wish.size or height, wish.size or width)
-    return Found(Preprocessed(network, shape, means, stds, interpolation=interpolation), _timm_classes(timm, network))
+    shape = (n_channels, asked.size or height, asked.size or width)
+    return LibraryNetwork(
+        Preprocessed(network, shape, means, stds, interpolation=interpolation), _timm_classes(timm, network)
+    )
 
 
 def _timm_size_is_fixed(timm: Any, name: str) -> bool:
@@ -123,7 +125,7 @@ def _timm_classes(timm: Any, network: Any) -> tuple[str, ...] | None:
 
 
 # --------------------------------------------------------------------------------------------------- torchvision
-def torchvision_network(wish: Wish) -> Found:
+def torchvision_network(asked: LibraryRequest) -> LibraryNetwork:
     """Build a classifier of `torchvision.models`; its option "weights" names an entry such as IMAGENET1K_V2.
 
     Raises:
@@ -131,28 +133,28 @@ def torchvision_network(wish: Wish) -> Found:
     """
     models = load_library("torchvision.models")
     known = models.list_models(module=models)
-    if wish.name not in known:
-        raise InputError(f"model: {unknown_name(wish.name, known, 'classifier of torchvision')}")
-    entries = models.get_model_weights(wish.name)
-    chosen = wish.options.get("weights", entries.DEFAULT.name)
+    if asked.name not in known:
+        raise InputError(f"model: {unknown_name(asked.name, known, 'classifier of torchvision')}")
+    entries = models.get_model_weights(asked.name)
+    chosen = asked.options.get("weights", entries.DEFAULT.name)
     if chosen not in entries.__members__:
-        raise InputError(f"model: {wish.spec}: {unknown_name(chosen, list(entries.__members__), 'entry of weights')}")
+        raise InputError(f"model: {asked.spec}: {unknown_name(chosen, list(entries.__members__), 'entry of weights')}")
     entry = entries[chosen]
     own = entry.transforms()
-    size = wish.size or own.crop_size[0]
-    arguments: dict[str, Any] = {"weights": entry} if wish.pretrained else {}
-    if wish.n_classes is not None:
-        arguments["num_classes"] = wish.n_classes
-    if wish.name.startswith("vit_"):
+    size = asked.size or own.crop_size[0]
+    arguments: dict[str, Any] = {"weights": entry} if asked.pretrained else {}
+    if asked.n_classes is not None:
+        arguments["num_classes"] = asked.n_classes
+    if asked.name.startswith("vit_"):
         arguments["image_size"] = size  # its position embeddings have one size
-    with _asking("torchvision", wish.spec, _WITHOUT_DOWNLOAD):
-        network = models.get_model(wish.name, **arguments)
+    with _asking("torchvision", asked.spec, _WITHOUT_DOWNLOAD):
+        network = models.get_model(asked.name, **arguments)
     wrapped = Preprocessed(network, (3, size, size), own.mean, own.std, interpolation=own.interpolation.value)
-    return Found(wrapped, distinct(entry.meta["categories"]))
+    return LibraryNetwork(wrapped, distinct(entry.meta["categories"]))
 
 
 # --------------------------------------------------------------------------------------------------- transformers
-def hf_network(wish: Wish) -> Found:
+def hf_network(asked: LibraryRequest) -> LibraryNetwork:
     """Build an image classifier of transformers: an ID of the hub, or a folder written by `save_pretrained`.
 
     The image processor is needed too: it defines the preprocessing. No code of the repository runs.
@@ -162,29 +164,29 @@ def hf_network(wish: Wish) -> Found:
             crop, scale and normalise.
     """
     transformers = load_library("transformers")
-    place = {"trust_remote_code": False, "revision": wish.options.get("revision", "main")}
-    with _asking("transformers", wish.spec, "give an ID of the hub, or a folder with network and image processor"):
-        config = transformers.AutoConfig.from_pretrained(wish.name, **place)
-        processor = transformers.AutoImageProcessor.from_pretrained(wish.name, **place)
-        if wish.n_classes is not None:
-            config.num_labels = wish.n_classes
-        if wish.size is not None and hasattr(config, "image_size"):
-            config.image_size = wish.size
-        network = _hf_module(transformers.AutoModelForImageClassification, wish, config, place)
-        wrapped = _hf_preprocessed(network, processor.to_dict(), config, wish.size)
-        _check_processor(processor, wrapped, wish.spec)
+    place = {"trust_remote_code": False, "revision": asked.options.get("revision", "main")}
+    with _asking("transformers", asked.spec, "give an ID of the hub, or a folder with network and image processor"):
+        config = transformers.AutoConfig.from_pretrained(asked.name, **place)
+        processor = transformers.AutoImageProcessor.from_pretrained(asked.name, **place)
+        if asked.n_classes is not None:
+            config.num_labels = asked.n_classes
+        if asked.size is not None and hasattr(config, "image_size"):
+            config.image_size = asked.size
+        network = _hf_module(transformers.AutoModelForImageClassification, asked, config, place)
+        wrapped = _hf_preprocessed(network, processor.to_dict(), config, asked.size)
+        _check_processor(processor, wrapped, asked.spec)
     names = [str(config.id2label[index]) for index in range(config.num_labels)]
-    return Found(wrapped, None if all(map(_PLACEHOLDER.fullmatch, names)) else distinct(names))
+    return LibraryNetwork(wrapped, None if all(map(_PLACEHOLDER.fullmatch, names)) else distinct(names))
 
 
-def _hf_module(factory: Any, wish: Wish, config: Any, place: Mapping[str, Any]) -> nn.Module:
-    if not wish.pretrained:
+def _hf_module(factory: Any, asked: LibraryRequest, config: Any, place: Mapping[str, Any]) -> nn.Module:
+    if not asked.pretrained:
         made: nn.Module = factory.from_config(config, trust_remote_code=False)
         return made.float()
-    network, loading = factory.from_pretrained(wish.name, config=config, output_loading_info=True, **place)
+    network, loading = factory.from_pretrained(asked.name, config=config, output_loading_info=True, **place)
     if loading["missing_keys"]:
         raise InputError(
-            f"model: {wish.spec} has no weights for {sorted(loading['missing_keys'])[0]}, so its answers would be "
+            f"model: {asked.spec} has no weights for {sorted(loading['missing_keys'])[0]}, so its answers would be "
             "random; choose a network that was trained to classify"
         )
     kept: nn.Module = network.float()  # configs may ask for half precision, but images come in float32

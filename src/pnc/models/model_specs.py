@@ -1,13 +1,9 @@
 """Networks from model specs, with their weights, the names of their outputs and the shape of their images."""
 
-import importlib
-import importlib.util
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,20 +11,23 @@ from torch import nn
 
 from pnc.foundation.class_names import check_class_names, listed, unknown_name
 from pnc.foundation.errors import InputError, MismatchError, RecordingError
+from pnc.foundation.network_state import like_images
+from pnc.foundation.plain_text import few_names
 from pnc.foundation.specs import split_spec
 from pnc.foundation.tensor_files import write_tensors
-from pnc.graph.recording import pick_logits
+from pnc.graph.logits import pick_logits
 from pnc.models.library_networks import (
     HF_OPTIONS,
     TIMM_OPTIONS,
     TORCHVISION_OPTIONS,
-    Found,
-    Wish,
+    LibraryNetwork,
+    LibraryRequest,
     hf_network,
     timm_network,
     torchvision_network,
 )
 from pnc.models.preprocessing import Preprocessed, checked_shape, shape_text
+from pnc.models.python_functions import called, python_function
 from pnc.models.reference_networks import Shape, cnn, mobilenetv2, resnet, vit_tiny
 from pnc.models.weight_files import FORMAT, VERSION, check_fit, load_tensors, read_weights
 
@@ -52,12 +51,22 @@ class LoadedModel:
     input_shape: Shape
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        accuracy = self.facts.get("test_accuracy")
+        known = f", test accuracy {accuracy:.3f}" if isinstance(accuracy, float) else ""
+        return (
+            f"LoadedModel({self.spec}: images {shape_text(self.input_shape)} to {len(self.classes)} classes, "
+            f"{few_names(self.classes)}{known})"
+        )
+
 
 def load_model(
     spec: str,
     weights: str | Path | None = None,
     classes: Sequence[str] | None = None,
     input_shape: Sequence[int] | None = None,
+    *,
+    unnamed: bool = False,
 ) -> LoadedModel:
     """Build the network that a spec names, with weights from a file or its library, or random ones.
 
@@ -82,6 +91,7 @@ def load_model(
             are classes.
         classes: Names of the outputs, in order; by default those in the file, or of the library.
         input_shape: (C, H, W) of the images; by default the one in the file, or of the library's config.
+        unnamed: Number the outputs where nothing names them, instead of an error.
 
     Raises:
         InputError: an unknown spec, option or name, a missing path or package, a library that cannot load its weights,
@@ -91,7 +101,7 @@ def load_model(
     """
     path = Path(spec) if spec.endswith(".safetensors") else None
     if path is None and weights is None:
-        return _built(spec, classes, input_shape, seed=0, pretrained=True)
+        return _built(spec, classes, input_shape, seed=0, pretrained=True, unnamed=unnamed)
     if path is not None and weights is not None:
         raise InputError(
             f"weights: {spec} is already a file of weights; give weights= only with another spec, such as zoo:..."
@@ -107,7 +117,7 @@ def load_model(
                 f"classes: {len(classes)} names given for the {len(known)} outputs of {own}: {listed(known)}"
             )
         names, shape = known if classes is None else classes, input_shape or facts.get("input_shape")
-        model = build_model(own, names, shape, like=shapes)
+        model = _built(own, names, shape, seed=0, pretrained=False, unnamed=unnamed, like=shapes)
         check_fit(_inner(model.module), shapes)
         built.append(model)
 
@@ -155,7 +165,7 @@ def build_model(
     Raises:
         InputError, MismatchError: as `load_model`.
     """
-    return _built(spec, classes, input_shape, seed, False, like)
+    return _built(spec, classes, input_shape, seed, False, like=like)
 
 
 def _built(
@@ -164,6 +174,7 @@ def _built(
     input_shape: Sequence[int] | None,
     seed: int,
     pretrained: bool,
+    unnamed: bool = False,
     like: Mapping[str, torch.Tensor] | None = None,
 ) -> LoadedModel:
     scheme, name, options = split_spec(spec, "model")
@@ -172,18 +183,25 @@ def _built(
         raise InputError(f"model: {spec!r} is of no known kind; expected {known} or a .safetensors file of pnc")
     names = None if classes is None else check_class_names(classes, "classes")
     shape = None if input_shape is None else checked_shape(input_shape)
-    request = _Request(spec, name, options, names, shape, has_own_weights(spec) and pretrained)
+    request = _Request(spec, name, options, names, shape, has_own_weights(spec) and pretrained, unnamed)
     with torch.random.fork_rng(devices=[]):
         if scheme == "zoo":  # whatever a file says, it takes neither memory nor time yet
             with torch.device("meta"):
                 tried = _build_zoo(request)
             if like is not None:
                 check_fit(tried.module, like)
-            _check_outputs(tried)
+            n_outputs = _check_outputs(tried)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the accelerators
         model = _SCHEMES[scheme](request)
         if scheme != "zoo":
-            _check_outputs(model)
+            n_outputs = _check_outputs(model)
+    if unnamed and names is None and n_outputs != len(model.classes):
+        return replace(model, classes=tuple(map(str, range(n_outputs))))
+    if n_outputs != len(model.classes):
+        raise MismatchError(
+            f"classes: {model.spec} has {n_outputs} outputs, but {len(model.classes)} names were given; "
+            "give one per output"
+        )
     return model
 
 
@@ -214,6 +232,10 @@ def save_model(model: LoadedModel, path: str | Path, facts: Mapping[str, Any]) -
 
 
 # --------------------------------------------------------------------------------------------------- specs
+_N_UNNAMED = 10
+"""Outputs of a reference network whose number nobody said."""
+
+
 @dataclass(frozen=True)
 class _Request:
     """A parsed model spec with what the caller knows; `classes` and `input_shape` are None if not given."""
@@ -224,9 +246,12 @@ class _Request:
     classes: tuple[str, ...] | None
     input_shape: Shape | None
     pretrained: bool
+    unnamed: bool = False
 
     def known_classes(self, own: Sequence[str] | None = None) -> tuple[str, ...]:
-        """Return the given names, or else the network's own; an InputError if there are none."""
+        """Return the names that were given, else the network's own; an InputError where there are none."""
+        if self.classes is None and own is None and self.unnamed:
+            return tuple(map(str, range(_N_UNNAMED)))
         if self.classes is None and own is None:
             raise InputError(f"classes: {self.spec} does not name its outputs; give their names in order as classes=")
         return check_class_names(own or (), "classes") if self.classes is None else self.classes
@@ -279,42 +304,14 @@ def _number(key: str, text: str, limit: int, whole: bool) -> float:
 
 
 def _build_py(request: _Request) -> LoadedModel:
-    place, _, name = request.name.rpartition(":")
-    relative = place.startswith(".") and not place.endswith(".py")
-    if not place or relative or request.options:
+    if request.options:
         raise InputError(f"model: expected py:MODULE:FUNCTION or py:FILE.py:FUNCTION, got {request.spec!r}")
-    function = getattr(_imported(place), name, None)
-    if not callable(function):
-        raise InputError(f"model: there is no function {name!r} in {place}")
-    classes = request.known_classes()
-    try:
-        inspect.signature(function).bind()
-    except TypeError as error:
-        raise InputError(f"model: {name} in {place}: {error}; give a function that takes no arguments") from error
-    except ValueError:  # a function in C without a signature: the call will show
-        pass
-    network = function()
-    if not isinstance(network, nn.Module):
-        raise InputError(f"model: {request.spec} returned {type(network).__name__}; expected a torch.nn.Module")
+    function, classes = python_function(request.name, request.spec), request.known_classes()
+    network = called(function, request.spec)
     return LoadedModel(network.eval(), request.spec, classes, request.known_shape(network))
 
 
-def _imported(place: str) -> ModuleType:
-    try:
-        if not place.endswith(".py"):
-            return importlib.import_module(place)
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        assert spec is not None and spec.loader is not None  # because of the suffix .py
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except (ImportError, SyntaxError, OSError) as error:
-        raise InputError(
-            f"model: cannot import {place}: {error}; give an importable module, or the path of a .py file"
-        ) from error
-    return module
-
-
-_LIBRARIES: dict[str, tuple[Callable[[Wish], Found], Sequence[str]]] = {
+_LIBRARIES: dict[str, tuple[Callable[[LibraryRequest], LibraryNetwork], Sequence[str]]] = {
     "timm": (timm_network, TIMM_OPTIONS),
     "torchvision": (torchvision_network, TORCHVISION_OPTIONS),
     "hf": (hf_network, HF_OPTIONS),
@@ -328,7 +325,7 @@ def _build_from_library(request: _Request) -> LoadedModel:
         if key not in known:
             raise InputError(f"model: {scheme}: {unknown_name(key, known, 'option')}")
     n_classes = None if request.classes is None or request.pretrained else len(request.classes)
-    found = build(Wish(request.spec, request.name, request.options, request.pretrained, n_classes))
+    found = build(LibraryRequest(request.spec, request.name, request.options, request.pretrained, n_classes))
     network = found.network.eval()
     return LoadedModel(network, request.spec, request.known_classes(found.classes), request.known_shape(network))
 
@@ -348,10 +345,9 @@ _SCHEMES: dict[str, Callable[[_Request], LoadedModel]] = {
 }
 
 
-def _check_outputs(model: LoadedModel) -> None:
-    """Run the network once, to refuse a wrong image shape or number of class names at once."""
-    parameter = next(model.module.parameters(), torch.empty(0))
-    images = torch.zeros(2, *model.input_shape, dtype=parameter.dtype, device=parameter.device)
+def _check_outputs(model: LoadedModel) -> int:
+    """Run the network once: if it cannot take its images, say so now; the number of its outputs."""
+    images = torch.zeros(2, *model.input_shape).to(like_images(model.module))
     try:
         with torch.no_grad():
             output = model.module(images)
@@ -364,11 +360,7 @@ def _check_outputs(model: LoadedModel) -> None:
         logits = pick_logits(output)
     except RecordingError as error:
         raise InputError(f"model: {model.spec}: {error}") from error
-    if logits.shape[1] != len(model.classes):
-        raise MismatchError(
-            f"classes: {model.spec} has {logits.shape[1]} outputs, but {len(model.classes)} names were given; "
-            "give one per output"
-        )
+    return logits.shape[1]
 
 
 def _own_spec(path: Path, facts: Mapping[str, Any]) -> str:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from reprlib import repr as shortened
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pnc.data.image_store import MAX_IMAGE
+from pnc.data.normalization import Normalization
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import InputError
 from pnc.models.reference_networks import Shape
@@ -32,6 +33,11 @@ class Preprocessed(nn.Module):
     4. Red and blue swapped, for networks that take blue first.
     5. (images - mean) / std for each channel.
 
+    With `given` the images are not in [0, 1]: another network's loader has normalized them, and that is undone first.
+    So a target stays as it is in production, with its own loader, and the source alone is wrapped:
+    ``Preprocessed(source, (3, 128, 128), mean, std, given=Normalization(target_mean, target_std))``. Where that leaves
+    nothing to do, as both are normalized alike and neither colours nor size change, images pass as they are.
+
     Mean, standard deviation and the rest are in the state dict, and so in the fingerprint: a clone is refused where a
     network comes with another preprocessing than the one that it was made with.
 
@@ -42,19 +48,23 @@ class Preprocessed(nn.Module):
         std: Likewise; above 0. Pixels from 0 to 255, for example, are what a network gets by ``std=1 / 255``.
         interpolation: "nearest", "bilinear" or "bicubic".
         blue_first: The network takes channels in the order blue, green, red.
+        given: How the images that come were normalized, if they were; numbers for each channel are for the channels
+            that come.
 
     Raises:
         InputError: an argument is not as above. When called: images whose channels are neither the network's number
-            nor 1 or 3 where it takes 3 or 1.
+            nor 1 or 3 where it takes 3 or 1, or nor those that `given` has numbers for.
 
     >>> wrapped = Preprocessed(nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 2)), (3, 4, 4), mean=0.5, std=0.25)
     >>> wrapped(torch.rand(5, 1, 8, 8)).shape
     torch.Size([5, 2])
     """
 
-    image_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    image_range: tuple[float, float] | None = (0.0, 1.0)
     mean: Tensor | None
     std: Tensor | None
+    given_mean: Tensor | None
+    given_std: Tensor | None
     pipeline: Tensor
 
     def __init__(
@@ -66,6 +76,7 @@ class Preprocessed(nn.Module):
         *,
         interpolation: Interpolation = "bilinear",
         blue_first: bool = False,
+        given: Normalization | None = None,
     ) -> None:
         super().__init__()
         check_module(network, "network")
@@ -76,19 +87,29 @@ class Preprocessed(nn.Module):
         self.input_shape = checked_shape(input_shape)
         self.interpolation: Interpolation = interpolation
         self.blue_first = blue_first
-        means, stds = (_per_channel(v, self.input_shape[0], name) for v, name in ((mean, "mean"), (std, "std")))
-        if min(stds) <= 0:
-            raise InputError(f"std: expected numbers above 0, got {min(stds):g}")
+        means, stds = Normalization(mean, std).per_channel(self.input_shape[0])
+        if given is not None and not isinstance(given, Normalization):
+            raise InputError(f"given: expected pnc.Normalization(mean, std), got {type(given).__name__}")
+        if given is not None:
+            self.image_range = None  # what another loader's interpolation leaves beyond black and white is as good
+        self._alike = given is not None and _same(given, means, stds)
         like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
         self.register_buffer("mean", _column(means, like) if any(means) else None)
         self.register_buffer("std", _column(stds, like) if set(stds) != {1.0} else None)
+        for name, values in (("given_mean", given and given.mean), ("given_std", given and given.std)):
+            # Absent where nothing is given: then the state dict, and so the fingerprint, is as it always was.
+            self.register_buffer(name, None if given is None else _column(_numbers(values), like))
         facts = [*self.input_shape, known.index(interpolation), int(blue_first)]
         self.register_buffer("pipeline", torch.tensor(facts, device=like.device))  # for the fingerprint alone
 
     def forward(self, images: Tensor) -> Any:
-        """Give what the network gives for images in [0, 1], (B, C, H, W)."""
+        """Give what the network gives for images (B, C, H, W), in [0, 1] or normalized as `given` says."""
         n_channels, *size = self.input_shape
         n_given = images.shape[1]
+        if self._alike and list(images.shape[1:]) == [n_channels, *size] and not self.blue_first:
+            return self.network(images)
+        if self.given_mean is not None and self.given_std is not None:
+            images = self._undone(images, self.given_mean, self.given_std)
         if n_given != n_channels and {n_given, n_channels} != {1, 3}:
             raise InputError(f"images: of {n_given} channels cannot be made the {n_channels} that the network takes")
         if n_given > n_channels:
@@ -105,6 +126,13 @@ class Preprocessed(nn.Module):
         if self.std is not None:
             images = images / self.std
         return self.network(images)
+
+    def _undone(self, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        if len(mean) not in (1, images.shape[1]) or len(std) not in (1, images.shape[1]):
+            raise InputError(
+                f"images: of {images.shape[1]} channels, but given= says how {max(len(mean), len(std))} are normalized"
+            )
+        return images * std + mean
 
     def _resized(self, images: Tensor, size: list[int]) -> Tensor:
         if self.interpolation == "nearest":
@@ -140,13 +168,15 @@ def shape_text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "a scalar"
 
 
-def _per_channel(values: float | Sequence[float], n_channels: int, argument: str) -> list[float]:
-    numbers = [values] * n_channels if isinstance(values, int | float) else list(values)
-    fine = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
-    if not fine or len(numbers) != n_channels:
-        raise InputError(f"{argument}: expected one number, or one for each of {n_channels} channels; got {values!r}")
-    return [float(number) for number in numbers]
+def _same(given: Normalization, means: Sequence[float], stds: Sequence[float]) -> bool:
+    """Whether images were normalized as the network wants it, channel by channel."""
+    pairs = ((_numbers(given.mean), means), (_numbers(given.std), stds))
+    return all(tuple(own) in (tuple(wanted), tuple(wanted)[:1] * (len(set(wanted)) == 1)) for own, wanted in pairs)
 
 
-def _column(values: list[float], like: Tensor) -> Tensor:
+def _numbers(values: Any) -> Sequence[float]:
+    return [values] if isinstance(values, int | float) else list(values)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pnc.data.image_set import ImageSet, images_as_float, relabel
+from pnc.foundation.argument_checks import MAX_THREADS, came
 from pnc.foundation.errors import FileFormatError, InputError
 from pnc.foundation.file_writing import check_place, path_text
 from pnc.foundation.specs import split_spec
@@ -62,18 +63,18 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("epochs", 1, math.inf),
-            ("batch_size", 2, math.inf),  # BatchNorm needs two
-            ("lr", 1e-9, math.inf),
-            ("weight_decay", 0, math.inf),
+            ("epochs", 1, 10**6),
+            ("batch_size", 2, 10**6),  # BatchNorm needs two
+            ("lr", 1e-9, 1e3),
+            ("weight_decay", 0, 1e3),
             ("label_smoothing", 0, 0.999),
-            ("crop_padding", 0, math.inf),
+            ("crop_padding", 0, 1000),
             ("seed", 0, 2**63 - 1),
-            ("threads", 1, math.inf),
+            ("threads", 1, MAX_THREADS),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise InputError(f"{name}: expected a number from {low} to {high}, got {value}")
+                raise InputError(f"{name}: expected a number from {low:g} to {high:g}; got {came(value)}")
         if self.optimizer not in ("sgd", "adamw"):
             raise InputError(f"optimizer: expected 'sgd' or 'adamw', got {self.optimizer!r}")
         if self.precision not in ("float32", "bfloat16"):
@@ -350,7 +351,7 @@ def _resume(run: _Run, partial: Path) -> None:
     tensors, facts = read_tensors(partial)
     history = facts.get("history")
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
-        raise FileFormatError(f"out: the metadata of {partial} is damaged; remove the file, and training starts anew")
+        raise FileFormatError(f"out: the metadata of {partial} is damaged; remove the file to start training again")
     weights = {name.removeprefix("model/"): tensor for name, tensor in tensors.items() if name.startswith("model/")}
     load_tensors(run.model.module, weights)
     state: dict[int, dict[str, Tensor]] = {}
@@ -359,7 +360,7 @@ def _resume(run: _Run, partial: Path) -> None:
         if part == "optimizer":
             index, _, key = rest.partition("/")
             if not index.isdecimal() or len(index) > 9:
-                raise FileFormatError(f"out: {partial} holds {name[:80]!r}; remove the file, and training starts anew")
+                raise FileFormatError(f"out: {partial} holds {name[:80]!r}; remove the file to start training again")
             state.setdefault(int(index), {})[key] = tensor
     groups = run.optimizer.state_dict()["param_groups"]
     run.optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -36,7 +36,7 @@ def without(segment, spaces, space, unit):
 
 
 class Linear(Net):
-    """No nonlinearity behind the first layer: the first order is exact."""
+    """No nonlinearity after the first layer: the first order is exact."""
 
 
 # -------------------------------------------------------------------------------------------------------------- scores

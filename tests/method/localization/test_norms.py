@@ -7,7 +7,7 @@ from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import compact
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
-from pnc.method.localization.norms import reestimate_statistics, training_norms, tune_norms
+from pnc.method.localization.norms import batch_norms, reestimate_statistics, training_norms, tunable, tune_norms
 from segments import half, network, segment_of
 
 
@@ -162,3 +162,79 @@ def test_flags_come_back_after_an_error():
         raise ZeroDivisionError
     assert part.norm.momentum == momentum
     assert not differences(part, before)
+
+
+class OnePlusWeight(nn.BatchNorm2d):
+    """Multiplies by 1 + weight."""
+
+    def forward(self, x):
+        factor = 1 / (self.num_batches_tracked + 1) if self.momentum is None else self.momentum
+        if self.training:
+            self.num_batches_tracked += 1
+        tensors = self.running_mean, self.running_var, 1 + self.weight, self.bias
+        return nn.functional.batch_norm(x, *tensors, self.training, float(factor), self.eps)
+
+
+class SquaredWeight(OnePlusWeight):
+    def forward(self, x):
+        return super().forward(x) * self.weight[:, None, None]
+
+
+class FixedMomentum(nn.BatchNorm2d):
+    """Collects its statistics in a way of its own."""
+
+    def forward(self, x):
+        tensors = self.running_mean, self.running_var, self.weight, self.bias
+        return nn.functional.batch_norm(x, *tensors, self.training, 0.1, self.eps)
+
+
+class WithActivation(nn.BatchNorm2d):
+    """As timm's: the norm, then an activation."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class NoneOfThese(nn.BatchNorm2d):
+    def forward(self, x):
+        raise TypeError("not so")
+
+
+def with_norm(kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        part = nn.Sequential(nn.Conv2d(3, 4, 3), kind(4)).double().eval()
+        part[1].running_mean.uniform_(-0.5, 0.5)
+        part[1].weight.data.uniform_(0.5, 1.5)
+    return part
+
+
+@pytest.mark.parametrize("kind", [OnePlusWeight, SquaredWeight])
+def test_a_norm_that_uses_its_weight_in_its_own_way_is_not_tuned_and_a_warning_says_so(kind):
+    part, plain = with_norm(kind), with_norm(kind)
+    assert batch_norms(part) == [part[1]] and tunable(batch_norms(part)) == []
+    with pytest.warns(UserWarning, match=f"norm layers of the kind {kind.__name__} use weight and bias in a way"):
+        tune_norms(part, ((images(16), lambda out: out.square().sum()) for _ in range(9)), 9, [images(16)])
+    reestimate_statistics(plain, [images(16)])
+    assert torch.equal(part(images(4)), plain(images(4)))
+    assert torch.equal(part[1].weight, with_norm(kind)[1].weight)
+
+
+@pytest.mark.parametrize("kind", [FixedMomentum, NoneOfThese])
+def test_a_norm_that_collects_statistics_in_its_own_way_keeps_them(kind):
+    part = with_norm(kind)
+    before = {name: tensor.clone() for name, tensor in part.state_dict().items()}
+    assert batch_norms(part) == []
+    reestimate_statistics(
+        nn.Sequential(part[0], part[1], nn.Identity()) if kind is FixedMomentum else part[:1], [images(4)]
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in part.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, WithActivation])
+def test_norms_that_are_understood_are_tuned(kind):
+    part = with_norm(kind)
+    assert tunable(batch_norms(part)) == [part[1]]
+    before = part(images(16)).square().mean()
+    tune_norms(part, ((images(16), lambda out: out.square().mean()) for _ in range(50)), 50, [images(16)])
+    assert part(images(16)).square().mean() < 0.5 * before

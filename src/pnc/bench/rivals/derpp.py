@@ -1,4 +1,4 @@
-"""Dark experience replay++: the base samples are the memory, with the target's logits beside their labels.
+"""Dark experience replay++: the base samples are the memory, with their labels and the target's logits.
 
 Buzzega et al., 2020 (arXiv:2004.07211). In addition to cross-entropy on all samples, the squared distance keeps the
 tuned network's base logits of the memory near the target's. Deviation: batches hold every class equally often, instead

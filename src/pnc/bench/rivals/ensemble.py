@@ -1,4 +1,4 @@
-"""Direct ensemble: both networks run, and the source's logits of the new classes are put beside the target's."""
+"""Direct ensemble: both networks run, and the source's logits of the new classes follow the target's."""
 
 import torch
 from torch import Tensor, nn

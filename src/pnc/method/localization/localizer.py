@@ -18,7 +18,7 @@ from pnc.channels.mac_budget import Costs, masks_within
 from pnc.clones.adapter import Adapter
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.graph.cut_points import LOGITS, extract
-from pnc.method.held_out import source_body
+from pnc.method.held_out import source_body, unscored
 from pnc.method.localization.aim import Aim
 from pnc.method.localization.channel_scores import one_shot_ranking
 from pnc.method.localization.gates import learn_gates
@@ -76,7 +76,7 @@ def localize(
     if density == 1 or not (spaces := channel_spaces(body)).spaces:
         return SourcePart(own_copy(body))
     costs = Costs(body, spaces)
-    seen = task.unscored() if hold_out else task
+    seen = unscored(task) if hold_out else task
     kept = steps.get(_STEP)
     if kept is not None:
         masks = ChannelMasks.from_bytes(kept["masks"].numpy().tobytes(), spaces)

@@ -5,6 +5,8 @@ source's.
 """
 
 import contextlib
+import copy
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pnc.foundation.errors import InputError
+from pnc.foundation.errors import InputError, PNCWarning
 from pnc.foundation.process_team import ALONE, Team
 
 Batch = tuple[Tensor, Callable[[Tensor], Tensor]]
@@ -71,7 +73,8 @@ def tune_norms(
         start: The same segment with other weights and biases of its norms, to start from.
         team: Processes that share every batch; all are given the same.
     """
-    layers = [layer for layer in batch_norms(segment) if layer.affine]
+    layers = tunable(batch_norms(segment))
+    _warn_of_others(batch_norms(segment), layers)
     before = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in layers]
     if start is not None:
         for layer, other in zip(batch_norms(segment), batch_norms(start), strict=True):
@@ -94,8 +97,86 @@ def tune_norms(
 
 
 def batch_norms(segment: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorm layers that keep running statistics."""
-    return [m for m in segment.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    """The BatchNorm layers that keep running statistics as those of torch do.
+
+    Subclasses with a forward of their own are tried: one that collects its statistics in another way keeps them.
+    """
+    layers = [m for m in segment.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    return [layer for layer in layers if _is_torchs(layer) or _collects(layer)]
+
+
+def tunable(layers: Iterable[_BatchNorm]) -> list[_BatchNorm]:
+    """Those of some layers whose scale and shift are `weight` and `bias`: running statistics can stand for these.
+
+    Subclasses with a forward of their own are tried: one may multiply by 1 + weight.
+    """
+    return [layer for layer in layers if layer.affine and (_is_torchs(layer) or _folds(layer))]
+
+
+def _warn_of_others(layers: list[_BatchNorm], tuned: list[_BatchNorm]) -> None:
+    others = {type(layer).__name__ for layer in layers if layer.affine and layer not in tuned}
+    if others:
+        warnings.warn(
+            f"norm layers of the kind {', '.join(sorted(others))} use weight and bias in a way of their own, so their "
+            "scales and shifts are not tuned",
+            PNCWarning,
+            stacklevel=2,
+        )
+
+
+def _is_torchs(layer: _BatchNorm) -> bool:
+    """Whether a layer does what torch's own do, and nothing else."""
+    return type(layer).forward is _BatchNorm.forward and "forward" not in vars(layer)
+
+
+def _tried(layer: _BatchNorm) -> tuple[_BatchNorm, Tensor]:
+    """A copy of a layer with odd weights, in float64, and inputs for it."""
+    copied = copy.deepcopy(layer).cpu().double()
+    n = copied.num_features
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(4, n, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        copied.get_buffer("running_mean").copy_(values[0] - 0.5)
+        copied.get_buffer("running_var").copy_(values[1] + 0.5)
+        if copied.affine:
+            copied.weight.copy_(values[2] + 0.5)
+            copied.bias.copy_(values[3] - 0.5)
+    shape = (
+        (4, n) if isinstance(layer, nn.BatchNorm1d) else (4, n, *[3] * (3 if isinstance(layer, nn.BatchNorm3d) else 2))
+    )
+    return copied, torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@torch.no_grad()
+def _folds(layer: _BatchNorm) -> bool:
+    """Whether other running statistics do the same as another weight and bias, tried on noise."""
+    tuned, x = _tried(layer)
+    weight, bias = tuned.weight.detach().clone(), tuned.bias.detach().clone()
+    tuned.weight.mul_(1.3)
+    tuned.bias.add_(0.2)
+    try:
+        expected = tuned(x)
+        _fold(tuned, weight, bias)
+        return torch.allclose(tuned(x), expected, rtol=1e-9, atol=1e-9)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+
+
+@torch.no_grad()
+def _collects(layer: _BatchNorm) -> bool:
+    """Whether the running statistics become the mean over batches, as `momentum=None` asks for, tried on noise."""
+    copied, x = _tried(layer)
+    try:
+        with _averaging([copied]):
+            copied(x)
+            copied(2 * x + 1)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    mean = (x.mean(dims) + (2 * x + 1).mean(dims)) / 2
+    variance = (x.var(dims) + (2 * x + 1).var(dims)) / 2
+    found = copied.get_buffer("running_mean"), copied.get_buffer("running_var")
+    return torch.allclose(found[0], mean, rtol=1e-9) and torch.allclose(found[1], variance, rtol=1e-9)
 
 
 @contextlib.contextmanager
@@ -106,11 +187,11 @@ def training_norms(segment: nn.Module, team: Team = ALONE) -> Iterator[list[nn.P
         segment: One's own.
         team: Processes that each have a part of every batch; the statistics are those of the whole.
     Yields:
-        Those weights and biases.
+        Those weights and biases, of `tunable` layers.
     """
     layers = batch_norms(segment)
     momenta = [layer.momentum for layer in layers]
-    parameters = [p for layer in layers if layer.affine for p in (layer.weight, layer.bias)]
+    parameters = [p for layer in tunable(layers) for p in (layer.weight, layer.bias)]
     with contextlib.ExitStack() as stack:
         if team.size > 1:
             stack.enter_context(_shared_statistics(layers, team))

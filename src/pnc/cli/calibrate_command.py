@@ -1,0 +1,123 @@
+"""The command that makes clones which were made apart live together: calibrate."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pnc.cli.arguments import (
+    ModelOptions,
+    attach_clones,
+    check_input_shape,
+    check_outputs,
+    check_trained,
+    data_file,
+    draw,
+    load_network,
+    parse_support,
+    read_clone_facts,
+    read_device,
+    use_threads,
+)
+from pnc.cli.options import Data, Device, Json, Names, Seed, Sources, Target, Threads, Weights, write_json
+from pnc.cli.output import say, show_facts
+from pnc.clones.clone_file import save
+from pnc.data.readers import load_data
+from pnc.foundation.class_names import listed
+from pnc.foundation.errors import InputError
+from pnc.method.calibration import calibrate
+
+
+def calibrate_clones(
+    clones: Annotated[list[Path], typer.Argument(help="Clone files, all that will be attached together.")],
+    source: Sources,
+    target: Target,
+    data: Data,
+    out: Annotated[
+        list[Path], typer.Option(help="Folder for the calibrated files; or a file for each clone, given again.")
+    ],
+    support: Annotated[str, typer.Option(help="Images per new / per base class, of the training split.")] = "20/5",
+    background: Annotated[
+        str | None, typer.Option(help="Unlabelled images that the target is used on: data like --data.")
+    ] = None,
+    source_weights: Weights = None,
+    target_weights: Weights = None,
+    source_classes: Names = None,
+    target_classes: Names = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    json_path: Json = None,
+) -> None:
+    """Calibrate clones that were made apart, so that they live together.
+
+    Fits a scale and offsets of each clone, all clones together, on a few images of all classes; writes a file of each.
+    Takes seconds. Repeat it whenever a clone comes or goes: it starts from the uncalibrated clones each time.
+    """
+    asked = ModelOptions("target", target, target_weights, target_classes, device)
+    sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    outputs = _outputs(out, clones)
+    data_files = [data_file(spec) for spec in (data, background) if spec is not None]
+    inputs = [*clones, asked.file, *(one.file for one in sources), *data_files]
+    _check_files(outputs, json_path, inputs)
+    check_trained(asked, *sources)
+    read_device(device)
+    parse_support(support)
+    known = [read_clone_facts(path) for path in clones]
+    images = load_data(data, "train")
+    unlabelled = None if background is None else load_data(background, "train")
+    model = load_network(asked, known[0].base_classes, images.input_shape)
+    check_input_shape(images, model)
+    net = attach_clones(known, sources, model)
+    new = net.classes[len(model.classes) :]
+    drawn = draw(images, new, model.classes, support, seed)
+    with use_threads(threads):
+        found = calibrate(net, drawn, background=unlabelled)
+    for facts, name, path in zip(known, net.clones, outputs, strict=True):
+        path.parent.mkdir(exist_ok=True)
+        save(net.clone(name), path, facts.all["kind"])
+    losses = {"loss_before": found.loss_before, "loss_after": found.loss_after}
+    scales = {name: scalars.scale for name, scalars in found.scalars.items()}
+    shared = {"clones": list(net.clones), "out": [*map(str, outputs)], **losses, "scales": scales}
+    write_json(json_path, {**shared, "n_images": found.n_images, "has_base": found.has_base})
+    show_facts(
+        {
+            "clones": ", ".join(net.clones),
+            "images": str(found.n_images),
+            "log-loss": f"{found.loss_before:.4g} before, {found.loss_after:.4g} after",
+            "scales": ", ".join(f"{scale:.3g}" for scale in scales.values()),
+            **({} if found.has_base else {"old against new": "not calibrated, as there was no base image"}),
+        }
+    )
+    for path in outputs:
+        say(f"{path}: written")
+
+
+def _outputs(out: Sequence[Path], clones: Sequence[Path]) -> list[Path]:
+    """The file of each calibrated clone: in a folder, which is made where it is not there, or as they are given."""
+    if len(out) == 1 and (out[0].is_dir() or len(clones) > 1):
+        names = [path.name for path in clones]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise InputError(f"out: two clone files are called {twice[0]}; give --out a file for each")
+        if out[0].exists() and not out[0].is_dir():
+            raise InputError(
+                f"out: {out[0]} is a file; give a folder, or --out a file for each of {len(clones)} clones"
+            )
+        return [out[0] / name for name in names]
+    if len(out) != len(clones):
+        raise InputError(
+            f"out: give one folder or {len(clones)} files, one for each clone; got {listed([*map(str, out)])}"
+        )
+    return list(out)
+
+
+def _check_files(outputs: Sequence[Path], json_path: Path | None, inputs: Sequence[str | Path | None]) -> None:
+    """Check that all files can be written, in the folder that they will be in."""
+    folder = outputs[0].parent
+    if folder.is_dir():
+        named = {"out" if place == 0 else f"out ({place + 1})": path for place, path in enumerate(outputs)}
+        check_outputs({**named, "json": json_path}, inputs)
+    else:
+        check_outputs({"out": folder, "json": json_path}, inputs)

@@ -1,0 +1,72 @@
+"""Images as the command line names them: files, folders, patterns, standard input."""
+
+import glob
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pnc.data.image_files import image_suffixes
+from pnc.foundation.class_names import listed
+from pnc.foundation.errors import InputError
+
+STANDARD_INPUT = "-"
+
+
+@contextmanager
+def image_files(words: Sequence[str]) -> Iterator[Mapping[Path, str]]:
+    """Find the files that words on the command line mean.
+
+    Args:
+        words: Paths of files; folders, whose image files are taken with those of the folders in them; patterns; or "-",
+            standard input: an image, or paths, one a line.
+    Yields:
+        What to call each file, in order; that of standard input is there within the block.
+    Raises:
+        InputError: a folder has no image, a pattern meets no file, or standard input is empty.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[Path, str] = {}
+        for word in words:
+            for path, name in _named(word, Path(folder)):
+                found.setdefault(path, name)
+        yield found
+
+
+def _named(word: str, folder: Path) -> list[tuple[Path, str]]:
+    if word == STANDARD_INPUT:
+        return _from_standard_input(folder)
+    path = Path(word)
+    if path.is_dir():
+        inside = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in image_suffixes())
+        if not inside:
+            raise InputError(f"images: there is no image in {path}; its files end in {_suffixes(path)}")
+        return [(file, str(file)) for file in inside]
+    if not path.exists() and glob.has_magic(word):
+        root = Path(path.anchor or ".")
+        files = sorted(file for file in root.glob(str(path.relative_to(path.anchor))) if file.is_file())
+        if not files:
+            raise InputError(f"images: no file is like {word}; put patterns in quotes, or name files")
+        return [(file, str(file)) for file in files]
+    return [(path, str(path))]
+
+
+def _from_standard_input(folder: Path) -> list[tuple[Path, str]]:
+    """Paths, where standard input is text; else the image that it is."""
+    content = sys.stdin.buffer.read()
+    if not content.strip():
+        raise InputError("images: standard input is empty; give an image, or paths, one a line")
+    lines = [] if b"\0" in content else content.decode(errors="surrogateescape").splitlines()
+    if any(Path(line).exists() for line in lines[:1]):
+        return [one for line in lines if line for one in _named(line, folder)]
+    if lines and lines[0].isprintable() and all(line.isprintable() for line in lines):
+        raise InputError(f"images: there is no file {lines[0]:.200}, which standard input names")
+    path = folder / "standard input"
+    path.write_bytes(content)
+    return [(path, STANDARD_INPUT)]
+
+
+def _suffixes(folder: Path) -> str:
+    found = sorted({file.suffix or "(no suffix)" for file in folder.rglob("*") if file.is_file()})
+    return listed(found, 5)

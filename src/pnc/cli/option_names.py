@@ -1,0 +1,78 @@
+"""Messages of the library in the words of the command line: arguments become options."""
+
+import re
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import typer.core
+
+from pnc.foundation.errors import PNCError
+
+_ELSEWHERE = {"base_classes": "target_classes", "json": "json_path", "input-shape": "input_shape", "spec": "data"}
+"""Arguments of the library, and first words of messages, that commands call otherwise."""
+
+
+class Commands(typer.core.TyperGroup):
+    """A group of commands whose errors name options, as their user typed them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; an error of the library comes out of it with other words."""
+        try:
+            return super().invoke(ctx)
+        except PNCError as error:
+            command = self.get_command(ctx, ctx.invoked_subcommand) if ctx.invoked_subcommand else None
+            if command is None or isinstance(command, Commands):
+                raise
+            raise type(error)(as_options(str(error), options_of(command.params), sys.argv)) from error
+
+
+def options_of(parameters: Iterable[Any]) -> dict[str, str]:
+    """The options of a command by the names of its parameters; what is given without a name is none."""
+    return {one.name: one.opts[0] for one in parameters if one.opts[0].startswith("--")}
+
+
+def as_options(message: str, options: Mapping[str, str], given: Collection[str] = ()) -> str:
+    """Write a message with options in the place of arguments.
+
+    The first word, and the first two where they are a role and what belongs to it, become an option; so does every
+    `argument=` further on.
+
+    Args:
+        message: Of an error of the library.
+        options: By parameter of the command.
+        given: The words of the command line: weights that nobody gave are those of the network's own file.
+
+    >>> as_options("max_macs=0.1: the cheapest adds more", {"max_macs": "--max-macs"})
+    '--max-macs 0.1: the cheapest adds more'
+    >>> as_options("source: classes: 4 is given twice", {"source": "--source", "source_classes": "--source-classes"})
+    '--source-classes: 4 is given twice'
+    """
+    start = re.match(r"(?P<role>[a-z]+): (?P<what>[a-z_]+)(?=:)", message)
+    role = ""
+    if start and (own := _own_option(start["role"], start["what"], options, given)):
+        message, role = own + message[start.end() :], start["role"]
+    elif found := re.match(r"([a-z_-]+)(?=[:=]|'s | has | names | must )", message):
+        option = _option(found[1], options)
+        role = found[1] if f"{found[1]}_classes" in options else ""
+        if option and (message[found.end()] in ":=" or "_" in found[1]):
+            message = option + message[found.end() :]
+
+    def renamed(found: re.Match[str]) -> str:
+        option = options.get(f"{role}_{found[1]}") or _option(found[1], options)
+        return f"{option}{' ' if found[2] else ''}{found[2]}" if option else found[0]
+
+    return re.sub(r"(?<![\w?&-])-{0,2}([a-z_-]+)=([^\s,;:)]*)", renamed, message)
+
+
+def _option(name: str, options: Mapping[str, str]) -> str | None:
+    key = _ELSEWHERE.get(name, name)
+    return options.get(key) or options.get(key.replace("-", "_"))
+
+
+def _own_option(role: str, what: str, options: Mapping[str, str], given: Collection[str]) -> str | None:
+    """The option for what belongs to a network, such as its classes."""
+    own = options.get(f"{role}_{what}")
+    if own is not None:
+        return own if what != "weights" or own in given else None
+    return options.get(what) if role not in options else None

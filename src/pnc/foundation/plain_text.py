@@ -1,0 +1,33 @@
+"""Values as text for people: names and what they are, on one screen."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+WIDTH = 80
+MAX_NAMES = 8
+
+
+def facts_text(title: str, facts: Mapping[str, str]) -> str:
+    """A title, and below it one name and value a line; a long value goes on below itself.
+
+    >>> print(facts_text("Clone", {"name": "cats", "density": "0.5"}))
+    Clone
+      name     cats
+      density  0.5
+    """
+    width = max(map(len, facts), default=0) + 4
+    lines = [title]
+    for name, value in facts.items():
+        first, *more = textwrap.wrap(value, max(WIDTH - width, 20), break_long_words=False) or [""]
+        lines.append(f"  {name}".ljust(width) + first)
+        lines += [" " * width + line for line in more]
+    return "\n".join(lines)
+
+
+def few_names(names: Sequence[str], limit: int = MAX_NAMES) -> str:
+    """The first names, and how many there are in all.
+
+    >>> few_names(["a", "b", "c"], 2)
+    'a, b, ... (3)'
+    """
+    return ", ".join(names) if len(names) <= limit else f"{', '.join(names[:limit])}, ... ({len(names)})"

@@ -1,0 +1,247 @@
+"""Forward prints: what a network does with its weights, as a digest of its recorded graph and a few answers.
+
+A fingerprint names the weights and nothing of the forward pass: another activation, epsilon or order of outputs leaves
+it as it is. The answers decide; the digest says where two forward passes differ.
+"""
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+
+from pnc.foundation.fingerprints import plain_state
+from pnc.foundation.tensor_bits import dtype_name
+from pnc.graph.nodes import family, info
+from pnc.graph.recording import Recording
+
+N_ANSWERS, N_IMAGES = 16, 3
+MAX_OPERATIONS = 4000
+CLOSE, FAR = 1e-4, 1e-2
+"""Differences of answers, relative to the largest, that are still of one function: where the graphs differ, and where
+they are equal, so that only rounding can be the cause: on GPUs products may be rounded to eleven bits (TF32)."""
+
+_EVAL_ONLY = frozenset({"training", "inplace", "momentum", "p"})
+_PLAIN = bool, int, float, complex, str, type(None)
+
+
+@dataclass(frozen=True)
+class ForwardPrint:
+    """What a network does.
+
+    Attributes:
+        operations: For each operation of the graph its name and four hex digits of all there is to say of it: settings,
+            constants, and which results and weights it takes; `relu:0a1b`. Empty for graphs that are too long.
+        digest: Of all of them, 32 hex digits. Nothing in it depends on names of nodes.
+        answers: Logits of a fixed pattern, (3, K), or, of many classes, sixteen weighted sums of them; row by row.
+    """
+
+    operations: tuple[str, ...]
+    digest: str
+    answers: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ForwardDifference:
+    """How a network's forward pass differs from the expected one.
+
+    Attributes:
+        text: In words.
+        is_other: Whether it is another function, or only written in another way.
+    """
+
+    text: str
+    is_other: bool
+
+
+def forward_print(model: nn.Module, recording: Recording) -> ForwardPrint:
+    """Compute the forward print of a network and its recording."""
+    lines = _lines(model, recording)
+    operations = tuple(f"{name}:{_hex(line, 4)}" for name, line in lines)
+    digest = _hex("\n".join(line for _, line in lines), 32)
+    return ForwardPrint(operations if len(operations) <= MAX_OPERATIONS else (), digest, _answers(recording))
+
+
+def forward_difference(
+    found: ForwardPrint, expected: ForwardPrint, *, weights: bool = True
+) -> ForwardDifference | None:
+    """Compare two forward prints; None where they are of one function, written in one way.
+
+    Args:
+        found: Of the network at hand.
+        expected: Of the one that it should be.
+        weights: Whether both have the same weights; otherwise their answers say nothing, and graphs must be equal.
+    """
+    where = None if found.digest == expected.digest else _first_difference(found, expected)
+    if not weights:
+        return None if where is None else ForwardDifference(where, True)
+    gap = answers_gap(found.answers, expected.answers)
+    if gap > (FAR if where is None else CLOSE):
+        answers = f"its answers to a test pattern differ by {gap:.2g} of the largest"
+        return ForwardDifference(answers if where is None else f"{where}, and {answers}", True)
+    return None if where is None else ForwardDifference(where, False)
+
+
+def answers_gap(found: tuple[float, ...], expected: tuple[float, ...]) -> float:
+    """Largest difference of two lists of answers, as a share of the largest answer."""
+    if len(found) != len(expected):
+        return math.inf
+    scale = max(map(abs, expected), default=0.0)
+    return max((abs(a - b) for a, b in zip(found, expected, strict=True)), default=0.0) / max(scale, 1e-6)
+
+
+def _first_difference(found: ForwardPrint, expected: ForwardPrint) -> str:
+    ours, theirs = found.operations, expected.operations
+    for place, (one, other) in enumerate(zip(ours, theirs, strict=False)):
+        if one != other:
+            name, expected_name = one.partition(":")[0], other.partition(":")[0]
+            what = (
+                f"{name} where {expected_name} was"
+                if name != expected_name
+                else f"{name} with other settings or inputs"
+            )
+            return f"the graph differs: operation {place + 1} is {what}"
+    if len(ours) != len(theirs):
+        return f"the graph differs: it has {len(ours)} operations where {len(theirs)} were"
+    return "the graph differs"
+
+
+# ------------------------------------------------------------------------------------------------------------ the graph
+
+
+def _lines(model: nn.Module, recording: Recording) -> list[tuple[str, str]]:
+    """Name and full description of each operation, in the order of the graph."""
+    places = _places(model)
+    numbers: dict[fx.Node, int] = {}
+    lines = []
+    for node in recording.module.graph.nodes:
+        numbers[node] = len(numbers)
+        after = sorted(numbers[other] for other in numbers if other.name in info(node).after)
+        name, own = _described(node, recording.module, places)
+        args = [map_aggregate(value, lambda part: _constant(part, numbers)) for value in (node.args, dict(node.kwargs))]
+        lines.append((name, f"{name} {own} {args} {after} {_sizes(node)}"))
+    return lines
+
+
+def _sizes(node: fx.Node) -> str:
+    shape, dtype = info(node).shape, info(node).dtype
+    return "" if shape is None or dtype is None else f"{list(shape)} {dtype_name(dtype)}"
+
+
+def _described(node: fx.Node, module: fx.GraphModule, places: dict[Any, int]) -> tuple[str, str]:
+    """Name of an operation, and what it is made of beside its arguments."""
+    if node.op == "call_module":
+        layer = module.get_submodule(str(node.target))
+        parts = [f"{type(part).__name__} {_settings(part)}" for part in layer.modules()]
+        tensors = [_tensor(tensor, places) for tensor in [*layer.parameters(), *layer.buffers()]]
+        return _plain(type(layer).__name__), f"{parts} {tensors}"
+    if node.op == "get_attr":
+        owner, _, key = str(node.target).rpartition(".")
+        return "tensor", _tensor(getattr(module.get_submodule(owner), key), places)
+    name = family(node) if node.op in ("call_function", "call_method") else node.op
+    return _plain(name), ""
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\W", "_", name, flags=re.ASCII)[:100] or "_"
+
+
+def _settings(layer: nn.Module) -> list[str]:
+    names = [name for name in layer.__dict__ if not name.startswith("_") and name not in _EVAL_ONLY]
+    values = {name: layer.__dict__[name] for name in sorted(names)}
+    return [f"{name}={_text(value)}" for name, value in values.items() if _is_setting(value)]
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_setting, value))
+    return isinstance(value, (*_PLAIN, torch.dtype)) or callable(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(_text, value))})"
+    if isinstance(value, nn.Module):
+        return type(value).__name__
+    return (
+        repr(value)
+        if isinstance(value, (*_PLAIN, torch.dtype))
+        else str(getattr(value, "__name__", type(value).__name__))
+    )
+
+
+def _constant(value: Any, numbers: dict[fx.Node, int]) -> Any:
+    if isinstance(value, fx.Node):
+        return f"%{numbers[value]}"
+    return "device" if isinstance(value, torch.device) else repr(value)
+
+
+def _places(model: nn.Module) -> dict[Any, int]:
+    """Place in the fingerprint of every tensor that it names, by memory."""
+    found: dict[Any, int] = {}
+    for place, tensor in enumerate(plain_state(model).values()):
+        found.setdefault(_memory(tensor), place)
+    return found
+
+
+def _memory(tensor: Tensor) -> Any:
+    return (tensor.data_ptr(), tuple(tensor.shape)) if tensor.numel() else ("empty", tuple(tensor.shape))
+
+
+def _tensor(tensor: Tensor, places: dict[Any, int]) -> str:
+    """A tensor that the fingerprint names, by its place there; another one by its values, to three digits."""
+    place = places.get(_memory(tensor))
+    if place is not None:
+        return f"#{place}"
+    values = tensor.detach().flatten().cpu()
+    text = (
+        ",".join(f"{value:.3g}" for value in values.double().tolist())
+        if not values.is_complex()
+        else str(values.tolist())
+    )
+    return f"{list(tensor.shape)} {dtype_name(tensor.dtype)} {_hex(text, 16)}"
+
+
+# ---------------------------------------------------------------------------------------------------------- the answers
+
+
+def pattern_images(shape: tuple[int, ...]) -> Tensor:
+    """Images (3, C, H, W) in [0, 1], the same bits everywhere: fine and coarse noise, and a noisy slope."""
+    n_channels, height, width = shape
+    numbers = torch.arange(n_channels * height * width).reshape(shape)
+    fine = _noise(numbers)
+    rows, columns = torch.arange(height) // max(1, height // 4), torch.arange(width) // max(1, width // 4)
+    places = (rows[:, None] * 8 + columns).expand(shape) + 1000 * torch.arange(1, n_channels + 1)[:, None, None]
+    coarse = _noise(places)
+    slope = (torch.arange(width, dtype=torch.float32) / width).expand(shape)
+    return torch.stack([fine, coarse, 0.75 * slope + 0.25 * fine])
+
+
+def _noise(numbers: Tensor) -> Tensor:
+    """Multiples of 2^-16 in [0, 1) that look random, one for each whole number."""
+    mixed = (numbers + 1) * 2654435761 % 4294967296
+    mixed = (mixed ^ (mixed >> 15)) * 1103515245 % 4294967296
+    return ((mixed ^ (mixed >> 13)) % 65536).float() / 65536
+
+
+def answers_of(logits: Tensor) -> tuple[float, ...]:
+    """What a forward print keeps of the logits of the pattern, (3, K)."""
+    kept = logits.detach().double().cpu().nan_to_num()
+    if kept.shape[1] > N_ANSWERS:
+        numbers = torch.arange(kept.shape[1] * N_ANSWERS).reshape(-1, N_ANSWERS)
+        kept = kept @ (2 * _noise(numbers).double() - 1)
+    return tuple(float(f"{value:.7g}") for value in kept.flatten().tolist())
+
+
+@torch.no_grad()
+def _answers(recording: Recording) -> tuple[float, ...]:
+    pattern = pattern_images(recording.input_shape).to(recording.probe.device, recording.probe.dtype)
+    return answers_of(recording.module(pattern))
+
+
+def _hex(text: str, digits: int) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]

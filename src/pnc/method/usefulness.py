@@ -1,0 +1,130 @@
+"""Whether a clone can be of use at all: what both networks make of the support, before any work."""
+
+import math
+import warnings
+from dataclasses import dataclass, replace
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from pnc.foundation.class_names import listed
+from pnc.foundation.errors import PNCWarning
+from pnc.method.task import CloneTask, Network
+
+N_IMAGES = 1000
+"""Images of the support that are looked at, at most."""
+SURPRISE = 0.05
+"""Probability below which a number of right answers is not taken for luck."""
+HARDLY = 1e-3
+"""Standard deviation of logits, or share of their size where that is above 1, below which they say nothing."""
+
+
+@dataclass(frozen=True)
+class Usefulness:
+    """What both networks make of the support.
+
+    Attributes:
+        source_score: Share of the new samples that the source gets right: among the new classes, or, of a single one,
+            among all of its own; None where it has one class only.
+        doubts: In words, each with its figures; empty where all seems well.
+    """
+
+    source_score: float | None
+    doubts: tuple[str, ...]
+
+
+_KNOWN: WeakKeyDictionary[CloneTask, Usefulness] = WeakKeyDictionary()
+"""Each task is looked at once, and doubted once."""
+
+
+def usefulness(task: CloneTask) -> Usefulness:
+    """Say what both networks make of the support, and warn of doubts, when a task is first asked about.
+
+    Called by a public function, so that the warning names its caller's line.
+    """
+    if task not in _KNOWN:
+        _KNOWN[task] = found = _looked_at(task)
+        if found.doubts and task.team.is_main:
+            warnings.warn("; ".join(found.doubts), PNCWarning, stacklevel=4)
+    return _KNOWN[task]
+
+
+def _looked_at(task: CloneTask) -> Usefulness:
+    """Run the source over the new samples and the target over the base ones, and look for signs of a mistake.
+
+    A network is doubted if it is right no more often than chance allows, and so rarely that a useful one would be a
+    surprise: with very few samples neither can be said, and nothing is.
+    """
+    part = _each_image_once(task.reduced(N_IMAGES))
+    labels = part.samples.labels
+    new, base = labels[labels >= task.n_base] - task.n_base, labels[labels < task.n_base]
+    wanted = task.source_ids
+    logits = _logits(part, task.source, labels >= task.n_base)
+    several = len(wanted) > 1
+    answers = logits[:, wanted].argmax(1) if several else logits.argmax(1)
+    truth = new if several else torch.full_like(new, wanted[0])
+    n_choices = len(wanted) if several else len(task.source.classes)
+    score = float((answers == truth).double().mean()) if n_choices > 1 else None
+    doubts = []
+    source_fails = n_choices > 1 and _fails(answers == truth, 1 / n_choices)
+    target_fails = False
+    if len(base) and task.n_base > 1 and not task.n_background:
+        right = _logits(part, task.target, labels < task.n_base).argmax(1) == base
+        target_fails = _fails(right, 1 / task.n_base)
+        if target_fails:
+            doubts.append(_at_chance("target", right, "base", task.n_base, "base_classes"))
+    if source_fails:
+        doubts.insert(0, _at_chance("source", answers == truth, "new", n_choices, "source_classes"))
+    if source_fails and target_fails:
+        doubts.append("are source and target swapped?")
+    spread, size = float(logits[:, wanted].std(0, correction=0).max()), float(logits[:, wanted].abs().max())
+    if spread < HARDLY * max(1.0, size) and len(new) > 1:
+        names = listed(task.new_classes, 3)
+        doubts.append(
+            f"the source's logits of {names} hardly vary over your {len(new)} new samples (standard deviation "
+            f"{spread:.2g}): weights? preprocessing?"
+        )
+    return Usefulness(score, tuple(doubts))
+
+
+def _each_image_once(task: CloneTask) -> CloneTask:
+    """The same task without the copies of its images, such as mirror images."""
+    groups = task.samples.groups
+    first = torch.zeros(len(groups), dtype=torch.bool)
+    first[[int((groups == group).nonzero()[0]) for group in groups.unique()]] = True
+    return replace(task, samples=task.samples.select(first))
+
+
+def _logits(task: CloneTask, network: Network, rows: Tensor) -> Tensor:
+    """What a network says of some samples, (n, K), float32 on the CPU."""
+    images, model, like = task.samples.images.select(rows), network.recording.module, network.recording.probe
+    with torch.no_grad():
+        batches = (images[part] for part in torch.arange(len(images)).split(task.batch_size))
+        return torch.cat([model(batch.to(like.device, like.dtype)).float().cpu() for batch in batches])
+
+
+def _at_chance(role: str, right: Tensor, kind: str, n_choices: int, argument: str) -> str:
+    return (
+        f"the {role} is right on {float(right.double().mean()):.0%} of your {len(right)} {kind} samples; chance is "
+        f"{1 / n_choices:.0%}: order of {argument}? preprocessing? weights?"
+    )
+
+
+def _fails(right: Tensor, chance: float) -> bool:
+    """Whether so few right answers are what chance gives, and what a useful network would hardly give."""
+    n, hits = len(right), int(right.sum())
+    no_better = 1 - _at_most(hits - 1, n, chance) > SURPRISE
+    return no_better and _at_most(hits, n, (1 + chance) / 2) < SURPRISE
+
+
+def _at_most(hits: int, n: int, probability: float) -> float:
+    """Probability of so many hits or fewer among n."""
+    logs = partial(_log_binomial, n=n, probability=probability)
+    return math.fsum(math.exp(logs(k)) for k in range(hits + 1))
+
+
+def _log_binomial(k: int, n: int, probability: float) -> float:
+    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return ways + k * math.log(probability) + (n - k) * math.log1p(-probability)

@@ -1,0 +1,1 @@
+"""What is told to others: a page on what clones do and cost, and model cards. Start with `page`."""

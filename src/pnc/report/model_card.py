@@ -1,0 +1,128 @@
+"""A clone's model card: Markdown for people, with front matter that model hubs read."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pnc.clones.clone import Clone
+from pnc.composite.evaluation import EvaluationReport
+
+FILE = "clone.safetensors"
+"""What a clone's file is called in its folder or repository."""
+
+_MEASURES = {
+    "average_accuracy": "accuracy, mean of base and new classes",
+    "base_accuracy": "accuracy on base classes",
+    "new_accuracy": "accuracy on new classes",
+    "base_drop": "what base classes lost",
+    "leak": "leak: probability that base images give to new classes",
+}
+
+
+def model_card(
+    clone: Clone,
+    kind: str,
+    repository: str,
+    base_models: Sequence[str] = (),
+    licence: str | None = None,
+    evaluation: EvaluationReport | None = None,
+    dataset: str | None = None,
+) -> str:
+    """Write the card of a clone.
+
+    Args:
+        clone: What it is about.
+        kind: "thin" or "full", as it is saved.
+        repository: Where it will be: the ID or the folder that `from_pretrained` is given in the example.
+        base_models: IDs of target and source on the hub, as far as they are there.
+        licence: Identifier, such as "mit"; None leaves it out.
+        evaluation: From `pnc.evaluate`.
+        dataset: Name of the images that it was measured on.
+    """
+    front = _front_matter(clone, base_models, licence, evaluation, dataset)
+    lines = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items())
+    parts = [f"---\n{lines}\n---", *_text(clone, kind, repository, base_models), *_results(evaluation, dataset)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(
+    clone: Clone,
+    base_models: Sequence[str],
+    licence: str | None,
+    evaluation: EvaluationReport | None,
+    dataset: str | None,
+) -> dict[str, Any]:
+    """The values, each JSON, which is YAML too."""
+    facts: dict[str, Any] = {
+        "library_name": "pnc",
+        "pipeline_tag": "image-classification",
+        "tags": ["pnc", "partial-network-cloning"],
+    }
+    if licence is not None:
+        facts["license"] = licence
+    if base_models:
+        facts |= {"base_model": list(base_models), "base_model_relation": "adapter"}
+    if evaluation is not None:
+        metrics = [
+            {"type": "accuracy", "name": name, "value": getattr(evaluation, key)}
+            for key, name in _MEASURES.items()
+            if key.endswith("accuracy")
+        ]
+        result = {
+            "task": {"type": "image-classification"},
+            "dataset": {"type": dataset or "unknown", "name": dataset or "unknown"},
+            "metrics": metrics,
+        }
+        facts["model-index"] = [{"name": clone.name, "results": [result]}]
+    return facts
+
+
+def _text(clone: Clone, kind: str, repository: str, base_models: Sequence[str]) -> list[str]:
+    recipe = clone.recipe
+    holds, needs = "holds what it needs of the source", "needs the source's weights beside it"
+    weights = holds if kind == "full" else needs
+    made_for = f" Made for {' and '.join(base_models)}." if base_models else ""
+    facts: Mapping[str, str] = {
+        "new classes": ", ".join(clone.classes),
+        "base classes": ", ".join(clone.base_classes),
+        "leaves the target at": f"{clone.target_cut.name} ({_shape(clone.target_cut.shape)})",
+        "enters the source at": f"{clone.source_cut.name} ({_shape(clone.source_cut.shape)})",
+        "images": _shape(clone.input_shape),
+        "made from": f"{recipe['n_new_samples']} new, {recipe['n_base_samples']} base images",
+        "held-out score": f"{recipe['score']:.3f} ± {recipe['standard_error']:.3f}",
+        "added multiply-accumulates": f"{recipe['macs_share']:.1%} of the source's",
+        "target's fingerprint": clone.target.weights,
+        "source's fingerprint": clone.source.weights,
+    }
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in facts.items())
+    call = f"pnc.from_pretrained({json.dumps(repository, ensure_ascii=False)}, source=source)"
+    return [
+        f"# {_cell(clone.name)}",
+        f"A clone of `pnc` (partial network cloning): it gives a trained classifier {len(clone.classes)} more "
+        f"{'class' if len(clone.classes) == 1 else 'classes'} and changes none of its bits. The file {weights}."
+        f"{made_for}",
+        f"```python\nimport pnc\n\nclone = {call}\nnet = pnc.attach(target, clone)\nprint(net.classes)\n"
+        'for one in pnc.predict(net, "photos/"):\n    print(one)\nnet.detach(clone.name)  # exact\n```',
+        f"| | |\n|---|---|\n{table}",
+        "It is refused for another target, and for another source, than those of these fingerprints. Where base and "
+        "new classes look alike, images of base classes leak to new ones.",
+    ]
+
+
+def _results(evaluation: EvaluationReport | None, dataset: str | None) -> list[str]:
+    if evaluation is None:
+        return []
+    on = f" of {_cell(dataset)}" if dataset else ""
+    rows = "\n".join(f"| {name} | {getattr(evaluation, key):.3f} |" for key, name in _MEASURES.items())
+    return [f"## Measured\n\nOn {evaluation.n_images:,} images{on}.\n\n| measure | value |\n|---|---|\n{rows}"]
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"
+
+
+def _cell(text: str) -> str:
+    """Text that Markdown shows as it is, also in a table."""
+    for sign in "\\`*_[]<>|":
+        text = text.replace(sign, f"\\{sign}")
+    return text

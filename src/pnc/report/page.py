@@ -1,0 +1,117 @@
+"""The report as one page of HTML that needs nothing else: no script, no font, no other file."""
+
+from collections.abc import Sequence
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pnc.composite.composite import Composite
+from pnc.composite.evaluation import uncalibrated_warning
+from pnc.foundation.errors import InputError
+from pnc.foundation.file_writing import write_file
+from pnc.report.confusion import confusion
+from pnc.report.facts import Facts, collect_facts
+from pnc.report.figures import (
+    Draw,
+    amount,
+    check_drawing,
+    draw_front,
+    draw_networks,
+    draw_reliability,
+    draw_trade,
+    networks_height,
+    png_of,
+    svg_of,
+)
+
+
+def write_report(
+    net: Composite,
+    data: Any,
+    path: str | Path,
+    *,
+    files: Sequence[str | Path] = (),
+    png: str | Path | None = None,
+    batch_size: int = 64,
+) -> None:
+    """Measure a composite and write a report on it: one page of HTML, below 1 MB, to open, keep or send.
+
+    It shows where the clones leave the target and enter their sources, to scale; what they keep; which class is taken
+    for which, before and after, with the images; accuracy of each class, leak, calibration and costs; what was
+    verified; and how to use the files. It needs the extra `report`.
+
+    Args:
+        net: What `pnc.attach` gives, with at least one clone enabled.
+        data: Labelled images that nothing was made from, as for `pnc.evaluate`.
+        path: The file; an existing one is replaced.
+        files: The files of the enabled clones, in their order: the page names them and says how large they are.
+        png: A folder, made where it is not there, for the pictures as PNG files too; None for none.
+        batch_size: Images at a time.
+    Raises:
+        InputError, ClassNameError: as `pnc.evaluate`; InputError also where a package is missing, the number of files
+            is not that of the clones, or a file cannot be written.
+    """
+    check_report()
+    facts = collect_facts(net, data, files, batch_size)
+    if files and len(files) != len(facts.clones):
+        raise InputError(f"files: expected one for each of {len(facts.clones)} enabled clones, got {len(files)}")
+    pictures = _pictures(facts)
+    write_file(path, _rendered(facts, pictures, [Path(file).name for file in files]))
+    if png is not None:
+        Path(png).mkdir(exist_ok=True)
+        for name, (draw, height, _) in pictures.items():
+            write_file(Path(png) / f"{name}.png", png_of(draw, height))
+
+
+def check_report() -> None:
+    """Check that a report can be made, before any work.
+
+    Raises:
+        InputError: jinja2 or matplotlib is not installed.
+    """
+    check_drawing()
+    try:
+        import jinja2  # noqa: F401
+    except ImportError as error:
+        raise InputError(f'report: {error.name} is needed for this; pip install "pnc[report]"') from error
+
+
+def _pictures(facts: Facts) -> dict[str, tuple[Draw, float, str]]:
+    """By name how each picture is drawn, its height in inches and what it shows."""
+    found: dict[str, tuple[Draw, float, str]] = {}
+    for number, clone in enumerate(facts.clones, 1):
+        says = f"The target and the source of clone {clone.name} to scale, and what the clone takes of them"
+        found[f"networks_{number}"] = (partial(draw_networks, clone=clone), networks_height(clone), says)
+        if clone.front:
+            says = f"Accuracy against cost of what clone {clone.name} was chosen from"
+            found[f"front_{number}"] = (partial(draw_front, clone=clone), 3.2, says)
+    trade = partial(draw_trade, curve=facts.trade, now=facts.trade_now)
+    found["leak"] = (trade, 3.2, "Leak of base classes against accuracy on new classes")
+    reliability = partial(draw_reliability, reliabilities=facts.reliabilities)
+    found["calibration"] = (reliability, 3.2, "How often answers are right against how sure they are")
+    return found
+
+
+def _rendered(facts: Facts, pictures: dict[str, tuple[Draw, float, str]], files: Sequence[str]) -> str:
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["amount"] = amount
+    environment.filters["share"] = "{:.1%}".format
+    template = environment.from_string(resources.files("pnc.report").joinpath("page.html.jinja").read_text("utf-8"))
+    drawn = {name: Markup(svg_of(draw, height, label)) for name, (draw, height, label) in pictures.items()}
+    own = [row.before for row in facts.class_rows if row.before is not None for _ in range(row.n_images)]
+    return template.render(
+        facts=facts,
+        evaluation=facts.evaluation,
+        own_accuracy=sum(own) / len(own),
+        confusion=confusion(facts.answers),
+        pictures=drawn,
+        files=files,
+        warning=uncalibrated_warning(facts.evaluation.uncalibrated),
+        all_hold=all(held for _, held in facts.verified),
+    )
