@@ -176,7 +176,7 @@ def composite_of(pair: Pair) -> Composite:
         found = scan(task, max_cuts=_SCAN_CUTS, exhaustive=True)
         inside = [one for one in found.positions if one.target_cut.name != INPUT]
         position = inside[0] if inside else found.positions[0]
-        clones.append(fit(task, found.adapter(position), density=DENSITIES[place], method="taylor"))
+        clones.append(fit(task, found.adapter(position), density=DENSITIES[place], tune="none"))
     return attach(target, *clones)
 
 
