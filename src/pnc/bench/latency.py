@@ -203,6 +203,8 @@ def untrained_clone(source: LoadedModel, target: LoadedModel, example: Tensor) -
         masks=None,
         source=fingerprint(source.module),
         target=fingerprint(target.module),
+        source_forward=networks[0].forward_print,
+        target_forward=networks[1].forward_print,
         input_shape=target.input_shape,
         source_input_shape=source.input_shape,
         target_features=features[1],
