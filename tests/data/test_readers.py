@@ -68,7 +68,7 @@ def test_specs_are_split() -> None:
 
 @pytest.mark.parametrize("query", ["size", "size=", "=3", "size=1&size=2"])
 def test_bad_options_are_refused(query: str) -> None:
-    with pytest.raises(InputError, match="is no option of the form key=value given once"):
+    with pytest.raises(InputError, match="must be an option of the form key=value, given once"):
         split_spec(f"folder:x?{query}", "spec")
 
 

@@ -94,9 +94,9 @@ def test_names_with_commas() -> None:
     ("text", "message"),
     [
         ("cow", "there is no class 'cow'"),
-        ("0-4", "'0-4' is no range within 0-3; the classes are ant, bee, cat, dog"),
-        ("2-1", "'2-1' is no range"),
-        ("7", "'7' is no range"),
+        ("0-4", "'0-4' is not a range within 0-3; the classes are ant, bee, cat, dog"),
+        ("2-1", "'2-1' is not a range"),
+        ("7", "'7' is not a range"),
         ("cat,2", "cat given twice"),
         (" , ", "at least one"),
     ],

@@ -195,7 +195,7 @@ def _whole(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: not enough memory
-        raise FileFormatError(f"weights: {path} is not a whole safetensors file ({error}); copy it again") from error
+        raise FileFormatError(f"weights: {path} is not a complete safetensors file ({error}); copy it again") from error
 
 
 def _on_meta(one: Any) -> Tensor:
