@@ -349,7 +349,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         (CLONE + "--json {d}/c", "json: .* given for something else"),
         (f"clone {NETWORKS} --data digits --out {{d}}/no/c", "out: cannot write .*no/c"),
         (f"clone {NETWORKS} --data digits --out {{t}}", "out: .*t.safetensors is given for something else"),
-        (f"clone {NETWORKS} --data numbers --out {{d}}/c", "'numbers' is of no known kind; expected one of digits"),
+        (f"clone {NETWORKS} --data numbers --out {{d}}/c", "'numbers' is of an unknown kind; expected one of digits"),
         (f"clone {NETWORKS} --data folder:{{d}}/no --out {{d}}/c", "there is no folder"),
         (f"clone {NETWORKS} --data parquet:{{d}}/no --out {{d}}/c", "there is no file or folder"),
         (
