@@ -370,7 +370,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         (CLONE + "--json {d}/c", "json: .* given for something else"),
         (f"clone {NETWORKS} --data digits --out {{d}}/no/c", "out: cannot write .*no/c"),
         (f"clone {NETWORKS} --data digits --out {{t}}", "out: .*t.safetensors is given for something else"),
-        (f"clone {NETWORKS} --data numbers --out {{d}}/c", "'numbers' is of no known kind; expected one of digits"),
+        (f"clone {NETWORKS} --data numbers --out {{d}}/c", "'numbers' is of an unknown kind; expected one of digits"),
         (f"clone {NETWORKS} --data folder:{{d}}/no --out {{d}}/c", "there is no folder"),
         (f"clone {NETWORKS} --data parquet:{{d}}/no --out {{d}}/c", "there is no file or folder"),
         (
@@ -423,7 +423,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         ("verify {f}/all.safetensors --target {d}/no.safetensors", "--target(-weights)?: .*no file"),
         ("verify {f}/all.safetensors --target {t} --json {t}", "given for something else"),
         ("verify {f}/all.safetensors", "target"),
-        ("inspect {f}", "not a whole safetensors file"),
+        ("inspect {f}", "not a complete safetensors file"),
         ("cuts zoo:cnn", "--input-shape: "),
         ("cuts zoo:cnn --classes a,b", "--input-shape: "),
         ("cuts zoo:cnn --classes a,b --input-shape 8", "input-shape: expected channels,height,width"),
@@ -513,10 +513,10 @@ def damaged(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Callable
 @pytest.mark.parametrize(
     ("write", "complaint"),
     [
-        (lambda original, path: path.write_bytes(original.read_bytes()[:-100]), "not a whole safetensors file"),
-        (lambda original, path: path.write_bytes(original.read_bytes()[:4]), "not a whole safetensors file"),
-        (lambda original, path: path.write_bytes(b""), "not a whole safetensors file"),
-        (lambda original, path: path.write_text("PK not a clone"), "not a whole safetensors file"),
+        (lambda original, path: path.write_bytes(original.read_bytes()[:-100]), "not a complete safetensors file"),
+        (lambda original, path: path.write_bytes(original.read_bytes()[:4]), "not a complete safetensors file"),
+        (lambda original, path: path.write_bytes(b""), "not a complete safetensors file"),
+        (lambda original, path: path.write_text("PK not a clone"), "not a complete safetensors file"),
         (lambda original, path: save_file({"a": torch.zeros(2)}, path), "no metadata of pnc"),
         (damaged(lambda tensors, facts: facts.update(version=99)), "format version 99.*newer"),
         (damaged(lambda tensors, facts: facts.pop("base_classes")), "metadata of .* is damaged"),
