@@ -113,7 +113,7 @@ def test_clone_takes_classes_density_kind_and_support_without_base_samples(comma
     made = pnc.clone(nets.source.module, nets.target.module, data, classes=["7", "5"], density=0.5, **nets.names())
     assert known["recipe"] == made.recipe
     assert "20 new, 0 base images" in found.out
-    assert "among the new classes only, as there was no base image" in " ".join(found.out.split())
+    assert "among the new classes only, without base images" in " ".join(found.out.split())
 
 
 def test_the_default_clone_says_what_it_was_chosen_from(command: Command, tmp_path: Path) -> None:
@@ -405,7 +405,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         (EVAL + "--target-classes a,b,c,d,e", "target-classes: .* calls the target's outputs 0, 1, 2, 3, 4"),
         ("eval {f}/all.safetensors --source {t} --target {t} --data digits", "made from another source"),
         ("eval {f}/all.safetensors --source {s} --target {s} --data digits", "made for another target"),
-        ("eval {t} --source {s} --target {t} --data digits", "no clone file"),
+        ("eval {t} --source {s} --target {t} --data digits", "not a clone file"),
         ("eval {d}/no --source {s} --target {t} --data digits", "there is no file"),
         (EVAL + "--json {d}/no/e.json", "cannot write"),
         (EVAL + "--json {f}/all.safetensors", "given for something else"),
