@@ -360,7 +360,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         (CLONE + "--seed -1", "seed"),
         (CLONE + "--tune all", "tune"),
         (CLONE + "--prefer big", "prefer"),
-        (CLONE + "--effort seconds --tune weights", "closed form alone, and tune='weights' learns by gradient"),
+        (CLONE + "--effort seconds --tune weights", "closed form only, but tune='weights' trains by gradient"),
         (CLONE + "--threads 0", "threads"),
         (CLONE + "--device gpu", "device: 'gpu' cannot be used here.*try cpu"),
         (CLONE + "--device meta", "device: 'meta' cannot be used here"),

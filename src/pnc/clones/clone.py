@@ -122,7 +122,9 @@ def check_clones(values: Sequence[object]) -> None:
         return
     hint = "; write *clones" if isinstance(wrong, list | tuple) else ""
     hint = f"; read the file first: pnc.load({str(wrong)!r})" if isinstance(wrong, str | Path) else hint
-    raise InputError(f"clones: expected what pnc.clone or pnc.load gives, one by one; got {type(wrong).__name__}{hint}")
+    raise InputError(
+        f"clones: expected what pnc.clone or pnc.load returns, one by one; got {type(wrong).__name__}{hint}"
+    )
 
 
 def check_file_name(path: str | Path) -> None:
