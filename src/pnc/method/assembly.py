@@ -42,7 +42,8 @@ def assembled(
         facts: More entries of the recipe, in addition to those of every clone.
     """
     n_macs = adapter.n_macs + sum(info(node).n_macs for node in part.module.graph.nodes)
-    average, error = outcome.average
+    base_score, new_score = (_share(outcome.of(base=is_base)) for is_base in (True, False))
+    scores = [score for score in (base_score, new_score) if score is not None]
     useful = usefulness(task)
     recipe = {
         "density": part.density,
@@ -51,14 +52,14 @@ def assembled(
         "n_background_samples": task.n_background,
         "n_base_samples": n_images(task, base=True) - task.n_background,
         "n_new_samples": n_images(task, base=False),
-        "score": _share(average),
+        "score": sum(scores) / len(scores),
         "seed": task.seed,
-        "standard_error": math.hypot(error, gain_error),
+        "standard_error": math.hypot(outcome.average[1], gain_error),
         "n_folds": task.samples.n_folds,
         "source_score": useful.source_score,
         **({"doubts": list(useful.doubts)} if useful.doubts else {}),
-        "base_score": _share(outcome.of(base=True)),
-        "new_score": _share(outcome.of(base=False)),
+        "base_score": base_score,
+        "new_score": new_score,
         **facts,
     }
     return Clone(

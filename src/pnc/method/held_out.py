@@ -113,6 +113,7 @@ def run_parts(
         labels=task.samples.labels,
         folds=task.samples.folds,
         n_classes=task.n_base + len(task.new_classes),
+        few=task.has_few_images,
     )
     return [replace(samples, clone_features=rows, own_logits=F.linear(rows, own.weight, own.bias)) for rows in made]
 

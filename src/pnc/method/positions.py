@@ -40,8 +40,6 @@ N_ERRORS_FINAL = 2.0
 """Standard errors of the difference to the best by which a position may lie behind after the first round."""
 N_ERRORS = 0.5
 """Standard errors of the difference to the best that are given up for lower cost; see docs/method.md."""
-FEW_IMAGES = 5
-"""Images of a new class up to which an exact position goes before all others."""
 COST_STEP = 0.1
 """Share of the source's multiply-accumulates by which costs must differ to count as different."""
 ROUNDING = 1e-12
@@ -253,14 +251,7 @@ def scan(
     if not exhaustive:
         adapters = _undominated(task, adapters)
     del fitter  # its moments are the largest thing here
-    return Scan(*_scored(whole, adapters, source_cuts, progress), errors, _has_few_images(whole))
-
-
-def _has_few_images(task: CloneTask) -> bool:
-    """Whether some new class has so few images that other positions than exact ones cannot be judged."""
-    labels, groups = task.samples.labels, task.samples.groups
-    fewest = min(len(groups[labels == place].unique()) for place in labels[labels >= task.n_base].unique())
-    return fewest <= FEW_IMAGES
+    return Scan(*_scored(whole, adapters, source_cuts, progress), errors, whole.has_few_images)
 
 
 def _scored(

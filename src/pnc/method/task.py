@@ -33,6 +33,8 @@ Precision = Literal["float32", "bfloat16"]
 """Precision in which the networks run while a clone is made."""
 
 _EXAMPLES = 4
+FEW_IMAGES = 5
+"""Up to this many images of a new class, exact positions go first and the head stays near the ensemble's."""
 _NAMES = {"source": "source_classes", "target": "base_classes", "model": "classes"}
 IMAGES_SHARE = 0.5
 """Share of the memory that images may take before they go to a file."""
@@ -83,6 +85,7 @@ class CloneTask:
         memory: Bytes of the support that may be held at a time, without those of a batch.
         team: The processes that share the work.
         precision: Precision in which networks run; sums and solutions are float32 or more.
+        has_few_images: Whether some new class has at most `FEW_IMAGES` images, so that held-out scores say little.
     """
 
     source: Network
@@ -95,6 +98,7 @@ class CloneTask:
     memory: int = MEMORY
     team: Team = ALONE
     precision: Precision = "float32"
+    has_few_images: bool = False
 
     def autocast(self) -> torch.autocast:
         """Return a context in which networks run in the task's precision."""
@@ -297,6 +301,7 @@ def prepare_task(
         memory=memory,
         team=team,
         precision=precision,
+        has_few_images=bool(labels.bincount(minlength=len(base))[len(base) :].min() <= FEW_IMAGES),
     )
     _check_team(task)
     return task
