@@ -16,7 +16,7 @@ from pnc.data.image_set import ImageSet
 from pnc.data.image_store import MEMORY, ImageStore, check_images, to_device
 from pnc.data.support import StoredSupport, doubts, stored_support
 from pnc.foundation.argument_checks import check_choice
-from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name, listed
+from pnc.foundation.class_names import check_class_names
 from pnc.foundation.errors import ClassNameError, InputError, PNCWarning, RecordingError
 from pnc.foundation.network_state import like_images, undisturbed
 from pnc.foundation.plain_text import few_names
@@ -25,6 +25,7 @@ from pnc.graph.classifier import ClassifierLayer, find_head
 from pnc.graph.forward_prints import ForwardPrint, forward_print
 from pnc.graph.recording import Recording, info, record
 from pnc.method.settings import check_network, check_run
+from pnc.method.task_classes import support_labels, task_classes
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the work, the steps done, and the number of steps."""
@@ -266,17 +267,9 @@ def prepare_task(
         check_network(model, argument)
     check_run(flip, seed, batch_size, memory, team)
     check_choice(precision, "precision", get_args(Precision))
-    base = check_class_names(base_classes, "base_classes")
-    known = check_class_names(source_classes, "source_classes")
-    new = _new_classes(classes, known, base)
-    unwritable = next((name for name in (*base, *new) if not is_name(name)), None)
-    if unwritable is not None:
-        raise ClassNameError(
-            f"classes: {unwritable!r:.100} is not printable text of at most {MAX_TEXT} characters; rename it"
-        )
-    left_out = tuple(name for name in known if name not in {*base, *new})
-    given = stored_support(support, (*base, *new, *left_out), int(IMAGES_SHARE * memory))
-    labels, store = _places(given, base, new, left_out), given.images
+    names = task_classes(classes, source_classes, base_classes)
+    given = stored_support(support, names.all, int(IMAGES_SHARE * memory))
+    labels, store = support_labels(given, names), given.images
     n_given = len(store)
     _check_values(source, target, store, "support")
     if team.is_main:
@@ -285,7 +278,7 @@ def prepare_task(
     if background is not None:
         store.keep(_unlabelled(background, store.shape))
         _check_values(source, target, store, "background")
-    read = read_network(source, examples, known, "source"), read_network(target, examples, base, "target")
+    read = read_network(source, examples, names.source, "source"), read_network(target, examples, names.base, "target")
     if read[0].device != read[1].device:
         raise InputError(f"source is on {read[0].device}, target on {read[1].device}; move both to one device")
     numbers = torch.arange(n_given, len(store)).split(batch_size)
@@ -293,15 +286,15 @@ def prepare_task(
     task = CloneTask(
         source=read[0],
         target=read[1],
-        new_classes=new,
-        samples=samples_of(store, torch.cat([labels, *seen]), len(base), flip, seed),
+        new_classes=names.new,
+        samples=samples_of(store, torch.cat([labels, *seen]), len(names.base), flip, seed),
         seed=seed,
         batch_size=batch_size,
         n_background=len(store) - n_given,
         memory=memory,
         team=team,
         precision=precision,
-        has_few_images=bool(labels.bincount(minlength=len(base))[len(base) :].min() <= FEW_IMAGES),
+        has_few_images=bool(labels.bincount()[len(names.base) :].min() <= FEW_IMAGES),
     )
     _check_team(task)
     return task
@@ -360,42 +353,3 @@ def _answers(network: Network, images: Tensor) -> Tensor:
     with torch.no_grad():
         logits: Tensor = network.recording.module(images.to(network.device, network.recording.probe.dtype))
     return logits.argmax(1).cpu()
-
-
-def _new_classes(classes: Sequence[str] | None, known: tuple[str, ...], base: tuple[str, ...]) -> tuple[str, ...]:
-    if classes is None:
-        new = tuple(name for name in known if name not in base)
-        if not new:
-            raise ClassNameError("classes: the target already knows every class of the source; there is none to clone")
-        return new
-    new = check_class_names(classes, "classes")
-    class_ids(new, known, "classes")
-    clash = [name for name in new if name in base]
-    if clash:
-        raise ClassNameError(
-            f"classes: the target already knows {', '.join(clash)}; rename the class in source_classes or leave it out"
-        )
-    return new
-
-
-def _places(support: StoredSupport, base: tuple[str, ...], new: tuple[str, ...], left_out: tuple[str, ...]) -> Tensor:
-    """Return the labels of a support as indices into base and new classes, (N,)."""
-    names = (*base, *new)
-    counts = support.labels.bincount(minlength=len(support.names)).tolist()
-    seen = {name: count for name, count in zip(support.names, counts, strict=True) if count}
-    dropped = [name for name in left_out if name in seen]
-    if dropped:
-        raise ClassNameError(
-            f"support has samples of {listed(dropped)}, which the source knows but `classes` leaves out: drop these "
-            "samples, or clone these classes too"
-        )
-    foreign = sorted(set(seen) - set(names))
-    if foreign:
-        raise ClassNameError(
-            f"support has samples of {listed(foreign)}, neither base classes nor classes to clone; leave them out"
-        )
-    missing = [name for name in new if name not in seen]
-    if missing:
-        raise InputError(f"support has no sample of {listed(missing)}; every class to clone needs at least one")
-    place = torch.tensor([names.index(name) if name in names else -1 for name in support.names])
-    return place[support.labels]
