@@ -35,7 +35,6 @@ class Clone:
         source: Fingerprint of the source.
         target: Fingerprint of the target.
         input_shape: Shape of the target's images, (C, H, W).
-        source_input_shape: Shape of the source's images.
         target_features: The cut of the target's features that the head reads: the penultimate ones or, without base
             samples, the input of its last BatchNorm layer.
         recipe: How it was made and how it scored, as plain values.
@@ -51,7 +50,6 @@ class Clone:
     source: Fingerprint
     target: Fingerprint
     input_shape: tuple[int, ...]
-    source_input_shape: tuple[int, ...]
     target_features: CutPoint
     recipe: Mapping[str, Any]
     deltas: Deltas | None = None

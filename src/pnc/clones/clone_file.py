@@ -187,7 +187,6 @@ def load(
         source=fingerprint(source) if is_other else manifest.source,
         target=manifest.target,
         input_shape=manifest.input_shape,
-        source_input_shape=manifest.input_shape,
         target_features=manifest.target_features,
         recipe=manifest.recipe,
         source_forward=forward if is_other else manifest.source_forward,

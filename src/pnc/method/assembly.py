@@ -71,7 +71,6 @@ def assembled(
         source=fingerprint(task.source.model),
         target=fingerprint(task.target.model),
         input_shape=task.target.recording.input_shape,
-        source_input_shape=task.source.recording.input_shape,
         target_features=features_seen(task),
         recipe=recipe,
         source_forward=task.source.forward_print,
