@@ -120,11 +120,11 @@ def test_the_default_clone_says_what_it_was_chosen_from(command: Command, tmp_pa
     found = command(f"clone {NETWORKS} --data digits --out {{out}} --prefer small", out=tmp_path / "c")
     recipe = pnc.inspect(tmp_path / "c")["recipe"]
     assert recipe["prefer"] == "small"
-    assert "the front that it was chosen from (small)" in found.out
+    assert "The front that the clone was chosen from (small)" in found.out
     assert found.out.count("measured") == sum(made for *_, made in recipe["front"])
     assert found.out.count("expected") == sum(not made for *_, made in recipe["front"])
     again = command("inspect {c}", c=tmp_path / "c").out
-    assert "the front that it was chosen from (small)" in again
+    assert "The front that the clone was chosen from (small)" in again
 
 
 def test_what_base_images_may_lose_is_bounded_or_refused(command: Command, tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def prepare_task(
 
 
 def check_task(task: object) -> None:
-    """Refuse anything but a task as first argument of `scan`, `fit` and `localize`."""
+    """Refuse anything but a task as first argument of `scan` and `fit`."""
     if not isinstance(task, CloneTask):
         raise InputError(f"task: expected what pnc.prepare_task returns, got {type(task).__name__}")
 
