@@ -83,7 +83,6 @@ def make_clone(target, source, name, **settings):
         source=fingerprint(source.module),
         target=fingerprint(target.module),
         input_shape=target.shape,
-        source_input_shape=source.shape,
         target_features=target.features,
         recipe={},
     )

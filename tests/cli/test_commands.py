@@ -113,18 +113,18 @@ def test_clone_takes_classes_density_kind_and_support_without_base_samples(comma
     made = pnc.clone(nets.source.module, nets.target.module, data, classes=["7", "5"], density=0.5, **nets.names())
     assert known["recipe"] == made.recipe
     assert "20 new, 0 base images" in found.out
-    assert "among the new classes only, as there was no base image" in " ".join(found.out.split())
+    assert "among the new classes only, without base images" in " ".join(found.out.split())
 
 
 def test_the_default_clone_says_what_it_was_chosen_from(command: Command, tmp_path: Path) -> None:
     found = command(f"clone {NETWORKS} --data digits --out {{out}} --prefer small", out=tmp_path / "c")
     recipe = pnc.inspect(tmp_path / "c")["recipe"]
     assert recipe["prefer"] == "small"
-    assert "the front that it was chosen from (small)" in found.out
+    assert "The front that the clone was chosen from (small)" in found.out
     assert found.out.count("measured") == sum(made for *_, made in recipe["front"])
     assert found.out.count("expected") == sum(not made for *_, made in recipe["front"])
     again = command("inspect {c}", c=tmp_path / "c").out
-    assert "the front that it was chosen from (small)" in again
+    assert "The front that the clone was chosen from (small)" in again
 
 
 def test_what_base_images_may_lose_is_bounded_or_refused(command: Command, tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         (CLONE + "--seed -1", "seed"),
         (CLONE + "--tune all", "tune"),
         (CLONE + "--prefer big", "prefer"),
-        (CLONE + "--effort seconds --tune weights", "closed form alone, and tune='weights' learns by gradient"),
+        (CLONE + "--effort seconds --tune weights", "closed form only, but tune='weights' trains by gradient"),
         (CLONE + "--threads 0", "threads"),
         (CLONE + "--device gpu", "device: 'gpu' cannot be used here.*try cpu"),
         (CLONE + "--device meta", "device: 'meta' cannot be used here"),
@@ -405,7 +405,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         (EVAL + "--target-classes a,b,c,d,e", "target-classes: .* calls the target's outputs 0, 1, 2, 3, 4"),
         ("eval {f}/all.safetensors --source {t} --target {t} --data digits", "made from another source"),
         ("eval {f}/all.safetensors --source {s} --target {s} --data digits", "made for another target"),
-        ("eval {t} --source {s} --target {t} --data digits", "no clone file"),
+        ("eval {t} --source {s} --target {t} --data digits", "not a clone file"),
         ("eval {d}/no --source {s} --target {t} --data digits", "there is no file"),
         (EVAL + "--json {d}/no/e.json", "cannot write"),
         (EVAL + "--json {f}/all.safetensors", "given for something else"),
