@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support, write_images
 from pnc.cli import app, arguments, clone_commands
-from pnc.composite.metrics import evaluate
+from pnc.composite.metrics import measure_logits
 from pnc.foundation.tensor_files import read_tensors, write_tensors
 from pnc.models import pretraining
 from pnc.models.model_specs import save_model
@@ -150,7 +150,7 @@ def test_eval_measures_what_the_library_measures(command: Command, files: Path, 
     nets, test = pair(), held_out_images()
     net = pnc.attach(nets.target.module, pnc.load(files / "all.safetensors", source=nets.source.module))
     with torch.no_grad():
-        measured = evaluate(net(test.images), test.labels, nets.target.module(test.images))
+        measured = measure_logits(net(test.images), test.labels, nets.target.module(test.images))
     assert {key: facts[key] for key in vars(measured)} == pytest.approx(vars(measured), abs=1e-6)  # batches differ
     assert facts["average_accuracy"] > 0.9
     assert facts["base_logits_equal"] is True

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support, write_images
-from pnc.composite.metrics import evaluate
-from pnc.composite.prediction import predict
+from pnc.composite.batched_logits import logits_of
+from pnc.composite.metrics import measure_logits
 from pnc.data.image_set import class_subset
 
 
@@ -36,7 +36,7 @@ def net(clones: tuple[pnc.Clone, pnc.Clone]) -> pnc.Composite:
 def test_the_measures_are_those_of_the_logits(net: pnc.Composite) -> None:
     test = held_out_images()
     found = pnc.evaluate(net, test)
-    measured = evaluate(predict(net, test.images), test.labels, predict(net.target, test.images))
+    measured = measure_logits(logits_of(net, test.images), test.labels, logits_of(net.target, test.images))
     assert {key: getattr(found, key) for key in vars(measured)} == vars(measured)
     assert (found.clones, found.classes, found.n_images) == (("low", "high"), (*BASE, *NEW), len(test))
     assert found.base_logits_equal and found.classes_without_images == ()
@@ -101,7 +101,7 @@ def test_predictions_name_classes_probabilities_and_who_answered(net: pnc.Compos
     assert [one.image for one in found] == [str(path) for path in sorted(folder.rglob("*.png"))]
     files = sorted(folder.rglob("*.png"))
     images = torch.stack([torch.from_numpy(np.array(Image.open(file)))[None].float() / 255 for file in files])
-    expected = predict(net, images).softmax(1)
+    expected = logits_of(net, images).softmax(1)
     for one, row in zip(found, expected, strict=True):
         assert one.probabilities == dict(sorted(zip(net.classes, row.tolist(), strict=True), key=lambda p: -p[1]))
         assert one.label == net.classes[int(row.argmax())] and one.probability == row.max()

@@ -4,7 +4,7 @@ import torch
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import balanced_accuracy_score
 
-from pnc.composite.metrics import calibration_error, conditional_kl, evaluate, leak, locality_kl, shifted
+from pnc.composite.metrics import calibration_error, conditional_kl, leak, locality_kl, measure_logits, shifted
 from pnc.foundation.errors import InputError
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -15,7 +15,7 @@ LABELS = torch.randint(5, (200,), generator=GENERATOR)
 
 def test_accuracies_agree_with_scikit_learn():
     logits = torch.cat([TARGET, NEW], 1)
-    found = evaluate(logits, LABELS, TARGET)
+    found = measure_logits(logits, LABELS, TARGET)
     right = (logits.argmax(1) == LABELS).int()
     is_new = (LABELS >= 3).int()
     # accuracy of "right or not" seen as recall of a constant label per group
@@ -45,9 +45,9 @@ def test_base_drop_counts_what_the_new_classes_took():
     labels = TARGET.argmax(1).clone()
     labels[:10] = 3
     logits = torch.cat([TARGET, torch.full((200, 2), -100.0)], 1)
-    assert evaluate(logits, labels, TARGET).base_drop == 0
+    assert measure_logits(logits, labels, TARGET).base_drop == 0
     logits[50:145, 3] = 100
-    assert evaluate(logits, labels, TARGET).base_drop == pytest.approx(95 / 190)
+    assert measure_logits(logits, labels, TARGET).base_drop == pytest.approx(95 / 190)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_base_drop_counts_what_the_new_classes_took():
 )
 def test_wrong_shapes_and_one_sided_labels_are_refused(logits, labels, words):
     with pytest.raises(InputError, match=words):
-        evaluate(logits, labels, torch.zeros(4, 3))
+        measure_logits(logits, labels, torch.zeros(4, 3))
 
 
 @pytest.mark.parametrize("n_bins", [1, 10, 15])

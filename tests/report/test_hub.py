@@ -13,7 +13,7 @@ from huggingface_hub import constants, errors
 
 import pnc
 from digits import NEW, held_out_images, pair, support
-from pnc.composite.prediction import predict
+from pnc.composite.batched_logits import logits_of
 from pnc.foundation.errors import FileFormatError, InputError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -56,7 +56,7 @@ def cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def logits(clone: pnc.Clone) -> torch.Tensor:
-    return predict(pnc.attach(pair().target.module, clone), held_out_images().images)
+    return logits_of(pnc.attach(pair().target.module, clone), held_out_images().images)
 
 
 def test_a_folder_holds_the_clone_and_its_card(folder: Path, clone: pnc.Clone) -> None:

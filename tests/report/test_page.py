@@ -13,8 +13,8 @@ import torch
 import pnc
 from browser import CHROMIUM, browser
 from digits import BASE, NEW, held_out_images, pair, support
+from pnc.composite.batched_logits import logits_of
 from pnc.composite.evaluation import Answers
-from pnc.composite.prediction import predict
 from pnc.report import confusion as confusions
 from pnc.report.confusion import confusion
 from pnc.report.facts import collect_facts
@@ -177,7 +177,7 @@ def test_a_front_that_says_what_was_chosen_is_drawn_as_it_is() -> None:
 # ------------------------------------------------------------------------------------------------ confusion
 def answered(net: pnc.Composite) -> Answers:
     test = held_out_images()
-    logits, base = predict(net, test.images), predict(net.target, test.images)
+    logits, base = logits_of(net, test.images), logits_of(net.target, test.images)
     return Answers(test.images, test.labels, logits, base, net.classes, net.classes)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pnc.composite import prediction
+from pnc.composite.batched_logits import logits_of
 from pnc.composite.composite import Composite
 from pnc.data.image_inputs import find_images, read_images
 from pnc.data.normalization import Normalization
@@ -70,7 +70,7 @@ def predict(
     predictions: list[Prediction] = []
     for start in range(0, len(found), batch_size):
         batch = found[start : start + batch_size]
-        logits = prediction.predict(net, read_images(batch, net.input_shape, normalization), batch_size)
+        logits = logits_of(net, read_images(batch, net.input_shape, normalization), batch_size)
         paths = [one.path for one in batch]
         predictions.extend(_prediction(*one, classes, owner) for one in zip(paths, logits, strict=True))
     return tuple(predictions)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pnc.composite import metrics
+from pnc.composite.batched_logits import logits_of
 from pnc.composite.composite import Composite
-from pnc.composite.prediction import predict
+from pnc.composite.metrics import measure_logits
 from pnc.data.image_set import ImageSet
 from pnc.data.support import as_support
 from pnc.foundation.class_names import listed
@@ -122,7 +122,7 @@ def report_of(net: Composite, found: Answers) -> EvaluationReport:
         classes=found.classes,
         classes_without_images=tuple(name for name in found.classes if name not in found.there),
         n_images=len(found.labels),
-        **vars(metrics.evaluate(found.logits, found.labels, found.target_logits)),
+        **vars(measure_logits(found.logits, found.labels, found.target_logits)),
         base_logits_equal=torch.equal(found.logits[:, :n_base], found.target_logits),
         uncalibrated=uncalibrated_clones(net),
     )
@@ -147,7 +147,7 @@ def answers(net: Composite, data: Any, batch_size: int = 64) -> Answers:
             f"data: images of base and of new classes are needed; of {listed(classes)} "
             f"there are images of {listed(there)} only"
         )
-    logits, target_logits = predict(net, images, batch_size), predict(net.target, images, batch_size)
+    logits, target_logits = logits_of(net, images, batch_size), logits_of(net.target, images, batch_size)
     return Answers(images, labels, logits, target_logits, classes, there)
 
 

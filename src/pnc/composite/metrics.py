@@ -12,7 +12,7 @@ from pnc.foundation.errors import InputError
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class LogitMeasures:
     """How well base and new classes are told apart, and how much the target's own answers moved.
 
     Attributes:
@@ -35,7 +35,7 @@ class Evaluation:
     base_drop: float
 
 
-def evaluate(logits: Tensor, labels: Tensor, target_logits: Tensor) -> Evaluation:
+def measure_logits(logits: Tensor, labels: Tensor, target_logits: Tensor) -> LogitMeasures:
     """Measure logits over base and new classes against labels and against the target's own logits.
 
     Args:
@@ -57,7 +57,7 @@ def evaluate(logits: Tensor, labels: Tensor, target_logits: Tensor) -> Evaluatio
     correct = logits.argmax(1) == labels
     base_accuracy, new_accuracy = _mean(correct[base]), _mean(correct[~base])
     own_accuracy = _mean(target_logits[base].argmax(1) == labels[base])
-    return Evaluation(
+    return LogitMeasures(
         base_accuracy=base_accuracy,
         new_accuracy=new_accuracy,
         average_accuracy=(base_accuracy + new_accuracy) / 2,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pnc.clones.clone import Clone
+from pnc.composite.batched_logits import logits_of
 from pnc.composite.composite import Composite
 from pnc.composite.evaluation import Answers, EvaluationReport, answers, report_of
 from pnc.composite.metrics import calibration_error, leak, shifted
-from pnc.composite.prediction import predict
 from pnc.graph.nodes import info
 from pnc.graph.recording import record
 
@@ -255,7 +255,7 @@ def _verified(
     report = net.verify()
     few = found.images[:_N_IMAGES]
     with net.disabled():
-        alone = torch.equal(predict(net, few, batch_size), found.target_logits[: len(few)])
+        alone = torch.equal(logits_of(net, few, batch_size), found.target_logits[: len(few)])
     return (
         (f"The target's own logits are the same bits on {evaluation.n_images:,} images", evaluation.base_logits_equal),
         (f"Without its clones the composite gives the target's bits on {len(few)} images", alone),

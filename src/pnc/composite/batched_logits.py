@@ -8,7 +8,7 @@ from pnc.data.image_store import to_device
 from pnc.foundation.network_state import evaluating, like_images
 
 
-def predict(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
+def logits_of(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
     """Run a network in eval mode, batch by batch.
 
     Args:
