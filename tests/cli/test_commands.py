@@ -357,7 +357,10 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
             "the sequential search takes no",
         ),
         ("scan --source {t} --target {t} --data digits", "same network"),
-        (f"scan {NETWORKS} --data digits --plot {{d}}/a.jpg", "plot: .* must end in .png"),
+        (
+            f"scan {NETWORKS} --data digits --plot {{d}}/a.jpg",
+            "plot: expected a PNG file, with a name that ends in .png",
+        ),
         (
             f"scan {NETWORKS} --data digits --max-bytes 100",
             "--max-bytes 100: the smallest file .* may have [0-9]+ bytes",
@@ -568,9 +571,9 @@ def test_verify_says_in_one_line_what_is_wrong(command: Command, files: Path, tm
     write_tensors(tmp_path / "t.safetensors", tensors, facts)
     all_of = "verify {f}/all.safetensors --source {s}"
     assert failed(f"{all_of} --target {{d}}/t.safetensors") == (
-        "FAILED: target: another one: the values of 'classifier.bias' differ"
+        "FAILED: target: another network: the values of 'classifier.bias' differ"
     )
-    assert "FAILED: source: another one: " in failed("verify {f}/all.safetensors --target {t} --source {t}")
+    assert "FAILED: source: another network: " in failed("verify {f}/all.safetensors --target {t} --source {t}")
     save_model(network(BASE, "zoo:cnn?width=0.5"), tmp_path / "narrow.safetensors", {})
     assert "another architecture: '" in failed(f"{all_of} --target {{d}}/narrow.safetensors")
     whole = (files / "all.safetensors").read_bytes()

@@ -89,7 +89,7 @@ def test_what_cannot_be_measured_is_refused(net: pnc.Composite) -> None:
     test = held_out_images()
     with pytest.raises(pnc.InputError, match="images of base and of new classes are needed"):
         pnc.evaluate(net, class_subset(test, NEW))
-    with pytest.raises(pnc.InputError, match="net: expected a composite, what pnc.attach gives; got"):
+    with pytest.raises(pnc.InputError, match="net: expected a composite, as returned by pnc.attach; got"):
         pnc.evaluate(net.target, test)  # type: ignore[arg-type]
     with net.disabled(), pytest.raises(pnc.InputError, match="net: no clone is enabled"):
         pnc.evaluate(net, test)

@@ -52,7 +52,9 @@ def test_a_changed_target_is_refused_by_calls_attach_and_verify(name):
     assert torch.equal(net(images)[:, :3], base)
     change(target)
     for call in (lambda: net(images), lambda: fused(images), lambda: net.attach(small_pair.clone("elk"))):
-        with pytest.raises(MismatchError, match=rf"has changed since .*{words}.*; net.refresh\(\) records it again"):
+        with pytest.raises(
+            MismatchError, match=rf"has changed since .*{words}.*; call net.refresh\(\) to record it again"
+        ):
             call()
     report = net.verify()
     assert not report.ok

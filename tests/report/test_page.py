@@ -171,7 +171,7 @@ def test_a_front_that_says_what_was_chosen_is_drawn_as_it_is() -> None:
     clone = made(NEW[:1], "one", 1.0, front=[FRONT[0], {**FRONT[1], "chosen": True}])
     facts = collect_facts(pnc.attach(pair().target.module, clone), held_out_images(NEW[:1]))
     assert facts.clones[0].front == ((0.1, 0.8, False), (0.3, 0.9, True))
-    assert "possible clones" in svg_of(lambda axes: draw_front(axes, facts.clones[0]), 3, "front")
+    assert "candidates" in svg_of(lambda axes: draw_front(axes, facts.clones[0]), 3, "front")
 
 
 # ------------------------------------------------------------------------------------------------ confusion
@@ -247,7 +247,7 @@ def test_a_clone_that_runs_next_to_nothing_of_its_source_shows_its_adapter(net: 
     whole = collect_facts(net, held_out_images()).clones[0]
     late = replace(whole, source_cut_macs=whole.source_macs, adapter_macs=whole.target_macs // 2)
     picture = svg_of(lambda axes: draw_networks(axes, late), networks_height(late), "late")
-    assert "the clone runs next to nothing of it" in picture and "adapter between them: 599 k" in picture
+    assert "the clone runs less than 1% of it" in picture and "adapter between them: 599 k" in picture
     assert networks_height(late) > networks_height(replace(late, adapter_macs=0))
 
 

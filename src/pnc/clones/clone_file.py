@@ -54,6 +54,9 @@ def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
     Raises:
         InputError: the kind is unknown, the path cannot be written to, a value is not finite, or a name is not
             printable.
+
+    >>> pnc.save(clone, "pets.safetensors") < 10_000
+    True
     """
     if kind not in get_args(FileKind):
         raise InputError(f"kind: expected {' or '.join(get_args(FileKind))}, got {kind!r}")
@@ -119,6 +122,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
         The metadata of the file as plain values, with `n_bytes`, and `n_values`: how many numbers its tensors hold.
     Raises:
         FileFormatError: the file is damaged, no clone file, or of a newer version of the format.
+
+    >>> _ = pnc.save(clone, "pets.safetensors")
+    >>> pnc.inspect("pets.safetensors")["classes"]
+    ['cat', 'dog']
     """
     tensors, manifest = read_clone_file(path)
     facts = manifest.facts()
@@ -149,6 +156,10 @@ def load(
         MismatchError: `source` is another network than the one that the file names; with `allow_mismatch`, the file's
             tensors do not fit to it.
         RecordingError: `source` cannot be recorded.
+
+    >>> _ = pnc.save(clone, "pets.safetensors")
+    >>> pnc.attach(target, pnc.load("pets.safetensors", source=source)).clones
+    ('cat+dog',)
     """
     check_module(source, "source")
     tensors, manifest = read_clone_file(path)
@@ -158,7 +169,7 @@ def load(
     if difference is not None and not allow_mismatch:
         raise MismatchError(
             f"{path} was made from another source: {difference}; load it with the source it was made from, or with "
-            "allow_mismatch=True if you know better"
+            "allow_mismatch=True to accept this"
         )
     _check_size(path, source, manifest)
     recording = record(source, images_for(source, manifest.input_shape))
@@ -205,7 +216,7 @@ def _check_forward(path: str | Path, manifest: Manifest, found: ForwardPrint) ->
     if difference.is_other:
         raise MismatchError(
             f"{path} was made from another source, with the same weights and another forward pass: {difference.text}; "
-            "load it with the source it was made from, or with allow_mismatch=True if you know better"
+            "load it with the source it was made from, or with allow_mismatch=True to accept this"
         )
     warnings.warn(
         f"source: {difference.text}, compared with the one that {path} was made from; its answers to a test pattern "
