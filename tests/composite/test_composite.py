@@ -127,7 +127,7 @@ def test_images_that_the_target_may_treat_otherwise_are_refused(change, came):
     clone = pnc.clone(nets.source.module, wrapped, support(), **nets.names())
     net = pnc.attach(wrapped, clone)
     fast, other = net.fused(), change(images(5))
-    for call in (net, fast, net.log_odds):
+    for call in (net, fast, net.now().log_odds):
         with pytest.raises(InputError, match=f"like those that its clones were made with.*{came}"):
             call(other)
     if other.dtype == torch.float32:

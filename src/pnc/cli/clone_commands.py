@@ -1,4 +1,4 @@
-"""The commands that take files of clones: eval, predict, inspect, verify."""
+"""The commands on clone files: eval, predict, inspect, verify."""
 
 import dataclasses
 from pathlib import Path
@@ -44,7 +44,7 @@ def evaluate_clones(
 ) -> None:
     """Attach clones and measure them on the test split.
 
-    Accuracy on base and on new classes, and how much the target's own answers moved.
+    Shows accuracy on base and new classes, and how far predictions moved from the target's.
     """
     asked = ModelOptions("target", target, target_weights, target_classes, device)
     sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
@@ -66,22 +66,22 @@ def predict_images(
     images: Annotated[
         list[str],
         typer.Argument(
-            help="Image files, folders or patterns such as 'photos/*.jpg'; - reads an image, or paths one a line, from "
-            "standard input. Images are cropped and resized to what the target takes."
+            help="Image files, folders or patterns such as 'photos/*.jpg'; - reads an image, or one path per line, "
+            "from standard input. Images are cropped and resized to the target's input size."
         ),
     ],
-    clones: Annotated[list[Path], typer.Option("--clone", help="Clone file to attach; may be given again.")],
+    clones: Annotated[list[Path], typer.Option("--clone", help="Clone file to attach; may be repeated.")],
     source: Sources,
     target: Target,
     source_weights: Weights = None,
     target_weights: Weights = None,
     source_classes: Names = None,
     target_classes: Names = None,
-    top: Annotated[int, typer.Option(help="Classes to show for each image.", min=1)] = 3,
+    top: Annotated[int, typer.Option(help="Number of classes to show for each image.", min=1)] = 3,
     device: Device = "cpu",
     json_path: Json = None,
 ) -> None:
-    """Classify images with clones attached; with --json also which clone answered."""
+    """Classify images with clones attached; --json also says which clone answered."""
     asked = ModelOptions("target", target, target_weights, target_classes, device)
     sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
     with image_files(images) as files:
@@ -103,17 +103,16 @@ def predict_images(
     ]
     write_json(json_path, {"predictions": facts})
     for file, one in answers:
-        said = ", ".join(f"{name} ({probability:.2f})" for name, probability in one.top(top).items())
-        say(f"{file}: {said}")
+        say(f"{file}: {one.text(top)}")
     warning = uncalibrated_warning(uncalibrated_clones(net))
     if warning:
         complain(warning)
 
 
 def inspect_clone(file: Annotated[Path, typer.Argument(help="Clone file.")], json_path: Json = None) -> None:
-    """Say what a clone file holds.
+    """Show what a clone file contains.
 
-    Classes, position, cost; with --json also which networks it belongs to.
+    Classes, position and cost; with --json also the fingerprints of its networks.
     """
     check_outputs({"json": json_path}, [file])
     facts = read_clone_facts(file)
@@ -125,7 +124,7 @@ def verify_clone(
     file: Annotated[Path, typer.Argument(help="Clone file.")],
     target: Target,
     source: Annotated[
-        str | None, typer.Option(help="Network that the clone was made from; without it nothing is attached.")
+        str | None, typer.Option(help="Network that the clone was made from; without it the clone is not attached.")
     ] = None,
     source_weights: Weights = None,
     target_weights: Weights = None,
@@ -134,10 +133,10 @@ def verify_clone(
     device: Device = "cpu",
     json_path: Json = None,
 ) -> None:
-    """Prove that a clone file is whole, belongs to these networks, and changes nothing of the target.
+    """Verify that a clone file is intact, belongs to these networks, and does not change the target.
 
     Attaches the clone, compares the target's own logits bit for bit, detaches it, and compares everything. Exits with 0
-    if all is well and with 1 if something is not.
+    if every check passes and with 1 if one fails.
     """
     asked = [ModelOptions("target", target, target_weights, target_classes, device)]
     if source is not None:

@@ -1,4 +1,4 @@
-"""The commands `pnc export` and `pnc bench export`: composites written for where they run, and what that gives."""
+"""The commands `pnc export` and `pnc bench export`: export of composites, and its measurement."""
 
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +28,8 @@ def export_clones(
     target: Target,
     out: Annotated[Path, typer.Option(help="File to write, .onnx or .pt2; with --split, a folder.")],
     split: Annotated[
-        bool, typer.Option("--split", help="Write trunk.onnx and one file for each clone, which come and go.")
+        bool,
+        typer.Option("--split", help="Write trunk.onnx and one file per clone, to attach and detach in onnxruntime."),
     ] = False,
     source_weights: Weights = None,
     target_weights: Weights = None,
@@ -37,10 +38,9 @@ def export_clones(
     threads: Threads = None,
     json_path: Json = None,
 ) -> None:
-    """Attach clones and write the composite as ONNX or .pt2, for any number of images.
+    """Attach clones and write the composite as ONNX or .pt2, for any batch size.
 
-    What is written is run and compared with the composite first; where it differs by more than rounding, nothing is
-    written.
+    The export is run and compared with the composite first; if it differs by more than rounding, nothing is written.
     """
     asked = ModelOptions("target", target, target_weights, target_classes)
     sources = [ModelOptions("source", spec, source_weights, source_classes) for spec in source]
@@ -85,4 +85,4 @@ def measure_exports(
     Takes a quarter of an hour. Rows are written as they are measured; a stopped run continues after the last one.
     """
     wanted = export_bench.chosen(pairs)
-    run_bench(context, lambda: export_bench.bench(wanted), json_path, threads=1)  # the clock is that of one thread
+    run_bench(context, lambda: export_bench.bench(wanted), json_path, threads=1)  # timings are of one thread

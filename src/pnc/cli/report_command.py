@@ -1,4 +1,4 @@
-"""The command that writes a report on clones: report."""
+"""The command `pnc report`: an HTML report on clones."""
 
 from pathlib import Path
 from typing import Annotated
@@ -30,8 +30,8 @@ def report_clones(
     source: Sources,
     target: Target,
     data: Data,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write, HTML.")] = Path("report.html"),
-    png: Annotated[Path | None, typer.Option(help="Folder for its pictures as PNG files too.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML page to write.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option(help="Folder to write the pictures to as PNG files too.")] = None,
     source_weights: Weights = None,
     target_weights: Weights = None,
     source_classes: Names = None,
@@ -40,10 +40,10 @@ def report_clones(
     threads: Threads = None,
     json_path: Json = None,
 ) -> None:
-    """Write a report on clones: one page of HTML that needs nothing else.
+    """Write a report on clones: one self-contained HTML page.
 
-    Attaches them and measures them on the test split. The page shows where they are, what is taken for what, with the
-    images, before and after, leak, calibration, costs, and what was verified.
+    Attaches the clones and measures them on the test split. The page shows their positions, confusion matrices with
+    images, leak, calibration, costs, and what was verified.
     """
     check_report()
     asked = ModelOptions("target", target, target_weights, target_classes, device)
