@@ -31,7 +31,7 @@ class Outcome:
 
     @property
     def complaint(self) -> str:
-        """The one line on standard error of a command that was refused."""
+        """The one line on standard error of a refused command."""
         assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
         assert self.err.count("\n") == 1 and self.err.startswith("pnc: "), f"not one line: {self.err!r}"
         return self.err
@@ -49,7 +49,7 @@ class Command:
         return self.run([word.format(**known) for word in words.split()])
 
     def facts(self, words: str, path: Path, **places: Any) -> Any:
-        """What the command writes with --json."""
+        """The facts that the command writes with --json."""
         found = self(f"{words} --json {path}", **places)
         assert found.code == 0, found.err
         return json.loads(path.read_text())
@@ -151,7 +151,7 @@ def test_eval_measures_what_the_library_measures(command: Command, files: Path, 
     net = pnc.attach(nets.target.module, pnc.load(files / "all.safetensors", source=nets.source.module))
     with torch.no_grad():
         measured = measure_logits(net(test.images), test.labels, nets.target.module(test.images))
-    assert {key: facts[key] for key in vars(measured)} == pytest.approx(vars(measured), abs=1e-6)  # batches differ
+    assert {key: facts[key] for key in vars(measured)} == pytest.approx(vars(measured), abs=1e-6)  # batch sizes differ
     assert facts["average_accuracy"] > 0.9
     assert facts["base_logits_equal"] is True
     assert facts["classes"] == [*BASE, *NEW]
@@ -181,7 +181,7 @@ def test_eval_says_which_classes_have_no_images(command: Command, tmp_path: Path
     assert facts["n_images"] == 12
 
 
-def test_predict_says_what_is_on_image_files(command: Command, files: Path, tmp_path: Path) -> None:
+def test_predict_classifies_image_files(command: Command, files: Path, tmp_path: Path) -> None:
     digits = "{f}/images/test/0/1.png {f}/images/test/7/2.png"
     words = f"predict {digits} --clone {{f}}/all.safetensors {NETWORKS} --top 2"
     facts = command.facts(words, tmp_path / "p.json")
@@ -192,7 +192,7 @@ def test_predict_says_what_is_on_image_files(command: Command, files: Path, tmp_
     data = pnc.load_data(f"folder:{files / 'images'}", "test")
     with torch.no_grad():
         expected = net(data.images[[1]].float() / 255).softmax(1).max().item()
-    # file and library run other batch sizes
+    # the command and the library use different batch sizes
     assert facts["predictions"][0]["classes"][0]["probability"] == pytest.approx(expected, abs=1e-6)
     assert all(len(found["classes"]) == 2 for found in facts["predictions"])
     shown = command(words).out.splitlines()
@@ -524,7 +524,7 @@ def test_inspect_refuses_metadata_with_a_part_missing(command: Command, files: P
     assert "metadata of" in command("inspect {c}", c=tmp_path / "c").complaint
 
 
-def test_one_network_under_two_paths_is_still_one(command: Command, files: Path, tmp_path: Path) -> None:
+def test_the_same_network_under_two_paths_is_recognized(command: Command, files: Path, tmp_path: Path) -> None:
     (tmp_path / "link.safetensors").symlink_to(files / "t.safetensors")
     os.link(files / "t.safetensors", tmp_path / "hard.safetensors")
     for other in ("link", "hard"):

@@ -29,7 +29,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def run(files, monkeypatch, capsys):
-    """Run `pnc export FIVE TWO ...` with these words; give the exit code and both streams."""
+    """Run `pnc export FIVE TWO ...` with these words; returns the exit code and both streams."""
 
     def command(*words):
         clones = [str(files / f"{name}.safetensors") for name in ("five", "two")]
@@ -45,7 +45,7 @@ def run(files, monkeypatch, capsys):
 
 @pytest.fixture
 def complaint(run):
-    """Run what is to be refused; give the one line on standard error."""
+    """Run a command that is to be refused; returns its one line on standard error."""
 
     def command(*words):
         code, out, err = run(*words)

@@ -1,4 +1,4 @@
-"""`pnc.evaluate` and `pnc.predict`: what the commands show, as values."""
+"""`pnc.evaluate` and `pnc.predict`, which return what the commands show."""
 
 import dataclasses
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_the_measures_are_those_of_the_logits(net: pnc.Composite) -> None:
     assert found.base_logits_equal and found.classes_without_images == ()
 
 
-def test_any_holder_of_labelled_images_serves(net: pnc.Composite) -> None:
+def test_labelled_images_may_come_in_any_form(net: pnc.Composite) -> None:
     test = held_out_images()
     expected = pnc.evaluate(net, test)
     names = [test.classes[label] for label in test.labels]

@@ -1,4 +1,4 @@
-"""Exports: run by onnxruntime and torch they give the composite's logits, and a failed one leaves nothing."""
+"""Exports: onnxruntime and torch compute the composite's logits from them; a failed export writes nothing."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ from pnc.models.model_specs import build_model
 
 NAMES = tuple("abcde")
 TOLERANCE = 1e-5
-"""Of logits, relative to the largest one: other kernels sum in other orders."""
+"""Tolerance of logits, relative to the largest one: kernels differ in the order of sums."""
 
 
 def close(found, expected) -> bool:
@@ -38,7 +38,7 @@ def network(spec, shape=(3, 16, 16)) -> Network:
 
 @pytest.fixture(scope="session")
 def net(stage):
-    """Two clones, one of them calibrated: its rival is far more likely for every image; no test may change it."""
+    """Two clones, one calibrated with a rival that is far more likely for every image; no test may change it."""
     made = pnc.attach(stage.target, *stage.clones[:2])
     width = stage.clones[0].branch.rivals.shape[1]
     rivals = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
@@ -58,7 +58,7 @@ def logits(stage, net):
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory, net):
-    """What the three kinds of export wrote; no test may change it."""
+    """The results of the three kinds of export; no test may change them."""
     folder = tmp_path_factory.mktemp("exports")
     return {
         "onnx": pnc.export(net, folder / "net.onnx"),
@@ -151,7 +151,7 @@ def test_what_is_enabled_is_exported(net, stage, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- split
 
 
-def test_parts_come_and_go(written, net, stage, logits):
+def test_parts_are_attached_and_detached(written, net, stage, logits):
     trunk, *clones = written["split"].files
     assert [path.name for path in written["split"].files][0] == "trunk.onnx"
     together = pnc.OnnxComposite(trunk, *clones)
@@ -343,7 +343,7 @@ def test_a_missing_package_is_one_line(net, tmp_path, monkeypatch, package):
 
 
 def failing(net, tmp_path, name="net.pt2") -> str:
-    """The message of an export that fails; the file that was there is still there, alone."""
+    """The message of a failing export; checks that the existing file is kept and no other is written."""
     path = tmp_path / name
     path.write_text("before")
     with pytest.raises(pnc.ExportError, match="^net cannot be exported: .*nothing was written") as caught:

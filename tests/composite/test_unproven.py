@@ -1,4 +1,4 @@
-"""A file whose metadata was changed and whose digest was made anew: what can be seen is refused, the rest is said."""
+"""Files with forged metadata and a recomputed digest: what can be detected is refused, the rest reported as unproven."""
 
 import json
 
@@ -13,12 +13,12 @@ from pnc.foundation.tensor_files import read_tensors, write_tensors
 
 
 def changed(path, change):
-    """Write the file anew with other metadata, and with the digest that belongs to them."""
+    """Rewrite the file with other metadata and a matching digest."""
     tensors, facts = read_tensors(path)
     facts = json.loads(json.dumps(facts))
     change(facts)
     write_tensors(path, tensors, facts)
-    read_clone_file(path)  # as whole as before
+    read_clone_file(path)  # still valid
     return path
 
 

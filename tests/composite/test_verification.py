@@ -28,7 +28,7 @@ def target() -> nn.Module:
     return copy.deepcopy(pair().target.module)
 
 
-def test_a_target_is_proved_to_be_as_before_through_attach_and_detach():
+def test_verify_shows_that_attach_and_detach_do_not_change_the_target():
     model = target()
     model.train()
     model[1].register_forward_hook(lambda *_: None)

@@ -37,7 +37,7 @@ def folder(clone: pnc.Clone, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub library's cache as it lies after a download of that folder, and no connection."""
+    """A cache of the hub library as after a download of that folder, without a connection."""
     repository = tmp_path / "models--me--more-digits"
     (repository / "refs").mkdir(parents=True)
     (repository / "blobs").mkdir()
@@ -132,14 +132,14 @@ def test_pushing_uploads_the_folder(clone: pnc.Clone, monkeypatch: pytest.Monkey
         ("a/b/c", {}, "name: a/b/c is neither a folder nor an OWNER/NAME of the hub"),
     ],
 )
-def test_what_is_not_there_is_one_line(cache: Path, name: str, settings: dict[str, Any], message: str) -> None:
+def test_a_missing_repository_is_one_line(cache: Path, name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as failed:
         pnc.from_pretrained(name, source=pair().source.module, **settings)
     assert "\n" not in str(failed.value)
 
 
 def answering(status: int) -> Any:
-    """An answer of the hub, as its errors want one."""
+    """A response of the hub, as its errors require one."""
     return SimpleNamespace(status_code=status, headers={}, request=SimpleNamespace(url="u", method="GET"), text="")
 
 

@@ -1,4 +1,4 @@
-"""The report: its figures are those of the library, and the page needs nothing else and looks right."""
+"""The report: its figures equal the library's, and the page is self-contained and looks right."""
 
 import re
 import sys
@@ -51,7 +51,7 @@ def page(net: pnc.Composite, clones: tuple[pnc.Clone, pnc.Clone], tmp_path_facto
 
 
 class Reader(HTMLParser):
-    """All text of a page, the names of its elements, and what they refer to."""
+    """All text of a page, its element names, and its references."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ def test_pictures_are_written_as_png_too(page: Path) -> None:
 
 
 def low_macs(net: pnc.Composite) -> int:
-    """What the clone `low` adds."""
+    """The multiply-accumulates that the clone `low` adds."""
     return net.status()[0].n_macs
 
 
@@ -243,7 +243,7 @@ def test_what_cannot_be_reported_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_clone_that_runs_next_to_nothing_of_its_source_shows_its_adapter(net: pnc.Composite) -> None:
+def test_a_clone_that_runs_very_little_of_its_source_shows_its_adapter(net: pnc.Composite) -> None:
     whole = collect_facts(net, held_out_images()).clones[0]
     late = replace(whole, source_cut_macs=whole.source_macs, adapter_macs=whole.target_macs // 2)
     picture = svg_of(lambda axes: draw_networks(axes, late), networks_height(late), "late")
