@@ -1,4 +1,4 @@
-"""Files with forged metadata and a recomputed digest: what can be detected is refused, the rest reported as unproven."""
+"""Files with forged metadata and a recomputed digest: detectable changes are refused, others reported as unproven."""
 
 import json
 
