@@ -237,7 +237,7 @@ def test_predict_takes_folders_patterns_and_standard_input(files, in_process, mo
     assert predicted(given(f"{image}\n{images / '0'}\n".encode())) == ["0.png", "0.png", "1.png"]
     assert "standard input is empty" in refused(given(b""))
     assert "there is no file nowhere.png" in refused(given(b"nowhere.png\n"))
-    assert "no file is like" in refused(in_process("predict", f"{images}/*.tiff", *rest))
+    assert "no file matches" in refused(in_process("predict", f"{images}/*.tiff", *rest))
     (files / "empty").mkdir(exist_ok=True)
     assert "there is no image in" in refused(in_process("predict", files / "empty", *rest))
 

@@ -370,7 +370,7 @@ def test_a_fixed_number_of_images_is_refused(net, tmp_path, monkeypatch):
     monkeypatch.setattr(
         export_file, "as_program", lambda module, example: torch.export.export(module, example, strict=False)
     )
-    assert "what was exported cannot be run on a batch of 1" in failing(net, tmp_path)
+    assert "the export cannot be run on a batch of 1" in failing(net, tmp_path)
 
 
 def test_logits_that_are_no_numbers_are_refused(stage, tmp_path):

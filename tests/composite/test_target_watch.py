@@ -30,7 +30,7 @@ CHANGES = {
     "load_state_dict(assign=True)": (assigned, "conv1.weight was replaced"),
     "another parameter": (lambda t: setattr(t.fc, "weight", nn.Parameter(torch.zeros(3, 6))), "fc.weight was replaced"),
     "another buffer": (lambda t: setattr(t.norm2, "running_mean", torch.ones(6)), "norm2.running_mean was replaced"),
-    "x.data = y": (lambda t: setattr(t.fc.weight, "data", torch.zeros(3, 6)), "fc.weight has other memory"),
+    "x.data = y": (lambda t: setattr(t.fc.weight, "data", torch.zeros(3, 6)), "fc.weight has new memory"),
     "half": (lambda t: t.half(), "norm1.running_mean was replaced"),
     "another epsilon": (lambda t: setattr(t.norm1, "eps", 1.0), "norm1.eps is 1.0, was 1e-05"),
     "another activation": (lambda t: setattr(t, "act1", nn.GELU()), "the network has other layers"),

@@ -148,7 +148,7 @@ def answering(status: int) -> Any:
     [
         (errors.GatedRepoError, "name: me/it is gated: accept its terms on the hub, then give token="),
         (errors.RevisionNotFoundError, "revision: me/it has no such branch, tag or commit"),
-        (errors.RepositoryNotFoundError, "nor such a repository on the hub that you may read"),
+        (errors.RepositoryNotFoundError, "no such repository on the hub that you may read"),
         (errors.RemoteEntryNotFoundError, "name: me/it has no clone.safetensors, so it is not a clone of pnc"),
         (errors.HfHubHTTPError, "name: me/it: the hub failed: two lines"),
     ],

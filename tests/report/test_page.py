@@ -91,7 +91,7 @@ def test_it_says_what_the_library_measures(page: Path, net: pnc.Composite) -> No
     text, measured = Reader(page).text, pnc.evaluate(net, held_out_images())
     for value in (measured.new_accuracy, measured.base_accuracy, measured.average_accuracy, measured.leak):
         assert f"{value:.1%}" in text
-    assert f"measured on {measured.n_images} images" in text
+    assert f"measured on {measured.n_images} held-out images" in text
     assert "Not calibrated: low, <high> & $x_1$." in text
     assert "verified the target's own logits" in text and "FAILED" not in text
     for file in ("low.safetensors", "high.safetensors"):
