@@ -249,20 +249,50 @@ def read_clone_facts(path: Path) -> CloneFacts:
     return CloneFacts(path, tuple(facts["base_classes"]), tuple(facts["target"]["input_shape"]), facts)
 
 
-def attach_clones(clones: Sequence[CloneFacts], sources: Sequence[ModelOptions], target: LoadedModel) -> Composite:
-    """Load clones with their sources and attach them to `target`.
+@dataclass(frozen=True)
+class CompositeOptions:
+    """Options of clone files and of the networks to attach them with.
+
+    Attributes:
+        clones: Files, in the order of their logits.
+        sources: One network for all clones, or one for each.
+        target: The network that they were made for.
+    """
+
+    clones: Sequence[Path]
+    sources: Sequence[ModelOptions]
+    target: ModelOptions
+
+    @property
+    def files(self) -> list[Path | None]:
+        """Input files."""
+        return [*self.clones, self.target.file, *(one.file for one in self.sources)]
+
+    def read(self) -> list[CloneFacts]:
+        """Check the options before any work, and read the metadata of the clone files."""
+        check_trained(self.target, *self.sources)
+        read_device(self.target.device)
+        return [read_clone_facts(path) for path in self.clones]
+
+
+def attach_clones(asked: CompositeOptions, clones: Sequence[CloneFacts], images: ImageSet | None = None) -> Composite:
+    """Load the networks and the clones, and attach them.
 
     Args:
-        clones: In the order of their logits.
-        sources: One for all clones, or one for each.
-        target: The network that they were made for.
+        asked: The options.
+        clones: From `asked.read()`.
+        images: Images that the composite will be run on, to check their shape.
     Raises:
-        InputError: the number of sources is wrong.
+        InputError: the number of sources is wrong, or the images have another shape than the target's.
         MismatchError, FileFormatError, ClassNameError: as `load` and `attach`.
     """
+    input_shape = clones[0].input_shape if images is None else images.input_shape
+    target = load_network(asked.target, clones[0].base_classes, input_shape)
+    if images is not None:
+        check_input_shape(images, target)
     models: dict[ModelOptions, LoadedModel] = {}
     loaded = []
-    for facts, options in zip(clones, _one_each(sources, len(clones)), strict=True):
+    for facts, options in zip(clones, _one_each(asked.sources, len(clones)), strict=True):
         if options not in models:
             # The source's class names are not used; only their number must match its outputs.
             models[options] = load_network(options, input_shape=facts.input_shape)

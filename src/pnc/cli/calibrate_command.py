@@ -7,17 +7,13 @@ from typing import Annotated
 import typer
 
 from pnc.cli.arguments import (
+    CompositeOptions,
     ModelOptions,
     attach_clones,
-    check_input_shape,
     check_outputs,
-    check_trained,
     data_file,
     draw,
-    load_network,
     parse_support,
-    read_clone_facts,
-    read_device,
     use_threads,
 )
 from pnc.cli.options import Data, Device, Json, Names, Seed, Sources, Target, Threads, Weights, write_json
@@ -55,23 +51,19 @@ def calibrate_clones(
     Fits a scale and offsets of each clone, all clones together, on a few images of all classes, and writes a new file
     for each. Takes seconds. Repeat it after adding or removing a clone: it always starts from the uncalibrated clones.
     """
-    asked = ModelOptions("target", target, target_weights, target_classes, device)
-    sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    networks = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes, device))
     outputs = _outputs(out, clones)
     data_files = [data_file(spec) for spec in (data, background) if spec is not None]
-    inputs = [*clones, asked.file, *(one.file for one in sources), *data_files]
+    inputs = [*asked.files, *data_files]
     _check_files(outputs, json_path, inputs)
-    check_trained(asked, *sources)
-    read_device(device)
     parse_support(support)
-    known = [read_clone_facts(path) for path in clones]
+    known = asked.read()
     images = load_data(data, "train")
     unlabelled = None if background is None else load_data(background, "train")
-    model = load_network(asked, known[0].base_classes, images.input_shape)
-    check_input_shape(images, model)
-    net = attach_clones(known, sources, model)
-    new = net.classes[len(model.classes) :]
-    drawn = draw(images, new, model.classes, support, seed)
+    net = attach_clones(asked, known, images)
+    new = net.classes[len(net.base_classes) :]
+    drawn = draw(images, new, net.base_classes, support, seed)
     with use_threads(threads):
         found = calibrate(net, drawn, background=unlabelled)
     for facts, name, path in zip(known, net.clones, outputs, strict=True):

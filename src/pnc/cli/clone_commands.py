@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from pnc.cli.arguments import (
+    CompositeOptions,
     ModelOptions,
     attach_clones,
-    check_input_shape,
     check_outputs,
     check_trained,
     data_file,
@@ -46,16 +46,12 @@ def evaluate_clones(
 
     Shows accuracy on base and new classes, and how far predictions moved from the target's.
     """
-    asked = ModelOptions("target", target, target_weights, target_classes, device)
-    sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
-    check_outputs({"json": json_path}, [*clones, asked.file, *(one.file for one in sources), data_file(data)])
-    check_trained(asked, *sources)
-    read_device(device)
-    known = [read_clone_facts(path) for path in clones]
+    networks = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes, device))
+    check_outputs({"json": json_path}, [*asked.files, data_file(data)])
+    known = asked.read()
     images = load_data(data, "test")
-    model = load_network(asked, known[0].base_classes, images.input_shape)
-    check_input_shape(images, model)
-    net = attach_clones(known, sources, model)
+    net = attach_clones(asked, known, images)
     with use_threads(threads):
         found = evaluate(net, images)
     write_json(json_path, found.facts())
@@ -82,15 +78,12 @@ def predict_images(
     json_path: Json = None,
 ) -> None:
     """Classify images with clones attached; --json also says which clone answered."""
-    asked = ModelOptions("target", target, target_weights, target_classes, device)
-    sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    networks = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes, device))
     with image_files(images) as files:
-        check_outputs({"json": json_path}, [*files, *clones, asked.file, *(one.file for one in sources)])
-        check_trained(asked, *sources)
-        read_device(device)
-        known = [read_clone_facts(path) for path in clones]
-        model = load_network(asked, known[0].base_classes, known[0].input_shape)
-        net = attach_clones(known, sources, model)
+        check_outputs({"json": json_path}, [*files, *asked.files])
+        known = asked.read()
+        net = attach_clones(asked, known)
         found = predict(net, list(files))
     answers = list(zip(files.values(), found, strict=True))
     facts = [

@@ -7,12 +7,10 @@ import typer
 
 from pnc.bench import export as export_bench
 from pnc.cli.arguments import (
+    CompositeOptions,
     ModelOptions,
     attach_clones,
     check_outputs,
-    check_trained,
-    load_network,
-    read_clone_facts,
     use_threads,
 )
 from pnc.cli.bench_options import OutFile, run_bench
@@ -42,15 +40,12 @@ def export_clones(
 
     The export is run and compared with the composite first; if it differs by more than rounding, nothing is written.
     """
-    asked = ModelOptions("target", target, target_weights, target_classes)
-    sources = [ModelOptions("source", spec, source_weights, source_classes) for spec in source]
-    inputs = [*clones, asked.file, *(one.file for one in sources)]
-    check_outputs({"json": json_path} if split else {"out": out, "json": json_path}, inputs)
+    networks = [ModelOptions("source", spec, source_weights, source_classes) for spec in source]
+    asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes))
+    check_outputs({"json": json_path} if split else {"out": out, "json": json_path}, asked.files)
     (check_export_folder if split else check_export_path)(out)
-    check_trained(asked, *sources)
-    known = [read_clone_facts(path) for path in clones]
-    model = load_network(asked, known[0].base_classes, known[0].input_shape)
-    net = attach_clones(known, sources, model)
+    known = asked.read()
+    net = attach_clones(asked, known)
     with use_threads(threads):
         made = (export_split if split else export)(net, out)
     sizes = {path.name if split else str(path): path.stat().st_size for path in made.files}

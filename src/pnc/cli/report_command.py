@@ -6,15 +6,11 @@ from typing import Annotated
 import typer
 
 from pnc.cli.arguments import (
+    CompositeOptions,
     ModelOptions,
     attach_clones,
-    check_input_shape,
     check_outputs,
-    check_trained,
     data_file,
-    load_network,
-    read_clone_facts,
-    read_device,
     use_threads,
 )
 from pnc.cli.options import Data, Device, Json, Names, Sources, Target, Threads, Weights, write_json
@@ -46,22 +42,16 @@ def report_clones(
     images, leak, calibration, costs, and what was verified.
     """
     check_report()
-    asked = ModelOptions("target", target, target_weights, target_classes, device)
-    sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
-    check_outputs(
-        {"out": out, "json": json_path}, [*clones, asked.file, *(one.file for one in sources), data_file(data)]
-    )
+    networks = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes, device))
+    check_outputs({"out": out, "json": json_path}, [*asked.files, data_file(data)])
     if png is not None and not png.is_dir():
         if png.exists():
             raise InputError(f"png: {png} is a file; give a folder")
         check_outputs({"png": png})
-    check_trained(asked, *sources)
-    read_device(device)
-    known = [read_clone_facts(path) for path in clones]
+    known = asked.read()
     images = load_data(data, "test")
-    model = load_network(asked, known[0].base_classes, images.input_shape)
-    check_input_shape(images, model)
-    net = attach_clones(known, sources, model)
+    net = attach_clones(asked, known, images)
     with use_threads(threads):
         write_report(net, images, out, files=clones, png=png)
         if json_path is not None:
