@@ -22,7 +22,7 @@ def example() -> dict[str, Any]:
     patterns = torch.rand(4, 1, 8, 8, generator=generator).repeat_interleave(6, 0)
     images = 0.8 * patterns + 0.2 * torch.rand(24, 1, 8, 8, generator=generator)
     support = images, [name for name in ("ant", "bee", "cat", "dog") for _ in range(6)]
-    clone = pnc.clone(source, target, support, **names)
+    clone = pnc.clone(source, target, support, effort="seconds", **names)
     net = pnc.attach(target, clone)
     return {"source": source, "target": target, "support": support, "names": names, "clone": clone, "net": net}
 

@@ -19,6 +19,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("bench") is not None)  # stable: all else keeps its order
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Parts are tuned for a few steps only, except where a test asks for more: what it gains is for the benches."""
+    monkeypatch.setattr("pnc.method.part_tuning.N_STEPS", 30)
+
+
 @pytest.fixture(scope="session")
 def torchvision():
     """The torchvision package; ask for it also before timm or transformers are imported, which import it."""

@@ -30,8 +30,9 @@ pytestmark = [
 
 WAYS = {
     "closed form": {},
-    "gates": {"density": 0.5},
-    "scores": {"density": 0.5, "method": "taylor"},
+    "gates": {"density": 0.5, "tune": "norms"},
+    "tuned": {"density": 0.5},
+    "scores": {"density": 0.5, "tune": "none"},
     "refined": {"refine": True, "max_macs": 0.9},
     "sequential": {"strategy": "sequential"},
     "bfloat16": {"precision": "bfloat16"},

@@ -64,7 +64,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(nets.source, folder / "s.safetensors", {})
     for name, classes in (("all", NEW), ("five", NEW[:1]), ("two", NEW[1:3])):
         data = support(classes=classes)
-        made = pnc.clone(nets.source.module, nets.target.module, data, classes=classes, name=name, **nets.names())
+        made = pnc.clone(
+            nets.source.module, nets.target.module, data, classes=classes, name=name, effort="seconds", **nets.names()
+        )
         pnc.save(made, folder / f"{name}.safetensors")
     write_images(folder / "images", "test", (*BASE, *NEW), 3)
     return folder
@@ -91,7 +93,7 @@ NETWORKS = "--source {s} --target {t}"
 
 # --------------------------------------------------------------------------------------------------- good input
 def test_clone_writes_the_file_that_the_library_would_write(command: Command, files: Path, tmp_path: Path) -> None:
-    words = f"clone {NETWORKS} --data digits --out {{out}} --name all --threads 1"
+    words = f"clone {NETWORKS} --data digits --out {{out}} --name all --effort seconds --threads 1"
     facts = command.facts(words, tmp_path / "facts.json", out=tmp_path / "c")
     assert (tmp_path / "c").read_bytes() == (files / "all.safetensors").read_bytes()
     assert facts["classes"] == list(NEW)
@@ -114,8 +116,19 @@ def test_clone_takes_classes_density_kind_and_support_without_base_samples(comma
     assert "among the new classes only, as there was no base image" in " ".join(found.out.split())
 
 
+def test_the_default_clone_says_what_it_was_chosen_from(command: Command, tmp_path: Path) -> None:
+    found = command(f"clone {NETWORKS} --data digits --out {{out}} --prefer small", out=tmp_path / "c")
+    recipe = pnc.inspect(tmp_path / "c")["recipe"]
+    assert recipe["prefer"] == "small"
+    assert "the front that it was chosen from (small)" in found.out
+    assert found.out.count("measured") == sum(made for *_, made in recipe["front"])
+    assert found.out.count("expected") == sum(not made for *_, made in recipe["front"])
+    again = command("inspect {c}", c=tmp_path / "c").out
+    assert "the front that it was chosen from (small)" in again
+
+
 def test_what_base_images_may_lose_is_bounded_or_refused(command: Command, tmp_path: Path) -> None:
-    words = f"clone {NETWORKS} --data digits --out {{out}} --max-base-drop 0.02 --support"
+    words = f"clone {NETWORKS} --data digits --out {{out}} --effort seconds --max-base-drop 0.02 --support"
     assert "base images may lose" in command(f"{words} 10/10", out=tmp_path / "c").out
     assert pnc.inspect(tmp_path / "c")["recipe"]["max_base_drop"] == 0.02
     assert (
@@ -127,7 +140,9 @@ def test_what_base_images_may_lose_is_bounded_or_refused(command: Command, tmp_p
 
 def test_background_images_stand_for_base_samples(command: Command, tmp_path: Path) -> None:
     write_images(tmp_path / "photos", "train", BASE, 12)
-    words = f"clone {NETWORKS} --data digits --out {{out}} --support 10/0 --background folder:{{photos}}"
+    words = (
+        f"clone {NETWORKS} --data digits --out {{out}} --effort seconds --support 10/0 --background folder:{{photos}}"
+    )
     assert command(words, out=tmp_path / "c", photos=tmp_path / "photos").code == 0
     recipe = pnc.inspect(tmp_path / "c")["recipe"]
     assert (recipe["n_background_samples"], recipe["n_base_samples"], recipe["n_new_samples"]) == (60, 0, 50)
@@ -140,7 +155,9 @@ def test_a_network_may_come_from_a_python_file_and_a_checkpoint(command: Command
     (tmp_path / "mine.py").write_text(code)
     own = "--source py:{own}:make --source-weights {weights} --target {t} --data digits"
     places = {"own": tmp_path / "mine.py", "weights": tmp_path / "s.pt", "out": tmp_path / "c"}
-    assert command(f"clone {own} --source-classes 5,6,7,8,9 --out {{out}} --name all", **places).code == 0
+    assert (
+        command(f"clone {own} --source-classes 5,6,7,8,9 --out {{out}} --name all --effort seconds", **places).code == 0
+    )
     assert (tmp_path / "c").read_bytes() == (command.folder / "all.safetensors").read_bytes()
     assert command(f"eval {{out}} {own} --source-classes a,b,c,d,e", **places).code == 0, "only their number counts"
 
@@ -293,7 +310,8 @@ def test_class_names_are_shown_as_they_are(command: Command, tmp_path: Path) -> 
         given.images,
         [dict(zip(NEW, names, strict=True)).get(given.names[i], given.names[i]) for i in given.labels],
     )
-    made = pnc.clone(nets.source.module, nets.target.module, data, source_classes=names, base_classes=BASE)
+    named = {"source_classes": names, "base_classes": BASE}
+    made = pnc.clone(nets.source.module, nets.target.module, data, effort="seconds", **named)
     pnc.save(made, tmp_path / "c")
     assert "[red]5[/red], 6\\, :cat:, 犬, 9" in command("inspect {c}", c=tmp_path / "c").out
 
@@ -338,8 +356,11 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         (CLONE + "--density 1.5", "density"),
         (CLONE + "--density much", "density"),
         (CLONE + "--method best", "method"),
-        (CLONE + "--max-macs 0.0001", "cheapest position adds"),
+        (CLONE + "--max-macs 0.0001", "no position reaches them"),
         (CLONE + "--seed -1", "seed"),
+        (CLONE + "--tune all", "tune"),
+        (CLONE + "--prefer big", "prefer"),
+        (CLONE + "--effort seconds --tune weights", "closed form alone, and tune='weights' learns by gradient"),
         (CLONE + "--threads 0", "threads"),
         (CLONE + "--device gpu", "device: 'gpu' cannot be used here.*try cpu"),
         (CLONE + "--device meta", "device: 'meta' cannot be used here"),
@@ -461,7 +482,7 @@ def test_what_can_be_known_at_once_is_refused_before_any_work(
 
 
 def test_a_network_that_cannot_take_the_images_is_named(command: Command, files: Path, tmp_path: Path) -> None:
-    words = f"clone {NETWORKS} --out {{d}}/c --data folder:{files / 'images'}?train=test&"
+    words = f"clone {NETWORKS} --out {{d}}/c --effort seconds --data folder:{files / 'images'}?train=test&"
     assert "images are 1x16x16, but zoo:cnn takes 1x8x8" in command(words + "size=16", d=tmp_path).complaint
     assert "images are 3x8x8" in command(words + "channels=3", d=tmp_path).complaint
     assert list(tmp_path.iterdir()) == []
@@ -471,14 +492,14 @@ def test_a_support_with_a_class_missing_is_refused_unless_it_is_a_base_class_of_
     command: Command, tmp_path: Path
 ) -> None:
     new = write_images(tmp_path / "new", "train", NEW, 12)
-    words = f"clone {NETWORKS} --data folder:{new} --out {tmp_path / 'c'} --support"
+    words = f"clone {NETWORKS} --data folder:{new} --out {tmp_path / 'c'} --effort seconds --support"
     assert "10/5 asks for 5 images of class '0', but the data has 0; it has images of 5, 6" in (
         command(f"{words} 10/5").complaint
     )
     assert command(f"{words} 10/0").code == 0, "images of the base classes are not needed"
     (tmp_path / "c").unlink()
     some = write_images(tmp_path / "some", "train", NEW[:-1], 12)
-    words = f"clone {NETWORKS} --data folder:{some} --out {tmp_path / 'c'} --support 10/0"
+    words = f"clone {NETWORKS} --data folder:{some} --out {tmp_path / 'c'} --effort seconds --support 10/0"
     assert "of class '9', but the data has 0" in command(words).complaint
     assert not (tmp_path / "c").exists()
 
@@ -528,7 +549,7 @@ def test_the_same_network_under_two_paths_is_recognized(command: Command, files:
     (tmp_path / "link.safetensors").symlink_to(files / "t.safetensors")
     os.link(files / "t.safetensors", tmp_path / "hard.safetensors")
     for other in ("link", "hard"):
-        words = f"clone --source {{d}}/{other}.safetensors --target {{t}} --data digits --out {{d}}/c"
+        words = f"clone --source {{d}}/{other}.safetensors --target {{t}} --data digits --effort seconds --out {{d}}/c"
         assert "same network" in command(words, d=tmp_path).complaint
 
 

@@ -21,7 +21,13 @@ def files(tmp_path_factory):
     save_model(nets.source, folder / "s.safetensors", {})
     for name, classes in (("five", NEW[:1]), ("two", NEW[1:3])):
         made = pnc.clone(
-            nets.source.module, nets.target.module, support(classes=classes), classes=classes, name=name, **nets.names()
+            nets.source.module,
+            nets.target.module,
+            support(classes=classes),
+            classes=classes,
+            name=name,
+            effort="seconds",
+            **nets.names(),
         )
         pnc.save(made, folder / f"{name}.safetensors")
     return folder

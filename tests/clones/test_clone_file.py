@@ -24,6 +24,8 @@ def made(**settings):
         nets = pair()
         n_base = settings.pop("n_base", 5)
         data = support(n_base=n_base)
+        if "density" not in settings:
+            settings["effort"] = "seconds"
         MADE[key] = pnc.clone(nets.source.module, nets.target.module, data, **nets.names(), **settings)
     return MADE[key]
 

@@ -67,8 +67,8 @@ def test_good_metadata_is_read_and_written_as_it_was():
 WRONG = [
     ("format", "pnc-model", "is no clone file: its format is 'pnc-model'"),
     ("format", None, "is no clone file"),
-    ("version", 99, "format version 99; this pnc reads up to 1: install a newer one"),
-    ("version", 0, "version: expected a whole number from 1 to 1, got 0"),
+    ("version", 99, "format version 99; this pnc reads up to 2: install a newer one"),
+    ("version", 0, "version: expected a whole number from 1 to 2, got 0"),
     ("version", True, "version"),
     ("target.forward", 7, "target.forward: expected an object, got 7"),
     ("source.forward.digest", "00", "source.forward.digest: expected 32 hex digits, got '00'"),

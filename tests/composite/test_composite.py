@@ -20,7 +20,8 @@ def clone_of(classes, name=None):
         nets = pair()
         names = nets.names()
         data = support(classes=classes)
-        SHARED[classes] = pnc.clone(nets.source.module, nets.target.module, data, classes=classes, name=name, **names)
+        chosen = {"classes": classes, "name": name, "effort": "seconds"}
+        SHARED[classes] = pnc.clone(nets.source.module, nets.target.module, data, **chosen, **names)
     return SHARED[classes]
 
 
@@ -124,7 +125,7 @@ def test_a_clone_is_copied_when_attached():
 def test_images_that_the_target_may_treat_otherwise_are_refused(change, came):
     wrapped = pnc.Preprocessed(target(), (1, 8, 8))  # takes any size and resizes if necessary
     nets = pair()
-    clone = pnc.clone(nets.source.module, wrapped, support(), **nets.names())
+    clone = pnc.clone(nets.source.module, wrapped, support(), effort="seconds", **nets.names())
     net = pnc.attach(wrapped, clone)
     fast, other = net.fused(), change(images(5))
     for call in (net, fast, net.now().log_odds):
@@ -199,7 +200,13 @@ def test_names_that_clash_or_are_unknown_are_errors():
         net.attach(clone_of(("5", "6")))
     nets = pair()
     again = pnc.clone(
-        nets.source.module, target(), support(classes=("6",)), classes=("6",), name="again", **nets.names()
+        nets.source.module,
+        target(),
+        support(classes=("6",)),
+        classes=("6",),
+        name="again",
+        effort="seconds",
+        **nets.names(),
     )
     with pytest.raises(ClassNameError, match="class '6' already"):
         net.attach(again)

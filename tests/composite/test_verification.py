@@ -16,7 +16,7 @@ MADE = []
 def clone() -> pnc.Clone:
     if not MADE:
         nets = pair()
-        MADE.append(pnc.clone(nets.source.module, nets.target.module, support(), **nets.names()))
+        MADE.append(pnc.clone(nets.source.module, nets.target.module, support(), effort="seconds", **nets.names()))
     return MADE[0]
 
 

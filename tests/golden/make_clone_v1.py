@@ -76,7 +76,7 @@ def clones() -> dict[str, tuple[pnc.Clone, str]]:
         task = prepare_task(source(), target(), support, **names)
         found = pnc.scan(task, exhaustive=True)
         place = max(found.positions, key=lambda position: position.n_params)
-        made[n_images] = pnc.fit(task, found.adapter(place), density=0.5, method="taylor", name="v1")
+        made[n_images] = pnc.fit(task, found.adapter(place), density=0.5, method="taylor", tune="none", name="v1")
     calibrated = replace(made[28], branch=copy.deepcopy(made[28].branch))
     for values in (calibrated.branch.gain, calibrated.branch.offset):
         values.fill_(0.25)

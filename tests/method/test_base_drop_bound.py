@@ -61,7 +61,7 @@ def test_a_clone_keeps_to_the_bound_on_new_images(part):
     labels = [images.classes[i] for i in images.labels[base[part::2]]] + [new.names[i] for i in new.labels]
     given_samples = torch.cat([images.images[base[part::2]], new.images]), labels
     free, bounded = (
-        pnc.clone(nets.source.module, target, given_samples, **nets.names(), max_base_drop=bound)
+        pnc.clone(nets.source.module, target, given_samples, effort="seconds", **nets.names(), max_base_drop=bound)
         for bound in (None, 0.02)
     )
     rest = torch.ones(len(images), dtype=torch.bool)

@@ -6,7 +6,8 @@ import torch
 import pnc
 from digits import NEW, pair, support
 from pnc.foundation.errors import InputError
-from pnc.method.density_choice import LEAST_DENSITY, LOSS, N_TRIED, Candidate, joint_front, worth_trying
+from pnc.method.density_choice import DENSITIES, LEAST_DENSITY, LOSS, Candidate, joint_front, smallest_good
+from pnc.method.held_out import Outcome
 from pnc.method.localization.localizer import localize
 
 
@@ -25,7 +26,10 @@ def test_estimates_are_of_macs_that_the_clone_then_has():
         clone = pnc.fit(task, found.adapter(one.position), density=one.density, method="taylor")
         body_macs = one.macs_share * task.source.n_macs - one.position.n_macs
         assert clone.recipe["macs_share"] <= one.macs_share + 1e-12  # a sum in another order
-        assert one.estimate == pytest.approx(one.position.score - LOSS * (1 / one.density - 1))
+        whole = found.front()[-1].score
+        assert one.estimate <= whole - LOSS * (1 / one.density - 1) + 1e-12
+        if one.position is found.front()[-1]:
+            assert one.estimate == pytest.approx(whole - LOSS * (1 / one.density - 1))
         assert body_macs <= 0
 
 
@@ -34,8 +38,8 @@ def test_nothing_on_the_front_beats_another():
     front = joint_front(task, found)
     for cheap, dear in zip(front, front[1:], strict=False):
         assert cheap.macs_share < dear.macs_share and cheap.estimate < dear.estimate
-    best = max(found.positions, key=lambda p: (p.score, -p.n_macs))
-    assert front[-1].estimate == best.score
+    best = found.front()[-1]
+    assert (front[-1].position, front[-1].density, front[-1].estimate) == (best, 1.0, best.score)
 
 
 def test_a_bound_that_no_position_meets_is_met_by_density_and_filled():
@@ -46,7 +50,7 @@ def test_a_bound_that_no_position_meets_is_met_by_density_and_filled():
     assert cheapest < bound
     front = joint_front(task, found, max_macs=bound)
     assert all(one.macs_share <= bound for one in front)
-    filled = [one for one in front if one.density not in (1.0, 0.7, 0.5, 0.35, 0.25)]
+    filled = [one for one in front if one.density not in DENSITIES]
     for one in filled:
         assert one.density >= LEAST_DENSITY
         part = localize(task, found.adapter(one.position).adapter, one.density, "taylor")
@@ -65,21 +69,43 @@ def test_bounds_that_nothing_meets_are_refused():
         joint_front(task, found, max_bytes=10)
 
 
-def test_tried_is_the_cheapest_that_is_good_enough_and_what_is_dearer():
-    scores = [0.5, 0.7, 0.896, 0.899, 0.9]
-    front = [Candidate(None, 1.0, share, score) for share, score in enumerate(scores)]
-    assert [one.estimate for one in worth_trying(front, tolerance=0.005)] == scores[2:]
-    assert [one.estimate for one in worth_trying(front, tolerance=0.25)] == scores[1 : 1 + N_TRIED]
-    assert [one.estimate for one in worth_trying(front, tolerance=0.0)] == scores[2:]
-    assert worth_trying(front[:1]) == tuple(front[:1])
+class Made:
+    """What `smallest_good` needs of a clone."""
+
+    def __init__(self, score):
+        self.recipe = {"score": score}
 
 
-def test_clones_of_automatic_density_keep_the_bound(monkeypatch):
-    monkeypatch.setattr("pnc.method.density_choice.N_TRIED", 2)
+def choice(front, prefer, scores, monkeypatch):
+    """Which candidate is chosen, and which are made, where each of 200 images fares as `scores` say."""
+    made = []
+
+    def make(one):
+        made.append(one.macs_share)
+        values = torch.full((200,), scores[one.macs_share], dtype=torch.float64)
+        return Made(scores[one.macs_share]), Outcome(values, torch.arange(200) < 100)
+
+    monkeypatch.setattr("pnc.method.density_choice.replace", lambda clone, recipe: recipe)
+    recipe = smallest_good(front, prefer, make)
+    return recipe, made
+
+
+def test_the_cheapest_that_is_as_good_as_the_best_is_chosen_by_what_was_measured(monkeypatch):
+    front = [Candidate(None, d, d, 0.9 - LOSS * (1 / d - 1)) for d in (0.15, 0.35, 0.5, 0.7, 1.0)]
+    as_good = {one.macs_share: 0.9 for one in front}
+    for prefer, share in (("accuracy", 1.0), ("balanced", 0.5), ("small", 0.35)):
+        recipe, made = choice(front, prefer, as_good, monkeypatch)
+        assert made == ([1.0] if prefer == "accuracy" else [1.0, share])
+        assert recipe["prefer"] == prefer and [row[3] for row in recipe["front"]].count(True) == len(made)
+    recipe, made = choice(front, "balanced", {**as_good, 0.5: 0.85}, monkeypatch)
+    assert (made, recipe["score"]) == ([1.0, 0.5, 0.7], 0.9)
+    recipe, made = choice(front, "balanced", {**as_good, 0.5: 0.85, 0.7: 0.85}, monkeypatch)
+    assert (made, recipe["score"]) == ([1.0, 0.5, 0.7], 0.9), "the whole part is taken"
+
+
+def test_clones_of_automatic_density_keep_the_bound():
     nets = pair()
-    made = pnc.clone(
-        nets.source.module, nets.target.module, support(), density="auto", method="taylor", max_macs=0.2, **nets.names()
-    )
+    made = pnc.clone(nets.source.module, nets.target.module, support(), max_macs=0.2, **nets.names())
     assert made.recipe["macs_share"] <= 0.2
     assert made.recipe["score"] > 0.8
     assert torch.is_tensor(made.branch.head.own.weight)

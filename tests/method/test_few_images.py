@@ -61,7 +61,7 @@ def samples(own_says, n=10, noise=0.1):
     features = torch.randn(len(labels), 3, generator=generator)
     folds = (torch.arange(len(labels)) // 4) % 2
     order = folds.argsort(stable=True)
-    made = HeadSamples(features, features, base, own, labels, folds, 4)
+    made = HeadSamples(features, features, base, own, labels, folds, 4, few=True)
     return made.select(order)
 
 
@@ -75,3 +75,8 @@ def test_weights_leave_the_ensemble_where_it_is_wrong():
     found = choose_stacking(samples(-1.0))
     assert found.class_weight[1] < 0, "the source's logits mean the opposite"
     assert found.odds_weight[1] < 0
+
+
+def test_with_more_images_nothing_pulls_towards_the_ensemble():
+    few, many = samples(1.0, n=2), replace(samples(1.0, n=2), few=False)
+    assert choose_stacking(many).odds_weight[1] < choose_stacking(few).odds_weight[1]

@@ -109,6 +109,7 @@ def clones():
             nets.source.module,
             nets.target.module,
             support(20, n_base, classes),
+            effort="seconds",
             classes=classes,
             name=str(n_base),
             **nets.names(),
@@ -120,7 +121,7 @@ def clones():
 def test_without_base_samples_a_clone_does_better_than_the_ensemble():
     nets, images = pair(), held_out_images(NEW)
     target = nets.target.module
-    made = pnc.clone(nets.source.module, target, support(20, 0), **nets.names())
+    made = pnc.clone(nets.source.module, target, support(20, 0), effort="seconds", **nets.names())
     ensemble = DirectEnsemble(target, nets.source.module, list(range(5)))
     target_logits = logits_of(target, images.images)
     found, theirs = (

@@ -22,6 +22,8 @@ def accuracy(clone, classes=NEW):
 def clone(**settings):
     nets = pair()
     data = settings.pop("support", None) or support()
+    if settings.get("density", "auto") == "auto":
+        settings = {"effort": "seconds", **settings}
     return pnc.clone(nets.source.module, nets.target.module, data, **nets.names(), **settings)
 
 

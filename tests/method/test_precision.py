@@ -40,6 +40,8 @@ def average_accuracy(net):
 
 def clone(**settings):
     nets = pair()
+    if "density" not in settings:
+        settings["effort"] = "seconds"
     made = pnc.clone(nets.source.module, nets.target.module, support(), classes=NEW, **nets.names(), **settings)
     assert all(one.dtype != torch.bfloat16 for one in made.branch.state_dict().values())
     return pnc.attach(nets.target.module, made)
@@ -63,6 +65,11 @@ def test_gates_norms_and_refinement_learn_in_bfloat16(monkeypatch):
     monkeypatch.setattr(refinement, "SCHEDULE", Schedule(0.0003, 6, 3))
     settings = {"density": 0.6, "refine": True}
     half, whole = clone(precision="bfloat16", **settings), clone(**settings)
+    assert average_accuracy(half) == pytest.approx(average_accuracy(whole), abs=0.03)
+
+
+def test_parts_are_tuned_in_bfloat16():
+    half, whole = (clone(precision=precision, density=0.6) for precision in ("bfloat16", "float32"))
     assert average_accuracy(half) == pytest.approx(average_accuracy(whole), abs=0.03)
 
 

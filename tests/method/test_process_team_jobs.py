@@ -19,6 +19,7 @@ from pnc.clones.adapter import Stitched
 from pnc.foundation import process_team
 from pnc.foundation.errors import InputError
 from pnc.foundation.process_team import ALONE, Team
+from pnc.method import part_tuning
 from pnc.method.held_out import own_head, source_body
 from pnc.method.localization import gates, localizer, norms
 from pnc.method.refinement import Schedule, feature_loss, train, views
@@ -44,13 +45,16 @@ def clones(team, nets, data):
     stitched = Stitched(fitted.adapter, body, task.source.head.features)
     seen, generator = views(task, position.target_cut), torch.Generator().manual_seed(0)
     ((tuned, _),) = train(stitched, own_head(task), seen, feature_loss, Schedule(0.001, 5), generator, team)
-    closed, thinned = pnc.fit(task, fitted), pnc.fit(task, fitted, density=0.5)
+    closed, thinned = pnc.fit(task, fitted), pnc.fit(task, fitted, density=0.5, tune="norms")
+    part_tuning.N_STEPS = 3
+    distilled = pnc.fit(task, fitted, density=0.5, tune="weights")
     return {
         "errors": torch.tensor(list(found.adapter_errors.values())),
         "scores": torch.tensor([p.score for p in found.positions]),
         "closed": closed.branch.state_dict(),
         "thinned": thinned.branch.state_dict(),
         "masks": thinned.masks.flat,
+        "distilled": distilled.branch.state_dict(),
         "start": fitted.adapter.weight,
         "tuned": tuned.weight,
     }
@@ -135,6 +139,14 @@ def test_gates_and_norms_are_those_of_one_process(made):
     assert body
     for name in body:
         assert distance(together["thinned"][name], alone["thinned"][name]) < 1e-2, name  # float32
+
+
+def test_tuned_parts_are_those_of_one_process(made):
+    alone, (together, _) = made
+    weights = [name for name in alone["distilled"] if name.startswith("stitched.body") and name.endswith("weight")]
+    assert weights
+    for name in weights:  # three steps of Adam, and changes rounded to 6 bits
+        assert distance(together["distilled"][name], alone["distilled"][name]) < 1e-2, name
 
 
 def test_refinement_is_that_of_one_process(made):

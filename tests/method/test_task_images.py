@@ -89,7 +89,7 @@ def composite() -> pnc.Composite:
     target = wrapped()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # networks with random weights
-        return pnc.attach(target, pnc.clone(net(), target, support(0, 1), **NAMES))
+        return pnc.attach(target, pnc.clone(net(), target, support(0, 1), effort="seconds", **NAMES))
 
 
 @pytest.mark.parametrize("images", [support(0, 255)[0], support(-2, 2)[0], support(0, 1)[0] + 0.5])

@@ -81,7 +81,8 @@ class _Case:
     def row(self, method: str, density: float) -> dict[str, Any]:
         """Make one clone and measure it."""
         start = time.perf_counter()
-        chosen: Any = {} if method == FULL else {"density": density, "method": method}
+        tune = "norms" if method == "gates" else "none"
+        chosen: Any = {} if method == FULL else {"density": density, "method": method, "tune": tune}
         clone = fit(self._task, self._fitted, **chosen)
         seconds = time.perf_counter() - start
         logits = logits_of(attach(self._task.target.model, clone), self._test.images)

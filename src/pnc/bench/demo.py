@@ -64,6 +64,7 @@ def run_demo(
             target=networks["target"],
             support=draw_support(train, NEW_CLASSES, BASE_CLASSES, N_NEW, N_BASE, generator),
             test=relabel(test, (*BASE_CLASSES, *NEW_CLASSES)),
+            effort="minutes",
             seed=seed,
         )
         facts = main_job.run(job, list(main_job.RIVALS), Path(folder), progress)

@@ -1,4 +1,4 @@
-"""What a clone of very few images is worth beside ensembles of both whole networks, over many supports."""
+"""Clones of very few images compared with ensembles of both whole networks, over many supports."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,17 +19,17 @@ from pnc.method.task import prepare_task
 
 KEYS = ("data", "n_images", "seed")
 N_IMAGES = (1, 2, 5)
-"""Images per class, of new and of base ones alike."""
+"""Images per class, for new and base classes alike."""
 METHODS = ("clone", "direct ensemble", "calibrated ensemble")
 ALLOWED = 0.01
-"""Accuracy by which the mean of the clones may lie below the calibrated ensemble's."""
+"""Accuracy by which the mean of the clones may be below that of an ensemble."""
 
 
 def bench(settings: Mapping[str, Setting], seeds: Sequence[int], facts: Mapping[str, Any]) -> Bench:
     """Make clones and ensembles from the same few images, and measure them on all test images.
 
     Args:
-        settings: Networks and images by the name of the images; numbers of images are not theirs.
+        settings: Networks and images by name of the images; their numbers of images are ignored.
         seeds: Of the supports.
         facts: What rows depend on, as JSON values.
     """
@@ -71,7 +71,7 @@ def means(rows: Rows, data: str, n_images: int) -> dict[str, float]:
 
 
 def claims(rows: Rows) -> list[Claim]:
-    """What was asked for: never more than a point below either ensemble, in the mean over supports."""
+    """Required: never more than a point below either ensemble, in the mean over supports."""
     found = []
     for data, n_images in dict.fromkeys((row["data"], row["n_images"]) for row in rows):
         mean = means(rows, data, n_images)

@@ -75,7 +75,7 @@ def material(width: int = 6, density: float = 0.5) -> Material:
     task = prepare_task(source, target, support, classes=None, source_classes=names[3:], base_classes=names[:3])
     found = scan(task, exhaustive=True)
     place = max(found.positions, key=lambda position: position.n_params)  # the file then holds most of the source
-    made = fit(task, found.adapter(place), density=density, method="taylor")
+    made = fit(task, found.adapter(place), density=density, tune="none")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clone"
         files = []

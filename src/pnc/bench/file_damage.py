@@ -149,7 +149,19 @@ def forge_tensors(data: bytes, random: Random) -> bytes:
             if header[other]["data_offsets"][0] >= stop:
                 header[other]["data_offsets"] = [place - (stop - start) for place in header[other]["data_offsets"]]
     elif way == 1:
-        new = random.choice((name + "x", "masks", "body.x", "head.weight", "head.own.weight", "calibration.gain", ""))
+        new = random.choice(
+            (
+                name + "x",
+                "masks",
+                "deltas.codes",
+                "deltas.rank",
+                "body.x",
+                "head.weight",
+                "head.own.weight",
+                "calibration.gain",
+                "",
+            )
+        )
         header[new] = header.pop(name)
     elif way == 2:
         entry["dtype"] = random.choice(("I32", "F32", "U8", "F16", "BF16", "BOOL"))

@@ -25,8 +25,8 @@ from pnc.models.pretraining import recipe_for
 CLOSED, GATES, REFINED, SEQUENTIAL = "closed form", "gates, density 0.5", "refined", "sequential"
 SEARCH, TUNED, SCRATCH = "fine-tuning with replay, search", "fine-tuning with replay, once", "training from scratch"
 CLONES: Mapping[str, Mapping[str, Any]] = {
-    CLOSED: {},
-    GATES: {"density": 0.5},
+    CLOSED: {"effort": "seconds"},
+    GATES: {"density": 0.5, "tune": "norms"},
     REFINED: {"refine": True},
     SEQUENTIAL: {"strategy": "sequential"},
 }

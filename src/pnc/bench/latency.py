@@ -146,15 +146,15 @@ class CaseForms:
             source, target = setting.source.module, setting.target.module
             if name in new:
                 support, arguments = setting.draw([name], self._seed), setting.arguments([name], self._seed)
-                chosen: Any = {"density": DENSITIES[-1], "method": "taylor", "round_to": round_to}
+                chosen: Any = {"density": DENSITIES[-1], "tune": "none", "round_to": round_to}
                 self._clones[key] = clone(source, target, support, **arguments, **chosen)
             else:
                 task = prepare_task(source, target, setting.draw(new, self._seed), **setting.arguments(new, self._seed))
                 found = scan(task)
                 fitted = found.adapter(found.choose())
                 for density in DENSITIES:
-                    self._clones[f"{density:g}", 1] = fit(task, fitted, density=density, method="taylor")
-                self._clones[ALIGNED, 1] = fit(task, fitted, density=0.5, method="taylor", round_to=8)
+                    self._clones[f"{density:g}", 1] = fit(task, fitted, density=density, tune="none")
+                self._clones[ALIGNED, 1] = fit(task, fitted, density=0.5, tune="none", round_to=8)
         return self._clones[key]
 
     def _singles(self, number: int, round_to: int = 1) -> list[Clone]:
@@ -203,6 +203,8 @@ def untrained_clone(source: LoadedModel, target: LoadedModel, example: Tensor) -
         masks=None,
         source=fingerprint(source.module),
         target=fingerprint(target.module),
+        source_forward=networks[0].forward_print,
+        target_forward=networks[1].forward_print,
         input_shape=target.input_shape,
         source_input_shape=source.input_shape,
         target_features=features[1],

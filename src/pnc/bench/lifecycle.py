@@ -84,7 +84,7 @@ class CloneMaker:
         if path is not None and path.exists():
             return load(path, source=source.module)
         images = class_subset(ImageSet(support.images, support.labels, support.names), (*target.classes, *classes))
-        made = clone(source.module, target.module, images, **self.setting.arguments(classes, seed))
+        made = clone(source.module, target.module, images, effort="seconds", **self.setting.arguments(classes, seed))
         if path is not None:
             save(made, path)
         return made

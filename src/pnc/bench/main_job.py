@@ -22,8 +22,8 @@ from pnc.data.image_set import ImageSet
 from pnc.data.support import Support
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
-from pnc.method.pipeline import fit
-from pnc.method.positions import scan
+from pnc.method.pipeline import clone as make_clone
+from pnc.method.settings import Effort
 from pnc.method.task import CloneTask, Progress, prepare_task
 from pnc.models.model_specs import LoadedModel
 
@@ -43,7 +43,7 @@ class Job:
         test: Images of base and new classes, labelled by index in base + new classes.
         flip: Mirror images may be used, by the clone and by every rival.
         seed: Of every random choice.
-        density: As in `pnc.clone`.
+        effort: As in `pnc.clone`.
     """
 
     source: LoadedModel
@@ -52,7 +52,7 @@ class Job:
     test: ImageSet
     flip: bool = False
     seed: int = 0
-    density: float = 1.0
+    effort: Effort = "seconds"
 
 
 def run(job: Job, rivals: Sequence[str], folder: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -124,17 +124,25 @@ def _task(job: Job) -> CloneTask:
 
 
 def _clone(job: Job, progress: Progress | None) -> tuple[Clone, dict[str, Any]]:
-    task = _task(job)
-    found = scan(task, progress=progress)
-    position = found.choose()
-    clone = fit(task, found.adapter(position), density=job.density, progress=progress)
+    clone = make_clone(
+        job.source.module,
+        job.target.module,
+        job.support,
+        classes=job.test.classes[len(job.target.classes) :],
+        source_classes=job.source.classes,
+        base_classes=job.target.classes,
+        effort=job.effort,
+        flip=job.flip,
+        seed=job.seed,
+        progress=progress,
+    )
     facts = {
-        "position": {"target_cut": position.target_cut.name, "source_cut": position.source_cut.name},
+        "position": {"target_cut": clone.target_cut.name, "source_cut": clone.source_cut.name},
         "added_macs_share": clone.recipe["macs_share"],
         "added_params": clone.n_params,
         "held_out_score": clone.recipe["score"],
-        "scanned_positions": len(found.positions),
-        "scanned_pairs": len(found.adapter_errors),
+        "density": clone.recipe["density"],
+        "tuned": clone.recipe.get("tune"),
     }
     return clone, facts
 

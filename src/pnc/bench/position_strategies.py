@@ -16,11 +16,11 @@ from pnc.composite.metrics import measure_logits
 from pnc.method.pipeline import clone
 
 STRATEGIES: Mapping[str, Mapping[str, Any]] = {
-    "closed form": {},
-    "closed form, 60% of the MACs": {"max_macs": 0.6},
-    "closed form, 30% of the MACs": {"max_macs": 0.3},
-    "density too, 60% of the MACs": {"max_macs": 0.6, "density": "auto"},
-    "density too, 30% of the MACs": {"max_macs": 0.3, "density": "auto"},
+    "closed form": {"effort": "seconds"},
+    "closed form, 60% of the MACs": {"max_macs": 0.6, "effort": "seconds"},
+    "closed form, 30% of the MACs": {"max_macs": 0.3, "effort": "seconds"},
+    "density too, 60% of the MACs": {"max_macs": 0.6},
+    "density too, 30% of the MACs": {"max_macs": 0.3},
     "refined, 30% of the MACs": {"max_macs": 0.3, "refine": True},
     "sequential": {"strategy": "sequential"},
 }

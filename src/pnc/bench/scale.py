@@ -205,7 +205,7 @@ def _scan_cuts(n: int, team: Team, device: torch.device) -> dict[str, Any]:
 
 
 def _clone(source: nn.Module, target: nn.Module, names: Mapping[str, Any], data: Any, team: Team) -> dict[str, Any]:
-    row = _timed(lambda: clone(source, target, data, team=team, **names), _device_of(target))
+    row = _timed(lambda: clone(source, target, data, team=team, effort="seconds", **names), _device_of(target))
     made = row.pop("made")
     return {**row, "positions": None, "cuts": None, "macs_share": made.recipe["macs_share"]}
 

@@ -61,7 +61,7 @@ from pnc.foundation import process_team
 from pnc.foundation.argument_checks import MAX_THREADS
 from pnc.foundation.errors import PNCError, PNCWarning
 from pnc.method import pipeline, positions
-from pnc.method.settings import Bounds, Method, Removal, Strategy, check_strategy
+from pnc.method.settings import Bounds, Effort, Method, Prefer, Removal, Strategy, Tune, check_effort, check_strategy
 from pnc.method.task import Precision, prepare_task
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -144,8 +144,19 @@ def clone(
     flip: Flip = False,
     density: Annotated[
         str, typer.Option(help="Share of the prunable MACs to keep, above 0; auto: chosen with the position.")
-    ] = "1",
-    method: Annotated[Method, typer.Option(help="How channels are chosen below density 1.")] = "gates",
+    ] = "auto",
+    method: Annotated[
+        Method | None, typer.Option(help="How channels are chosen below density 1; by default taylor.")
+    ] = None,
+    tune: Annotated[
+        Tune | None, typer.Option(help="What of the part is tuned below density 1; by default its weights.")
+    ] = None,
+    prefer: Annotated[
+        Prefer, typer.Option(help="What --density auto gives up for lower cost: nothing, half a point, two.")
+    ] = "balanced",
+    effort: Annotated[
+        Effort, typer.Option(help="minutes: cut out a part and tune it; seconds: closed form alone.")
+    ] = "minutes",
     round_to: Annotated[int, typer.Option(help="Below density 1, keep multiples of so many channels.", min=1)] = 1,
     max_macs: MaxMacs = None,
     max_bytes: MaxBytes = None,
@@ -171,8 +182,9 @@ def clone(
 ) -> None:
     """Clone classes of a source for a target; write a file.
 
-    Positions are scanned in closed form on a few images of the training split; neither network changes. A run that was
-    killed while it learned a localization or a refinement goes on from OUT.partial.safetensors. With
+    Positions are scanned in closed form on a few images of the training split; the part that is worth its cost is cut
+    out and tuned, and neither network changes. A run that was killed while it learned goes on from
+    OUT.partial.safetensors. With
     `accelerate launch -m pnc clone ...` or `torchrun -m pnc clone ...` several processes share the work.
     """
     with process_team.joined(read_device(device)) as (team, own_device), use_threads(threads):
@@ -186,8 +198,9 @@ def clone(
         check_trained(*asked)
         parse_support(support)
         wanted_density = parse_density(density)
-        removal, bounds = Removal(wanted_density, method, round_to), Bounds(max_macs, max_bytes, max_base_drop)
+        removal, bounds = Removal(wanted_density, method, round_to, tune), Bounds(max_macs, max_bytes, max_base_drop)
         check_strategy(strategy, removal, bounds, refine)
+        check_effort(effort, prefer, removal, refine, strategy)
         check_name(name)
         check_file_name(out)
         images = load_data(data, "train")
@@ -208,6 +221,9 @@ def clone(
                 name=name,
                 density=wanted_density,
                 method=method,
+                tune=tune,
+                prefer=prefer,
+                effort=effort,
                 round_to=round_to,
                 max_macs=max_macs,
                 max_bytes=max_bytes,

@@ -14,6 +14,7 @@ from pnc.bench import (
     latency,
     library_classifiers,
     lifecycle,
+    part,
     position_strategies,
     scale,
     speed,
@@ -124,6 +125,39 @@ def measure_localization(
         return channel_methods.bench(setting, groups, range(seeds))
 
     run_bench(context, make, out / "localize.json", threads, pair.files)
+
+
+@bench.command("part")
+def measure_parts(
+    context: typer.Context,
+    source: SourceFile,
+    target: TargetFile,
+    data: Data,
+    pair: Annotated[str, typer.Option(help="What the results call the two networks.")],
+    forms: Annotated[
+        str, typer.Option(help="What is made: whole, default, seconds, and density with tuning as in '0.5 weights'.")
+    ] = "whole,0.5 weights,0.3 weights,0.15 weights,default,seconds",
+    some: Annotated[str | None, typer.Option(help="Classes to clone; by default all that the target lacks.")] = None,
+    support: Sizes = "100/20",
+    flip: Mirror = True,
+    seeds: Seeds = 3,
+    data_name: DataName = None,
+    out: OutFolder = Path("results"),
+    threads: OneThread = 1,
+) -> None:
+    """Compare parts with whole sources: what a clone loses and saves at each density, and by its own choice.
+
+    Takes a minute or two for each row; rows of all pairs lie in one part.jsonl, and are not measured again.
+    """
+    options = PairOptions(source, target, data, support, flip, data_name)
+    wanted = part.parse_forms(forms)
+
+    def make() -> Bench:
+        setting = options.load()
+        classes = setting.new_classes if some is None else parse_classes(some, setting.source.classes)
+        return part.bench(pair, setting, classes, wanted, range(seeds))
+
+    run_bench(context, make, out / "part.json", threads, options.files)
 
 
 @bench.command("few")

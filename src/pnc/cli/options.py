@@ -35,7 +35,7 @@ Weights = Annotated[Path | None, typer.Option(help="Weights of that network: .sa
 Names = Annotated[str | None, typer.Option(help="Names of that network's outputs, in order, separated by commas.")]
 Data = Annotated[str, typer.Option(help="Images: digits, parquet:PATH, folder:PATH, hf:NAME.")]
 MaxMacs = Annotated[float | None, typer.Option(help="Bound on added MACs, as a share of the source's, such as 0.5.")]
-MaxBytes = Annotated[int | None, typer.Option(help="Bound on the bytes of a thin clone file at density 1.")]
+MaxBytes = Annotated[int | None, typer.Option(help="Bound on the bytes of a thin clone file.")]
 Flip = Annotated[bool, typer.Option(help="Use mirror images too: right for photographs, wrong for digits.")]
 Memory = Annotated[
     float,

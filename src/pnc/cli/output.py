@@ -106,6 +106,27 @@ def show_clone(facts: CloneFacts) -> None:
     cuts = known["position"]["target"], known["position"]["source"]
     lines = clone_lines(known["name"], known["classes"], known["base_classes"], cuts, known["recipe"])
     show_facts({**lines, "file": f"{known['kind']}, format {known['version']}, {known['n_bytes']:,} bytes"})
+    if "front" in known["recipe"]:
+        show_front(known["recipe"])
+
+
+def show_front(recipe: Mapping[str, Any]) -> None:
+    """Show the front that a clone was chosen from, cheapest first."""
+    say()
+    show_table(
+        ("", "MACs", "density", "score", ""),
+        [
+            (
+                ">" if abs(macs - recipe["macs_share"]) < 0.01 and made else "",
+                f"{macs:.1%}",
+                f"{density:g}",
+                f"{score:.3f}",
+                "measured" if made else "expected",
+            )
+            for macs, density, score, made in recipe["front"]
+        ],
+    )
+    say(f"the front that it was chosen from ({recipe['prefer']}); >: this clone")
 
 
 def show_scan(facts: Mapping[str, Any]) -> None:

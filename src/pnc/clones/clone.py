@@ -7,6 +7,7 @@ from typing import Any
 
 from pnc.channels.channel_masks import ChannelMasks
 from pnc.clones.branch import Branch
+from pnc.clones.deltas import Deltas
 from pnc.clones.description import HeldOut, clone_lines, held_out_of
 from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name
 from pnc.foundation.errors import InputError
@@ -30,6 +31,7 @@ class Clone:
         base_classes: The classes of the target that it was made for.
         branch: The inserted module; holds its own copies of all weights.
         masks: Which channels of the source's part were kept; None for all.
+        deltas: What tuning changed of the part's weights, merged into them; None for nothing.
         source: Fingerprint of the source.
         target: Fingerprint of the target.
         input_shape: Of the target's images, (C, H, W).
@@ -52,6 +54,7 @@ class Clone:
     source_input_shape: tuple[int, ...]
     target_features: CutPoint
     recipe: Mapping[str, Any]
+    deltas: Deltas | None = None
     source_forward: ForwardPrint | None = None
     target_forward: ForwardPrint | None = None
 

@@ -19,6 +19,7 @@ from pnc.channels.compaction import compact, own_copy
 from pnc.clones.adapter import Adapter, Stitched
 from pnc.clones.branch import Branch
 from pnc.clones.clone import Clone, check_file_name
+from pnc.clones.deltas import DTYPES, Deltas, check_fit, deltas_in, merge
 from pnc.clones.heads import DiscriminantHead, Head, SourceHead, StackedHead
 from pnc.clones.manifest import FileKind, Manifest, read_manifest
 from pnc.foundation.argument_checks import check_module
@@ -40,6 +41,7 @@ _ADAPTER, _HEAD, _BODY, _CALIBRATION, _MASKS = "adapter.", "head.", "body.", "ca
 _LARGE_IMAGE = 1 << 18
 """Values of an image, about 3x295x295, from which on the source is tried without values before it is recorded."""
 _RIVALS = f"{_CALIBRATION}rivals"
+_DELTAS = "deltas."
 
 
 def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
@@ -66,6 +68,8 @@ def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CALIBRATION)}
     if clone.masks is not None:
         tensors[_MASKS] = torch.frombuffer(bytearray(clone.masks.to_bytes()), dtype=torch.uint8)
+    if clone.deltas is not None:
+        tensors |= {f"{_DELTAS}{name}": tensor for name, tensor in clone.deltas.tensors.items()}
     tensors |= {f"{_BODY}{name}": tensor for name, tensor in _body_tensors(clone, kind).items()}
     broken = _not_finite(tensors)
     if broken:
@@ -82,12 +86,12 @@ def _short(name: str, tensor: Tensor) -> Tensor:
 
 def _body_tensors(clone: Clone, kind: FileKind) -> dict[str, Tensor]:
     state = clone.branch.stitched.body.state_dict()
-    return {name: state[name] for name in _body_names(state, kind, clone.masks is not None)}
+    return {name: state[name] for name in _body_names(state, kind, clone.masks is not None or clone.deltas is not None)}
 
 
-def _body_names(state: Mapping[str, Tensor], kind: FileKind, masked: bool) -> list[str]:
-    """Which tensors of the source's part a file carries: all, or the statistics that were re-estimated for masks."""
-    return [name for name in state if kind == "full" or (masked and name.endswith(_STATISTICS))]
+def _body_names(state: Mapping[str, Tensor], kind: FileKind, changed: bool) -> list[str]:
+    """Which tensors of the source's part a file carries: all, or the statistics that were estimated anew."""
+    return [name for name in state if kind == "full" or (changed and name.endswith(_STATISTICS))]
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -176,7 +180,8 @@ def load(
     forward = forward_print(source, recording)
     if not allow_mismatch:
         _check_forward(path, manifest, forward)
-    body, masks, features = _body(path, recording, manifest, tensors)
+    deltas = deltas_in(tensors, _DELTAS)
+    body, masks, features = _body(path, recording, manifest, tensors, deltas)
     branch = _skeleton(path, manifest, tensors, Stitched(_adapter(manifest, tensors), body, features)).cpu()
     for name, tensor in _fitted(branch).items():
         if name in tensors:
@@ -189,6 +194,7 @@ def load(
         base_classes=manifest.base_classes,
         branch=branch,
         masks=masks,
+        deltas=deltas,
         source=fingerprint(source) if is_other else manifest.source,
         target=manifest.target,
         input_shape=manifest.input_shape,
@@ -261,6 +267,8 @@ def _checked_shapes(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapp
             continue
         if name == _MASKS:
             wanted: tuple[Any, Any] = torch.uint8, tensor.shape[:1]
+        elif name.startswith(_DELTAS) and name.removeprefix(_DELTAS) in DTYPES and manifest.version > 1:
+            wanted = DTYPES[name.removeprefix(_DELTAS)], tensor.shape[:1]
         elif name in expected:
             wanted = expected[name].dtype, expected[name].shape
         else:
@@ -365,9 +373,9 @@ def _check_size(path: str | Path, source: nn.Module, manifest: Manifest) -> None
 
 
 def _body(
-    path: str | Path, recording: Recording, manifest: Manifest, tensors: Mapping[str, Tensor]
+    path: str | Path, recording: Recording, manifest: Manifest, tensors: Mapping[str, Tensor], deltas: Deltas | None
 ) -> tuple[nn.Module, ChannelMasks | None, CutPoint]:
-    """Rebuild the source's part: recorded anew, cut, compacted, with the file's own tensors for the source's."""
+    """Rebuild the source's part: recorded anew, cut, compacted, changed by deltas; some tensors are the file's own."""
     cut = manifest.source_cut
     if not any(cut.is_same_place(other) for other in cut_points(recording)):
         raise MismatchError(
@@ -383,9 +391,11 @@ def _body(
         body: nn.Module = compact(segment, spaces, masks)
     else:
         body = own_copy(segment)
+    if deltas is not None:
+        (merge if manifest.kind == "thin" else check_fit)(body, deltas, str(path))
     state = body.state_dict()
     own = {name.removeprefix(_BODY): tensor for name, tensor in tensors.items() if name.startswith(_BODY)}
-    wanted = _body_names(state, manifest.kind, masks is not None)
+    wanted = _body_names(state, manifest.kind, masks is not None or deltas is not None)
     for name in sorted(own.keys() ^ set(wanted)):
         what = "carries a tensor {!r} that has no place in" if name in own else "lacks the tensor {!r} of"
         raise MismatchError(f"{path} {what.format(name[:80])} this source; load it with the one it was made from")

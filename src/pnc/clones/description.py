@@ -84,6 +84,7 @@ def clone_lines(
         "held-out score": str(held_out_of(recipe)),
         "added MACs": f"{recipe['macs_share']:.1%} of the source's",
         "density": f"{recipe['density']:g}",
+        "tuned": recipe.get("tune") or "nothing",
     }
     if "max_base_drop" in recipe:
         lines["base images may lose"] = (

@@ -22,7 +22,8 @@ from pnc.graph.cut_points import CutPoint
 from pnc.graph.forward_prints import N_ANSWERS, N_IMAGES, ForwardPrint
 
 FORMAT = "pnc-clone"
-VERSION = 1
+VERSION = 2
+"""Of the files that are written; earlier ones are read."""
 FileKind = Literal["thin", "full"]
 
 _MAX_SIZE, _MAX_COUNT = 1 << 20, 1 << 62
@@ -66,6 +67,7 @@ class Manifest:
     recipe: Mapping[str, Any]
     source_forward: ForwardPrint | None = None
     target_forward: ForwardPrint | None = None
+    version: int = VERSION
 
     def facts(self) -> dict[str, Any]:
         """The metadata as JSON values.
@@ -75,7 +77,7 @@ class Manifest:
         """
         facts = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": self.version,
             "kind": self.kind,
             "name": self.name,
             "classes": list(self.classes),
@@ -142,7 +144,7 @@ Fail = Callable[[str], Never]
 
 def _parsed(facts: Any, fail: Fail) -> Manifest:
     whole = _Object(facts, "", _KEYS, fail)
-    whole.number("version", 1, VERSION, whole=True)
+    version = whole.number("version", 1, VERSION, whole=True)
     classes, base_classes = whole.names("classes"), whole.names("base_classes")
     if len({*classes, *base_classes}) < len(classes) + len(base_classes):
         fail("classes, base_classes: a name is there twice")
@@ -166,6 +168,7 @@ def _parsed(facts: Any, fail: Fail) -> Manifest:
         target=_fingerprint(target),
         input_shape=shape,
         recipe=_recipe(whole, fail),
+        version=version,
         source_forward=_forward(source),
         target_forward=_forward(target),
     )

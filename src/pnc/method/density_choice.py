@@ -1,23 +1,32 @@
-"""Position and density together: which few clones of lower density are worth making, estimated for all at once."""
+"""Position, density and tuning together: many clones are estimated, and the few that may be chosen are made."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.mac_budget import Costs
+from pnc.clones.clone import Clone
 from pnc.foundation.errors import InputError
-from pnc.method.held_out import source_body
+from pnc.method.held_out import Outcome, source_body
 from pnc.method.positions import Position, Scan
+from pnc.method.settings import Prefer
 from pnc.method.task import CloneTask
 
-DENSITIES = (1.0, 0.7, 0.5, 0.35, 0.25)
+TOLERANCES: Mapping[str, float] = {"accuracy": 0.0, "balanced": 0.005, "small": 0.02}
+"""Accuracy that is given up for lower cost."""
+DENSITIES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15)
 LEAST_DENSITY = 0.1
-LOSS = 0.02
-"""Accuracy taken to be lost at density 1/2, and in proportion to 1 / density - 1 elsewhere. A rough figure: it only
-decides what is tried; the choice is by held-out score."""
-N_TRIED = 3
-TOLERANCE = 0.005
-"""Accuracy that may be given up for lower cost where there is no standard error of the difference to go by."""
+LOSS = 0.0045
+"""Accuracy that a tuned part of density 1/2 loses, and in proportion to 1 / density - 1 elsewhere: see the table in
+docs/method.md. What is made is measured; but few images say less of a small loss than this figure does."""
+LOSS_ERROR = 0.01
+"""How far that figure may be off."""
+SLOPE = 0.5
+"""Accuracy that a nat of held-out log-loss stands for, between positions."""
+N_ERRORS = 0.5
+"""Standard errors of a position's log-loss that count against it: few images must not choose a bad one."""
+N_TRIED = 2
+"""Clones below density 1 that are made at most; then the whole part is taken."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +62,11 @@ def joint_front(
     Raises:
         InputError: no combination is within the bounds.
     """
-    made = [one for position in found.front(max_bytes) for one in _densities(task, position, max_macs)]
+    made = [
+        one
+        for position, estimate in _worth(task, found, max_bytes)
+        for one in _densities(task, position, estimate, max_macs)
+    ]
     if not made:
         raise InputError(
             f"max_macs={max_macs}, max_bytes={max_bytes}: no position reaches them, even at density {LEAST_DENSITY}; "
@@ -66,22 +79,32 @@ def joint_front(
     return tuple(front)
 
 
-def worth_trying(front: Sequence[Candidate], tolerance: float = TOLERANCE) -> tuple[Candidate, ...]:
-    """The cheapest candidate whose estimate is as good as the best but for `tolerance`, and its neighbours upwards."""
-    best = max(one.estimate for one in front)
-    first = next(place for place, one in enumerate(front) if one.estimate >= best - tolerance)
-    start = max(0, min(first, len(front) - N_TRIED))
-    return tuple(front[start : start + N_TRIED])
+def _worth(task: CloneTask, found: Scan, max_bytes: int | None) -> list[tuple[Position, float]]:
+    """The positions of the scan's front with the score that each may have at full density.
+
+    Accuracy of few images says little; so it is that of the best log-loss, less what the log-loss of a position is
+    worse, and less a part of the error of this difference.
+    """
+    if not task.has_base:  # nothing tells what an adapter does to images of base classes
+        return [(found.choose(max_bytes=max_bytes), found.choose(max_bytes=max_bytes).score)]
+    front = found.front(max_bytes)
+    n_images = max((position.n_images for position in front), default=0)
+    front = tuple(position for position in front if position.n_images == n_images)
+    worth = []
+    for position in front:
+        loss, error = found.loss_against(position, front[-1])
+        worth.append((position, front[-1].score - SLOPE * max(0.0, loss + N_ERRORS * error)))
+    return worth
 
 
-def _densities(task: CloneTask, position: Position, max_macs: float | None) -> list[Candidate]:
+def _densities(task: CloneTask, position: Position, estimate: float, max_macs: float | None) -> list[Candidate]:
     body = source_body(task, position.source_cut)
     costs = Costs(body, channel_spaces(body))
     full, source = position.n_macs, task.source.n_macs
 
     def candidate(density: float) -> Candidate:
         share = (full - costs.most + costs.bound(density)) / source
-        return Candidate(position, density, share, position.score - LOSS * (1 / density - 1))
+        return Candidate(position, density, share, estimate - LOSS * (1 / density - 1))
 
     densities = list(DENSITIES) if costs.most > costs.least else [1.0]
     if max_macs is not None and costs.most > costs.least:
@@ -90,3 +113,48 @@ def _densities(task: CloneTask, position: Position, max_macs: float | None) -> l
             densities.append(exact)
     made = [candidate(density) for density in densities]
     return [one for one in made if max_macs is None or one.macs_share <= max_macs]
+
+
+def smallest_good(
+    front: Sequence[Candidate], prefer: Prefer, make: Callable[[Candidate], tuple[Clone, Outcome]]
+) -> Clone:
+    """Make the few clones of a front that may be chosen, and give the cheapest that is as good as the best.
+
+    As good means: by what is expected of it and what was measured, each weighed by its error, it loses no more than
+    `prefer` gives up, within half a standard error.
+
+    Args:
+        front: From `joint_front`.
+        prefer: How much may be given up.
+        make: Makes the clone of a candidate, and says how each image of the support fares when it is held out.
+    Returns:
+        The clone; its recipe lists the front.
+    """
+    best = max(front, key=lambda one: one.estimate)
+    bound = best.estimate - TOLERANCES[prefer]
+    good = sorted((one for one in front if one.estimate >= bound), key=lambda one: one.macs_share)
+    made = {best: make(best)}
+    chosen = best
+    for candidate in [one for one in good if one is not best][:N_TRIED]:
+        made[candidate] = make(candidate)
+        loss, error = _shrunk(best.estimate - candidate.estimate, *made[best][1].minus(made[candidate][1]))
+        if loss <= TOLERANCES[prefer] + N_ERRORS * error:
+            chosen = candidate
+            break
+    clone = made[chosen][0]
+    listed = [
+        [
+            round(one.macs_share, 4),
+            round(one.density, 4),
+            round(made[one][0].recipe["score"] if one in made else one.estimate, 4),
+            one in made,
+        ]
+        for one in front
+    ]
+    return replace(clone, recipe={**clone.recipe, "prefer": prefer, "front": listed})
+
+
+def _shrunk(expected: float, measured: float, error: float) -> tuple[float, float]:
+    """A loss of accuracy by what is expected and what was measured, and its standard error."""
+    weight = LOSS_ERROR**2 / (LOSS_ERROR**2 + error**2)
+    return expected + weight * (measured - expected), LOSS_ERROR * (1 - weight) ** 0.5

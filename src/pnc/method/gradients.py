@@ -1,12 +1,13 @@
 """Whether autograd can go through the source: some methods need it, and not every network allows it."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 
 from pnc.foundation.errors import InputError
 from pnc.graph.cut_points import LOGITS, CutPoint, cut_points, extract
-from pnc.method.settings import Removal
+from pnc.method.settings import Removal, Tune
 from pnc.method.task import CloneTask
 
 N_IMAGES = 2
@@ -19,8 +20,20 @@ def uses_gradient(removal: Removal, refine: bool, sequential: bool = False) -> s
     if sequential:
         return "strategy='sequential'"
     if removal.density != 1 and removal.method not in _FREE:
-        return f"method={removal.method!r}"
+        return f"method={removal.method or 'taylor'!r}"
+    if removal.tune != "none" and (removal.density != 1 or removal.tune in ("weights", "low-rank")):
+        return f"tune={removal.tune or 'weights'!r}"
     return "refine=True" if refine else None
+
+
+def without_gradient(task: CloneTask, removal: Removal) -> Removal:
+    """What is left of a removal where no gradient flows through the source, and nothing asks for one."""
+    is_free = removal.method in _FREE or (removal.method is None and removal.density == "auto")
+    if removal.tune is not None or removal.density == 1 or not is_free:
+        return removal
+    if _problem(task, cut_points(task.source.recording)[0], "") is None:
+        return removal
+    return replace(removal, density=1.0 if removal.method is None else removal.density, tune="none")
 
 
 def check_whole_source(task: CloneTask, asked: str | None) -> None:
@@ -51,6 +64,7 @@ def check_gradient(task: CloneTask, cut: CutPoint, asked: str | None) -> None:
 
 def _message(cut: CutPoint, problem: str, asked: str) -> str:
     way_out = {"refine=True": "leave refine out", "strategy='sequential'": "take strategy='scan'"}
+    way_out |= {f"tune={tune!r}": "take tune='none'" for tune in get_args(Tune)}
     return (
         f"{asked.partition('=')[0]}: no gradient flows through the source from {cut.name!r} on ({problem}), which "
         f"{asked} needs; {way_out.get(asked, f'take method={_FREE[0]!r}, which needs none, or density=1')}"

@@ -55,6 +55,7 @@ class HeadSamples:
         labels: Class ids, (N,): base classes first, then the new ones.
         folds: (N,), the fold in which each is held out; all zero for no cross-validation.
         n_classes: K_base + K_new.
+        few: Whether some new class has few images, see `CloneTask.has_few_images`.
     """
 
     target_features: Tensor
@@ -64,6 +65,7 @@ class HeadSamples:
     labels: Tensor
     folds: Tensor
     n_classes: int
+    few: bool = False
 
     @property
     def n_base(self) -> int:
@@ -85,6 +87,7 @@ class HeadSamples:
             self.labels[rows],
             self.folds[rows],
             self.n_classes,
+            self.few,
         )
 
     def joined(self, others: "HeadSamples", rows: Tensor) -> "HeadSamples":
@@ -102,6 +105,7 @@ class HeadSamples:
             whole("labels"),
             whole("folds"),
             self.n_classes,
+            self.few,
         )
 
 
@@ -132,9 +136,9 @@ class Stacking:
 def choose_stacking(samples: HeadSamples) -> Stacking:
     """Choose mixing weights by cross-validation over the samples' folds.
 
-    Two expectations are tried, and what comes of both is averaged as likely as either is with these samples: that the
-    networks' own logits need no change, as in the direct ensemble, and that nothing is known. With few samples the
-    first one counts as long as it explains them.
+    With few images of a class, two priors are tried, and the weights of both are averaged by how well each explains the
+    samples: that the networks' own logits need no change, as in the direct ensemble, and that nothing is known. With
+    more images only the second one is used: on separable data the first costs accuracy (digits 20/5: .957 for .975).
 
     In the weights' log-loss base and new samples weigh the same, as in the average accuracy, and so do the classes of
     either kind. Where there is one fold only, fitted scores cannot be judged: then both networks' own classifiers are
@@ -153,7 +157,7 @@ def choose_stacking(samples: HeadSamples) -> Stacking:
     weights = balanced_weights(samples.labels, samples.n_base)
     own_labels = samples.labels[is_new] - n_base
     made = []
-    for prior in (NOTHING, ENSEMBLE) if bool(own.any()) else (NOTHING,):
+    for prior in (NOTHING, ENSEMBLE) if samples.few and bool(own.any()) else (NOTHING,):
         odds_weight, odds_cost = _fit_odds(odds, is_new, weights, prior)
         class_weight, class_cost = _fit_classes(classes[is_new], own_labels, weights[is_new], prior)
         made.append((odds_weight, class_weight, odds_cost + class_cost))

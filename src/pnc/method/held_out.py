@@ -19,6 +19,8 @@ from pnc.method.head_fitting import HeadSamples, Stacking, choose_stacking, fit_
 from pnc.method.head_without_base import remembering_head
 from pnc.method.task import CloneTask, Progress
 
+SCORED_FOLD = 0
+"""The fold that what is learned by gradient leaves out, to be scored on it."""
 TAPPED_BYTES = 2**28
 """Memory for the tensors at all cuts that one batch of images takes, about."""
 
@@ -52,6 +54,13 @@ class Outcome:
     def minus(self, other: "Outcome") -> tuple[float, float]:
         """Difference of both averages and its standard error, which is small: they are of the same images."""
         return replace(self, values=self.values - other.values).average
+
+
+def unscored(task: CloneTask) -> CloneTask:
+    """The same task without the images that score a clone, fold 0; itself, where nothing can be held out."""
+    if task.samples.n_folds == 1:
+        return task
+    return replace(task, samples=task.samples.select(task.samples.folds != SCORED_FOLD))
 
 
 def source_body(task: CloneTask, cut: CutPoint) -> fx.GraphModule:
@@ -104,6 +113,7 @@ def run_parts(
         labels=task.samples.labels,
         folds=task.samples.folds,
         n_classes=task.n_base + len(task.new_classes),
+        few=task.has_few_images,
     )
     return [replace(samples, clone_features=rows, own_logits=F.linear(rows, own.weight, own.bias)) for rows in made]
 
@@ -179,6 +189,28 @@ def outcome_of(measured: Tensor, task: CloneTask, rows: Tensor | None = None) ->
     is_base = torch.zeros(len(images), dtype=torch.bool)
     is_base[index] = labels < task.n_base
     return Outcome(values, is_base)
+
+
+def outcome_of_part(part: Judged, unseen: Judged, whole: Judged, task: CloneTask) -> tuple[Outcome, float]:
+    """How each image fares with a part that was made on the images that score it.
+
+    It fares as with the whole source at the same position, which has learned nothing, but for the probability that the
+    part gives to its class in place of the whole: few images say far more of probabilities than of right and wrong.
+    What the part owes to having seen the images is taken off: how much more probability it gives to the right classes
+    of one fold than the same part as it was made without this fold; never below zero.
+
+    Args:
+        part: Judged, all samples.
+        unseen: The part that was made without the fold `SCORED_FOLD`.
+        whole: The source's part with all its channels and its own weights.
+        task: Whose support it is.
+    Returns:
+        The outcome, and the standard error of what was taken off.
+    """
+    rows = task.samples.folds == SCORED_FOLD
+    likely, without, own = (one.log_likelihoods.double().exp() for one in (part, unseen, whole))
+    gain, error = outcome_of((likely - without)[rows], task, rows).average
+    return outcome_of(whole.correct.double() + likely - own - max(0.0, gain), task), error
 
 
 def base_drop_facts(samples: HeadSamples, judged: Judged, task: CloneTask) -> dict[str, float]:

@@ -4,16 +4,15 @@ import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from pnc.clones.adapter import Adapter, Stitched
-from pnc.clones.branch import Branch
+from pnc.clones.adapter import Adapter
 from pnc.clones.clone import Clone, check_name
-from pnc.clones.heads import Head
 from pnc.data.image_store import MEMORY
 from pnc.foundation.argument_checks import check_flag
 from pnc.foundation.errors import InputError
@@ -23,23 +22,40 @@ from pnc.foundation.process_team import ALONE, Team
 from pnc.foundation.resumable_steps import NO_STEPS, Steps, check_steps_path
 from pnc.foundation.tensor_bits import value_digests
 from pnc.foundation.tensor_files import canonical_json
-from pnc.graph.nodes import info
 from pnc.method.adapter_fitting import CrossFitted
+from pnc.method.assembly import assembled, n_images
 from pnc.method.base_drop_bound import check_promise, least_priority
-from pnc.method.density_choice import TOLERANCE, joint_front, worth_trying
-from pnc.method.gradients import check_gradient, check_whole_source, uses_gradient
-from pnc.method.held_out import Outcome, base_drop_facts, features_seen, fit_head, judge, outcome_of, run_parts
+from pnc.method.density_choice import Candidate, joint_front, smallest_good
+from pnc.method.gradients import check_gradient, check_whole_source, uses_gradient, without_gradient
+from pnc.method.held_out import (
+    Outcome,
+    base_drop_facts,
+    fit_head,
+    judge,
+    outcome_of,
+    outcome_of_part,
+    run_parts,
+    source_body,
+)
 from pnc.method.localization.localizer import localize
 from pnc.method.paper_search import search
+from pnc.method.part_tuning import tune_part, what_to_tune
 from pnc.method.positions import scan
 from pnc.method.refinement import refined
-from pnc.method.settings import Bounds, Method, Removal, Strategy, check_strategy
+from pnc.method.settings import (
+    Bounds,
+    Effort,
+    Method,
+    Prefer,
+    Removal,
+    Strategy,
+    Tune,
+    check_effort,
+    check_strategy,
+)
 from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Precision, Progress, check_task, prepare_task
 from pnc.method.usefulness import usefulness
-
-MAX_NAME = 60
-"""Characters up to which a clone is named after all of its classes."""
 
 
 @undisturbed()
@@ -53,8 +69,11 @@ def clone(
     base_classes: Sequence[str],
     background: Any = None,
     name: str | None = None,
-    density: float | Literal["auto"] = 1.0,
-    method: Method = "gates",
+    density: float | Literal["auto"] = "auto",
+    method: Method | None = None,
+    tune: Tune | None = None,
+    prefer: Prefer = "balanced",
+    effort: Effort = "minutes",
     round_to: int = 1,
     max_macs: float | None = None,
     max_bytes: int | None = None,
@@ -72,9 +91,8 @@ def clone(
 ) -> Clone:
     """Clone what the source knows about some classes, for the target; both networks stay as they are.
 
-    Scans all positions in closed form, takes the cheapest whose held-out log-loss is within half a standard error of
-    the best, localizes channels if `density` asks for it, and fits the head. It is the one verb that most users need,
-    hence its arguments.
+    Scans all positions in closed form, cuts out the part of the source that is worth its cost, tunes it on views of the
+    support, and fits the head. It is the one verb that most users need, hence its arguments.
 
     Args:
         source: Classifier that knows the classes, (B, C, H, W) to (B, K).
@@ -92,9 +110,10 @@ def clone(
             them.
         flip: Use the mirror image of each sample too: right for photographs, wrong for digits.
         density: Share of the prunable multiply-accumulates of the source's part to keep, in (0, 1]. "auto" chooses it
-            together with the position: the most promising few on the joint front are made, and the cheapest of them
-            whose held-out score is as good as the best one's but for half a point is taken. It reaches a `max_macs`
-            that no position meets at full density.
+            together with the position, as `prefer` says; in closed form it is 1.
+        prefer: What an automatic density gives up for lower cost: "accuracy" nothing, "balanced" about half a point,
+            "small" about two.
+        effort: "minutes", or "seconds" for closed form alone: then nothing is learned by gradient.
         max_macs: Bound on the added MACs as a share of the source's.
         max_base_drop: Bound on the accuracy that base images may lose, in (0, 1), such as 0.02: the new logits are
             lowered until held-out base images keep it. It takes 1 / max_base_drop - 1 of these, 49 for 0.02. None
@@ -103,11 +122,16 @@ def clone(
         The others have defaults that rarely need a change:
 
         name: Of the clone; None makes one of the names of its classes.
-        method: How channels are chosen below density 1: by "gates", learned with the norms by gradient (a minute), by
-            one-shot scores "taylor", "magnitude" or "random", or by "local-surrogate", the paper's rule as we read it.
+        method: How channels are chosen below density 1: by "gates", learned by gradient, by one-shot scores "taylor",
+            "magnitude" or "random", or by "local-surrogate", the paper's rule as we read it. None takes "taylor", or
+            "gates" where only norms are tuned.
+        tune: What of the part is tuned below density 1, by distillation from the source: its "weights", changes of
+            "low-rank" of them (a third of the file), scales and shifts of BatchNorm "norms" alone, or "none". None
+            takes the weights, or what `max_bytes` has room for. At density 1 the part is tuned only if this is given,
+            and only behind a fitted adapter.
         round_to: Below density 1, keep multiples of so many channels, which may keep less than `density` allows:
             processors take 8, 16 or 32 channels as fast as one more than half of them.
-        max_bytes: Bound on the size of the thin file at full density.
+        max_bytes: Bound on the size of the thin file.
         strategy: How the position is found. "sequential" is the reference to compare with: the paper's search, trained
             by gradient; it knows no bounds and takes minutes.
         refine: Tune the adapter by gradient, and keep what held-out images gain by; takes minutes.
@@ -127,9 +151,10 @@ def clone(
             the bounds, `density` is out of range, or `resume` is a file of something else.
         FileFormatError: `resume` is damaged.
     """
-    removal, bounds = Removal(density, method, round_to), Bounds(max_macs, max_bytes, max_base_drop)
+    removal, bounds = Removal(density, method, round_to, tune), Bounds(max_macs, max_bytes, max_base_drop)
     check_flag(refine, "refine")
     check_strategy(strategy, removal, bounds, refine)
+    removal = check_effort(effort, prefer, removal, refine, strategy)
     _check_others(name, resume, progress)
     task = prepare_task(
         source,
@@ -148,12 +173,18 @@ def clone(
     )
     with closing(task):
         if max_base_drop is not None:
-            check_promise(max_base_drop, _n_images(task, base=True))
+            check_promise(max_base_drop, n_images(task, base=True))
         usefulness(task)  # warns before the work
+        removal = without_gradient(task, removal)
         check_whole_source(task, uses_gradient(removal, refine, strategy == "sequential"))
         if strategy == "sequential":
             return fit_sequential(
-                task, density=float(density), method=method, round_to=round_to, name=name, progress=progress
+                task,
+                density=removal.fixed_density,
+                method=method or "gates",
+                round_to=round_to,
+                name=name,
+                progress=progress,
             )
         steps = NO_STEPS
         if resume is not None:
@@ -162,22 +193,24 @@ def clone(
             steps = Steps(Path(resume), _identity(task, settings), team)
         found = scan(task, progress=progress)
         fit_one = partial(
-            fit,
+            fit_and_judge,
             task,
-            method=method,
-            round_to=round_to,
+            max_bytes=max_bytes,
             max_base_drop=max_base_drop,
             refine=refine,
             name=name,
             steps=steps,
             progress=progress,
         )
-        if density == "auto":
-            tried = worth_trying(joint_front(task, found, max_macs, max_bytes))
-            made = [fit_one(found.adapter(one.position), density=one.density) for one in tried]
-            chosen = _cheapest_good(made)
+        if removal.density == "auto":
+            front = joint_front(task, found, max_macs, max_bytes)
+
+            def make(one: Candidate) -> tuple[Clone, Outcome]:
+                return fit_one(found.adapter(one.position), replace(removal, density=one.density))
+
+            chosen = smallest_good(front, prefer, make)
         else:
-            chosen = fit_one(found.adapter(found.choose(max_macs, max_bytes)), density=density)
+            chosen, _ = fit_one(found.adapter(found.choose(max_macs, max_bytes)), removal)
         steps.finish()
         return chosen
 
@@ -191,35 +224,32 @@ def _check_others(name: str | None, resume: str | Path | None, progress: Progres
         raise InputError(f"progress: expected a function of (what, done, total) or None; got {type(progress).__name__}")
 
 
-def _cheapest_good(made: Sequence[Clone]) -> Clone:
-    """The cheapest clone whose held-out accuracy is as good as the best one's but for a tolerance."""
-    best = max(one.recipe["score"] for one in made)
-    good = [one for one in made if one.recipe["score"] >= best - TOLERANCE]
-    return min(good, key=lambda one: one.recipe["macs_share"])
-
-
 @undisturbed()
 def fit(
     task: CloneTask,
     fitted: CrossFitted,
     *,
     density: float = 1.0,
-    method: Method = "gates",
+    method: Method | None = None,
+    tune: Tune | None = None,
     round_to: int = 1,
+    max_bytes: int | None = None,
     max_base_drop: float | None = None,
     refine: bool = False,
     name: str | None = None,
     steps: Steps = NO_STEPS,
     progress: Progress | None = None,
 ) -> Clone:
-    """Make the clone at one position: localize, compact, fit the head. The steps of `clone` after the scan.
+    """Make the clone at one position: localize, compact, tune, fit the head. The steps of `clone` after the scan.
 
     Args:
         task: From `prepare_task`.
         fitted: The adapters of a position, from `scan`: `found.adapter(found.choose())`.
         density: As in `clone`.
         method: As in `clone`.
+        tune: As in `clone`.
         round_to: As in `clone`.
+        max_bytes: As in `clone`.
         max_base_drop: As in `clone`.
         refine: As in `clone`.
         name: As in `clone`.
@@ -228,37 +258,77 @@ def fit(
     Raises:
         InputError: an argument is out of range, or `fitted` is no adapters.
     """
-    density = Removal(density, method, round_to).fixed_density
-    Bounds(max_base_drop=max_base_drop)
+    removal = Removal(density, method, round_to, tune)
+    Bounds(None, max_bytes, max_base_drop)
     check_flag(refine, "refine")
+    check_effort("minutes", "balanced", removal, refine, "scan")
     _check_others(name, None, progress)
     check_task(task)
     if not isinstance(fitted, CrossFitted):
         raise InputError(f"fitted: expected adapters, found.adapter(position) of a scan; got {type(fitted).__name__}")
     if max_base_drop is not None:
-        check_promise(max_base_drop, _n_images(task, base=True))
+        check_promise(max_base_drop, n_images(task, base=True))
     usefulness(task)
-    check_gradient(task, fitted.adapter.source_cut, uses_gradient(Removal(density, method, round_to), refine))
+    removal = without_gradient(task, replace(removal, density=removal.fixed_density))
+    check_gradient(task, fitted.adapter.source_cut, uses_gradient(removal, refine))
+    return fit_and_judge(
+        task, fitted, removal, max_bytes, max_base_drop, refine=refine, name=name, steps=steps, progress=progress
+    )[0]
+
+
+def fit_and_judge(
+    task: CloneTask,
+    fitted: CrossFitted,
+    removal: Removal,
+    max_bytes: int | None,
+    max_base_drop: float | None,
+    *,
+    refine: bool,
+    name: str | None,
+    steps: Steps,
+    progress: Progress | None,
+) -> tuple[Clone, Outcome]:
+    """As `fit`, of arguments that were checked; and how each image of the support fares when it is held out."""
+    density, tune, norms = removal.fixed_density, removal.tune, removal.tune == "norms"
+    method = removal.method or ("gates" if norms else "taylor")
     steps = steps.at(f"{fitted.adapter.target_cut.name} > {fitted.adapter.source_cut.name} at {density}")
-    part = localize(task, fitted.adapter, density, method, round_to=round_to, steps=steps, progress=progress)
-    error = fitted.error
-    facts: dict[str, Any] = {}
+    part = localize(
+        task, fitted.adapter, density, method, norms=norms, round_to=removal.round_to, steps=steps, progress=progress
+    )
+    facts: dict[str, Any] = {"adapter_error": fitted.error, "method": None if part.masks is None else method}
+    scored = closed = fitted
     if refine:
         found = refined(task, fitted, part.module, steps, progress)
-        fitted, facts = found.fitted, {"refine": {"gain": found.gain, "steps": found.n_steps}}
+        fitted = scored = found.fitted
+        facts["refine"] = {"gain": found.gain, "steps": found.n_steps}
+    elif is_tuned := what_to_tune(task, fitted.adapter, part, tune, max_bytes):
+        done = tune_part(task, fitted, part, is_tuned, steps, progress)
+        part, fitted, scored = done.part, done.fitted, done.scored
+        facts["tune"] = is_tuned
+    elif norms and part.masks is not None:
+        facts["tune"] = "norms"
     seen = task.within(16 * (task.source.head.features.n_channels + task.target.head.features.n_channels), share=0.5)
-    if fitted.samples is not None and part.masks is None and len(seen.samples.labels) == len(task.samples.labels):
-        samples = fitted.samples
+    known = closed.samples if len(seen.samples.labels) == len(task.samples.labels) else None
+    if known is not None and part.masks is None and fitted is closed:
+        samples = known
     else:
         (samples,) = run_parts(seen, [(fitted, part.module)], progress)
-    judged = judge(samples)
+    judged, others = judge(samples), []
+    if part.held_out is not None:
+        whole = closed, source_body(task, fitted.adapter.source_cut)
+        behind = run_parts(seen, [(scored, part.held_out), *([whole] if known is None else [])], progress)
+        others = [judge(one) for one in (behind[0], known or behind[1])]
     if max_base_drop is not None:
         nats = least_priority(judged.logits, samples.labels, seen.samples.groups, task.n_base, max_base_drop)
-        judged = judged.lowered(nats)
+        judged, *others = (one.lowered(nats) for one in (judged, *others))
         facts |= {"base_priority": nats, "max_base_drop": max_base_drop}
-    head, outcome = fit_head(task, samples, judged), outcome_of(judged.correct, seen)
-    facts |= {"adapter_error": error, **base_drop_facts(samples, judged, seen)}
-    return _made(task, copy.deepcopy(fitted.adapter), part, head, outcome, name, method, facts)
+    outcome, gain_error = outcome_of(judged.correct, seen), 0.0
+    if others:
+        outcome, gain_error = outcome_of_part(judged, others[0], others[1], seen)
+    head = fit_head(task, samples, judged)
+    facts |= base_drop_facts(samples, judged, seen)
+    adapter = copy.deepcopy(fitted.adapter)
+    return assembled(task, adapter, part, head, outcome, gain_error, name, facts), outcome
 
 
 @undisturbed()
@@ -283,62 +353,23 @@ def fit_sequential(
     Raises:
         InputError: an argument is out of range.
     """
-    density = Removal(density, method, round_to).fixed_density
+    removal = Removal(density, method, round_to)
+    density = removal.fixed_density
     _check_others(name, None, progress)
     check_task(task)
     usefulness(task)
-    check_whole_source(task, uses_gradient(Removal(density, method), refine=False, sequential=True))
-    found = search(task, lambda adapter: localize(task, adapter, density, method, round_to=round_to), progress)
-    facts = {"learning_rate": found.learning_rate, "strategy": "sequential"}
-    return _made(task, found.adapter, found.part, found.head, found.outcome, name, method, facts)
+    check_whole_source(task, uses_gradient(removal, refine=False, sequential=True))
 
+    def part_of(adapter: Adapter) -> SourcePart:
+        return localize(task, adapter, density, method, norms=method == "gates", hold_out=False, round_to=round_to)
 
-def _made(
-    task: CloneTask,
-    adapter: Adapter,
-    part: SourcePart,
-    head: Head,
-    outcome: Outcome,
-    name: str | None,
-    method: Method,
-    facts: Mapping[str, Any],
-) -> Clone:
-    """Put the pieces together; `facts` go into the recipe with what every clone says. One argument for each piece."""
-    n_macs = adapter.n_macs + sum(info(node).n_macs for node in part.module.graph.nodes)
-    score, standard_error = outcome.average
-    useful, kinds = usefulness(task), {"base_score": outcome.of(base=True), "new_score": outcome.of(base=False)}
-    recipe = {
-        "density": part.density,
-        "flip": bool(len(task.samples.groups) > int(task.samples.groups.max()) + 1),
-        "macs_share": n_macs / task.source.n_macs,
-        "method": None if part.masks is None else method,
-        "n_background_samples": task.n_background,
-        "n_base_samples": _n_images(task, base=True) - task.n_background,
-        "n_new_samples": _n_images(task, base=False),
-        "score": score,
-        "seed": task.seed,
-        "standard_error": standard_error,
-        "n_folds": task.samples.n_folds,
-        "source_score": useful.source_score,
-        **({"doubts": list(useful.doubts)} if useful.doubts else {}),
-        **kinds,
-        **facts,
+    found = search(task, part_of, progress)
+    facts = {
+        "learning_rate": found.learning_rate,
+        "method": None if found.part.masks is None else method,
+        "strategy": "sequential",
     }
-    return Clone(
-        name=name or _default_name(task.new_classes),
-        classes=task.new_classes,
-        base_classes=task.target.classes,
-        branch=Branch(Stitched(adapter, part.module, task.source.head.features), head).cpu(),
-        masks=part.masks,
-        source=fingerprint(task.source.model),
-        target=fingerprint(task.target.model),
-        input_shape=task.target.recording.input_shape,
-        source_input_shape=task.source.recording.input_shape,
-        target_features=features_seen(task),
-        recipe=recipe,
-        source_forward=task.source.forward_print,
-        target_forward=task.target.forward_print,
-    )
+    return assembled(task, found.adapter, found.part, found.head, found.outcome, 0.0, name, facts)
 
 
 def _identity(task: CloneTask, settings: Mapping[str, Any]) -> str:
@@ -350,13 +381,3 @@ def _identity(task: CloneTask, settings: Mapping[str, Any]) -> str:
     setting = [task.new_classes, task.seed, task.batch_size, task.memory, task.team.size, task.precision, settings]
     facts = [networks, [*images], own, setting]
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
-
-
-def _default_name(classes: Sequence[str]) -> str:
-    joined = "+".join(classes)
-    return joined if len(joined) <= MAX_NAME else f"{classes[0]}+{len(classes) - 1}"
-
-
-def _n_images(task: CloneTask, base: bool) -> int:
-    labels, groups = task.samples.labels, task.samples.groups
-    return len(groups[(labels < task.n_base) == base].unique())

@@ -14,11 +14,11 @@ from pnc.clones.adapter import Adapter
 from pnc.foundation.argument_checks import check_flag, check_whole
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import undisturbed
-from pnc.graph.batch_norm_means import last_norm
 from pnc.graph.candidate_cuts import candidate_cuts
 from pnc.graph.cut_points import CutPoint
 from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.adapter_moments import adapter_fitter, gather_moments, ranked_pairs
+from pnc.method.file_size import thin_bytes
 from pnc.method.head_fitting import HeadSamples
 from pnc.method.held_out import Outcome, judge, outcome_of, run_parts, source_body
 from pnc.method.settings import Bounds
@@ -27,10 +27,6 @@ from pnc.method.task import CloneTask, Progress, check_task
 MAX_CUTS = 12
 MAX_SHOWN = 15
 """Positions that `print(scan)` shows."""
-DIGEST_BYTES = 16
-"""In a clone's file, of the fingerprint of one tensor."""
-FACTS_BYTES = 3000
-"""Of the other metadata in a clone's file, at most."""
 RUNNER_UP = 1.1
 FITTED_IMAGES = 10_000
 """Images of the support that adapters are fitted on, at most: they already give all rows that a regression needs."""
@@ -44,8 +40,6 @@ N_ERRORS_FINAL = 2.0
 """Standard errors of the difference to the best by which a position may lie behind after the first round."""
 N_ERRORS = 0.5
 """Standard errors of the difference to the best that are given up for lower cost; see docs/method.md."""
-FEW_IMAGES = 5
-"""Images of a new class up to which an exact position goes before all others."""
 COST_STEP = 0.1
 """Share of the source's multiply-accumulates by which costs must differ to count as different."""
 ROUNDING = 1e-12
@@ -257,14 +251,7 @@ def scan(
     if not exhaustive:
         adapters = _undominated(task, adapters)
     del fitter  # its moments are the largest thing here
-    return Scan(*_scored(whole, adapters, source_cuts, progress), errors, _has_few_images(whole))
-
-
-def _has_few_images(task: CloneTask) -> bool:
-    """Whether some new class has so few images that other positions than exact ones cannot be judged."""
-    labels, groups = task.samples.labels, task.samples.groups
-    fewest = min(len(groups[labels == place].unique()) for place in labels[labels >= task.n_base].unique())
-    return fewest <= FEW_IMAGES
+    return Scan(*_scored(whole, adapters, source_cuts, progress), errors, whole.has_few_images)
 
 
 def _scored(
@@ -366,7 +353,7 @@ def _position(
         log_loss=-likelihoods.average[0],
         n_macs=n_macs,
         n_params=adapter.n_params + features.n_params - source_cut.n_params,
-        n_bytes=_file_bytes(task, adapter, samples),
+        n_bytes=thin_bytes(task, adapter),
         macs_share=n_macs / task.source.n_macs,
         n_images=len(hits.values),
     )
@@ -375,17 +362,3 @@ def _position(
 def _added_macs(task: CloneTask, adapter: Adapter) -> int:
     """What a clone behind an adapter adds to the target per sample, without the head."""
     return adapter.n_macs + task.source.head.features.n_macs - adapter.source_cut.n_macs
-
-
-def _file_bytes(task: CloneTask, adapter: Adapter, samples: HeadSamples) -> int:
-    """Size of a thin file, from above: values of adapter and head, fingerprints of both networks, the rest."""
-    n_features, n_new = samples.clone_features.shape[1], len(task.new_classes)
-    n_head = 4 * n_new * (n_features + 1)
-    if samples.has_base or last_norm(task.target.recording) is not None:  # discriminants in half precision
-        n_head += samples.n_classes * (2 * (samples.target_features.shape[1] + n_features) + 4)
-    n_operations = sum(
-        len(one) + 1 for network in (task.source, task.target) for one in network.forward_print.operations
-    )
-    n_tensors = sum(len(network.model.state_dict()) for network in (task.source, task.target))
-    n_names = 2 * sum(8 + 6 * len(name) for name in (*task.target.classes, *task.new_classes))  # a clone's name too
-    return 4 * adapter.n_params + n_head + DIGEST_BYTES * n_tensors + n_operations + n_names + FACTS_BYTES

@@ -1,6 +1,6 @@
 """What a clone may cost and what is removed for it: settings that travel together, checked as they are made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -13,6 +13,15 @@ from pnc.foundation.tensor_bits import dtype_name
 
 Method = Literal["gates", "taylor", "magnitude", "random", "local-surrogate"]
 """How channels are chosen: learned by gradient, scored once, or by the paper's rule."""
+
+Tune = Literal["weights", "low-rank", "norms", "none"]
+"""What of a part is tuned once channels are gone."""
+
+Prefer = Literal["accuracy", "balanced", "small"]
+"""What an automatic density gives up for lower cost, in plain words."""
+
+Effort = Literal["seconds", "minutes"]
+"""How long a clone may take: closed form only, or with learning by gradient."""
 
 Strategy = Literal["scan", "sequential"]
 """How a position is found: all in closed form, or as the paper does (`paper_search`), the reference."""
@@ -27,20 +36,25 @@ class Removal:
 
     Attributes:
         density: Share of the prunable multiply-accumulates to keep, in (0, 1], or "auto".
-        method: How channels are chosen below density 1.
+        method: How channels are chosen below density 1; None for what suits the tuning.
         round_to: Keep multiples of so many channels.
+        tune: What of the part is tuned then.
     Raises:
         InputError: one of them is out of range.
     """
 
     density: float | Literal["auto"] = 1.0
-    method: Method = "gates"
+    method: Method | None = None
     round_to: int = 1
+    tune: Tune | None = None
 
     def __post_init__(self) -> None:
         if self.density != "auto":
             check_share(self.density, "density", "the prunable multiply-accumulates that is kept", " or 'auto'")
-        check_choice(self.method, "method", get_args(Method))
+        if self.method is not None:
+            check_choice(self.method, "method", get_args(Method))
+        if self.tune is not None:
+            check_choice(self.tune, "tune", get_args(Tune))
         check_whole(self.round_to, "round_to", 1)
 
     @property
@@ -61,7 +75,7 @@ class Bounds:
 
     Attributes:
         max_macs: Added multiply-accumulates as a share of the source's, in (0, 1].
-        max_bytes: Size of the thin file at full density, at least 1.
+        max_bytes: Size of the thin file, at least 1.
         max_base_drop: Accuracy that base images may lose, in (0, 1).
     Raises:
         InputError: one of them is out of range.
@@ -96,11 +110,39 @@ def check_strategy(strategy: str, removal: Removal, bounds: Bounds, refine: bool
         InputError: the message names the arguments to leave out.
     """
     check_choice(strategy, "strategy", get_args(Strategy))
-    if strategy == "sequential" and (bounds.is_bounded or refine or removal.density == "auto"):
+    if strategy == "sequential" and (bounds.is_bounded or refine):
         raise InputError(
-            "strategy: the sequential search takes no max_macs, max_bytes, max_base_drop, refine or density='auto'; "
-            "leave them out"
+            "strategy: the sequential search takes no max_macs, max_bytes, max_base_drop or refine; leave them out"
         )
+
+
+def check_effort(effort: str, prefer: str, removal: Removal, refine: bool, strategy: str) -> Removal:
+    """Refuse what takes longer than is allowed, or does not go together.
+
+    Returns:
+        What is removed and tuned: where there is nothing to choose, at density 1 by default, and with nothing tuned in
+        closed form.
+    Raises:
+        InputError: the message names the arguments to leave out.
+    """
+    check_choice(effort, "effort", get_args(Effort))
+    check_choice(prefer, "prefer", get_args(Prefer))
+    tune = removal.tune
+    if refine and tune in ("weights", "low-rank"):
+        raise InputError(f"refine: tune={tune!r} moves the adapter already; leave one of them out")
+    if strategy == "sequential" and tune is not None:
+        raise InputError("tune: the sequential search tunes nothing but adapter and head; leave it out")
+    if effort == "seconds":
+        learned = [f"method={removal.method!r}"] if removal.method in ("gates", "local-surrogate") else []
+        learned += [f"tune={tune!r}"] if tune not in (None, "none") else []
+        learned += ["refine=True"] if refine else []
+        learned += [f"strategy={strategy!r}"] if strategy == "sequential" else []
+        if learned:
+            raise InputError(f"effort: 'seconds' is closed form alone, and {learned[0]} learns by gradient; drop one")
+    if effort == "minutes" and not refine and strategy == "scan":
+        return removal
+    density = 1.0 if removal.density == "auto" else removal.density
+    return replace(removal, density=density, tune=tune or ("norms" if refine else "none"))
 
 
 def check_network(model: nn.Module, argument: str) -> None:

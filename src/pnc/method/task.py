@@ -33,6 +33,8 @@ Precision = Literal["float32", "bfloat16"]
 """What networks compute in while a clone is made."""
 
 _EXAMPLES = 4
+FEW_IMAGES = 5
+"""Of a new class: up to so many, the exact position goes first and the head stays near the ensemble's."""
 _NAMES = {"source": "source_classes", "target": "base_classes", "model": "classes"}
 IMAGES_SHARE = 0.5
 """Of the memory, what images may take before they go to a file."""
@@ -83,6 +85,7 @@ class CloneTask:
         memory: Bytes that may be kept of the support at a time, beside what a batch takes.
         team: The processes that share the work.
         precision: What networks compute in while they are run; what is solved and summed is float32 or more.
+        has_few_images: Some new class has at most `FEW_IMAGES` in the support, so that held-out images say little.
     """
 
     source: Network
@@ -95,6 +98,7 @@ class CloneTask:
     memory: int = MEMORY
     team: Team = ALONE
     precision: Precision = "float32"
+    has_few_images: bool = False
 
     def autocast(self) -> torch.autocast:
         """A block in which networks run in the task's precision."""
@@ -301,6 +305,7 @@ def prepare_task(
         memory=memory,
         team=team,
         precision=precision,
+        has_few_images=bool(labels.bincount(minlength=len(base))[len(base) :].min() <= FEW_IMAGES),
     )
     _check_team(task)
     return task

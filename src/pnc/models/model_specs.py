@@ -347,7 +347,8 @@ _SCHEMES: dict[str, Callable[[_Request], LoadedModel]] = {
 
 def _check_outputs(model: LoadedModel) -> int:
     """Run the network once: if it cannot take its images, say so now; the number of its outputs."""
-    images = torch.zeros(2, *model.input_shape).to(like_images(model.module))
+    like = like_images(model.module)
+    images = torch.zeros(2, *model.input_shape, dtype=like.dtype, device=like.device)  # perhaps on the meta device
     try:
         with torch.no_grad():
             output = model.module(images)

@@ -15,7 +15,7 @@ from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
 from pnc.method.held_out import source_body
-from pnc.method.localization import localizer
+from pnc.method.localization import aim, localizer
 from pnc.method.localization.localizer import Method, localize
 
 METHODS = get_args(Method)
@@ -70,7 +70,7 @@ def test_gates_leave_the_features_closer_to_the_sources_own_than_taylor_does(mon
     choice = localizer._Choice(task, adapter, body, costs, None)
     distances = {}
     for method in ("gates", "taylor"):
-        module = localize(task, adapter, 0.2, method).module
+        module = localize(task, adapter, 0.2, method, norms=method == "gates").module
         batches = choice.batches()
         with torch.no_grad():
             distances[method] = sum(float(loss(module(x))) for (x, loss), _ in zip(batches, range(4), strict=False))
@@ -79,7 +79,7 @@ def test_gates_leave_the_features_closer_to_the_sources_own_than_taylor_does(mon
 
 def test_weights_of_the_part_stay_the_sources(method="gates"):
     task, adapter = case()
-    part = localize(task, adapter, 0.4, method)
+    part = localize(task, adapter, 0.4, method, norms=True)
     plain = localize(task, adapter, 0.4, "random")
     names = set(part.module.state_dict())
     assert names == set(plain.module.state_dict())
@@ -132,7 +132,8 @@ def test_a_part_forgets_the_classes_that_are_not_cloned(monkeypatch):
     fitted = found.adapter(next(p for p in found.positions if p.is_exact))
     test = class_subset(load_data("digits", "test"), NEW)
     whole, forgetful = (
-        masked_source_accuracy(task, pnc.fit(task, fitted, density=density), test) for density in (1.0, 0.5)
+        masked_source_accuracy(task, pnc.fit(task, fitted, density=density, tune="norms"), test)
+        for density in (1.0, 0.5)
     )
     assert whole["cloned"] > 0.95 and whole["not_cloned"] > 0.95
     assert forgetful["cloned"] > 0.9
@@ -141,6 +142,6 @@ def test_a_part_forgets_the_classes_that_are_not_cloned(monkeypatch):
 
 def test_features_of_a_single_class_have_no_discriminants():
     features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(localizer._discriminants(features, torch.full((6,), 3)), torch.zeros(4, 1))
-    found = localizer._discriminants(features, torch.tensor([2, 2, 2, 5, 5, 5]))
+    assert torch.equal(aim._discriminants(features, torch.full((6,), 3)), torch.zeros(4, 1))
+    found = aim._discriminants(features, torch.tensor([2, 2, 2, 5, 5, 5]))
     torch.testing.assert_close(found[:, 0], -found[:, 1])  # rounding of the mean

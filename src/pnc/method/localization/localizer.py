@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from pnc.channels.channel_masks import ChannelMasks
@@ -17,11 +16,10 @@ from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import compact, own_copy
 from pnc.channels.mac_budget import Costs, masks_within
 from pnc.clones.adapter import Adapter
-from pnc.clones.position_grids import pool
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.graph.cut_points import LOGITS, extract
-from pnc.method.discriminants import fit_discriminants
-from pnc.method.held_out import source_body
+from pnc.method.held_out import source_body, unscored
+from pnc.method.localization.aim import Aim
 from pnc.method.localization.channel_scores import one_shot_ranking
 from pnc.method.localization.gates import learn_gates
 from pnc.method.localization.norms import Batch, reestimate_statistics, tune_norms
@@ -37,11 +35,6 @@ BATCH_SIZE = 32
 SURROGATE_IMAGES = 4
 """Images in a batch of `local-surrogate`, each with its neighbours."""
 
-MARGIN = 3.0
-"""Nats by which the logits of classes that are not cloned shall stay below those of the cloned ones."""
-LOGITS_WEIGHT = 0.3
-"""Of the cloned classes' logits, beside the features, in what a part shall give."""
-SHRINKAGE = 0.2
 
 _STEP = "localized"
 _TINY = 1e-30  # for the logarithm of effects
@@ -53,17 +46,24 @@ def localize(
     density: float,
     method: Method = "gates",
     *,
+    norms: bool = False,
+    hold_out: bool = True,
     round_to: int = 1,
     steps: Steps = NO_STEPS,
     progress: Progress | None = None,
 ) -> SourcePart:
     """Localize: take the source's part behind an adapter, at the density that is wanted.
 
+    Channels are chosen without the fold that scores the clone; what follows from the choice is made without it, for the
+    score, and again on all images.
+
     Args:
         task: Whose source and support.
         adapter: The part begins at its source cut.
         density: Share of the prunable multiply-accumulates to keep, in (0, 1]. Where nothing can go all is kept.
         method: How channels are chosen.
+        norms: Tune scales and shifts of BatchNorm layers; otherwise only their statistics are estimated anew.
+        hold_out: Leave the fold out that scores the clone; otherwise all images count from the beginning.
         round_to: Keep multiples of so many channels, see `masks_within`.
         steps: Where the part is kept, and found again.
         progress: Called after each step of learning.
@@ -76,28 +76,33 @@ def localize(
     if density == 1 or not (spaces := channel_spaces(body)).spaces:
         return SourcePart(own_copy(body))
     costs = Costs(body, spaces)
+    seen = unscored(task) if hold_out else task
     kept = steps.get(_STEP)
     if kept is not None:
         masks = ChannelMasks.from_bytes(kept["masks"].numpy().tobytes(), spaces)
-        module = compact(body, spaces, masks)
-        module.load_state_dict({name: kept[f"module.{name}"] for name in module.state_dict()})
-        return SourcePart(module, masks, costs.density(masks.flat))
-    choice = _Choice(task, adapter, body, costs, progress)
+        modules = [compact(body, spaces, masks) for _ in range(1 if seen is task else 2)]
+        for place, module in enumerate(modules):
+            module.load_state_dict({name: kept[f"{place}.{name}"] for name in module.state_dict()})
+        return SourcePart(
+            modules[0], masks, costs.density(masks.flat), held_out=modules[1] if len(modules) > 1 else None
+        )
+    choice = _Choice(seen, adapter, body, costs, progress)
     with task.autocast():
         ranking, learned = choice.ranking(density, method)
     masks = masks_within(choice.costs, ranking, choice.costs.bound(density), round_to)
     module = compact(body, spaces, masks)
-    if learned is None:
-        with task.autocast():
-            reestimate_statistics(module, choice.inputs, task.team)
-    else:
-        batches = choice.counted(choice.batches(), "tuning norms", NORMS_STEPS)
-        start = compact(learned, spaces, masks)
-        with task.autocast():
-            tune_norms(module, batches, NORMS_STEPS, choice.inputs, start=start, team=task.team)
-    own = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
+    start = module if learned is None else compact(learned, spaces, masks)
+    held_out = None
+    if seen is not task:
+        held_out = own_copy(module)
+        choice.settle(held_out, start, norms)
+        choice = _Choice(task, adapter, body, costs, progress)
+    choice.settle(module, start, norms)
+    own = {f"0.{name}": tensor for name, tensor in module.state_dict().items()}
+    if held_out is not None:
+        own |= {f"1.{name}": tensor for name, tensor in held_out.state_dict().items()}
     steps.keep(_STEP, {"masks": torch.frombuffer(bytearray(masks.to_bytes()), dtype=torch.uint8), **own})
-    return SourcePart(module, masks, costs.density(masks.flat))
+    return SourcePart(module, masks, costs.density(masks.flat), held_out=held_out)
 
 
 class _Choice:
@@ -134,9 +139,18 @@ class _Choice:
 
     def batches(self) -> Iterator[Batch]:
         """Draws of the support without end: what the part sees, and how far its outputs are from the aim."""
-        inputs, aim = self._whole, _Aim(self._task)
+        inputs, aim = self._whole, Aim(self._task)
         for rows in _draws(len(inputs), BATCH_SIZE, self._generator):
-            yield inputs[rows], partial(aim.loss, rows=rows)
+            yield inputs[rows], partial(aim.loss, wanted=aim.support.select(rows))
+
+    def settle(self, module: fx.GraphModule, start: fx.GraphModule, norms: bool) -> None:
+        """Estimate a compacted part's statistics anew, in place, and tune its norms from those of `start` on."""
+        with self._task.autocast():
+            if norms:
+                batches = self.counted(self.batches(), "tuning norms", NORMS_STEPS)
+                tune_norms(module, batches, NORMS_STEPS, self.inputs, start=start, team=self._task.team)
+            else:
+                reestimate_statistics(module, self.inputs, self._task.team)
 
     def counted(self, batches: Iterator[Batch], what: str, n_steps: int) -> Iterator[Batch]:
         """The same batches, with a report of progress for each."""
@@ -162,59 +176,6 @@ class _Choice:
                 return surrogate_loss(around, classifier(outputs)[:, task.source_ids], expected)
 
             yield _laid_out(inputs), distance
-
-
-class _Aim:
-    """What a part shall give for the support: the source's features, where they matter, and no class but the cloned.
-
-    Four terms: the squared distance from the source's own features in units of their variance, but for a shift that all
-    samples share, which heads make up for; the same along the discriminants of the classes at hand; the squared
-    distance of the cloned classes' logits, likewise in units; and, where the source knows classes that are not cloned,
-    what their logits lack to stay by `MARGIN` below what the source itself says of the cloned ones. The last one makes
-    the part forget the others, for which the free shift leaves it room: where the shift counts, the part keeps
-    less and forgets less.
-    """
-
-    def __init__(self, task: CloneTask) -> None:
-        self._features = task.source.head.features
-        teacher = extract(task.source.recording, None, [self._features, LOGITS])
-
-        def answers(images: Tensor) -> tuple[Tensor, Tensor]:
-            features, logits = teacher(images)
-            return pool(features, self._features), logits[:, task.source_ids]
-
-        (self._wanted, self._logits), _ = task.run(answers, task.source.device)
-        self._scale = _above_zero(self._wanted.var(0, correction=0)).sqrt()
-        self._logit_scale = _above_zero(self._logits.var(0, correction=0)).mean().sqrt()
-        discriminants = _discriminants(self._wanted, task.samples.labels)
-        self._discriminants = discriminants / _above_zero((self._wanted @ discriminants).var(correction=0)).sqrt()
-        self._cloned = task.source_ids
-        self._others = [place for place in range(len(task.source.classes)) if place not in self._cloned]
-        self._classifier = extract(task.source.recording, self._features, [LOGITS])
-
-    def loss(self, outputs: Tensor, rows: Tensor) -> Tensor:
-        """The mean over a batch of outputs, for these rows of the support."""
-        missed = pool(outputs, self._features) - self._wanted[rows]
-        missed = missed - missed.mean(0)
-        logits, wanted = self._classifier(outputs), self._logits[rows]
-        loss: Tensor = (missed / self._scale).square().mean() + (missed @ self._discriminants).square().mean()
-        loss = loss + LOGITS_WEIGHT * ((logits[:, self._cloned] - wanted) / self._logit_scale).square().mean()
-        if self._others:
-            others = logits[:, self._others].logsumexp(1)
-            loss = loss + F.softplus(others + MARGIN - wanted.logsumexp(1)).mean()
-        return loss
-
-
-def _discriminants(features: Tensor, labels: Tensor) -> Tensor:
-    """Directions of features (N, D) that tell classes apart, one for each class that there is, (D, K)."""
-    classes, places = labels.unique(return_inverse=True)
-    weight, _ = fit_discriminants(features.cpu(), places, len(classes), SHRINKAGE)
-    return (weight - weight.mean(0)).T.to(features)
-
-
-def _above_zero(variance: Tensor) -> Tensor:
-    """Variances, those of what never moves replaced by something small."""
-    return variance.clamp_min(1e-6 * float(variance.max()) + 1e-12)
 
 
 def _laid_out(tensor: Tensor) -> Tensor:

@@ -1,0 +1,37 @@
+"""What a clone's file will take, before there is one."""
+
+from torch import nn
+
+from pnc.clones.adapter import Adapter
+from pnc.clones.deltas import delta_bytes
+from pnc.graph.batch_norm_means import last_norm
+from pnc.method.held_out import features_seen
+from pnc.method.task import CloneTask
+
+DIGEST_BYTES = 16
+"""In a clone's file, of the fingerprint of one tensor."""
+FACTS_BYTES = 3000
+"""Of the other metadata in a clone's file, at most."""
+NAME_BYTES = 100
+"""Of a tensor's name, type and place."""
+
+
+def thin_bytes(task: CloneTask, adapter: Adapter) -> int:
+    """Size of a thin file at full density, from above: adapter and head, fingerprints of both networks, the rest."""
+    n_features, n_new = task.source.head.features.n_channels, len(task.new_classes)
+    n_head = 4 * n_new * (n_features + 1)
+    if task.has_base or last_norm(task.target.recording) is not None:  # discriminants in half precision
+        n_classes = task.n_base + n_new
+        n_head += n_classes * (2 * (features_seen(task).n_channels + n_features) + 4)
+    n_operations = sum(
+        len(one) + 1 for network in (task.source, task.target) for one in network.forward_print.operations
+    )
+    n_tensors = sum(len(network.model.state_dict()) for network in (task.source, task.target))
+    n_names = 2 * sum(8 + 6 * len(name) for name in (*task.target.classes, *task.new_classes))  # a clone's name too
+    return 4 * adapter.n_params + n_head + DIGEST_BYTES * n_tensors + n_operations + n_names + FACTS_BYTES
+
+
+def tuned_bytes(task: CloneTask, adapter: Adapter, part: nn.Module, rank: int | None) -> int:
+    """Size of a thin file of a tuned part, from above: with deltas of low rank, or, with None, of all weights."""
+    n_statistics = sum(4 * buffer.numel() + NAME_BYTES for buffer in part.buffers())
+    return thin_bytes(task, adapter) + n_statistics + delta_bytes(part, rank)

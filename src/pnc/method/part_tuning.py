@@ -1,0 +1,254 @@
+"""Tuning of what was cut out: a part's own weights, distilled from the source on fresh views of images.
+
+The source answers for any image, so no label is needed: each step draws images of the support, unlabelled ones too,
+crops them at random, mixes half of the batches in pairs, and asks the source itself what the part should give. First
+the part is tuned without the fold that scores the clone; a copy of that is what is scored. The last steps see all
+images. In the end the change of every weight is rounded to what a file holds, and BatchNorm statistics are estimated
+anew, before any head is fitted: so the clone in memory is the one in the file.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.func import functional_call
+
+from pnc.channels.compaction import own_copy
+from pnc.clones.adapter import Adapter
+from pnc.clones.deltas import Deltas, deltas_of, low_rank_deltas, merge, rank_of, rounded_deltas
+from pnc.data.image_store import Images, to_device
+from pnc.foundation.resumable_steps import NO_STEPS, Steps
+from pnc.graph.cut_points import extract
+from pnc.method.adapter_fitting import CrossFitted
+from pnc.method.file_size import tuned_bytes
+from pnc.method.held_out import unscored
+from pnc.method.localization.aim import Aim, Answers
+from pnc.method.localization.norms import batch_norms, reestimate_statistics, training_norms
+from pnc.method.settings import Tune
+from pnc.method.source_part import SourcePart
+from pnc.method.task import CloneTask, Progress
+
+Distilled = Literal["weights", "low-rank"]
+"""What of a part is tuned here; norms alone are tuned by the localizer."""
+
+N_STEPS = 600
+SCORED_SHARE = 2 / 3
+"""Of the steps, those before which the part is copied to be scored; the rest sees all images."""
+BATCH_SIZE = 64
+LEARNING_RATES: Mapping[str, float] = {"weights": 2e-3, "low-rank": 3e-3}
+LAST_RATE = 0.5
+"""Of the learning rate, at the beginning of the steps that see all images."""
+RANK = 4
+CROP = 1 / 8
+"""Of an image's height and width, how far a crop may be off its centre: 4 pixels of 32."""
+MIXED = 0.5
+"""Share of the batches whose images are mixed in pairs."""
+N_STATISTICS = 2_000
+"""Images that statistics of BatchNorm layers are estimated on, at most."""
+
+
+_STEP = "tuned"
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """What came of tuning.
+
+    Attributes:
+        part: With deltas, and a copy made without the fold that scores the clone.
+        fitted: The adapter that was tuned along with it, and that of the copy in place of all that were held out.
+        scored: The adapter that belongs to `part.held_out`.
+    """
+
+    part: SourcePart
+    fitted: CrossFitted
+    scored: CrossFitted
+
+
+def what_to_tune(
+    task: CloneTask, adapter: Adapter, part: SourcePart, tune: Tune | None, max_bytes: int | None
+) -> Distilled | None:
+    """What of a part is distilled: what was asked for; by default what fits into the bytes, where channels are gone."""
+    if part.masks is None and (adapter.is_identity or tune is None):
+        return None  # it is the source itself, or close to it
+    if tune is not None:
+        return tune if tune == "weights" or tune == "low-rank" else None
+    kinds: tuple[tuple[Distilled, int | None], ...] = ("weights", None), ("low-rank", RANK)
+    for kind, rank in kinds:
+        if max_bytes is None or tuned_bytes(task, adapter, part.module, rank) <= max_bytes:
+            return kind
+    return None
+
+
+def tune_part(
+    task: CloneTask,
+    fitted: CrossFitted,
+    part: SourcePart,
+    tune: Distilled,
+    steps: Steps = NO_STEPS,
+    progress: Progress | None = None,
+) -> Tuned:
+    """Tune a part and its adapter towards what the source itself gives for fresh views of the support's images.
+
+    Args:
+        task: Whose source, target and support.
+        fitted: The adapter in front of the part; one that passes on what it gets has nothing to tune.
+        part: From `localize`; not changed.
+        tune: "weights": all parameters; "low-rank": changes of rank `RANK` of convolutions and linear layers, and all
+            scales and shifts.
+        steps: Where the result is kept, and found again.
+        progress: Called after each step.
+    """
+    seen = unscored(task)
+    kept = steps.get(_STEP)
+    if kept is None:
+        path = _Path(task, fitted.adapter, part.module, tune, progress)
+        n_scored = round(SCORED_SHARE * N_STEPS) if seen is not task else 0
+        kept = {}
+        if n_scored:
+            path.walk(seen.samples.images, n_scored, 1.0)
+            kept |= path.result("scored")
+        path.walk(task.samples.images, N_STEPS - n_scored, LAST_RATE if n_scored else 1.0)
+        kept |= path.result("final")
+        steps.keep(_STEP, kept)
+    module, adapter, deltas = _made(task, fitted.adapter, part.module, kept, "final")
+    held_out, scored = None, adapter
+    if seen is not task:
+        held_out, scored, _ = _made(seen, fitted.adapter, part.module, kept, "scored")
+    n_folds = len(fitted.held_out)
+    return Tuned(
+        replace(part, module=module, deltas=deltas, held_out=held_out),
+        CrossFitted(adapter, (adapter,) * n_folds, fitted.error),
+        CrossFitted(scored, (scored,) * n_folds, fitted.error),
+    )
+
+
+def _made(
+    task: CloneTask, adapter: Adapter, part: fx.GraphModule, kept: Mapping[str, Tensor], which: str
+) -> tuple[fx.GraphModule, Adapter, Deltas]:
+    """Part, adapter and deltas as they came of the training; the part with statistics of `task`'s images."""
+    module, adapter = own_copy(part), copy.deepcopy(adapter)
+    own = {name.partition("/")[2]: tensor for name, tensor in kept.items() if name.startswith(f"{which}/")}
+    for name, buffer in adapter.named_buffers():
+        if buffer.numel():
+            buffer.copy_(own[f"adapter.{name}"])
+    deltas = deltas_of({name: tensor for name, tensor in own.items() if "." not in name})
+    merge(module, deltas)
+    if batch_norms(module):
+        task = task.reduced(N_STATISTICS)
+        prefix = extract(task.target.recording, None, [adapter.target_cut])
+        with torch.no_grad(), task.autocast():
+            seen = (images for _, images in task.samples.batches(task.batch_size) if len(images) > 1)
+            inputs = (adapter(prefix(to_device(images, task.target.device))) for images in seen)
+            reestimate_statistics(module, inputs, task.team)
+    return module, adapter, deltas
+
+
+class _Path:
+    """The training of one part with its adapter, in several goes.
+
+    Args:
+        task: Whose source says what the part shall give.
+        adapter: To start from.
+        part: To start from.
+        tune: What may change.
+        progress: Called after each step.
+    """
+
+    def __init__(
+        self, task: CloneTask, adapter: Adapter, part: fx.GraphModule, tune: str, progress: Progress | None
+    ) -> None:
+        self._task, self._part, self._tune, self._progress = task, own_copy(part), tune, progress
+        self._generator = torch.Generator().manual_seed(task.seed)
+        self._aim = Aim(task.within(8 * task.source.head.features.n_channels))
+        self._prefix = extract(task.target.recording, None, [adapter.target_cut])
+        self._adapter, self._done = copy.deepcopy(adapter), 0
+        of_adapter = [buffer for buffer in self._adapter.buffers() if buffer.numel()]
+        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._values: dict[str, Tensor] = {}
+        for name, before in self._part.named_parameters():
+            if tune == "low-rank" and before.dim() >= 2:
+                rows = before.detach().flatten(1)
+                shape = rank_of(before, RANK), rows.shape[1]
+                right = torch.randn(shape, generator=self._generator).to(rows.device) / rows.shape[1] ** 0.5
+                self._factors[name] = rows.new_zeros(len(rows), shape[0]), right
+            else:
+                self._values[name] = before.detach().clone()
+        factors = [factor for pair in self._factors.values() for factor in pair]
+        self._leaves = [leaf.requires_grad_() for leaf in (*self._values.values(), *factors, *of_adapter)]
+
+    def walk(self, images: Images, n_steps: int, share: float) -> None:
+        """Go on for some steps on views of the images, from a share of the learning rate down to zero."""
+        optimizer = torch.optim.Adam(self._leaves, LEARNING_RATES[self._tune] * share)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+        with training_norms(self._part, self._task.team):
+            for rows, _ in zip(_draws(len(images), self._generator), range(n_steps), strict=False):
+                optimizer.zero_grad()
+                self._loss(_views(images[rows], self._generator)).backward()
+                self._task.team.sum_gradients(self._leaves)
+                optimizer.step()
+                decay.step()
+                self._done += 1
+                if self._progress is not None:
+                    self._progress("tuning the part", self._done, N_STEPS)
+
+    @torch.enable_grad()
+    def _loss(self, images: Tensor) -> Tensor:
+        """Of one batch, of which each process of the team runs its part."""
+        task, n = self._task, len(images)
+        place = task.team.part(n)
+        with task.autocast():
+            wanted = self._aim.answers(images[place])
+            with torch.no_grad():
+                seen = self._prefix(to_device(images[place], task.target.device))
+            outputs = functional_call(self._part, self._parameters(), (self._adapter(seen),))
+        rows = torch.arange(n)[place]
+        whole = (task.team.gather(one, rows, n) for one in (wanted.features, wanted.logits))
+        return self._aim.loss(task.team.whole(outputs.float(), n), Answers(*whole))
+
+    def _parameters(self) -> dict[str, Tensor]:
+        changed = {
+            name: before.detach() + (self._factors[name][0] @ self._factors[name][1]).reshape(before.shape)
+            for name, before in self._part.named_parameters()
+            if name in self._factors
+        }
+        return {**self._values, **changed}
+
+    def result(self, which: str) -> dict[str, Tensor]:
+        """Adapter and deltas as they are now, by name."""
+        if self._factors:
+            deltas = low_rank_deltas(self._part, self._factors, self._values, RANK)
+        else:
+            deltas = rounded_deltas(self._part, self._values)
+        of_adapter = {f"adapter.{name}": buffer for name, buffer in self._adapter.named_buffers() if buffer.numel()}
+        found = {**deltas.tensors, **of_adapter}
+        return {f"{which}/{name}": tensor.detach().clone() for name, tensor in found.items()}
+
+
+def _draws(n: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Row numbers below n, a batch at a time, each as often as any other; without end."""
+    left = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(left) < BATCH_SIZE:
+            left = torch.cat([left, torch.randperm(n, generator=generator)])
+        yield left[:BATCH_SIZE]
+        left = left[BATCH_SIZE:]
+
+
+def _views(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (B, C, H, W) cropped at random, with reflected edges, and every other time mixed in pairs."""
+    n, n_channels, height, width = images.shape
+    top, left = (round(CROP * size) if size > 2 else 0 for size in (height, width))
+    padded = F.pad(images, (left, left, top, top), mode="reflect")
+    rows = torch.randint(0, 2 * top + 1, (n, 1), generator=generator) + torch.arange(height)
+    columns = torch.randint(0, 2 * left + 1, (n, 1), generator=generator) + torch.arange(width)
+    places = torch.arange(n)[:, None, None, None], torch.arange(n_channels)[:, None, None]
+    views = padded[*places, rows[:, None, :, None], columns[:, None, None, :]]
+    mixed, share = torch.rand(2, generator=generator).tolist()
+    if mixed < MIXED:
+        views = share * views + (1 - share) * views[torch.randperm(n, generator=generator)]
+    return views

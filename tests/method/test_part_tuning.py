@@ -1,0 +1,143 @@
+from functools import cache
+
+import pytest
+import torch
+
+import pnc
+from digits import NEW, pair, support
+from pnc.foundation.errors import InputError
+from pnc.foundation.network_state import differences, take_snapshot
+from pnc.method import part_tuning
+from pnc.method.held_out import unscored
+from pnc.method.localization.aim import Aim
+from pnc.method.localization.localizer import localize
+from pnc.method.part_tuning import tune_part
+
+
+@cache
+def scanned():
+    nets = pair()
+    task = pnc.prepare_task(nets.source.module, nets.target.module, support(), classes=NEW, **nets.names())
+    return task, pnc.scan(task)
+
+
+@cache
+def thinned(density=0.3):
+    task, found = scanned()
+    fitted = found.adapter(next(p for p in found.positions if p.is_exact))
+    return task, fitted, localize(task, fitted.adapter, density, "taylor")
+
+
+def distance(task, fitted, part):
+    """From what the source itself says of the support."""
+    aim, images = Aim(task), task.samples.images[:]
+    with torch.no_grad():
+        return float(aim.loss(part(fitted.adapter(images)), aim.answers(images)))
+
+
+@pytest.mark.parametrize("tune", ["weights", "low-rank"])
+def test_a_tuned_part_is_nearer_to_the_source_and_repeats_itself(tune, monkeypatch):
+    monkeypatch.setattr(part_tuning, "N_STEPS", 30)
+    task, fitted, part = thinned()
+    before, state = take_snapshot(pair().source.module), torch.get_rng_state()
+    reports = []
+    one, two = (tune_part(task, fitted, part, tune, progress=lambda *step: reports.append(step)) for _ in range(2))
+    assert distance(task, fitted, one.part.module) < 0.8 * distance(task, fitted, part.module)
+    for name, tensor in one.part.module.state_dict().items():
+        assert torch.equal(tensor, two.part.module.state_dict()[name])
+    assert differences(pair().source.module, before) == []
+    assert torch.equal(torch.get_rng_state(), state)
+    assert reports[:30] == [("tuning the part", step, 30) for step in range(1, 31)]
+    assert (one.part.deltas.rank.numel() > 0) == (tune == "low-rank")
+
+
+def test_the_copy_that_is_scored_has_not_seen_its_fold(monkeypatch):
+    """With other images in that fold, the copy is the same and the part is not."""
+    nets, parts = pair(), []
+    for other in (False, True):
+        images = support()
+        task = pnc.prepare_task(nets.source.module, nets.target.module, images, classes=NEW, **nets.names())
+        rows = (task.samples.folds == 0).nonzero().flatten()
+        if other:
+            store = task.samples.images._store
+            for number in task.samples.groups[rows].tolist():
+                store._blocks[0].tensor[number] = torch.rand(store.shape)
+        found = pnc.scan(task)
+        fitted = found.adapter(next(p for p in found.positions if p.is_exact))
+        part = localize(task, fitted.adapter, 0.5, "taylor")
+        monkeypatch.setattr(part_tuning, "Aim", lambda task: Aim(unscored(task)))  # units are of all images
+        parts.append((part.masks, tune_part(task, fitted, part, "weights").part))
+    (mask, one), (other_mask, two) = parts
+    assert torch.equal(mask.flat, other_mask.flat)
+    same, different = (
+        [torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)]
+        for first, second in ((one.held_out, two.held_out), (one.module, two.module))
+    )
+    assert all(same) and not all(different)
+
+
+def test_adapters_are_tuned_along_with_the_part():
+    task, found = scanned()
+    fitted = found.adapter(min((p for p in found.positions if not p.is_exact), key=lambda p: p.n_macs))
+    tuned = tune_part(task, fitted, localize(task, fitted.adapter, 1.0), "weights")
+    assert not torch.equal(tuned.fitted.adapter.weight, fitted.adapter.weight)
+    assert not torch.equal(tuned.fitted.adapter.weight, tuned.scored.adapter.weight)
+    assert tuned.fitted.adapter.weight.grad is None and not tuned.fitted.adapter.weight.requires_grad
+
+
+def test_what_is_tuned_by_default_follows_from_the_room_for_it():
+    task, found = scanned()
+    fitted = found.adapter(next(p for p in found.positions if p.is_exact))
+    sizes = {}
+    for tune in ("weights", "low-rank", None):
+        made = pnc.fit(task, fitted, density=0.5, tune=tune)
+        sizes[tune] = part_tuning.tuned_bytes(
+            task, fitted.adapter, made.branch.stitched.body, part_tuning.RANK if tune == "low-rank" else None
+        )
+        assert made.recipe["tune"] == (tune or "weights")
+    for room, tune in (
+        (sizes["weights"], "weights"),
+        (sizes["weights"] - 1, "low-rank"),
+        (sizes["low-rank"] - 1, None),
+    ):
+        assert pnc.fit(task, fitted, density=0.5, max_bytes=room).recipe.get("tune") == tune
+    assert "tune" not in pnc.fit(task, fitted).recipe, "the source itself has nothing to tune"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tune": "all"}, "tune: expected one of weights, low-rank, norms, none, got 'all'"),
+        ({"tune": "weights", "refine": True}, "refine: tune='weights' moves the adapter already"),
+        ({"effort": "hours"}, "effort: expected one of seconds, minutes, got 'hours'"),
+        ({"prefer": "big"}, "prefer: expected one of accuracy, balanced, small, got 'big'"),
+        ({"effort": "seconds", "tune": "norms"}, "'seconds' is closed form alone, and tune='norms' learns"),
+        ({"effort": "seconds", "method": "gates"}, "and method='gates' learns by gradient; drop one"),
+        ({"strategy": "sequential", "tune": "weights"}, "tune: the sequential search tunes nothing but"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings, words):
+    nets = pair()
+    with pytest.raises(InputError, match=words):
+        pnc.clone(nets.source.module, nets.target.module, support(), **nets.names(), **settings)
+
+
+def test_views_are_crops_and_mixtures_of_the_images():
+    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    generator, seen = torch.Generator().manual_seed(0), set()
+    for _ in range(12):
+        views = part_tuning._views(images, generator)
+        assert views.shape == images.shape
+        inner = views[:, :, 4:12, 4:12]
+        shifted = [images[:, :, 4 + y : 12 + y, 4 + x : 12 + x] for y in range(-2, 3) for x in range(-2, 3)]
+        is_crop = torch.stack([(inner == one).flatten(1).all(1) for one in shifted]).any(0)
+        seen.add(bool(is_crop.all()))
+    assert seen == {True, False}, "half of the batches are mixed"
+
+
+def test_few_images_fill_a_batch():
+    draws = part_tuning._draws(5, torch.Generator().manual_seed(0))
+    for _ in range(3):
+        rows = next(draws)
+        assert len(rows) == part_tuning.BATCH_SIZE
+        assert set(rows.bincount().tolist()) <= {12, 13, 14}
