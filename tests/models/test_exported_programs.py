@@ -8,7 +8,7 @@ from torch.export import Dim, ExportedProgram
 
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support
-from pnc.composite.metrics import evaluate
+from pnc.composite.metrics import measure_logits
 from pnc.foundation.errors import InputError, RecordingError
 from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
@@ -57,7 +57,7 @@ def test_a_program_can_be_a_source_and_a_target(file: Path, tmp_path: Path) -> N
             logits, own = net(test.images), target(test.images)
         assert same_bits(logits[:, :5], own)
         places = torch.tensor([net.classes.index(name) for name in test.classes])
-        assert evaluate(logits, places[test.labels], own).average_accuracy > 0.9
+        assert measure_logits(logits, places[test.labels], own).average_accuracy > 0.9
         assert not differences(program, before)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support
-from pnc.composite.metrics import evaluate
+from pnc.composite.metrics import measure_logits
 from pnc.data.image_set import ImageSet
 from pnc.data.support import Support
 from pnc.foundation.errors import InputError, MismatchError
@@ -297,7 +297,7 @@ def test_networks_with_other_preprocessing_clone_into_each_other(name: str, tmp_
     with torch.no_grad():
         logits, own = net(nets.test.images), nets.target(nets.test.images)
     assert same_bits(logits[:, :5], own)
-    found = evaluate(logits, nets.test.labels, own)
+    found = measure_logits(logits, nets.test.labels, own)
     assert found.average_accuracy > 0.85
     assert found.base_drop < 0.15
 
@@ -355,6 +355,6 @@ def test_a_target_stays_as_it_is_and_the_source_alone_is_wrapped() -> None:
     net = pnc.attach(target, made)
     with torch.no_grad():
         assert torch.equal(net(theirs.apply(test.images))[:, : len(BASE)], target(theirs.apply(test.images)))
-        found = evaluate(net(theirs.apply(test.images)), test.labels, target(theirs.apply(test.images)))
+        found = measure_logits(net(theirs.apply(test.images)), test.labels, target(theirs.apply(test.images)))
     assert found.average_accuracy > 0.9
     assert abs(made.recipe["score"] - both.recipe["score"]) < 0.03  # undoing rounds, so ties are broken differently
