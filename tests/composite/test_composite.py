@@ -143,7 +143,7 @@ def test_what_is_no_network_or_no_clone_is_refused():
     clone = clone_of(("5", "6"))
     with pytest.raises(InputError, match=r"target: expected a torch.nn.Module, got LoadedModel; give its .module"):
         pnc.attach(pair().target, clone)
-    with pytest.raises(InputError, match="clones: expected what pnc.clone or pnc.load gives, one by one; got list"):
+    with pytest.raises(InputError, match="clones: expected what pnc.clone or pnc.load returns, one by one; got list"):
         pnc.attach(target(), [clone])
     with pytest.raises(InputError, match="net: expected a composite"):
         pnc.calibrate(target(), support())

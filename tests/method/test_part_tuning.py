@@ -37,7 +37,7 @@ def distance(task, fitted, part):
 
 @pytest.mark.parametrize("tune", ["weights", "low-rank"])
 def test_a_tuned_part_is_nearer_to_the_source_and_repeats_itself(tune, monkeypatch):
-    monkeypatch.setattr(part_tuning, "N_STEPS", 60)
+    monkeypatch.setattr(part_tuning, "N_STEPS", 30)
     task, fitted, part = thinned()
     before, state = take_snapshot(pair().source.module), torch.get_rng_state()
     reports = []
@@ -47,7 +47,7 @@ def test_a_tuned_part_is_nearer_to_the_source_and_repeats_itself(tune, monkeypat
         assert torch.equal(tensor, two.part.module.state_dict()[name])
     assert differences(pair().source.module, before) == []
     assert torch.equal(torch.get_rng_state(), state)
-    assert reports[:60] == [("tuning the part", step, 60) for step in range(1, 61)]
+    assert reports[:30] == [("tuning the part", step, 30) for step in range(1, 31)]
     assert (one.part.deltas.rank.numel() > 0) == (tune == "low-rank")
 
 
@@ -108,12 +108,12 @@ def test_what_is_tuned_by_default_follows_from_the_room_for_it():
     ("settings", "words"),
     [
         ({"tune": "all"}, "tune: expected one of weights, low-rank, norms, none; got 'all'"),
-        ({"tune": "weights", "refine": True}, "refine: tune='weights' moves the adapter already"),
+        ({"tune": "weights", "refine": True}, "refine: tune='weights' already tunes the adapter"),
         ({"effort": "hours"}, "effort: expected one of seconds, minutes; got 'hours'"),
         ({"prefer": "big"}, "prefer: expected one of accuracy, balanced, small; got 'big'"),
-        ({"effort": "seconds", "tune": "norms"}, "'seconds' is closed form alone, and tune='norms' learns"),
-        ({"effort": "seconds", "method": "gates"}, "and method='gates' learns by gradient; drop one"),
-        ({"strategy": "sequential", "tune": "weights"}, "tune: the sequential search tunes nothing but"),
+        ({"effort": "seconds", "tune": "norms"}, "'seconds' is closed form only, but tune='norms' trains"),
+        ({"effort": "seconds", "method": "gates"}, "but method='gates' trains by gradient; drop one"),
+        ({"strategy": "sequential", "tune": "weights"}, "tune: strategy='sequential' tunes only"),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings, words):
