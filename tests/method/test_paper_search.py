@@ -110,7 +110,7 @@ def test_without_base_samples_the_new_classes_are_learned_among_themselves():
 
 @pytest.mark.parametrize("settings", [{"max_macs": 0.5}, {"max_bytes": 9999}, {"refine": True}])
 def test_what_the_search_does_not_know_is_refused(settings):
-    with pytest.raises(InputError, match="strategy: the sequential search takes no"):
+    with pytest.raises(InputError, match="strategy: 'sequential' does not support"):
         clone(**settings)
 
 

@@ -133,7 +133,7 @@ def test_the_choice_is_the_cheapest_within_standard_errors_and_bounds():
         scan.choose(max_macs=1e-9)
     smallest = min(p.n_bytes for p in scan.positions)
     assert scan.choose(max_bytes=smallest).n_bytes == smallest
-    with pytest.raises(InputError, match=f"max_bytes={smallest - 1}: the smallest file .* may have {smallest} bytes"):
+    with pytest.raises(InputError, match=f"max_bytes={smallest - 1}: the smallest file .* needs up to {smallest} bytes"):
         scan.choose(max_bytes=smallest - 1)
 
 

@@ -74,7 +74,7 @@ def test_parts_are_tuned_in_bfloat16():
 
 
 def test_another_precision_is_refused():
-    with pytest.raises(pnc.InputError, match="precision: expected float32 or bfloat16, got 'float16'"):
+    with pytest.raises(pnc.InputError, match="precision: expected one of float32, bfloat16; got 'float16'"):
         clone(precision="float16")
 
 

@@ -213,7 +213,7 @@ def with_norm(kind):
 def test_a_norm_that_uses_its_weight_in_its_own_way_is_not_tuned_and_a_warning_says_so(kind):
     part, plain = with_norm(kind), with_norm(kind)
     assert batch_norms(part) == [part[1]] and tunable(batch_norms(part)) == []
-    with pytest.warns(UserWarning, match=f"norm layers of the kind {kind.__name__} use weight and bias in a way"):
+    with pytest.warns(UserWarning, match=f"norm layers of type {kind.__name__} use weight and bias in another way"):
         tune_norms(part, ((images(16), lambda out: out.square().sum()) for _ in range(9)), 9, [images(16)])
     reestimate_statistics(plain, [images(16)])
     assert torch.equal(part(images(4)), plain(images(4)))
