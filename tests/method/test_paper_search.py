@@ -77,7 +77,7 @@ def test_positions_pair_equal_depths_deepest_first():
 
 @pytest.mark.parametrize("patience", [1, 2])
 def test_the_search_stops_where_the_next_positions_do_not_help(monkeypatch, patience):
-    """Outcomes are given; what was trained to reach them does not matter here."""
+    """Outcomes are given; the training behind them does not matter here."""
     monkeypatch.setattr(paper_search, "PATIENCE", patience)
     scores = dict(zip((source.name for _, source in depths(task())), (0.5, 0.6, 0.6, 0.9, 0.1), strict=False))
     tried, images = [], torch.ones(10, dtype=torch.float64)
