@@ -356,7 +356,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         (CLONE + "--density 1.5", "density"),
         (CLONE + "--density much", "density"),
         (CLONE + "--method best", "method"),
-        (CLONE + "--max-macs 0.0001", "no position reaches them"),
+        (CLONE + "--max-macs 0.0001", "no position is within these bounds"),
         (CLONE + "--seed -1", "seed"),
         (CLONE + "--tune all", "tune"),
         (CLONE + "--prefer big", "prefer"),

@@ -119,7 +119,7 @@ def test_ridge_and_its_held_out_error_are_those_of_scikit_learn(n_channels, sour
 
 
 def test_very_wide_tensors_take_no_more_than_their_rows():
-    """25,088 channels, as VGG flattens to: second moments of them would fill 5 GB."""
+    """25,088 channels, as in VGG after flattening: their second moments would take 5 GB."""
     wide, source = cut("wide", 25_088), cut("s", 3, 4, 4)
     fitter = AdapterFitter([wide], [source], 20, torch.Generator())
     weight = torch.randn(3, 25_088, generator=torch.Generator().manual_seed(6)) / 100

@@ -17,7 +17,7 @@ N_BASE = 3
 
 
 def lost(logits, labels, groups, nats):
-    """Images lost, counted one by one: a copy of an image counts for its share of the copies."""
+    """Count lost images one by one: each copy of an image counts as a fraction."""
     moved, total = shifted(logits, N_BASE, -nats), 0.0
     for image in groups[labels < N_BASE].unique():
         rows = (groups == image).nonzero().flatten()
@@ -54,7 +54,7 @@ def test_too_few_images_for_a_promise_are_refused_with_both_ways_out():
 
 @pytest.mark.parametrize("part", [0, 1])
 def test_a_clone_keeps_to_the_bound_on_new_images(part):
-    """Half of the target's test images as base samples, the others to test: they are alike."""
+    """Use half of the target's test images as base samples and test on the others: both halves are alike."""
     nets, images = pair(), held_out_images(NEW)
     target, base = nets.target.module, (images.labels < len(BASE)).nonzero().flatten()
     new = support(5, 0)
@@ -72,7 +72,7 @@ def test_a_clone_keeps_to_the_bound_on_new_images(part):
             measure_logits(pnc.attach(target, one)(test.images), test.labels, target(test.images)).base_drop
             for one in (free, bounded)
         ]
-    assert drops[1] <= min(drops[0], 0.02 + 0.02)  # it bounds the expectation; here are 110 images
+    assert drops[1] <= min(drops[0], 0.02 + 0.02)  # the bound holds in expectation; these are 110 images
     assert bounded.recipe["max_base_drop"] == 0.02
     assert bounded.recipe["base_priority"] > 0 or drops[1] == drops[0]
 

@@ -1,4 +1,4 @@
-"""Calibration on made-up log-odds, where the answer is known, and on tiny composites, where nothing else may move."""
+"""Calibration on synthetic log-odds with a known answer, and on tiny composites, in which nothing else may change."""
 
 import copy
 
@@ -24,7 +24,7 @@ def net(stage):
 
 
 def problem(scales, offsets, sizes=(2, 3), n_base=3, n=4000, seed=0):
-    """Labels drawn from logits that are made of log-odds by the given scales and offsets."""
+    """Draw labels from logits computed from log-odds with the given scales and offsets."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(n, n_base, generator=generator, dtype=torch.float64)
     level = base.logsumexp(1, keepdim=True)
@@ -59,8 +59,8 @@ def test_the_optimum_is_where_loss_and_prior_are_flat():
 def test_with_many_samples_scales_and_offsets_are_found_again():
     one = problem((0.5, 1.5), (0.3, 0.0, 0.0, -0.3, 0.0), n=40_000)
     scales, offsets = _most_probable(one, fit_scales=True)
-    # Base and new samples weigh the same whatever their numbers, so offsets are those of other frequencies: differences
-    # are for each class its own constant. Scales have no such freedom; 40,000 draws leave about a hundredth.
+    # Base and new samples have equal weight whatever their numbers, so offsets differ by a constant for each class.
+    # Scales have no such freedom; with 40,000 draws the error is about a hundredth.
     torch.testing.assert_close(scales, torch.tensor([0.5, 1.5], dtype=torch.float64), atol=0.06, rtol=0)
     assert one.loss(scales, offsets) < one.loss(torch.ones(2).double(), torch.zeros(5).double())
 
@@ -138,10 +138,10 @@ def test_calibrate_moves_what_it_says_and_nothing_else(stage, net):
                 scores = features[name][1] @ rows[:, :-1].T + rows[:, -1]
                 expected = expected + scores.log_softmax(1)[:, -raw.shape[1] :].logsumexp(1, keepdim=True)
             end = start + raw.shape[1]
-            # Scalars are found in float64 and kept in float32.
+            # Scalars are computed in float64 and stored in float32.
             torch.testing.assert_close(logits[:, start:end], expected, atol=1e-4, rtol=1e-4, msg=name)
             start = end
-        # Folded weights, and kernels of another batch size, round otherwise.
+        # Folded weights, and kernels for another batch size, round differently.
         torch.testing.assert_close(net.fused()(images), logits, atol=1e-4, rtol=1e-4)
         only = net(images, only=[net.clones[1:]] * 2 + [()] * (len(images) - 2))[:2, -4:]
         torch.testing.assert_close(only, logits[:2, -4:], atol=1e-4, rtol=1e-4)

@@ -25,7 +25,7 @@ def test_estimates_are_of_macs_that_the_clone_then_has():
     for one in front[::3]:
         clone = pnc.fit(task, found.adapter(one.position), density=one.density, method="taylor")
         body_macs = one.macs_share * task.source.n_macs - one.position.n_macs
-        assert clone.recipe["macs_share"] <= one.macs_share + 1e-12  # a sum in another order
+        assert clone.recipe["macs_share"] <= one.macs_share + 1e-12  # sums in another order
         whole = found.front()[-1].score
         assert one.estimate <= whole - LOSS * (1 / one.density - 1) + 1e-12
         if one.position is found.front()[-1]:
@@ -63,21 +63,21 @@ def test_a_bound_that_no_position_meets_is_met_by_density_and_filled():
 
 def test_bounds_that_nothing_meets_are_refused():
     task, found = scanned()
-    with pytest.raises(InputError, match="no position reaches them, even at density 0.1; allow more"):
+    with pytest.raises(InputError, match="no position is within these bounds, even at density 0.1; allow more"):
         joint_front(task, found, max_macs=1e-9)
     with pytest.raises(InputError, match="max_bytes=10"):
         joint_front(task, found, max_bytes=10)
 
 
 class Made:
-    """What `smallest_good` needs of a clone."""
+    """The attributes of a clone that `smallest_good` needs."""
 
     def __init__(self, score):
         self.recipe = {"score": score}
 
 
 def choice(front, prefer, scores, monkeypatch):
-    """Which candidate is chosen, and which are made, where each of 200 images fares as `scores` say."""
+    """Return the chosen candidate and those made, if each of 200 images scores as in `scores`."""
     made = []
 
     def make(one):

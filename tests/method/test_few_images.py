@@ -1,4 +1,4 @@
-"""Few images: nothing is chosen that they cannot show."""
+"""Few images: nothing is chosen that they cannot support."""
 
 from dataclasses import replace
 
@@ -52,7 +52,7 @@ def test_clones_of_few_images_are_no_worse_than_ensembles(n_images):
 
 
 def samples(own_says, n=10, noise=0.1):
-    """Samples of two base and two new classes; the source's logits say `own_says` times the truth."""
+    """Samples of two base and two new classes; the source's logits are `own_says` times the truth."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(4).repeat(n)
     right = torch.nn.functional.one_hot(labels, 4).float()

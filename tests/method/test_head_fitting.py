@@ -67,7 +67,7 @@ def test_without_base_samples_the_head_is_the_sources_own():
 
 
 def informed(samples: HeadSamples, own: float, fitted: float) -> HeadSamples:
-    """The same samples, their own logits and their features telling the classes apart this well (0: not at all)."""
+    """The same samples, with own logits and features that separate the classes this well (0: not at all)."""
     generator = torch.Generator().manual_seed(7)
     scores = own * F.one_hot(samples.labels, N_BASE + N_NEW) + torch.randn(len(samples.labels), 5, generator=generator)
     noise = torch.randn(samples.target_features.shape, generator=generator)
@@ -85,7 +85,7 @@ def log_loss(logits: torch.Tensor, samples: HeadSamples) -> float:
 
 
 def fitted_alone(samples: HeadSamples) -> torch.Tensor:
-    """The composite's logits of each sample by scores fitted without its fold, before they are mixed with anything."""
+    """The composite's held-out logits from fitted scores alone, before mixing."""
     level = samples.base_logits.logsumexp(1, keepdim=True)
     return torch.cat([samples.base_logits, head_fitting._held_out_odds(samples) + level], 1)
 
@@ -105,7 +105,7 @@ def test_stacking_keeps_to_the_discriminants_where_the_source_knows_nothing():
     is_new = samples.labels >= N_BASE
     found, expected = (((logits.argmax(1) >= N_BASE) == is_new).double().mean() for logits in (stacking.logits, fitted))
     assert found >= expected - 0.01
-    # nothing but rounding is left of a term that never moves
+    # a constant term leaves only rounding errors
     assert abs(float(stacking.odds_weight[1])) < 1e-3
     assert abs(float(stacking.class_weight[1])) < 1e-3
 
@@ -134,7 +134,7 @@ def test_mixing_weights_do_not_depend_on_how_many_samples_a_class_has():
     samples = informed(draw(), own=2.0, fitted=1.0)
     once = choose_stacking(samples)
     more = samples.select(torch.cat([torch.arange(200), (samples.labels == 4).nonzero().flatten().repeat(3)]))
-    # The penalty is one against the sum over samples, so the weights move a little.
+    # The penalty is fixed while the sum grows with the samples, so the weights move a little.
     assert float((choose_stacking(more).odds_weight - once.odds_weight).abs().max()) < 0.4
 
 
@@ -150,10 +150,10 @@ def test_each_sample_is_judged_by_scores_that_were_fitted_without_its_fold() -> 
     samples = draw()
     held_out = samples.folds == 2
     labels = samples.labels.clone()
-    labels[held_out] = labels[held_out].flip(0)  # as many of each class, so that the weights stay
+    labels[held_out] = labels[held_out].flip(0)  # as many of each class, so that the weights are the same
     odds = head_fitting._held_out_odds(samples)
     with_others = head_fitting._held_out_odds(replace(samples, labels=labels))
-    # the regressions share their steps, so those of other folds reach this one by rounding and lengths of steps
+    # the regressions share their step sizes, so other folds affect this one slightly
     torch.testing.assert_close(odds[held_out], with_others[held_out], atol=0.05, rtol=0.05)
     assert float((odds - with_others)[~held_out].abs().max()) > 0.5
 

@@ -23,7 +23,7 @@ N_BASE, N_NEW = 3, 2
 
 @pytest.mark.parametrize("spec", ["cnn", "resnet"])
 def test_the_remembered_mean_is_that_of_the_pooled_input_of_the_last_layer(spec):
-    """A layer that averages over some images, in batches of one size, keeps the mean of what the cut gives for them."""
+    """A layer that averages over images, in batches of one size, keeps the mean of the tensors at the cut."""
     model = cnn((1, 8, 8), 5) if spec == "cnn" else resnet((1, 8, 8), 5, 1)
     images = images_as_float(class_subset(load_data("digits"), BASE).images)[:600]
     last = [layer for layer in model.eval().modules() if isinstance(layer, nn.BatchNorm2d)][-1]

@@ -28,7 +28,7 @@ def test_probabilities_are_those_of_scikit_learn() -> None:
     model = LogisticRegression(C=1 / PENALTY, max_iter=1000, tol=1e-8).fit(rows, labels.numpy(), weights.numpy())
     expected = torch.from_numpy(model.predict_proba(rows)).float()
     found = F.linear(features, weight[0], bias[0]).softmax(1)
-    # thirty steps in float32 beside scikit-learn's minimum
+    # thirty steps in float32, compared with scikit-learn's minimum
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
 
 
@@ -51,7 +51,7 @@ def test_several_at_once_are_those_of_one_at_a_time() -> None:
             F.linear(features, one[0], other[0]).log_softmax(1)
             for one, other in (alone, (weight[[fold]], bias[[fold]]))
         ]
-        # they share the lengths of their steps, so the ends of thirty steps differ a little
+        # they share their step sizes, so results after thirty steps differ slightly
         torch.testing.assert_close(*scores, atol=0.02, rtol=0.02)
 
 

@@ -29,7 +29,7 @@ def thinned(density=0.3):
 
 
 def distance(task, fitted, part):
-    """From what the source itself says of the support."""
+    """Return the loss between a part's outputs and the source's own answers to the support."""
     aim, images = Aim(task), task.samples.images[:]
     with torch.no_grad():
         return float(aim.loss(part(fitted.adapter(images)), aim.answers(images)))
@@ -52,7 +52,7 @@ def test_a_tuned_part_is_nearer_to_the_source_and_repeats_itself(tune, monkeypat
 
 
 def test_the_copy_that_is_scored_has_not_seen_its_fold(monkeypatch):
-    """With other images in that fold, the copy is the same and the part is not."""
+    """Other images in that fold change the part, but not the copy."""
     nets, parts = pair(), []
     for other in (False, True):
         images = support()
@@ -65,7 +65,7 @@ def test_the_copy_that_is_scored_has_not_seen_its_fold(monkeypatch):
         found = pnc.scan(task)
         fitted = found.adapter(next(p for p in found.positions if p.is_exact))
         part = localize(task, fitted.adapter, 0.5, "taylor")
-        monkeypatch.setattr(part_tuning, "Aim", lambda task: Aim(unscored(task)))  # units are of all images
+        monkeypatch.setattr(part_tuning, "Aim", lambda task: Aim(unscored(task)))  # scales are those of all images
         parts.append((part.masks, tune_part(task, fitted, part, "weights").part))
     (mask, one), (other_mask, two) = parts
     assert torch.equal(mask.flat, other_mask.flat)

@@ -62,7 +62,7 @@ def scanned():
 
 
 def at_the_input(**settings):
-    """A clone of the whole source, in which there are channels to remove."""
+    """A clone of the whole source, which has channels to remove."""
     task, found = scanned()
     position = next(p for p in found.positions if p.is_exact)
     return pnc.fit(task, found.adapter(position), **settings)

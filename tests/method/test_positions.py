@@ -67,7 +67,7 @@ def test_all_pairs_have_an_error_but_few_are_run():
 
 
 def test_a_trunk_that_both_networks_share_is_not_run_twice():
-    """As after fine-tuning the last layers of the target on other classes."""
+    """The target is the source with other last layers, as after fine-tuning."""
     nets = pair()
     target = copy.deepcopy(nets.source.module)
     names = {"classes": NEW, "source_classes": NEW, "base_classes": nets.target.classes}
@@ -133,7 +133,9 @@ def test_the_choice_is_the_cheapest_within_standard_errors_and_bounds():
         scan.choose(max_macs=1e-9)
     smallest = min(p.n_bytes for p in scan.positions)
     assert scan.choose(max_bytes=smallest).n_bytes == smallest
-    with pytest.raises(InputError, match=f"max_bytes={smallest - 1}: the smallest file .* may have {smallest} bytes"):
+    with pytest.raises(
+        InputError, match=f"max_bytes={smallest - 1}: the smallest file .* needs up to {smallest} bytes"
+    ):
         scan.choose(max_bytes=smallest - 1)
 
 
@@ -204,7 +206,7 @@ def test_copies_of_one_image_count_once():
     assert mean == pytest.approx((correct[is_base].double().mean() + correct[~is_base].double().mean()) / 2)
     nets = pair()
     twice = pnc.prepare_task(nets.source.module, nets.target.module, support(), classes=NEW, flip=True, **nets.names())
-    # a flipped copy that is right exactly where its original is adds no evidence
+    # a mirrored copy that is correct exactly when its original is adds no evidence
     of_image = correct[task().samples.groups.argsort()]
     again = outcome_of(of_image[twice.samples.groups], twice).average
     assert again == pytest.approx((mean, error))

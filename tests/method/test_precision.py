@@ -1,4 +1,4 @@
-"""Clones made in bfloat16: the networks run in it, what is solved does not, and the composite has nothing of it."""
+"""Clones made in bfloat16: networks run in it, solvers do not, and the composite is not affected."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from pnc.method.refinement import Schedule
 
 
 class Dtypes(TorchDispatchMode):
-    """Notes in which dtypes convolutions run, and everything that solves or decomposes."""
+    """Records the dtypes of convolutions, and of everything that solves or decomposes."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Two processes make the clone that one makes."""
+"""Two processes make the same clone as one."""
 
 import os
 import socket
@@ -34,11 +34,11 @@ def prepared(nets, data, team):
 
 
 def clones(team, nets, data):
-    """Facts of a clone in closed form, one with gates, and some steps of refinement."""
-    localizer.GATES_STEPS = localizer.NORMS_STEPS = 3  # more would only let rounding grow
+    """Make a clone in closed form, one with gates, and a few steps of refinement."""
+    localizer.GATES_STEPS = localizer.NORMS_STEPS = 3  # more steps would only let rounding errors grow
     task = prepared(nets, data, team)
     found = pnc.scan(task, max_cuts=3)
-    # Where the adapter fits exactly, as at the input, gradients are rounding alone and Adam makes steps of them.
+    # If the adapter is exact, as at the input, gradients are only rounding errors, which Adam scales up.
     position = max((p for p in found.positions if p.adapter_error > 0.1), key=lambda p: p.n_macs)
     fitted = found.adapter(position)
     body = source_body(task, position.source_cut)
@@ -86,7 +86,7 @@ def member(rank, port, folder, nets, data):
     with pnc.joined() as (team, device):
         assert (team, device) == (Team(rank, N_PROCESSES), torch.device("cpu"))
         with pnc.joined() as again:
-            assert again == (team, device)  # what is set up already is used, and stays
+            assert again == (team, device)  # an existing process group is used and kept
         found = {"learned": learned(team), **clones(team, nets, data)}
         with pytest.raises(InputError, match="support: the processes were given different images"):
             other = replace(data, images=data.images + rank)
@@ -97,7 +97,7 @@ def member(rank, port, folder, nets, data):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """What one process makes, and what each of two does."""
+    """The results of one process, and of each of two."""
     folder, nets, data = tmp_path_factory.mktemp("team"), pair(), support(24, 6)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -110,7 +110,7 @@ def made(tmp_path_factory):
 
 
 def distance(a, b):
-    """Of two tensors, as a share of the second's norm."""
+    """Distance of two tensors, as a share of the second's norm."""
     return float((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-12))
 
 
@@ -201,5 +201,5 @@ def test_a_launched_command_writes_one_file_the_one_that_a_single_process_writes
     one, two = (pnc.load(tmp_path / name, source=nets.source.module) for name in ("one", "two"))
     assert (one.target_cut.name, one.source_cut.name) == (two.target_cut.name, two.source_cut.name)
     for name, value in one.branch.state_dict().items():
-        # discriminants are kept in half precision: one step of it
+        # discriminants are stored in half precision: one step of it
         torch.testing.assert_close(two.branch.state_dict()[name], value, rtol=2e-3, atol=1e-4)

@@ -28,7 +28,7 @@ def _few_steps(monkeypatch):
 
 @cache
 def place(n_base=5, choose=max):
-    """The position where the closed form misses most (least), and the source's part there."""
+    """The position with the largest (smallest) error of the closed form, and the source's part there."""
     found = pnc.scan(task(n_base))
     fitted = found.adapter(choose(found.positions, key=lambda p: (p.adapter_error, p.n_macs)))
     return fitted, own_copy(source_body(task(n_base), fitted.adapter.source_cut))
@@ -54,7 +54,7 @@ def test_refinement_is_never_worse_on_held_out_folds_and_says_what_it_gained(n_b
 
 
 def test_where_nothing_is_gained_the_closed_form_is_kept(monkeypatch):
-    """A learning rate that destroys every adapter, where the closed form passes everything on."""
+    """A learning rate that destroys every adapter, at a position where the closed form is exact."""
     monkeypatch.setattr(refinement, "SCHEDULE", Schedule(learning_rate=100.0, n_steps=6, n_snapshots=2))
     fitted, part = place(choose=min)
     found = refined(task(), fitted, part)

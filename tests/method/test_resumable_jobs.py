@@ -1,4 +1,4 @@
-"""Jobs that are killed go on where they were, and end with what they would have made."""
+"""Killed jobs continue where they stopped, and end with the same clone."""
 
 import multiprocessing
 import random
@@ -28,12 +28,12 @@ LONG_STEPS = ("learning gates", "tuning norms", "refining adapters")
 
 
 def costliest_with_an_adapter(found: Scan, *_: Any) -> Position:
-    """Where there are channels to remove and something to refine."""
+    """A position with channels to remove and an adapter to refine."""
     return max((p for p in found.positions if not p.is_exact), key=lambda p: p.n_macs)
 
 
 def make(nets: Any, out: Path, resume: Path | None, progress: Any = None, **settings: Any) -> None:
-    """A clone that takes all of the long steps, in a few seconds."""
+    """A clone with all long steps, made in a few seconds."""
     given = {"classes": NEW, "density": 0.5, "refine": True, "resume": resume, "progress": progress, **settings}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(localizer, "GATES_STEPS", 4)
@@ -45,7 +45,7 @@ def make(nets: Any, out: Path, resume: Path | None, progress: Any = None, **sett
 
 
 def work(nets: Any, folder: Path, connection: Any) -> None:
-    """A process that makes the clone, and before it goes on after each step says which, and waits for an answer."""
+    """A process that makes the clone; after each step it names the step and waits for an answer."""
     torch.set_num_threads(1)
 
     def progress(what: str, done: int, n: int) -> None:
@@ -57,7 +57,7 @@ def work(nets: Any, folder: Path, connection: Any) -> None:
 
 
 def life(nets: Any, folder: Path, last: tuple[str, int]) -> list[tuple[str, int]]:
-    """The steps that a process took until it was killed, after the step `last`."""
+    """The steps of a process that is killed after the step `last`."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     worker = context.Process(target=work, args=(nets, folder, there))
@@ -76,7 +76,7 @@ def life(nets: Any, folder: Path, last: tuple[str, int]) -> list[tuple[str, int]
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Any:
-    """As the processes have it: sums of more threads round otherwise."""
+    """One thread, as in the processes: sums over more threads round differently."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -116,7 +116,7 @@ def test_steps_of_other_arguments_are_not_used(tmp_path: Path) -> None:
     assert [first_step(), first_step()] == ["learning gates", "refining adapters"]
     assert first_step(seed=1) == "learning gates"
     assert first_step(seed=1, density=0.6) == "learning gates"
-    assert first_step(seed=1, density=0.6, name="other") == "refining adapters"  # of no matter to the steps
+    assert first_step(seed=1, density=0.6, name="other") == "refining adapters"  # does not affect the steps
     assert first_step(seed=1, density=0.6, flip=True) == "learning gates"
 
 
@@ -138,7 +138,7 @@ def test_a_file_of_something_else_is_refused_and_stays(tmp_path: Path) -> None:
 
 def test_processes_that_do_not_all_see_the_file_start_anew(tmp_path: Path) -> None:
     class Second(Team):
-        """One that is told whether its sight agrees with the others'."""
+        """A team member that learns whether it agrees with the others."""
 
         sees_the_same = True
 

@@ -1,4 +1,4 @@
-"""What the work of a scan grows with, by counts that no machine changes; and the two shortcuts of large jobs."""
+"""How the work of a scan grows, in counts that are the same on every machine; and the two shortcuts of large jobs."""
 
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +23,7 @@ def prepared(n_new=8, n_base=4, **settings):
 
 @dataclass
 class Counts:
-    """Operations of one scan."""
+    """Operation counts of one scan."""
 
     factorizations: int = 0
     part_runs: int = 0
@@ -34,7 +34,7 @@ class Counts:
 
 
 def counted(monkeypatch, task, **settings):
-    """A scan, and what it took."""
+    """A scan and its operation counts."""
     counts = Counts()
 
     def counting(function, name, of=lambda *_: 1):
@@ -71,7 +71,7 @@ def counted(monkeypatch, task, **settings):
 
 
 def held_bytes(fitter):
-    """Of the moments and rows of a fitter."""
+    """Bytes of a fitter's moments and rows."""
     total = 0
     for folds in fitter._seen.values():
         for fold in folds.values():
@@ -105,7 +105,7 @@ def test_twice_the_samples_are_twice_the_runs_and_no_more_factorizations(monkeyp
 
 def test_pairs_that_are_run_grow_with_the_cuts_and_not_with_their_square():
     source, target = (candidate_cuts(network.recording) for network in (prepared().source, prepared().target))
-    errors = {(t.name, s.name): 0.5 for t in target for s in source}  # the worst case: all are as good
+    errors = {(t.name, s.name): 0.5 for t in target for s in source}  # the worst case: all are equally good
     for n in (2, len(source)):
         assert len(shortlist(target, source[:n], errors)) == 2 * n
         assert len(shortlist(target, source[:n], errors, runner_up=0)) == n
@@ -116,7 +116,7 @@ def test_pairs_are_ranked_on_a_part_where_the_moments_of_all_do_not_fit(monkeypa
     found, _ = counted(monkeypatch, task)
     monkeypatch.setattr(adapter_moments, "RANKED_IMAGES", 60)
     small, counts = counted(monkeypatch, replace(task, memory=2**20))
-    _, ranking, fitting = counts.fitters  # the first one would have been too large
+    _, ranking, fitting = counts.fitters  # the first would have been too large
     assert len(ranking._columns) > len(fitting._columns)
     assert fitting.n_bytes(5) < ranking.n_bytes(5)
     assert small.adapter_errors.keys() == found.adapter_errors.keys()
@@ -124,7 +124,7 @@ def test_pairs_are_ranked_on_a_part_where_the_moments_of_all_do_not_fit(monkeypa
     assert abs(small.choose().score - found.choose().score) <= 0.05
     for p in small.positions:
         least = min(e for (_, s), e in found.adapter_errors.items() if s == p.names[1])
-        assert found.adapter_errors[p.names] <= 1.3 * least + 1e-9  # from input to input nothing is missed
+        assert found.adapter_errors[p.names] <= 1.3 * least + 1e-9  # from input to input the error is 0
 
 
 def test_the_best_positions_of_a_first_round_are_scored_again_on_all_images(monkeypatch):

@@ -1,4 +1,4 @@
-"""The door: every argument is checked before a network is recorded or an image is read."""
+"""Every argument is checked before a network is recorded or an image is read."""
 
 import math
 import re
@@ -18,7 +18,7 @@ PERCENT = "expected a share of the source's multiply-accumulates, above 0 and at
 
 
 class Unread:
-    """A support that nobody may look at."""
+    """A support that must not be read."""
 
     def __getattribute__(self, name):
         raise AssertionError(f"the support was asked for {name}")

@@ -1,4 +1,4 @@
-"""Sources that say next to nothing: heads stay bounded, and the fused form is as exact as ever."""
+"""Sources with almost constant logits: heads stay bounded, and the fused form stays exact."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_the_fused_form_blames_a_head_that_magnifies():
 
 
 class Complex(nn.Module):
-    """Its first parameter is complex."""
+    """A network whose first parameter is complex."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +72,7 @@ class Complex(nn.Module):
 
 
 class Packed(nn.Module):
-    """Its first parameter holds bytes."""
+    """A network whose first parameter holds bytes."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class Packed(nn.Module):
 
 
 class Counted(nn.Module):
-    """Its only parameters are whole numbers, its weights a buffer."""
+    """A network whose only parameters are integers and whose weights are a buffer."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Images at the door of a task: within the range that networks say, and such that something can be learned."""
+"""Images of a task: within the range that the networks declare, and fit to learn from."""
 
 import warnings
 from typing import Any

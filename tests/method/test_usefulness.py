@@ -1,4 +1,4 @@
-"""Clones that cannot be of use are made, but not without a word."""
+"""Useless clones are made, but with a warning."""
 
 import copy
 import warnings
@@ -74,7 +74,7 @@ def test_a_source_that_is_right_by_chance_is_doubted_with_the_figures(n_new):
 
 
 class Flipped(nn.Module):
-    """Light becomes dark, and the image a hundred times as bright."""
+    """Inverts images and makes them a hundred times as bright."""
 
     def forward(self, images):
         return 50 * (1 - images) - 25

@@ -1,4 +1,4 @@
-"""Position, density and tuning together: many clones are estimated, and the few that may be chosen are made."""
+"""Chooses position and density together: estimates many clones, and makes the few that may be chosen."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,31 +13,31 @@ from pnc.method.settings import Prefer
 from pnc.method.task import CloneTask
 
 TOLERANCES: Mapping[str, float] = {"accuracy": 0.0, "balanced": 0.005, "small": 0.02}
-"""Accuracy that is given up for lower cost."""
+"""Accuracy that may be given up for lower cost."""
 DENSITIES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15)
 LEAST_DENSITY = 0.1
 LOSS = 0.0045
-"""Accuracy that a tuned part of density 1/2 loses, and in proportion to 1 / density - 1 elsewhere: see the table in
-docs/method.md. What is made is measured; but few images say less of a small loss than this figure does."""
+"""Accuracy that a tuned part of density 1/2 loses; at other densities in proportion to 1 / density - 1, see
+docs/method.md. Clones are measured too, but on few images this figure is the better estimate of a small loss."""
 LOSS_ERROR = 0.01
-"""How far that figure may be off."""
+"""Standard error of that figure."""
 SLOPE = 0.5
-"""Accuracy that a nat of held-out log-loss stands for, between positions."""
+"""Accuracy lost per nat of held-out log-loss, between positions."""
 N_ERRORS = 0.5
-"""Standard errors of a position's log-loss that count against it: few images must not choose a bad one."""
+"""Standard errors of a position's log-loss that count against it, so that few images do not choose a bad one."""
 N_TRIED = 2
-"""Clones below density 1 that are made at most; then the whole part is taken."""
+"""At most this many clones below density 1 are made; then the whole part is used."""
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A position with a density, and what that may be worth.
+    """A position with a density, and its estimated score.
 
     Attributes:
-        position: From the scan.
+        position: A position of the scan.
         density: Share of the prunable multiply-accumulates of the part to keep.
         macs_share: Added multiply-accumulates as a share of the source's.
-        estimate: Of the score.
+        estimate: Estimated score.
     """
 
     position: Position
@@ -52,13 +52,13 @@ def joint_front(
     """Estimate positions at several densities, without making any clone.
 
     Args:
-        task: Whose source.
+        task: Gives the source.
         found: Its scan; the positions of its front are combined with densities.
-        max_macs: Bound on the added MACs as a share of the source's; a position above it is taken at the density that
-            just meets it.
+        max_macs: Bound on the added MACs as a share of the source's; a position above it is also tried at the density
+            that just meets it.
         max_bytes: Bound on the size of the thin file at full density.
     Returns:
-        Those that no other one beats in both estimate and added MACs, cheapest first.
+        The candidates that no other one beats in both estimate and added MACs, cheapest first.
     Raises:
         InputError: no combination is within the bounds.
     """
@@ -69,8 +69,8 @@ def joint_front(
     ]
     if not made:
         raise InputError(
-            f"max_macs={max_macs}, max_bytes={max_bytes}: no position reaches them, even at density {LEAST_DENSITY}; "
-            "allow more"
+            f"max_macs={max_macs}, max_bytes={max_bytes}: no position is within these bounds, even at density "
+            f"{LEAST_DENSITY}; allow more"
         )
     front: list[Candidate] = []
     for one in sorted(made, key=lambda c: (c.macs_share, -c.estimate)):
@@ -80,12 +80,12 @@ def joint_front(
 
 
 def _worth(task: CloneTask, found: Scan, max_bytes: int | None) -> list[tuple[Position, float]]:
-    """The positions of the scan's front with the score that each may have at full density.
+    """Return the positions of the scan's front, each with its estimated score at full density.
 
-    Accuracy of few images says little; so it is that of the best log-loss, less what the log-loss of a position is
-    worse, and less a part of the error of this difference.
+    Accuracy on few images is noisy, so the estimate is the score of the best log-loss, less a share of the difference
+    in log-loss and of the error of this difference.
     """
-    if not task.has_base:  # nothing tells what an adapter does to images of base classes
+    if not task.has_base:  # the effect of an adapter on base images is unknown
         return [(found.choose(max_bytes=max_bytes), found.choose(max_bytes=max_bytes).score)]
     front = found.front(max_bytes)
     n_images = max((position.n_images for position in front), default=0)
@@ -118,15 +118,15 @@ def _densities(task: CloneTask, position: Position, estimate: float, max_macs: f
 def smallest_good(
     front: Sequence[Candidate], prefer: Prefer, make: Callable[[Candidate], tuple[Clone, Outcome]]
 ) -> Clone:
-    """Make the few clones of a front that may be chosen, and give the cheapest that is as good as the best.
+    """Make the few clones of a front that may be chosen, and return the cheapest that is good enough.
 
-    As good means: by what is expected of it and what was measured, each weighed by its error, it loses no more than
-    `prefer` gives up, within half a standard error.
+    A clone is good enough if its expected and measured loss against the best one, each weighted by its error, is no
+    more than `prefer` gives up, within half a standard error.
 
     Args:
         front: From `joint_front`.
         prefer: How much may be given up.
-        make: Makes the clone of a candidate, and says how each image of the support fares when it is held out.
+        make: Makes the clone of a candidate, and returns it with the held-out result of each image of the support.
     Returns:
         The clone; its recipe lists the front.
     """
@@ -155,6 +155,6 @@ def smallest_good(
 
 
 def _shrunk(expected: float, measured: float, error: float) -> tuple[float, float]:
-    """A loss of accuracy by what is expected and what was measured, and its standard error."""
+    """Combine the expected and the measured loss of accuracy; also return the standard error."""
     weight = LOSS_ERROR**2 / (LOSS_ERROR**2 + error**2)
     return expected + weight * (measured - expected), LOSS_ERROR * (1 - weight) ** 0.5

@@ -1,4 +1,4 @@
-"""Running the support through parts of the source, and judging what heads make of it on held-out samples."""
+"""Runs the support through parts of the source, and scores heads on held-out samples."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,19 +20,18 @@ from pnc.method.head_without_base import remembering_head
 from pnc.method.task import CloneTask, Progress
 
 SCORED_FOLD = 0
-"""The fold that what is learned by gradient leaves out, to be scored on it."""
+"""The fold that training by gradient leaves out and that scores the result."""
 TAPPED_BYTES = 2**28
-"""Memory for the tensors at all cuts that one batch of images takes, about."""
+"""Approximate memory for the tensors at all cuts of one batch."""
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """How each image of the support fared when it was held out.
+    """Held-out result of each image of the support.
 
     Attributes:
-        values: What was measured of the image's copies, such as whether they were classified right: the mean, (I,),
-            float64.
-        is_base: Whether it shows a base class, (I,), bool.
+        values: The mean over each image's copies, such as the share classified correctly, (I,), float64.
+        is_base: Whether the image shows a base class, (I,), bool.
     """
 
     values: Tensor
@@ -40,24 +39,24 @@ class Outcome:
 
     @property
     def average(self) -> tuple[float, float]:
-        """Mean of the means over base and over new images, and its standard error; of one kind where it is alone."""
+        """Mean of the means over base and over new images (or over the only kind), and its standard error."""
         kinds = [part for part in (self.values[self.is_base], self.values[~self.is_base]) if len(part)]
         mean = sum(float(part.mean()) for part in kinds) / len(kinds)
         variance = sum(float(part.var(correction=0)) / len(part) for part in kinds) / len(kinds) ** 2
         return mean, variance**0.5
 
     def of(self, base: bool) -> float | None:
-        """Mean over base or over new images; None where there are none."""
+        """Mean over base or over new images; None if there are none."""
         part = self.values[self.is_base == base]
         return float(part.mean()) if len(part) else None
 
     def minus(self, other: "Outcome") -> tuple[float, float]:
-        """Difference of both averages and its standard error, which is small: they are of the same images."""
+        """Difference of both averages, and its standard error, which is small because the images are the same."""
         return replace(self, values=self.values - other.values).average
 
 
 def unscored(task: CloneTask) -> CloneTask:
-    """The same task without the images that score a clone, fold 0; itself, where nothing can be held out."""
+    """Return the task without the fold that scores a clone; the task itself if nothing can be held out."""
     if task.samples.n_folds == 1:
         return task
     return replace(task, samples=task.samples.select(task.samples.folds != SCORED_FOLD))
@@ -71,18 +70,18 @@ def source_body(task: CloneTask, cut: CutPoint) -> fx.GraphModule:
 def run_parts(
     task: CloneTask, parts: Sequence[tuple[CrossFitted, nn.Module]], progress: Progress | None = None
 ) -> list[HeadSamples]:
-    """Run the support once through the target and through given parts of the source behind their adapters.
+    """Run the support once through the target and the given parts of the source behind their adapters.
 
-    Each image takes the adapter that was fitted without its fold.
+    Each image passes the adapter that was fitted without its fold.
 
     Args:
-        task: Whose support and target.
-        parts: Adapters, and the source from the adapters' cut to its penultimate features.
+        task: Gives support and target.
+        parts: Adapters, each with the source from its cut to the penultimate features.
         progress: Called after each batch.
     Returns:
-        What heads are fitted on, for each part.
+        The samples to fit heads on, for each part.
     Raises:
-        InputError: there are no base samples, and the source's logits are no linear map of its pooled features.
+        InputError: there are no base samples, and the source's logits are not a linear map of its pooled features.
     """
     own = own_head(task)
     cuts = list(dict.fromkeys(fitted.adapter.target_cut for fitted, _ in parts))
@@ -120,13 +119,13 @@ def run_parts(
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """What a support says about a head before it is fitted.
+    """Held-out logits of a head, and how to fit it.
 
     Attributes:
-        stacking: How to make the head; None without base samples, where the source's own classifier is it.
-        logits: Of each sample by a head that was fitted without it: of all classes, (N, K_base + K_new), or, without
-            base samples, of the new ones, (N, K_new).
-        labels: Places among these logits, (N,).
+        stacking: Mixing weights of the head; None without base samples, when it is the source's own classifier.
+        logits: Logits of each sample by a head fitted without it: of all classes, (N, K_base + K_new), or without base
+            samples of the new ones, (N, K_new).
+        labels: Indices of the right classes among these logits, (N,).
     """
 
     stacking: Stacking | None
@@ -135,23 +134,23 @@ class Judged:
 
     @property
     def correct(self) -> Tensor:
-        """Which samples are classified right when they are held out, (N,) bool."""
+        """Which samples are classified correctly when held out, (N,) bool."""
         return self.logits.argmax(1) == self.labels
 
     @property
     def log_likelihoods(self) -> Tensor:
-        """Logarithm of the probability of each sample's own class when it is held out, (N,)."""
+        """Log-probability of each sample's class when held out, (N,)."""
         return -F.cross_entropy(self.logits, self.labels, reduction="none")
 
     def lowered(self, nats: float) -> "Judged":
-        """The same with all new logits lowered by so many nats; only with base samples."""
+        """Return the same with all new logits lowered by so many nats; only with base samples."""
         assert self.stacking is not None
         stacking = self.stacking.lowered(nats)
         return Judged(stacking, stacking.logits, self.labels)
 
 
 def judge(samples: HeadSamples) -> Judged:
-    """Choose the head that the support allows, and measure it on held-out samples; `run_parts` makes the samples."""
+    """Choose the head that the support allows, and score it on held-out samples from `run_parts`."""
     if samples.has_base:
         stacking = choose_stacking(samples)
         return Judged(stacking, stacking.logits, samples.labels)
@@ -159,7 +158,7 @@ def judge(samples: HeadSamples) -> Judged:
 
 
 def fit_head(task: CloneTask, samples: HeadSamples, judged: Judged) -> Head:
-    """Make the head that was chosen, on all samples."""
+    """Fit the chosen head on all samples."""
     own, norm = own_head(task), last_norm(task.target.recording)
     if judged.stacking is not None:
         return fit_stacked(samples, judged.stacking, own)
@@ -167,18 +166,18 @@ def fit_head(task: CloneTask, samples: HeadSamples, judged: Judged) -> Head:
 
 
 def features_seen(task: CloneTask) -> CutPoint:
-    """What a head reads of the target: its penultimate features, or without base samples those it remembers."""
+    """Return the cut of the target that heads read: its penultimate features, or without base samples its last norm."""
     norm = None if task.has_base else last_norm(task.target.recording)
     return task.target.head.features if norm is None else norm.cut
 
 
 def outcome_of(measured: Tensor, task: CloneTask, rows: Tensor | None = None) -> Outcome:
-    """Sum up what was measured of samples, image by image: copies of one image are one observation.
+    """Average per-sample results image by image: copies of an image are one observation.
 
     Args:
-        measured: (M,), such as whether they were classified right.
-        task: Whose support it is.
-        rows: The samples that `measured` speaks of, (N,) bool; None for all.
+        measured: A result for each sample, (M,), such as whether it was classified correctly.
+        task: Gives the support.
+        rows: The samples that were measured, (N,) bool; None for all.
     """
     labels, groups = task.samples.labels, task.samples.groups
     if rows is not None:
@@ -192,21 +191,21 @@ def outcome_of(measured: Tensor, task: CloneTask, rows: Tensor | None = None) ->
 
 
 def outcome_of_part(part: Judged, unseen: Judged, whole: Judged, task: CloneTask) -> tuple[Outcome, float]:
-    """How each image fares with a part that was made on the images that score it.
+    """Estimate the held-out result of a part that was made on the images that score it.
 
-    It fares as with the whole source at the same position, which has learned nothing, but for the probability that the
-    part gives to its class in place of the whole: few images say far more of probabilities than of right and wrong. A
-    change of probability counts as much as the whole source's errors are of the probability that it gives to others.
-    What the part owes to having seen the images is taken off: how much more probability it gives to the right classes
-    of one fold than the same part as it was made without this fold; never below zero.
+    The estimate is the result of the whole source at the same position, which was not trained on them, plus the change
+    in the probability of the right class: on few images, probabilities are far less noisy than counts of right and
+    wrong. Changes are scaled by the whole source's error rate over the probability that it gives to wrong classes. The
+    benefit of having seen the images is subtracted: the probability that the part gives to the right classes of one
+    fold beyond the same part made without this fold, if positive.
 
     Args:
-        part: Judged, all samples.
-        unseen: The part that was made without the fold `SCORED_FOLD`.
+        part: The part, judged on all samples.
+        unseen: The part made without the fold `SCORED_FOLD`.
         whole: The source's part with all its channels and its own weights.
-        task: Whose support it is.
+        task: Gives the support.
     Returns:
-        The outcome, and the standard error of what was taken off.
+        The outcome, and the standard error of what was subtracted.
     """
     rows = task.samples.folds == SCORED_FOLD
     likely, without, own = (one.log_likelihoods.double().exp() for one in (part, unseen, whole))
@@ -218,9 +217,9 @@ def outcome_of_part(part: Judged, unseen: Judged, whole: Judged, task: CloneTask
 
 
 def base_drop_facts(samples: HeadSamples, judged: Judged, task: CloneTask) -> dict[str, float]:
-    """For the recipe: the share of held-out base images that the target gets right and the composite does not.
+    """Return the recipe's entry for the share of held-out base images that only the target alone gets right.
 
-    Nothing where there is no base image, or none could be held out.
+    Empty if there are no base images, or none could be held out.
     """
     is_base = samples.labels < samples.n_base
     if judged.stacking is None or samples.folds.max() == 0 or not is_base.any():
@@ -230,17 +229,17 @@ def base_drop_facts(samples: HeadSamples, judged: Judged, task: CloneTask) -> di
 
 
 def own_head(task: CloneTask) -> SourceHead:
-    """The source's classifier of the new classes, on the CPU; all zeros where it is no linear map of pooled features.
+    """Return the source's classifier of the new classes, on the CPU; zeros if it is not linear on pooled features.
 
     Raises:
-        InputError: it is no such map, and there are no base samples to fit another head on.
+        InputError: it is not, and there are no base samples to fit another head on.
     """
     head = task.source.head
     if head.weight is None or head.features.n_prefix_tokens:
         if not task.has_base:
             raise InputError(
-                "support: without base samples the source's own classifier is needed, which here is no linear layer "
-                "on pooled features; give some samples of every base class"
+                "support: without base samples the clone uses the source's own classifier, which here is not a linear "
+                "layer on pooled features; give some samples of every base class"
             )
         return SourceHead(len(task.new_classes), head.features.n_channels)
     bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
@@ -250,13 +249,13 @@ def own_head(task: CloneTask) -> SourceHead:
 def batches(
     task: CloneTask, cuts: Sequence[CutPoint], what: str, progress: Progress | None, with_first: bool = False
 ) -> Iterator[tuple[int, int, slice, Tensor]]:
-    """Number, fold, place and images of the batches that this process runs.
+    """Yield number, fold, slice and images of the batches that this process runs.
 
-    Of as many images at a time as the memory for the tensors at `cuts` allows; of the first batch too, `with_first`.
+    Batches are as large as the memory for the tensors at `cuts` allows; `with_first` adds the first batch.
     """
     samples = task.samples
     size = max(1, min(task.batch_size, TAPPED_BYTES // (4 * sum(cut.size for cut in cuts))))
-    size = min(size, len(samples.labels) // task.team.size)  # so that each process has one
+    size = min(size, len(samples.labels) // task.team.size)  # so that each process has a batch
     for number, (fold, place) in enumerate(samples.rows(size)):
         if task.team.is_mine(number) or (with_first and number == 0):
             yield number, fold, place, samples.images[place]

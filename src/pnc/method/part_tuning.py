@@ -1,10 +1,10 @@
-"""Tuning of what was cut out: a part's own weights, distilled from the source on fresh views of images.
+"""Tune: trains a part's own weights to reproduce the source's answers on random views of images.
 
-The source answers for any image, so no label is needed: each step draws images of the support, unlabelled ones too,
-crops them at random, mixes half of the batches in pairs, and asks the source itself what the part should give. First
-the part is tuned without the fold that scores the clone; a copy of that is what is scored. The last steps see all
-images. In the end the change of every weight is rounded to what a file holds, and BatchNorm statistics are estimated
-anew, before any head is fitted: so the clone in memory is the one in the file.
+The source answers for any image, so no label is needed: each step draws images of the support (unlabelled ones too),
+crops them at random, mixes half of the batches in pairs, and asks the source for its answers. First the part is tuned
+without the fold that scores the clone, and a copy is kept for the score; the last steps use all images. Then the change
+of every weight is rounded to what a file stores, and BatchNorm statistics are recomputed, before the head is fitted: so
+the clone in memory is the same as the one in the file.
 """
 
 import copy
@@ -33,35 +33,34 @@ from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Progress
 
 Distilled = Literal["weights", "low-rank"]
-"""What of a part is tuned here; norms alone are tuned by the localizer."""
+"""Parameters tuned here; the localizer tunes norms."""
 
 N_STEPS = 600
 SCORED_SHARE = 2 / 3
-"""Of the steps, those before which the part is copied to be scored; the rest sees all images."""
+"""Share of the steps without the scored fold; then the part is copied for the score, and the rest uses all images."""
 BATCH_SIZE = 64
 LEARNING_RATES: Mapping[str, float] = {"weights": 2e-3, "low-rank": 3e-3}
 LAST_RATE = 0.5
-"""Of the learning rate, at the beginning of the steps that see all images."""
+"""Share of the learning rate with which the steps on all images begin."""
 RANK = 4
 CROP = 1 / 8
-"""Of an image's height and width, how far a crop may be off its centre: 4 pixels of 32."""
+"""Largest shift of a crop, as a share of an image's height and width: 4 pixels of 32."""
 MIXED = 0.5
 """Share of the batches whose images are mixed in pairs."""
 N_STATISTICS = 2_000
-"""Images that statistics of BatchNorm layers are estimated on, at most."""
-
+"""At most this many images for the statistics of BatchNorm layers."""
 
 _STEP = "tuned"
 
 
 @dataclass(frozen=True, eq=False)
 class Tuned:
-    """What came of tuning.
+    """Result of tuning.
 
     Attributes:
-        part: With deltas, and a copy made without the fold that scores the clone.
-        fitted: The adapter that was tuned along with it, and that of the copy in place of all that were held out.
-        scored: The adapter that belongs to `part.held_out`.
+        part: The tuned part with its deltas, and a copy made without the fold that scores the clone.
+        fitted: The adapter that was tuned with it, also in place of the held-out ones.
+        scored: Likewise the adapter of `part.held_out`.
     """
 
     part: SourcePart
@@ -72,9 +71,9 @@ class Tuned:
 def what_to_tune(
     task: CloneTask, adapter: Adapter, part: SourcePart, tune: Tune | None, max_bytes: int | None
 ) -> Distilled | None:
-    """What of a part is distilled: what was asked for; by default what fits into the bytes, where channels are gone."""
+    """Return what to tune of a part, or None: as `tune` says; by default, below density 1, what fits `max_bytes`."""
     if part.masks is None and (adapter.is_identity or tune is None):
-        return None  # it is the source itself, or close to it
+        return None  # the part is the source itself, or close to it
     if tune is not None:
         return tune if tune == "weights" or tune == "low-rank" else None
     kinds: tuple[tuple[Distilled, int | None], ...] = ("weights", None), ("low-rank", RANK)
@@ -92,15 +91,15 @@ def tune_part(
     steps: Steps = NO_STEPS,
     progress: Progress | None = None,
 ) -> Tuned:
-    """Tune a part and its adapter towards what the source itself gives for fresh views of the support's images.
+    """Tune a part and its adapter towards the source's own answers to random views of the support's images.
 
     Args:
-        task: Whose source, target and support.
-        fitted: The adapter in front of the part; one that passes on what it gets has nothing to tune.
+        task: Gives source, target and support.
+        fitted: The adapters before the part; an identity adapter has nothing to tune.
         part: From `localize`; not changed.
-        tune: "weights": all parameters; "low-rank": changes of rank `RANK` of convolutions and linear layers, and all
+        tune: "weights": all parameters; "low-rank": changes of rank `RANK` to convolutions and linear layers, and all
             scales and shifts.
-        steps: Where the result is kept, and found again.
+        steps: Stores the result, so that a stopped job can continue.
         progress: Called after each step.
     """
     seen = unscored(task)
@@ -130,7 +129,7 @@ def tune_part(
 def _made(
     task: CloneTask, adapter: Adapter, part: fx.GraphModule, kept: Mapping[str, Tensor], which: str
 ) -> tuple[fx.GraphModule, Adapter, Deltas]:
-    """Part, adapter and deltas as they came of the training; the part with statistics of `task`'s images."""
+    """Rebuild part, adapter and deltas from the training's result; statistics are those of `task`'s images."""
     module, adapter = own_copy(part), copy.deepcopy(adapter)
     own = {name.partition("/")[2]: tensor for name, tensor in kept.items() if name.startswith(f"{which}/")}
     for name, buffer in adapter.named_buffers():
@@ -149,13 +148,13 @@ def _made(
 
 
 class _Path:
-    """The training of one part with its adapter, in several goes.
+    """The training of one part with its adapter, in several stretches.
 
     Args:
-        task: Whose source says what the part shall give.
-        adapter: To start from.
-        part: To start from.
-        tune: What may change.
+        task: Gives the source, whose answers are the aim.
+        adapter: The adapter to start from.
+        part: The part to start from.
+        tune: "weights" or "low-rank".
         progress: Called after each step.
     """
 
@@ -182,7 +181,7 @@ class _Path:
         self._leaves = [leaf.requires_grad_() for leaf in (*self._values.values(), *factors, *of_adapter)]
 
     def walk(self, images: Images, n_steps: int, share: float) -> None:
-        """Go on for some steps on views of the images, from a share of the learning rate down to zero."""
+        """Train for `n_steps` on views of the images, from a share of the learning rate down to zero."""
         optimizer = torch.optim.Adam(self._leaves, LEARNING_RATES[self._tune] * share)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
         with training_norms(self._part, self._task.team):
@@ -198,7 +197,7 @@ class _Path:
 
     @torch.enable_grad()
     def _loss(self, images: Tensor) -> Tensor:
-        """Of one batch, of which each process of the team runs its part."""
+        """Return the loss of one batch; each process of the team runs a part of it."""
         task, n = self._task, len(images)
         place = task.team.part(n)
         with task.autocast():
@@ -219,7 +218,7 @@ class _Path:
         return {**self._values, **changed}
 
     def result(self, which: str) -> dict[str, Tensor]:
-        """Adapter and deltas as they are now, by name."""
+        """Return the current adapter and deltas, by name."""
         if self._factors:
             deltas = low_rank_deltas(self._part, self._factors, self._values, RANK)
         else:
@@ -230,7 +229,7 @@ class _Path:
 
 
 def _draws(n: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers below n, a batch at a time, each as often as any other; without end."""
+    """Draw row numbers below n endlessly, a batch at a time, each equally often."""
     left = torch.empty(0, dtype=torch.int64)
     while True:
         while len(left) < BATCH_SIZE:
@@ -240,7 +239,7 @@ def _draws(n: int, generator: torch.Generator) -> Iterator[Tensor]:
 
 
 def _views(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (B, C, H, W) cropped at random, with reflected edges, and every other time mixed in pairs."""
+    """Crop images (B, C, H, W) at random, with reflected edges, and mix them in pairs every other time."""
     n, n_channels, height, width = images.shape
     top, left = (round(CROP * size) if size > 2 else 0 for size in (height, width))
     padded = F.pad(images, (left, left, top, top), mode="reflect")

@@ -89,66 +89,64 @@ def clone(
     resume: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Clone:
-    """Clone what the source knows about some classes, for the target; both networks stay as they are.
+    """Clone classes of the source for the target; both networks are left unchanged.
 
-    Scans all positions in closed form, cuts out the part of the source that is worth its cost, tunes it on views of the
-    support, and fits the head. It is the one verb that most users need, hence its arguments.
+    Scans positions in closed form, cuts out the part of the source that is worth its cost, tunes it on views of the
+    support, and fits the head.
 
     Args:
         source: Classifier that knows the classes, (B, C, H, W) to (B, K).
-        target: Classifier that shall get them.
-        support: A few labelled images, as both networks take them: a pair (images, labels), a Dataset, a DataLoader or
-            an ImageSet. Labels are class names, or ids of base classes followed by new ones. Samples of base classes
-            are optional; with some the new classes are told from the old ones better, also where only some of the base
-            classes have any.
+        target: Classifier that will receive them.
+        support: A few labelled images that both networks can process: a pair (images, labels), a Dataset, a DataLoader
+            or an ImageSet. Labels are class names, or ids that count the base classes first, then the new ones. Samples
+            of base classes are optional; even of some base classes only, they help separate new classes from old ones.
         source_classes: Names of the source's outputs, in order.
         base_classes: Names of the target's outputs, in order.
-        classes: Names of the classes to clone; None takes all of the source's that the target lacks. The support has
-            images of these and of base classes only.
-        background: Unlabelled images that the target is used on, with none or few of the new classes among them: a
-            tensor (N, C, H, W) or an ImageSet. They serve as samples of the base classes that the target itself sees in
-            them.
-        flip: Use the mirror image of each sample too: right for photographs, wrong for digits.
+        classes: Names of the classes to clone; None clones all of the source's that the target lacks. The support must
+            have images of these and of base classes only.
+        background: Unlabelled images that the target is used on, with few or no new classes among them: a tensor
+            (N, C, H, W) or an ImageSet. They serve as base samples, labelled with the target's predictions.
+        flip: Use the mirror image of each sample too: good for photographs, wrong for digits.
         density: Share of the prunable multiply-accumulates of the source's part to keep, in (0, 1]. "auto" chooses it
-            together with the position, as `prefer` says; in closed form it is 1.
-        prefer: What an automatic density gives up for lower cost: "accuracy" nothing, "balanced" about half a point,
-            "small" about two.
-        effort: "minutes", or "seconds" for closed form alone: then nothing is learned by gradient.
+            together with the position, as `prefer` says; with `effort="seconds"` it means 1.
+        prefer: Accuracy that an automatic density may give up for lower cost: "accuracy" none, "balanced" about half a
+            point, "small" about two.
+        effort: "minutes", or "seconds" for closed form only, without training by gradient.
         max_macs: Bound on the added MACs as a share of the source's.
         max_base_drop: Bound on the accuracy that base images may lose, in (0, 1), such as 0.02: the new logits are
-            lowered until held-out base images keep it. It takes 1 / max_base_drop - 1 of these, 49 for 0.02. None
-            takes base and new images for equally likely.
+            lowered until held-out base images keep it, which takes 1 / max_base_drop - 1 of them, 49 for 0.02. None
+            counts base and new images as equally likely.
 
-        The others have defaults that rarely need a change:
+        The others rarely need a change:
 
-        name: Of the clone; None makes one of the names of its classes.
-        method: How channels are chosen below density 1: by "gates", learned by gradient, by one-shot scores "taylor",
-            "magnitude" or "random", or by "local-surrogate", the paper's rule as we read it. None takes "taylor", or
-            "gates" where only norms are tuned.
-        tune: What of the part is tuned below density 1, by distillation from the source: its "weights", changes of
-            "low-rank" of them (a third of the file), scales and shifts of BatchNorm "norms" alone, or "none". None
-            takes the weights, or what `max_bytes` has room for. At density 1 the part is tuned only if this is given,
-            and only behind a fitted adapter.
-        round_to: Below density 1, keep multiples of so many channels, which may keep less than `density` allows:
-            processors take 8, 16 or 32 channels as fast as one more than half of them.
+        name: Name of the clone; None makes one from its classes.
+        method: How channels are chosen below density 1: "gates", learned by gradient; the one-shot scores "taylor",
+            "magnitude" and "random"; or "local-surrogate", the paper's rule as we read it. None means "taylor", or
+            "gates" if only norms are tuned.
+        tune: What is tuned below density 1, by distillation from the source: the part's "weights", "low-rank" changes
+            of them (a third of the file), only the scales and shifts of BatchNorm "norms", or "none". None means the
+            weights, or what fits `max_bytes`. At density 1 the part is tuned only if this is given, and only behind a
+            fitted adapter.
+        round_to: Below density 1, keep channels in multiples of this number, which may keep less than `density` allows:
+            on many processors 9 to 16 channels take as long as 16.
         max_bytes: Bound on the size of the thin file.
-        strategy: How the position is found. "sequential" is the reference to compare with: the paper's search, trained
-            by gradient; it knows no bounds and takes minutes.
-        refine: Tune the adapter by gradient, and keep what held-out images gain by; takes minutes.
-        seed: Of every random choice; the same inputs and seed give the same clone.
+        strategy: How the position is found. "sequential" is the paper's search by gradient, for comparison; it supports
+            no bounds and takes minutes.
+        refine: Tune the adapter by gradient, and keep the result if held-out images gain; takes minutes.
+        seed: Seed of every random choice; the same inputs and seed give the same clone.
         batch_size: Images that go through a network at a time.
-        memory: Bytes that may be kept of the support at a time, beside what a batch takes. Images that a Dataset or a
-            DataLoader gives beyond half of it go to a temporary file; see docs/scale.md.
+        memory: Bytes of the support that may be held at a time, without those of a batch. Images from a Dataset or a
+            DataLoader beyond half of it go to a temporary file; see docs/scale.md.
         team: The processes that make the clone together, each called with the same arguments; from `pnc.joined`.
-        precision: What both networks compute in while the clone is made: "bfloat16" is faster on GPUs. Whatever is
-            solved or summed is float32 or more, and so is the composite.
-        resume: File, .safetensors, that holds the results of long steps (localization, refinement) while the call runs:
-            the same call, made again after the process was killed, goes on from them and ends with the same clone. A
-            file of other arguments is replaced. The scan and the sequential strategy are made again.
-        progress: Called with what is being done, the steps done, and the steps in all.
+        precision: Precision in which both networks run while the clone is made: "bfloat16" is faster on GPUs. Sums and
+            solutions are float32 or more, and so is the composite.
+        resume: File, .safetensors, that stores the results of long steps (localization, tuning, refinement) while the
+            call runs: the same call, made again after the process was killed, continues from them and returns the same
+            clone. A file of other arguments is replaced. The scan and the sequential strategy are repeated.
+        progress: Called with the name of the work, the steps done, and the number of steps.
     Raises:
-        InputError, ClassNameError, RecordingError: as `prepare_task`; InputError also where no position is within
-            the bounds, `density` is out of range, or `resume` is a file of something else.
+        InputError, ClassNameError, RecordingError: as in `prepare_task`; InputError also if no position is within the
+            bounds, `density` is out of range, or `resume` is another kind of file.
         FileFormatError: `resume` is damaged.
     """
     removal, bounds = Removal(density, method, round_to, tune), Bounds(max_macs, max_bytes, max_base_drop)
@@ -216,7 +214,7 @@ def clone(
 
 
 def _check_others(name: str | None, resume: str | Path | None, progress: Progress | None) -> None:
-    """Refuse what would be found out only after the work."""
+    """Check the arguments that are used only after the work."""
     check_name(name)
     if resume is not None:
         check_steps_path(resume)
@@ -240,7 +238,7 @@ def fit(
     steps: Steps = NO_STEPS,
     progress: Progress | None = None,
 ) -> Clone:
-    """Make the clone at one position: localize, compact, tune, fit the head. The steps of `clone` after the scan.
+    """Make a clone at one position: localize, tune, fit the head; the steps of `clone` after the scan.
 
     Args:
         task: From `prepare_task`.
@@ -253,10 +251,10 @@ def fit(
         max_base_drop: As in `clone`.
         refine: As in `clone`.
         name: As in `clone`.
-        steps: What is there of an earlier call, and where what takes long is kept.
+        steps: Stores the results of long steps, so that a stopped job can continue.
         progress: As in `clone`.
     Raises:
-        InputError: an argument is out of range, or `fitted` is no adapters.
+        InputError: an argument is out of range, or `fitted` is not from a scan.
     """
     removal = Removal(density, method, round_to, tune)
     Bounds(None, max_bytes, max_base_drop)
@@ -288,7 +286,7 @@ def fit_and_judge(
     steps: Steps,
     progress: Progress | None,
 ) -> tuple[Clone, Outcome]:
-    """As `fit`, of arguments that were checked; and how each image of the support fares when it is held out."""
+    """As `fit`, with checked arguments; also return the held-out result of each image of the support."""
     density, tune, norms = removal.fixed_density, removal.tune, removal.tune == "norms"
     method = removal.method or ("gates" if norms else "taylor")
     steps = steps.at(f"{fitted.adapter.target_cut.name} > {fitted.adapter.source_cut.name} at {density}")
@@ -341,7 +339,7 @@ def fit_sequential(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Clone:
-    """Make a clone as the paper does: `strategy="sequential"` of `clone`.
+    """Make a clone with the paper's search: `strategy="sequential"` of `clone`.
 
     Args:
         task: From `prepare_task`.
@@ -373,7 +371,7 @@ def fit_sequential(
 
 
 def _identity(task: CloneTask, settings: Mapping[str, Any]) -> str:
-    """Hash (hex) of all that the results of long steps depend on, but for their own position."""
+    """Hash (hex) of everything that the results of long steps depend on, except their position."""
     samples = task.samples
     images = (value_digests([samples.images[rows]]) for _, rows in samples.rows(1000))
     networks = [[*one.classes, fingerprint(one.model).weights] for one in (task.source, task.target)]

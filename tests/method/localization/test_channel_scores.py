@@ -29,14 +29,14 @@ def seeded(seed=0):
 
 
 def without(segment, spaces, space, unit):
-    """The outputs change by this when one unit is masked."""
+    """The change of the outputs when one unit is masked."""
     masks = channel_masks(spaces, {space: torch.arange(len(half(spaces).kept[space])) != unit})
     x = images(4)
     return mask_segment(segment, spaces, masks)(x) - segment(x)
 
 
 class Linear(Net):
-    """No nonlinearity after the first layer: the first order is exact."""
+    """A segment without nonlinearity after the first layer, for which the first order is exact."""
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
@@ -54,7 +54,7 @@ def test_taylor_estimates_the_squared_change_of_the_output(monkeypatch):
 
 @pytest.mark.parametrize("factory", [SqueezeExcite, FusedAttention, NormalizedHeads, NormInBetween])
 def test_scores_of_several_samples_add_up(factory, monkeypatch):
-    """Each sample has gates of its own, also where windows or tokens are folded into the batch."""
+    """Each sample has its own gates, even if windows or tokens are folded into the batch."""
     segment = segment_of(network(factory))
     spaces = channel_spaces(segment)
     x, direction = images(3), torch.randn(1, *segment(images(1)).shape[1:], generator=seeded(), dtype=torch.float64)

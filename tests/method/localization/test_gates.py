@@ -44,13 +44,13 @@ def test_gates_for_all_samples_are_masks(factory):
 
 
 def test_the_units_that_matter_are_found_from_nothing():
-    """Targets made by the segment itself without some units: those must go, and the others stay."""
+    """Targets come from the segment without some units: these must be removed and the others kept."""
     segment = segment_of(network(NormInBetween))
     spaces = channel_spaces(segment)
     dropped = torch.tensor([1, 4, 6])
     truth = channel_masks(spaces, {"first": torch.ones(8, dtype=torch.bool).index_fill(0, dropped, False)})
     costs = Costs(segment, spaces)
-    # Batch statistics for the wanted outputs too: per channel, so masks do not mix them.
+    # The targets use batch statistics too, which are per channel, so masks do not mix them.
     teacher = mask_segment(segment, spaces, truth)
     teacher.norm.training, teacher.norm.momentum = True, 0.0
     n_macs = costs.n_macs(truth.flat)

@@ -29,7 +29,7 @@ def few_steps(monkeypatch):
 
 @cache
 def case():
-    """A task and the adapter where there is most of the source to choose from."""
+    """A task and the adapter behind which most of the source lies."""
     nets = pair()
     task = pnc.prepare_task(nets.source.module, nets.target.module, support(8, 3), classes=NEW, **nets.names())
     found = pnc.scan(task)
@@ -121,7 +121,7 @@ def test_what_cannot_be_is_refused(options, message):
 
 
 def test_a_part_forgets_the_classes_that_are_not_cloned(monkeypatch):
-    """By the source's own head, on images that were never shown: those of the classes that stay behind."""
+    """Judged by the source's own head, on images that the part never saw: those of classes that are not cloned."""
     for name in ("GATES_STEPS", "NORMS_STEPS"):
         monkeypatch.setattr(localizer, name, 60)
     nets, classes = pair(), ("5", "7")

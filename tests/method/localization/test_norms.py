@@ -83,13 +83,13 @@ def test_statistics_of_other_libraries_norms(torchvision):
 
 
 def towards(part, wanted):
-    """Batches of one set of images, and the squared distance of the outputs from what is wanted for them."""
+    """Batches of the same images, with the squared distance of the outputs from the wanted ones."""
     while True:
         yield images(16), lambda outputs: (outputs - wanted).square().mean()
 
 
 def tuned(change, n_steps=200, start=None):
-    """A segment tuned towards itself with other norms, and what was wanted."""
+    """A segment tuned towards a copy with other norms, and the outputs of that copy."""
     part, wanted = compacted(), compacted()
     reestimate_statistics(wanted, [images(16)])
     change(wanted.norm)
@@ -181,7 +181,7 @@ class SquaredWeight(OnePlusWeight):
 
 
 class FixedMomentum(nn.BatchNorm2d):
-    """Collects its statistics in a way of its own."""
+    """Collects its statistics in another way."""
 
     def forward(self, x):
         tensors = self.running_mean, self.running_var, self.weight, self.bias
@@ -213,7 +213,7 @@ def with_norm(kind):
 def test_a_norm_that_uses_its_weight_in_its_own_way_is_not_tuned_and_a_warning_says_so(kind):
     part, plain = with_norm(kind), with_norm(kind)
     assert batch_norms(part) == [part[1]] and tunable(batch_norms(part)) == []
-    with pytest.warns(UserWarning, match=f"norm layers of the kind {kind.__name__} use weight and bias in a way"):
+    with pytest.warns(UserWarning, match=f"norm layers of type {kind.__name__} use weight and bias in another way"):
         tune_norms(part, ((images(16), lambda out: out.square().sum()) for _ in range(9)), 9, [images(16)])
     reestimate_statistics(plain, [images(16)])
     assert torch.equal(part(images(4)), plain(images(4)))
