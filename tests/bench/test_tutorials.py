@@ -46,3 +46,16 @@ def test_spectrograms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert figure(text, "average accuracy") > 0.9
     assert re.search(r"^trill \(0\.\d\d\), .* - from more sounds$", text, re.MULTILINE)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_start_of_the_readme_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = EXAMPLES.parent
+    code = re.search(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    (tmp_path / "results").symlink_to(root / "results")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code[1], "README.md", "exec"), {"__name__": "__main__"})
+    text = capsys.readouterr().out
+    assert figure(text, "average accuracy") > 0.9 and "all equal, bit for bit" in text

@@ -162,14 +162,17 @@ def draw_support(
     base_classes: Sequence[str],
     n_new: int | None,
     n_base: int | None,
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
 ) -> Support:
     """Draw a support: `n_new` images per new class and `n_base` per base class, like `draw_images`, as float32.
 
+    Without a generator the draw is that of seed 0.
+
     >>> data = ImageSet(torch.rand(6, 1, 8, 8), torch.tensor([0, 0, 1, 1, 2, 2]), ("cat", "dog", "cow"))
-    >>> draw_support(data, ["cow"], ["cat", "dog"], n_new=2, n_base=1, generator=torch.Generator().manual_seed(0))
+    >>> draw_support(data, ["cow"], ["cat", "dog"], n_new=2, n_base=1)
     Support(4 images 1x8x8 of 3 classes, cat, dog, cow)
     """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
     drawn = draw_images(data, new_classes, base_classes, n_new, n_base, generator)
     return Support(images_as_float(drawn.images), drawn.labels, drawn.classes)
 
