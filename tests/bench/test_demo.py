@@ -14,6 +14,7 @@ from pnc.bench import demo, main_job
 from pnc.bench.demo import RECIPE, run_demo
 from pnc.bench.rivals.rival import Budget
 from pnc.cli import app
+from pnc.method import part_tuning
 
 METHODS = ["target alone", "direct ensemble", "LDA on target features", "fine-tuning with replay", "clone"]
 ROW = {"method", "base_accuracy", "new_accuracy", "average_accuracy", "conditional_kl", "leak", "seconds"}
@@ -58,14 +59,16 @@ def test_a_short_run_has_the_whole_layout(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_clone_beats_what_costs_nothing_to_make(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main_job, "BUDGET", Budget(1, 1, 2, 1))  # its row is checked in the slow test
+    monkeypatch.setattr(part_tuning, "N_STEPS", 300)
     facts = run_demo()
     check_layout(facts)
+    assert facts["clone"]["added_macs_share"] < 0.7, "a part"
     _, ensemble, lda, _, clone = (row["average_accuracy"] for row in facts["rows"])
     assert clone >= 0.95  # .960 and .966 on two kinds of processor: training rounds differently on each
     assert clone >= lda + 0.08
     assert clone > ensemble
     assert facts["rows"][-1]["conditional_kl"] <= 1e-6
-    assert facts["clone"]["file_bytes"] < 64 * 1024
+    assert facts["clone"]["file_bytes"] < 128 * 1024
 
 
 def test_a_broken_promise_is_shown_and_ends_with_an_error(

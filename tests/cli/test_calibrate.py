@@ -89,7 +89,7 @@ def test_predict_takes_folders_and_says_who_answered(command: Command, tmp_path:
             "are called two",
         ),
         (f"calibrate {TWO} {NETWORKS} --data digits --out {{d}}/c --support 9", "support: expected NEW/BASE"),
-        (f"calibrate {{t}} {NETWORKS} --data digits --out {{d}}/c", "no clone file"),
+        (f"calibrate {{t}} {NETWORKS} --data digits --out {{d}}/c", "not a clone file"),
     ],
 )
 def test_what_cannot_be_calibrated_is_one_line_and_leaves_nothing(

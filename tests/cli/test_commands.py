@@ -113,18 +113,18 @@ def test_clone_takes_classes_density_kind_and_support_without_base_samples(comma
     made = pnc.clone(nets.source.module, nets.target.module, data, classes=["7", "5"], density=0.5, **nets.names())
     assert known["recipe"] == made.recipe
     assert "20 new, 0 base images" in found.out
-    assert "among the new classes only, as there was no base image" in " ".join(found.out.split())
+    assert "among the new classes only, without base images" in " ".join(found.out.split())
 
 
 def test_the_default_clone_says_what_it_was_chosen_from(command: Command, tmp_path: Path) -> None:
     found = command(f"clone {NETWORKS} --data digits --out {{out}} --prefer small", out=tmp_path / "c")
     recipe = pnc.inspect(tmp_path / "c")["recipe"]
     assert recipe["prefer"] == "small"
-    assert "the front that it was chosen from (small)" in found.out
+    assert "The front that the clone was chosen from (small)" in found.out
     assert found.out.count("measured") == sum(made for *_, made in recipe["front"])
     assert found.out.count("expected") == sum(not made for *_, made in recipe["front"])
     again = command("inspect {c}", c=tmp_path / "c").out
-    assert "the front that it was chosen from (small)" in again
+    assert "The front that the clone was chosen from (small)" in again
 
 
 def test_what_base_images_may_lose_is_bounded_or_refused(command: Command, tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         (CLONE + "--seed -1", "seed"),
         (CLONE + "--tune all", "tune"),
         (CLONE + "--prefer big", "prefer"),
-        (CLONE + "--effort seconds --tune weights", "closed form alone, and tune='weights' learns by gradient"),
+        (CLONE + "--effort seconds --tune weights", "closed form only, but tune='weights' trains by gradient"),
         (CLONE + "--threads 0", "threads"),
         (CLONE + "--device gpu", "device: 'gpu' cannot be used here.*try cpu"),
         (CLONE + "--device meta", "device: 'meta' cannot be used here"),
@@ -370,7 +370,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         (CLONE + "--json {d}/c", "json: .* given for something else"),
         (f"clone {NETWORKS} --data digits --out {{d}}/no/c", "out: cannot write .*no/c"),
         (f"clone {NETWORKS} --data digits --out {{t}}", "out: .*t.safetensors is given for something else"),
-        (f"clone {NETWORKS} --data numbers --out {{d}}/c", "'numbers' is of no known kind; expected one of digits"),
+        (f"clone {NETWORKS} --data numbers --out {{d}}/c", "'numbers' is of an unknown kind; expected one of digits"),
         (f"clone {NETWORKS} --data folder:{{d}}/no --out {{d}}/c", "there is no folder"),
         (f"clone {NETWORKS} --data parquet:{{d}}/no --out {{d}}/c", "there is no file or folder"),
         (
@@ -408,7 +408,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         (EVAL + "--target-classes a,b,c,d,e", "target-classes: .* calls the target's outputs 0, 1, 2, 3, 4"),
         ("eval {f}/all.safetensors --source {t} --target {t} --data digits", "made from another source"),
         ("eval {f}/all.safetensors --source {s} --target {s} --data digits", "made for another target"),
-        ("eval {t} --source {s} --target {t} --data digits", "no clone file"),
+        ("eval {t} --source {s} --target {t} --data digits", "not a clone file"),
         ("eval {d}/no --source {s} --target {t} --data digits", "there is no file"),
         (EVAL + "--json {d}/no/e.json", "cannot write"),
         (EVAL + "--json {f}/all.safetensors", "given for something else"),
@@ -426,7 +426,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         ("verify {f}/all.safetensors --target {d}/no.safetensors", "--target(-weights)?: .*no file"),
         ("verify {f}/all.safetensors --target {t} --json {t}", "given for something else"),
         ("verify {f}/all.safetensors", "target"),
-        ("inspect {f}", "not a whole safetensors file"),
+        ("inspect {f}", "not a complete safetensors file"),
         ("cuts zoo:cnn", "--input-shape: "),
         ("cuts zoo:cnn --classes a,b", "--input-shape: "),
         ("cuts zoo:cnn --classes a,b --input-shape 8", "input-shape: expected channels,height,width"),
@@ -516,10 +516,10 @@ def damaged(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Callable
 @pytest.mark.parametrize(
     ("write", "complaint"),
     [
-        (lambda original, path: path.write_bytes(original.read_bytes()[:-100]), "not a whole safetensors file"),
-        (lambda original, path: path.write_bytes(original.read_bytes()[:4]), "not a whole safetensors file"),
-        (lambda original, path: path.write_bytes(b""), "not a whole safetensors file"),
-        (lambda original, path: path.write_text("PK not a clone"), "not a whole safetensors file"),
+        (lambda original, path: path.write_bytes(original.read_bytes()[:-100]), "not a complete safetensors file"),
+        (lambda original, path: path.write_bytes(original.read_bytes()[:4]), "not a complete safetensors file"),
+        (lambda original, path: path.write_bytes(b""), "not a complete safetensors file"),
+        (lambda original, path: path.write_text("PK not a clone"), "not a complete safetensors file"),
         (lambda original, path: save_file({"a": torch.zeros(2)}, path), "no metadata of pnc"),
         (damaged(lambda tensors, facts: facts.update(version=99)), "format version 99.*newer"),
         (damaged(lambda tensors, facts: facts.pop("base_classes")), "metadata of .* is damaged"),

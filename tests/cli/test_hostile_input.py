@@ -261,7 +261,7 @@ def test_messages_name_options(files, tmp_path, in_process):
     networks = ["--source", files / "s.safetensors", "--target", files / "t.safetensors"]
     out = ["--out", tmp_path / "c"]
     for words, text in (
-        (["--data", "numbers"], "pnc: --data: 'numbers' is of no known kind"),
+        (["--data", "numbers"], "pnc: --data: 'numbers' is of an unknown kind"),
         (["--data", "folder:nowhere"], "pnc: --data: "),
         (["--data", "digits", "--background", "folder:nowhere"], "pnc: --background: "),
         (["--data", "digits", "--support", "20"], "pnc: --support: expected NEW/BASE"),

@@ -77,7 +77,7 @@ def test_the_demo_writes_a_report_and_says_where(
         app.main()
     assert not stopped.value.code
     shown = capsys.readouterr().out
-    assert f"A report on the clone, to open in a browser: {tmp_path / 'demo.html'}" in shown
+    assert f"A report on the clone, for your browser: {tmp_path / 'demo.html'}" in shown
     page = (tmp_path / "demo.html").read_text()
     clone = next(line for line in shown.splitlines() if line.startswith("clone "))
     base, new = (100 * float(number) for number in clone.split()[1:3])

@@ -56,7 +56,7 @@ def test_a_clone_of_a_composite_that_was_cast_can_be_saved_and_read(tmp_path, se
     net = pnc.attach(copy.deepcopy(pair().target.module), clone).to(dtype)
     pnc.save(net.clone(clone.name), tmp_path / "a", kind)
     loaded = pnc.load(tmp_path / "a", source=pair().source.module)
-    # Half precision keeps 8 or 11 bits of each weight, and layers behind each other round them further.
+    # Half precision keeps 8 or 11 bits of each weight, and every layer rounds again.
     scale = logits(clone).abs().max()
     assert float((logits(loaded) - logits(clone)).abs().max() / scale) <= (1e-6 if dtype == torch.float64 else 0.1)
 
@@ -77,8 +77,8 @@ def test_thin_files_are_small_and_full_ones_carry_the_weights(tmp_path):
     assert pnc.inspect(tmp_path / "thin")["n_bytes"] == thin
 
 
-def test_an_adapter_that_passes_on_what_it_gets_takes_no_room_and_costs_nothing(tmp_path):
-    clone = made(n_base=0)  # the whole source
+def test_an_identity_adapter_takes_no_space_in_the_file(tmp_path):
+    clone = made(n_base=0)  # the clone is the whole source
     assert clone.branch.stitched.adapter.is_identity
     pnc.save(clone, tmp_path / "f")
     assert not any(name.startswith("adapter.") for name in load_file(tmp_path / "f"))
@@ -133,7 +133,7 @@ def edited(path, change):
     [
         (lambda t, f: f.update(version=99), FileFormatError, "format version 99.*newer"),
         (lambda t, f: f.update(version="1"), FileFormatError, "version"),
-        (lambda t, f: f.update(format="other"), FileFormatError, "no clone file"),
+        (lambda t, f: f.update(format="other"), FileFormatError, "not a clone file"),
         (lambda t, f: f.update(kind="thick"), FileFormatError, "kind"),
         (lambda t, f: f.pop("position"), FileFormatError, "damaged"),
         (lambda t, f: f["position"]["source"].pop("shape"), FileFormatError, "damaged"),
@@ -147,12 +147,12 @@ def edited(path, change):
         (
             lambda t, f: t.update({"head.own.weight": t["head.own.weight"][:, 1:]}),
             FileFormatError,
-            "head does not fit to .* fea",
+            "head does not fit .* fea",
         ),
         (
             lambda t, f: t.update({"head.own.weight": t["head.own.weight"][1:]}),
             FileFormatError,
-            "has 4 rows; .* ask for 5",
+            "has 4 rows; .* need 5",
         ),
         (
             lambda t, f: t["head.own.bias"].mul_(float("nan")),
@@ -160,9 +160,9 @@ def edited(path, change):
             "'head.own.bias' holds values that are not finite",
         ),
         (lambda t, f: t["adapter.weight"].mul_(float("inf")), FileFormatError, "'adapter.weight' holds values that"),
-        (lambda t, f: t.update({"other": torch.zeros(1)}), FileFormatError, "no place for a tensor 'other' in a clone"),
-        (lambda t, f: t.update({"calibration.other": torch.zeros(1)}), FileFormatError, "no place for a tensor"),
-        (lambda t, f: t.update({"body.9.weight": torch.zeros(1)}), MismatchError, "carries a tensor '9.weight'"),
+        (lambda t, f: t.update({"other": torch.zeros(1)}), FileFormatError, "a clone has no tensor 'other'"),
+        (lambda t, f: t.update({"calibration.other": torch.zeros(1)}), FileFormatError, "a clone has no tensor"),
+        (lambda t, f: t.update({"body.9.weight": torch.zeros(1)}), MismatchError, "has a tensor '9.weight'"),
         (lambda t, f: t.update(masks=torch.zeros(9, dtype=torch.uint8)), MismatchError, "other channel spaces"),
         (lambda t, f: t.update(masks=torch.zeros(9)), FileFormatError, r"'masks' is \(9,\) float32"),
         (lambda t, f: f["position"]["target"].update(shape=[4096, 4, 4]), FileFormatError, "metadata asks for"),
@@ -171,22 +171,22 @@ def edited(path, change):
     ],
 )
 def test_damaged_or_foreign_files_are_refused(tmp_path, change, error, words):
-    pnc.save(made(max_macs=0.9), tmp_path / "f")  # not the whole source, so that there is an adapter
+    pnc.save(made(max_macs=0.9), tmp_path / "f")  # only a part of the source, so that the adapter has weights
     edited(tmp_path / "f", change)
     with pytest.raises(error, match=words):
         pnc.load(tmp_path / "f", source=pair().source.module)
 
 
-def test_a_file_that_names_no_digest_is_refused(tmp_path):
+def test_a_file_without_a_digest_is_refused(tmp_path):
     pnc.save(made(), tmp_path / "f")
     tensors, facts = read_tensors(tmp_path / "f")
     save_file(tensors, tmp_path / "f", {METADATA_KEY: json.dumps(facts)})
-    with pytest.raises(FileFormatError, match="names no digest"):
+    with pytest.raises(FileFormatError, match="has no digest"):
         pnc.inspect(tmp_path / "f")
 
 
 def with_rivals():
-    """A clone that is calibrated beside others, with made-up values."""
+    """A clone calibrated against others, with made-up values."""
     branch = copy.deepcopy(made().branch)
     rows = torch.arange(7.0 * branch.rivals.shape[1]).sin().reshape(7, -1).tolist()
     scalars = Scalars(0.75, (0.5,) * len(NEW), tuple(map(tuple, rows)))
@@ -226,7 +226,7 @@ def test_damaged_rivals_are_refused(tmp_path, change, words):
 
 
 @pytest.mark.parametrize("kind", ["thin", "full"])
-def test_a_tensor_of_the_part_that_is_missing_is_not_taken_from_the_source_in_silence(tmp_path, kind):
+def test_a_missing_tensor_of_the_part_is_not_silently_taken_from_the_source(tmp_path, kind):
     there = material()
     pnc.save(there.clone, tmp_path / "f", kind)
     name = next(name for name in load_file(tmp_path / "f") if name.endswith("running_mean"))
@@ -251,7 +251,7 @@ def test_a_source_in_another_dtype_is_named(tmp_path):
         pnc.load(tmp_path / "f", source=cast)
 
 
-def test_allow_mismatch_takes_a_fine_tuned_source_and_names_that_one_from_then_on(tmp_path):
+def test_allow_mismatch_accepts_a_fine_tuned_source_and_takes_over_its_fingerprint(tmp_path):
     pnc.save(made(density=0.5), tmp_path / "thin")
     pnc.save(made(density=0.5), tmp_path / "full", "full")
     tuned = copy.deepcopy(pair().source.module)
@@ -277,7 +277,7 @@ def test_allow_mismatch_still_needs_shapes_that_fit(tmp_path):
 
 def test_files_of_others_are_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights", {METADATA_KEY: json.dumps({"format": "pnc-model"})})
-    with pytest.raises(FileFormatError, match="no clone file"):
+    with pytest.raises(FileFormatError, match="not a clone file"):
         pnc.inspect(tmp_path / "weights")
     pnc.save(made(max_macs=0.9), tmp_path / "f")
     assert set(load_file(tmp_path / "f")) >= {"adapter.weight", "head.own.weight"}, "any safetensors reader can open it"

@@ -1,4 +1,4 @@
-"""Files of the first format version, as other people have them: every later version must read them."""
+"""Files of the first format version, which every later version must read."""
 
 import json
 import runpy
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import pnc
 from pnc.foundation.errors import MismatchError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is of an earlier version of pnc:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*was written by an earlier version of pnc:UserWarning")
 FOLDER = Path(__file__).parents[1] / "golden"
 SCHEMA = Path(__file__).parents[2] / "docs" / "clone-file.schema.json"
 LOGITS: dict[str, Any] = json.loads((FOLDER / "clone_v1.json").read_text())
@@ -27,20 +27,20 @@ def script() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", LOGITS)
-def test_it_is_read_and_gives_the_logits_that_it_gave(name: str) -> None:
+def test_it_is_read_and_gives_the_same_logits_as_before(name: str) -> None:
     clone = pnc.load(FOLDER / f"{name}.safetensors", source=script()["source"]())
     net = pnc.attach(script()["target"](), clone)
     assert net.classes == ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
     with torch.no_grad():
         found = net(script()["images"](3))
-    # Other processors sum in another order; the clone's features are small differences of larger numbers.
+    # Other processors add in another order; the clone's features are small differences of larger numbers.
     torch.testing.assert_close(found, torch.tensor(LOGITS[name]), atol=1e-3, rtol=1e-3)
     assert net.verify().ok
 
 
 @pytest.mark.parametrize("name", LOGITS)
 def test_a_warning_says_that_only_weights_were_compared(name: str) -> None:
-    with pytest.warns(UserWarning, match="says nothing of what its networks do with their weights"):
+    with pytest.warns(UserWarning, match="without forward prints: only the weights were compared"):
         clone = pnc.load(FOLDER / f"{name}.safetensors", source=script()["source"]())
     notes = pnc.attach(script()["target"](), clone).verify().notes
     assert len(notes) == 1 and "is unknown, as its file is of an earlier version" in notes[0]

@@ -22,7 +22,7 @@ def tuned(module, size=0.1):
     }
 
 
-def test_merged_weights_are_within_half_a_step_of_what_was_tuned():
+def test_merged_weights_are_within_half_a_step_of_the_tuned_ones():
     module = part()
     wanted, before = tuned(module), copy.deepcopy(module)
     deltas = rounded_deltas(module, wanted)
@@ -87,6 +87,6 @@ def test_deltas_of_another_architecture_are_refused(broken):
     else:
         tensors[broken] = tensors[broken][:-1]
     before = copy.deepcopy(module)
-    with pytest.raises(MismatchError, match="deltas: .* for the source's part; load the file with the source"):
+    with pytest.raises(MismatchError, match="deltas: its deltas .*; load the file with the source it was made from"):
         merge(module, deltas_of(tensors))
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), before.parameters(), strict=True))

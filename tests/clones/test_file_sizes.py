@@ -1,4 +1,4 @@
-"""Clone files that ask for more than they hold, or for images of another size: refused before any work."""
+"""Clone files whose metadata claims more than they hold, or other image sizes, are refused before any work."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def file(networks: tuple[nn.Module, nn.Module], tmp_path: Path) -> Path:
 
 
 def forged(file: Path, shape: list[int]) -> Path:
-    """The same file with another size of images, and a digest that is right."""
+    """The same file with another image size and a correct digest."""
     tensors, facts = read_tensors(file)
     for role in ("source", "target"):
         facts[role]["input_shape"] = shape
@@ -59,13 +59,13 @@ def never_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("never_recorded")
 @pytest.mark.parametrize("shape", [[1, 1024, 1024], [1, 4096, 4096], [1, 1, 2**20], [3, 1000, 1000]])
-def test_a_size_that_the_source_makes_nothing_fitting_of(
+def test_an_image_size_that_gives_no_tensor_of_the_right_shape(
     networks: tuple[nn.Module, nn.Module], file: Path, shape: list[int]
 ) -> None:
     with pytest.raises((MismatchError, pnc.RecordingError, AssertionError)) as caught:
         pnc.load(forged(file, shape), source=networks[0])
-    if shape[0] == 1:  # of three channels it makes nothing at all, which recording says
-        assert "this source makes nothing of that shape" in str(caught.value)
+    if shape[0] == 1:  # with three channels, recording fails first
+        assert "this source has no tensor of that shape" in str(caught.value)
 
 
 @pytest.mark.usefixtures("never_recorded")
@@ -75,12 +75,12 @@ def test_the_caller_bounds_the_images(networks: tuple[nn.Module, nn.Module], fil
             pnc.load(file, source=networks[0], input_shape=shape)
 
 
-def test_the_right_images_are_taken(networks: tuple[nn.Module, nn.Module], file: Path) -> None:
+def test_the_right_images_are_accepted(networks: tuple[nn.Module, nn.Module], file: Path) -> None:
     assert pnc.load(file, source=networks[0], input_shape=[1, 8, 8]).input_shape == (1, 8, 8)
 
 
 @pytest.mark.parametrize("change", ["metadata", "shape", "another tensor", "missing"])
-def test_what_can_be_seen_without_values_is_refused_without_reading_them(
+def test_damage_outside_the_values_is_found_before_they_are_read(
     file: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors, facts = read_tensors(file)
@@ -99,13 +99,13 @@ def test_what_can_be_seen_without_values_is_refused_without_reading_them(
         pnc.inspect(file)
 
 
-# --------------------------------------------------------------------------------------------------- without values
+# --------------------------------------------------------------------------------------------------- dry run
 class Reads(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return images if images.mean() > 0 else -images
 
 
-def test_shapes_are_those_of_a_real_run_and_the_network_stays() -> None:
+def test_shapes_are_those_of_a_real_run_and_the_network_is_unchanged() -> None:
     network = Net(3).train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     shapes = shapes_without_values(network, (1, 5, 7))
@@ -116,12 +116,12 @@ def test_shapes_are_those_of_a_real_run_and_the_network_stays() -> None:
     assert not any(tensor.is_meta for tensor in network.state_dict().values())
 
 
-def test_a_network_that_reads_values_says_nothing() -> None:
+def test_a_network_that_reads_values_has_no_dry_run() -> None:
     assert shapes_without_values(Reads(), (1, 4, 4)) is None
     assert shapes_without_values(Net(2), (3, 4, 4)) is None
 
 
-def test_huge_images_take_nothing() -> None:
+def test_huge_images_take_no_memory() -> None:
     for shape in ((1, 2**20, 2**20), (1, 4096, 4096)):
         found = shapes_without_values(Net(2), shape)
         assert found is not None and (6, *shape[1:]) in found

@@ -1,4 +1,4 @@
-"""The metadata of clone files: what a reader takes and refuses, and that the published schema says the same."""
+"""The metadata of clone files: the reader and the published schema accept and refuse the same."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ def facts() -> dict:
 
 
 def changed(place: str, value: object) -> dict:
-    """The metadata with another value at `a.b.c`; Ellipsis takes it out."""
+    """The metadata with another value at `a.b.c`; Ellipsis removes it."""
     found = copy.deepcopy(facts())
     *path, last = place.split(".")
     inner = found
@@ -57,7 +57,7 @@ def validator() -> Draft202012Validator:
     return Draft202012Validator(schema)
 
 
-def test_good_metadata_is_read_and_written_as_it_was():
+def test_valid_metadata_is_read_and_written_unchanged():
     manifest = read_manifest("f", facts())
     assert manifest.facts() == facts()
     assert validator().is_valid({**facts(), "digest": DIGEST})
@@ -65,8 +65,8 @@ def test_good_metadata_is_read_and_written_as_it_was():
 
 
 WRONG = [
-    ("format", "pnc-model", "is no clone file: its format is 'pnc-model'"),
-    ("format", None, "is no clone file"),
+    ("format", "pnc-model", "is not a clone file: its format is 'pnc-model'"),
+    ("format", None, "is not a clone file"),
     ("version", 99, "format version 99; this pnc reads up to 2: install a newer one"),
     ("version", 0, "version: expected a whole number from 1 to 2, got 0"),
     ("version", True, "version"),
@@ -85,11 +85,11 @@ WRONG = [
     ("name", "a" * (MAX_TEXT + 1), "name: expected a printable text"),
     ("name", ..., "name is missing"),
     ("other", 1, "other is unknown"),
-    ("classes", [], "classes: expected one name at least, and none twice"),
-    ("classes", ["u", "u"], "none twice"),
+    ("classes", [], "classes: expected at least one name, and no duplicates"),
+    ("classes", ["u", "u"], "no duplicates"),
     ("classes", ["u", 7], "classes: expected printable names"),
     ("classes", "uvwx", "classes: expected a list of names"),
-    ("classes", ["a", "u", "v", "w"], "classes, base_classes: a name is there twice"),
+    ("classes", ["a", "u", "v", "w"], "classes, base_classes: a name occurs twice"),
     ("head", "tail", "head: expected one of stacked, source, discriminant"),
     ("position", [], r"position: expected an object, got \[\]"),
     ("position.rectify", 1, "position.rectify: expected true or false, got 1"),
@@ -135,7 +135,7 @@ def test_huge_images_are_refused():
         read_manifest("f", huge)
 
 
-def test_the_schema_refuses_nothing_that_the_reader_takes():
+def test_the_schema_refuses_nothing_that_the_reader_accepts():
     accepted = 0
     for seed in range(1500):
         found = with_one_changed(facts(), Random(seed))
@@ -156,10 +156,10 @@ def test_the_schema_refuses_wrong_types_and_missing_fields(place):
     assert not validator().is_valid(facts()), "without digest"
 
 
-def test_what_no_reader_would_take_is_not_written(tmp_path):
+def test_what_no_reader_would_accept_is_not_written(tmp_path):
     made = there().clone
     for other, words in (
-        (replace(made, classes=("u", "v", "w\n", "x")), r"clone: classes: .* got 'w\\n', as a file must hold it"),
+        (replace(made, classes=("u", "v", "w\n", "x")), r"clone: classes: .* got 'w\\n', so it cannot be saved"),
         (replace(made, name="n" * 2000), "clone: name: expected a printable text"),
         (replace(made, recipe={**made.recipe, "score": float("nan")}), "clone: recipe.score"),
     ):
@@ -168,7 +168,7 @@ def test_what_no_reader_would_take_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_saved_files_hold_metadata_that_the_schema_takes(tmp_path):
+def test_the_schema_accepts_the_metadata_of_saved_files(tmp_path):
     for kind in ("thin", "full"):
         pnc.save(there().clone, tmp_path / kind, kind)
         _, manifest = read_clone_file(tmp_path / kind)

@@ -1,4 +1,4 @@
-"""Networks with the right weights and another forward pass are refused, as source and as target, with the reason."""
+"""Networks with the right weights but another forward pass are refused, as source and as target, with the reason."""
 
 import copy
 
@@ -48,7 +48,7 @@ def test_another_source_is_refused(name, file, tmp_path):
         pnc.load(tmp_path / "full", source=other)
 
 
-def test_the_same_function_written_in_another_way_is_taken_with_a_warning(file):
+def test_the_same_function_written_in_another_way_is_accepted_with_a_warning(file):
     source, target = (small_pair.like(one, small_pair.Rewritten) for one in (small_pair.source(), small_pair.target()))
     clone = small_pair.clone("dog")
     for network, expected in ((source, clone.source_forward), (target, clone.target_forward)):

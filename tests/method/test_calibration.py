@@ -251,8 +251,8 @@ def test_scalars_that_make_no_sense_are_refused(net):
         (Scalars(float("nan")), "finite scale"),
         (Scalars(1.0, (float("inf"),)), "finite offsets"),
         (Scalars(1.0, (0.0, 0.0)), "one for each of 1 classes; got 2"),
-        (Scalars(rivals=((0.0,), (0.0,))), "rivals: expected 2 rows or more of .* values"),
-        (Scalars(rivals=((0.0,) * n_values,)), "rivals: expected 2 rows or more of .* values.* got 1 rows"),
+        (Scalars(rivals=((0.0,), (0.0,))), "rivals: expected at least 2 rows of .* values"),
+        (Scalars(rivals=((0.0,) * n_values,)), "rivals: expected at least 2 rows of .* values.* got 1 rows"),
         (Scalars(rivals=((float("nan"),) * n_values,) * 2), "rivals: expected finite values"),
     ):
         with pytest.raises(InputError, match=words):

@@ -1,4 +1,4 @@
-"""Sources that autograd cannot go through: refused before the work where gradients are needed, cloned where not."""
+"""Sources that autograd cannot differentiate: refused before any work if gradients are needed, cloned if not."""
 
 import re
 
@@ -68,7 +68,7 @@ def test_what_needs_a_gradient_is_refused_for_that_position_and_what_needs_none_
     whole = found.adapter(next(one for one in found.positions if one.source_cut.name == "input"))
     for settings, words in (
         ({"density": 0.5}, "method: no gradient flows through the source from 'input' on"),
-        ({"density": 0.5, "method": "taylor"}, "take method='magnitude', which needs none, or density=1"),
+        ({"density": 0.5, "method": "taylor"}, "use method='magnitude', which needs none, or density=1"),
         ({"density": 0.5, "method": "local-surrogate"}, "which method='local-surrogate' needs"),
         ({"refine": True}, "which refine=True needs; leave refine out"),
     ):
@@ -85,7 +85,7 @@ def test_what_needs_a_gradient_is_refused_for_that_position_and_what_needs_none_
         ({"density": 0.5}, "method: no gradient flows"),
         ({"density": "auto", "method": "taylor"}, "method: no gradient flows"),
         ({"refine": True}, "refine: no gradient flows"),
-        ({"strategy": "sequential"}, "strategy: no gradient flows .* take strategy='scan'"),
+        ({"strategy": "sequential"}, "strategy: no gradient flows .* use strategy='scan'"),
     ],
 )
 def test_it_is_refused_before_the_scan_or_the_search(settings, words, monkeypatch):

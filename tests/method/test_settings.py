@@ -60,16 +60,16 @@ def refused(message, **settings):
         ({"max_bytes": math.nan}, "max_bytes: expected a whole number, at least 1; got nan"),
         ({"max_base_drop": 2}, "got 2 (percent? write 0.02)"),
         ({"max_base_drop": 0}, "max_base_drop: expected a share of base images"),
-        ({"max_base_drop": 1}, "max_base_drop: 1 would allow to lose every base image"),
+        ({"max_base_drop": 1}, "max_base_drop: 1 allows losing every base image"),
         ({"strategy": "scna"}, "strategy: expected one of scan, sequential; got 'scna' (did you mean 'scan'?)"),
-        ({"strategy": "sequential", "max_macs": 0.5}, "strategy: the sequential search takes no max_macs"),
+        ({"strategy": "sequential", "max_macs": 0.5}, "strategy: 'sequential' does not support max_macs"),
         ({"refine": "yes"}, "refine: expected True or False; got 'yes'"),
         ({"flip": 1}, "flip: expected True or False; got 1"),
         ({"name": ""}, "name must be printable text"),
         ({"name": 7}, "name must be printable text"),
         ({"resume": 3}, "resume: expected a path that ends in .safetensors, got int"),
         ({"resume": "steps.pt"}, "resume: expected a path that ends in .safetensors, got steps.pt"),
-        ({"resume": "no/such/folder/steps.safetensors"}, "resume: there is no folder no/such/folder; make it first"),
+        ({"resume": "no/such/folder/steps.safetensors"}, "resume: there is no folder no/such/folder; create it first"),
         ({"progress": True}, "progress: expected a function of (what, done, total) or None; got bool"),
         ({"seed": -1}, "seed: expected a whole number, at least 0; got -1"),
         ({"seed": 2**63}, "seed: expected a whole number, at least 0 and below 2**63; got 9223372036854775808"),
@@ -120,7 +120,7 @@ def test_the_steps_of_the_job_check_what_they_are_given(task):
     with pytest.raises(InputError, match=r"^fitted: expected adapters, found.adapter\(position\) of a scan"):
         pnc.fit(task, found.choose())
     for function in (pnc.scan, lambda wrong: pnc.fit(wrong, adapters)):
-        with pytest.raises(InputError, match=r"^task: expected what pnc.prepare_task gives, got Sequential"):
+        with pytest.raises(InputError, match=r"^task: expected what pnc.prepare_task returns, got Sequential"):
             function(network(2))
 
 

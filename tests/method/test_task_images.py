@@ -125,10 +125,10 @@ def test_a_degenerate_support_is_one_warning_with_figures() -> None:
     assert len(caught) == 1
     text = str(caught[0].message)
     assert text.startswith("support: all 4 images of 'a' are equal; all 4 images of 'd' are equal; one image is given ")
-    assert text.endswith("such as numbers 1 (b) and 2 (c); were the images read rightly?")
+    assert text.endswith("such as numbers 1 (b) and 2 (c); were the images read correctly?")
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5])
 def test_equal_images_are_one_warning(value: float) -> None:
-    with pytest.warns(PNCWarning, match="support: all 16 images are equal; were the images read rightly"):
+    with pytest.warns(PNCWarning, match="support: all 16 images are equal; were the images read correctly"):
         prepare_task(net(), net(), (torch.full((16, 3, 8, 8), value), list("abcd") * 4), classes=None, **NAMES)

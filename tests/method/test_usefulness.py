@@ -125,7 +125,7 @@ def test_the_held_out_score_is_split_and_says_what_it_is_of():
     assert f"base {held_out.base:.3f}, new {held_out.new:.3f}; expected base drop" in str(held_out)
     alone = pnc.clone(nets.source.module, nets.target.module, support(20, 0), **nets.names()).held_out
     assert (alone.base, alone.base_drop, alone.has_base) == (None, None, False)
-    assert str(alone).endswith("among the new classes only, as there was no base image")
+    assert str(alone).endswith("among the new classes only, without base images")
     single = pnc.clone(nets.source.module, nets.target.module, support(1, 1), **nets.names()).held_out
     assert not single.is_held_out and single.base_drop is None
     assert "on the images that it was fitted on" in str(single)

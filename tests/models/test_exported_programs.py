@@ -47,7 +47,7 @@ def test_a_program_can_be_a_source_and_a_target(file: Path, tmp_path: Path) -> N
     for source, target in ((program, pair().target.module), (pair().target.module, program)):
         names = {"source_classes": NEW, "base_classes": BASE}
         labelled = support()
-        if target is program:  # which knows the new digits, so that the names change places
+        if target is program:  # it knows the new digits, so the names are swapped
             names = {"source_classes": BASE, "base_classes": NEW}
         before = take_snapshot(program)
         clone = pnc.clone(source, target, labelled, **names)
@@ -101,5 +101,5 @@ def test_programs_that_are_no_classifiers_of_images_are_refused() -> None:
 def test_programs_exported_in_train_mode_are_refused_by_the_recorder() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 3)).train()
     program = from_exported(export(network, torch.rand(2, 1, 2, 2)))
-    with pytest.raises(RecordingError, match="two answers to the same images"):
+    with pytest.raises(RecordingError, match="different logits for the same images"):
         record(program, torch.rand(2, 1, 2, 2))

@@ -206,7 +206,6 @@ def untrained_clone(source: LoadedModel, target: LoadedModel, example: Tensor) -
         source_forward=networks[0].forward_print,
         target_forward=networks[1].forward_print,
         input_shape=target.input_shape,
-        source_input_shape=source.input_shape,
         target_features=features[1],
         recipe={**dict.fromkeys(_RECIPE, 0), "density": 1.0},
     )

@@ -1,4 +1,4 @@
-"""The `pnc` command. Every command takes `--json PATH` for the facts that it shows, and exits with 2 on bad input."""
+"""The `pnc` command. Every command has `--json PATH` for the facts that it shows, and exits with 2 on wrong input."""
 
 import importlib.metadata
 import io
@@ -35,6 +35,7 @@ from pnc.cli.export_command import export_clones
 from pnc.cli.network_commands import list_cuts, pretrain_network
 from pnc.cli.option_names import Commands
 from pnc.cli.options import (
+    Classes,
     Data,
     Device,
     Flip,
@@ -45,6 +46,7 @@ from pnc.cli.options import (
     Names,
     Seed,
     Source,
+    Support,
     Target,
     Threads,
     Weights,
@@ -64,26 +66,27 @@ from pnc.method import pipeline, positions
 from pnc.method.settings import Bounds, Effort, Method, Prefer, Removal, Strategy, Tune, check_effort, check_strategy
 from pnc.method.task import Precision, prepare_task
 
+_HELP = "Partial network cloning: give a trained classifier classes of another one, without changing a bit of it."
 BAD_INPUT, INTERRUPTED = 2, 130
-_USAGE_ERROR: Any = typer.BadParameter.__base__  # of click or of typer itself, as typer's version has it
+_USAGE_ERROR: Any = typer.BadParameter.__base__  # from click or typer, depending on typer's version
 
 app = typer.Typer(
     cls=Commands,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Partial network cloning: give a trained classifier classes of another one, without changing a bit of it.",
+    help=_HELP,
 )
 
 app.add_typer(bench, name="bench")
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(invoke_without_command=True, help=_HELP)
 def start(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Say the version and stop.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
-    """Partial network cloning: give a trained classifier classes of another one, without changing a bit of it."""
+    """Show the version, or the help if there is no command."""
     if version:
         say(f"pnc {importlib.metadata.version('pnc')}")
         raise typer.Exit
@@ -96,13 +99,13 @@ def start(
 def demo(
     seed: Seed = 0,
     threads: Annotated[int, typer.Option(help="Threads for torch.", min=1, max=MAX_THREADS)] = 1,
-    report: Annotated[Path | None, typer.Option(help="Write a report on the clone here, a page of HTML.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write a report on the clone here, as an HTML page.")] = None,
     json_path: Json = None,
 ) -> None:
     """Clone digits 5-9 into a network that knows 0-4.
 
-    Trains both networks first, and compares the clone with three other ways to do it. More threads than one only cost
-    time with networks this small.
+    Trains both networks first, and compares the clone with three other methods. With networks this small, more than one
+    thread only costs time.
     """
     check_outputs({"report": report, "json": json_path})
     with use_threads(threads), progress() as bar:
@@ -114,11 +117,11 @@ def demo(
         )
     write_json(json_path, facts)
     say("A target that knows digits 0-4 gets 5-9 from a source,")
-    say("by 20 images of each new digit and 5 of each old one.")
+    say("with 20 images of each new digit and 5 of each old one.")
     say()
     show_job(facts)
     if report is not None:
-        say(f"A report on the clone, to open in a browser: {report}")
+        say(f"A report on the clone, for your browser: {report}")
     if not all(facts["verified"].values()):
         raise typer.Exit(1)
 
@@ -132,10 +135,10 @@ def clone(
     target: Target,
     data: Data,
     out: Annotated[Path, typer.Option(help="Clone file to write.")],
-    classes: Annotated[str | None, typer.Option(help="Classes to clone; by default all that the target lacks.")] = None,
-    support: Annotated[str, typer.Option(help="Images per new / per base class, of the training split.")] = "20/5",
+    classes: Classes = None,
+    support: Support = "20/5",
     background: Annotated[
-        str | None, typer.Option(help="Unlabelled images that the target is used on: data like --data.")
+        str | None, typer.Option(help="Unlabelled images that the target is used on, in the forms of --data.")
     ] = None,
     source_weights: Weights = None,
     target_weights: Weights = None,
@@ -143,37 +146,39 @@ def clone(
     target_classes: Names = None,
     flip: Flip = False,
     density: Annotated[
-        str, typer.Option(help="Share of the prunable MACs to keep, above 0; auto: chosen with the position.")
+        str, typer.Option(help="Share of the prunable MACs to keep, above 0; auto: choose it with the position.")
     ] = "auto",
     method: Annotated[
         Method | None, typer.Option(help="How channels are chosen below density 1; by default taylor.")
     ] = None,
     tune: Annotated[
-        Tune | None, typer.Option(help="What of the part is tuned below density 1; by default its weights.")
+        Tune | None, typer.Option(help="What is tuned below density 1; by default the weights of the part.")
     ] = None,
     prefer: Annotated[
-        Prefer, typer.Option(help="What --density auto gives up for lower cost: nothing, half a point, two.")
+        Prefer, typer.Option(help="Accuracy that --density auto may give up for lower cost: none, half a point, two.")
     ] = "balanced",
     effort: Annotated[
-        Effort, typer.Option(help="minutes: cut out a part and tune it; seconds: closed form alone.")
+        Effort, typer.Option(help="minutes: tune a part by gradient; seconds: closed form only.")
     ] = "minutes",
-    round_to: Annotated[int, typer.Option(help="Below density 1, keep multiples of so many channels.", min=1)] = 1,
+    round_to: Annotated[
+        int, typer.Option(help="Below density 1, keep channels in multiples of this number.", min=1)
+    ] = 1,
     max_macs: MaxMacs = None,
     max_bytes: MaxBytes = None,
     max_base_drop: Annotated[
         float | None, typer.Option(help="Bound on the accuracy that base images may lose, such as 0.02.")
     ] = None,
     strategy: Annotated[
-        Strategy, typer.Option(help="scan: closed form; sequential: the paper's search, to compare with.")
+        Strategy, typer.Option(help="scan: closed form; sequential: the paper's search, for comparison.")
     ] = "scan",
-    refine: Annotated[bool, typer.Option(help="Tune the adapter by gradient where that helps; takes minutes.")] = False,
-    name: Annotated[str | None, typer.Option(help="Name of the clone; by default made of its classes.")] = None,
+    refine: Annotated[bool, typer.Option(help="Tune the adapter by gradient if that helps; takes minutes.")] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the clone; by default made from its classes.")] = None,
     kind: Annotated[
         clone_file.FileKind, typer.Option(help="thin: without the source's weights; full: with them.")
     ] = "thin",
     memory: Memory = MEMORY / GIB,
     precision: Annotated[
-        Precision | None, typer.Option(help="What networks compute in; by default what accelerate was launched with.")
+        Precision | None, typer.Option(help="Precision of the networks; by default that of `accelerate launch`.")
     ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -182,9 +187,8 @@ def clone(
 ) -> None:
     """Clone classes of a source for a target; write a file.
 
-    Positions are scanned in closed form on a few images of the training split; the part that is worth its cost is cut
-    out and tuned, and neither network changes. A run that was killed while it learned goes on from
-    OUT.partial.safetensors. With
+    Scans positions in closed form on a few images of the training split, cuts out the part that is worth its cost, and
+    tunes it; neither network changes. A stopped run continues from OUT.partial.safetensors. With
     `accelerate launch -m pnc clone ...` or `torchrun -m pnc clone ...` several processes share the work.
     """
     with process_team.joined(read_device(device)) as (team, own_device), use_threads(threads):
@@ -253,25 +257,25 @@ def scan(
     source: Source,
     target: Target,
     data: Data,
-    classes: Annotated[str | None, typer.Option(help="Classes to clone; by default all that the target lacks.")] = None,
-    support: Annotated[str, typer.Option(help="Images per new / per base class, of the training split.")] = "20/5",
+    classes: Classes = None,
+    support: Support = "20/5",
     source_weights: Weights = None,
     target_weights: Weights = None,
     source_classes: Names = None,
     target_classes: Names = None,
     flip: Flip = False,
-    max_cuts: Annotated[int, typer.Option(help="Cuts to try of each network.", min=2)] = positions.MAX_CUTS,
+    max_cuts: Annotated[int, typer.Option(help="Cuts to try in each network.", min=2)] = positions.MAX_CUTS,
     exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Score every pair of cuts: takes longer.")] = False,
     max_macs: MaxMacs = None,
     max_bytes: MaxBytes = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw score against cost here, as PNG.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Plot score against cost here, as PNG.")] = None,
     memory: Memory = MEMORY / GIB,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
     json_path: Json = None,
 ) -> None:
-    """Show where a clone could leave the target and enter the source: what each place costs, and what it is worth."""
+    """Show where a clone could leave the target and enter the source, with score and cost of each position."""
     asked = (
         ModelOptions("source", source, source_weights, source_classes, device),
         ModelOptions("target", target, target_weights, target_classes, device),
@@ -320,11 +324,11 @@ app.command("cuts")(list_cuts)
 
 
 def main() -> None:
-    """Run the command line: a wrong input is one line on standard error and exit code 2."""
+    """Run the command line; wrong input gives one line on standard error and exit code 2."""
     only_json(None)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
+            stream.reconfigure(errors="backslashreplace")  # do not fail on a name that the terminal cannot show
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -334,9 +338,9 @@ def main() -> None:
         complain(str(error))
         sys.exit(BAD_INPUT)
     except _USAGE_ERROR as error:
-        complain(f"{error.format_message()} (pnc COMMAND --help lists what there is)")
+        complain(f"{error.format_message()} (pnc COMMAND --help lists the options)")
         sys.exit(BAD_INPUT)
-    except OSError as error:  # a full disk, or standard output on one
+    except OSError as error:  # such as a full disk
         complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ', while writing'}")
         _drop_output()
         sys.exit(BAD_INPUT)
@@ -355,7 +359,7 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Write a warning of ours as one line; others as Python does."""
+    """Write a `PNCWarning` as one line, and other warnings as Python does."""
     if issubclass(category, PNCWarning):
         complain(f"warning: {message}")
     else:
@@ -363,7 +367,7 @@ def _show_warning(
 
 
 def _drop_output() -> None:
-    """Let what is still to be written go nowhere: Python would try once more at its end, and fail again."""
+    """Discard unwritten output: Python would try to write it again at exit, and fail again."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""The `pnc bench` commands: measurements that anyone can run again, each with its results as JSON and Markdown."""
+"""The `pnc bench` commands: measurements that anyone can repeat, each with its results as JSON and Markdown."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +38,7 @@ from pnc.cli.bench_options import (
 from pnc.cli.compare_commands import measure_comparison, report_comparison, tally_claims
 from pnc.cli.export_command import measure_exports
 from pnc.cli.option_names import Commands
-from pnc.cli.options import Data, Device
+from pnc.cli.options import Classes, Data, Device
 from pnc.cli.plots import check_plot, draw_growth
 from pnc.foundation.class_names import listed, parse_classes
 from pnc.foundation.errors import InputError
@@ -50,7 +50,7 @@ bench = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None, h
 
 @bench.callback(help=_HELP)
 def start() -> None:
-    """Keep the commands behind `pnc bench`."""
+    """Group the commands under `pnc bench`."""
 
 
 @bench.command("coverage")
@@ -86,7 +86,7 @@ def measure_positions(
 ) -> None:
     """Compare ways to find a position: closed form within bounds, density, refinement, the paper's search.
 
-    Takes some minutes for each seed; existing rows are not measured again.
+    Takes a few minutes for each seed; existing rows are not measured again.
     """
     pair = PairOptions(source, target, data, support, flip, data_name)
     run_bench(
@@ -115,7 +115,7 @@ def measure_localization(
 ) -> None:
     """Compare ways to choose channels, at two densities: learned, one-shot, and the paper's.
 
-    Takes ten minutes or so for each seed; existing rows are not measured again.
+    Takes about ten minutes for each seed; existing rows are not measured again.
     """
     pair = PairOptions(source, target, data, support, flip, data_name, n_test)
 
@@ -133,11 +133,11 @@ def measure_parts(
     source: SourceFile,
     target: TargetFile,
     data: Data,
-    pair: Annotated[str, typer.Option(help="What the results call the two networks.")],
+    pair: Annotated[str, typer.Option(help="Name of the two networks in the results.")],
     forms: Annotated[
-        str, typer.Option(help="What is made: whole, default, seconds, and density with tuning as in '0.5 weights'.")
+        str, typer.Option(help="Clones to make: whole, default, seconds, or density with tuning as in '0.5 weights'.")
     ] = "whole,0.5 weights,0.3 weights,0.15 weights,default,seconds",
-    some: Annotated[str | None, typer.Option(help="Classes to clone; by default all that the target lacks.")] = None,
+    some: Classes = None,
     support: Sizes = "100/20",
     flip: Mirror = True,
     seeds: Seeds = 3,
@@ -145,9 +145,9 @@ def measure_parts(
     out: OutFolder = Path("results"),
     threads: OneThread = 1,
 ) -> None:
-    """Compare parts with whole sources: what a clone loses and saves at each density, and by its own choice.
+    """Compare parts with whole sources: what a clone loses and saves at each density, and by default.
 
-    Takes a minute or two for each row; rows of all pairs lie in one part.jsonl, and are not measured again.
+    Takes a minute or two for each row; rows of all pairs are in one part.jsonl, and are not measured again.
     """
     options = PairOptions(source, target, data, support, flip, data_name)
     wanted = part.parse_forms(forms)
@@ -163,19 +163,19 @@ def measure_parts(
 @bench.command("few")
 def measure_few_images(
     context: typer.Context,
-    source: Annotated[list[str], typer.Option("--source", help="Files that know new classes, one for each pair.")],
-    target: Annotated[list[str], typer.Option("--target", help="Files of the targets of these, in order.")],
+    source: Annotated[list[str], typer.Option("--source", help="Files of the sources, one for each pair.")],
+    target: Annotated[list[str], typer.Option("--target", help="Files of the targets, in the same order.")],
     data: Annotated[list[str], typer.Option("--data", help="Images of each pair.")],
-    data_name: Annotated[list[str] | None, typer.Option("--data-name", help="Names of these in the results.")] = None,
+    data_name: Annotated[list[str] | None, typer.Option("--data-name", help="Their names in the results.")] = None,
     flip: Mirror = False,
     seeds: Seeds = 10,
     n_test: Annotated[int, typer.Option("--n-test", help="Test images per class, the first ones.", min=1)] = 200,
     out: OutFolder = Path("results"),
     threads: OneThread = 1,
 ) -> None:
-    """Compare clones of one, two and five images per class with ensembles of both whole networks.
+    """Compare clones from one, two and five images per class with ensembles of both whole networks.
 
-    Takes some minutes for each pair; existing rows are not measured again.
+    Takes a few minutes for each pair; existing rows are not measured again.
     """
     names = data_name or data
     if not len(source) == len(target) == len(data) == len(names):
@@ -195,14 +195,14 @@ def measure_few_images(
 @bench.command("files")
 def attack_files(
     context: typer.Context,
-    files: Annotated[int, typer.Option(help="How many damaged files to read.", min=1)] = 20_000,
-    kills: Annotated[int, typer.Option(help="How many processes to kill while they save.", min=0)] = 200,
-    seed: Annotated[int, typer.Option(help="Of the damage and of the moments.", min=0)] = 0,
+    files: Annotated[int, typer.Option(help="Number of damaged files to read.", min=1)] = 20_000,
+    kills: Annotated[int, typer.Option(help="Number of processes to kill while they save.", min=0)] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the damage and the moments of killing.", min=0)] = 0,
     out: OutFolder = Path("results"),
 ) -> None:
     """Read clone files that are damaged in every way, and kill processes while they save.
 
-    Takes some minutes; existing chunks are not measured again.
+    Takes a few minutes; existing chunks are not measured again.
     """
     run_bench(context, lambda: file_attacks.bench(files, kills, seed), out / "files.json", threads=1)
 
@@ -210,14 +210,14 @@ def attack_files(
 @bench.command("lifecycle")
 def measure_lifecycle(
     context: typer.Context,
-    source: Annotated[list[str], typer.Option(help="File of `pnc pretrain`; give two, which know the same classes.")],
+    source: Annotated[list[str], typer.Option(help="File of `pnc pretrain`; give two that know the same classes.")],
     target: TargetFile,
     data: Data,
     support: Sizes = "100/20",
     flip: Mirror = True,
     seeds: Seeds = 3,
     n_test: NTest = None,
-    keep: Annotated[Path | None, typer.Option(help="Folder to keep clones in, to be read next time.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Folder in which clones are kept for the next run.")] = None,
     n_sequences: Annotated[int, typer.Option("--sequences", help="Random sequences of operations.", min=0)] = 1000,
     data_name: DataName = None,
     json_path: OutFile = Path("results/lifecycle.json"),
@@ -225,7 +225,7 @@ def measure_lifecycle(
 ) -> None:
     """Test many clones in one target: random sequences of operations, bit for bit, and the gain by calibration.
 
-    Takes some minutes for each seed and for the sequences; existing rows are not measured again.
+    Takes a few minutes for each seed and for the sequences; existing rows are not measured again.
     """
     if keep is not None:
         check_outputs({"keep": keep / "clone.safetensors"})
@@ -255,10 +255,10 @@ bench.command("export")(measure_exports)
 @bench.command("scale")
 def measure_scale(
     context: typer.Context,
-    stream: Annotated[int, typer.Option(help="Images of 32x32 that are streamed.", min=100)] = 50_000,
-    large: Annotated[int, typer.Option(help="Images of 224x224 for the ResNet-50 pair; 0: without it.", min=0)] = 500,
+    stream: Annotated[int, typer.Option(help="Images of 32x32 to stream.", min=100)] = 50_000,
+    large: Annotated[int, typer.Option(help="Images of 224x224 for the ResNet-50 pair; 0 skips it.", min=0)] = 500,
     many: Annotated[int, typer.Option(help="Images of 32x32 for the memory of a scan.", min=100)] = 5_000,
-    plot: Annotated[bool, typer.Option(help="Draw a picture too; needs the extra `plots`.")] = True,
+    plot: Annotated[bool, typer.Option(help="Plot the growth too; needs the extra `plots`.")] = True,
     out: OutFolder = Path("results"),
     device: Device = "cpu",
     threads: OneThread = 2,
@@ -268,7 +268,7 @@ def measure_scale(
     Takes half an hour on two cores; existing rows are not measured again.
     """
     if 0 < large < 100:
-        raise InputError(f"large: expected 0, for no ResNet-50 pair, or at least 100 images; got {large}")
+        raise InputError(f"large: expected at least 100 images, or 0 to skip the ResNet-50 pair; got {large}")
     read_device(device)
     picture = out / "scale.png"
     if plot:
@@ -294,7 +294,7 @@ def measure_speed(
         "latency,job"
     ),
     layouts: Annotated[
-        str, typer.Option(help="Of latency, in addition to plain eager networks: channels_last, compiled.")
+        str, typer.Option(help="Forms for latency besides plain eager networks: channels_last, compiled.")
     ] = "channels_last,compiled",
     data_name: DataName = None,
     json_path: OutFile = Path("results/speed.json"),
@@ -320,7 +320,7 @@ def measure_speed(
 
 
 def _chosen(name: str, text: str, known: tuple[str, ...]) -> list[str]:
-    """Names out of `known`, separated by commas, none twice."""
+    """Parse names from `known`, separated by commas; repeated ones count once."""
     chosen = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     unknown = [one for one in chosen if one not in known]
     if unknown:

@@ -16,7 +16,7 @@ from pnc.cli.arguments import (
     parse_support,
     use_threads,
 )
-from pnc.cli.options import Data, Device, Json, Names, Seed, Sources, Target, Threads, Weights, write_json
+from pnc.cli.options import Data, Device, Json, Names, Seed, Sources, Support, Target, Threads, Weights, write_json
 from pnc.cli.output import say, show_facts
 from pnc.clones.clone_file import save
 from pnc.data.readers import load_data
@@ -33,9 +33,9 @@ def calibrate_clones(
     out: Annotated[
         list[Path], typer.Option(help="Folder for the calibrated files; or repeat it with a file for each clone.")
     ],
-    support: Annotated[str, typer.Option(help="Images per new / per base class, of the training split.")] = "20/5",
+    support: Support = "20/5",
     background: Annotated[
-        str | None, typer.Option(help="Unlabelled images that the target is used on: data like --data.")
+        str | None, typer.Option(help="Unlabelled images that the target is used on: in the forms of --data.")
     ] = None,
     source_weights: Weights = None,
     target_weights: Weights = None,

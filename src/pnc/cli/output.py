@@ -1,4 +1,4 @@
-"""What the `pnc` command shows: lines and plain tables on standard output, progress on standard error."""
+"""Output of the `pnc` command: lines and plain tables on standard output, progress on standard error."""
 
 import shutil
 import sys
@@ -25,7 +25,7 @@ _only_json = ContextVar("only_json", default=False)
 
 
 def only_json(path: Path | None) -> Path | None:
-    """Keep lines off standard output where `--json -` sends facts there; gives the path back, as options want it."""
+    """Keep lines off standard output if `--json -` writes there; returns the path, as option callbacks must."""
     _only_json.set(path == STANDARD_OUTPUT)
     return path
 
@@ -37,12 +37,12 @@ def say(text: str = "") -> None:
 
 
 def write_line(text: str) -> None:
-    """Write a line on standard output, whatever else goes there."""
+    """Write a line on standard output, even if that is for JSON."""
     typer.echo(text)
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write rows in columns, numbers to the right; nothing is cut off, so that the output can be searched."""
+    """Write rows in columns, numbers right-aligned; nothing is truncated, so that the output can be searched."""
     widths = [max(map(cell_len, column)) for column in zip(header, *rows, strict=True)]
     to_right = [all(_is_number(cell) for cell in column) for column in zip(*rows, strict=True)]
     for cells in (header, ["-" * width for width in widths], *rows):
@@ -51,7 +51,7 @@ def show_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def show_facts(facts: Mapping[str, str]) -> None:
-    """Write names and values, one pair a line; a long value goes on below itself."""
+    """Write names and values, one pair per line; long values are wrapped."""
     width = max(map(cell_len, facts)) + len(_GAP)
     room = max(shutil.get_terminal_size().columns - width, 20)
     for name, value in facts.items():
@@ -62,7 +62,7 @@ def show_facts(facts: Mapping[str, str]) -> None:
 
 
 def show_job(facts: Mapping[str, Any]) -> None:
-    """Show what `main_job.run` found."""
+    """Show the results of `main_job.run`."""
     rows = [row for row in facts["rows"] if "not_applicable" not in row]
     show_table(
         ("method", "base", "new", "average", "cond.KL", "leak", "seconds", "bytes"),
@@ -90,18 +90,18 @@ def show_job(facts: Mapping[str, Any]) -> None:
         f"{made['position']['source_cut']}"
     )
     say(f"and adds {made['added_macs_share']:.0%} of the source's multiply-accumulates.")
-    promises = {
+    checks = {
         "base_logits_equal": "with the clone attached, the target's own logits are the same bits",
         "reload_equal": "saved, loaded and attached again, it gives the same bits",
         "removed_equal": "with the clone removed, the composite gives the target's bits",
         "target_unchanged": "all parameters, buffers, flags and hooks of the target are as before",
     }
-    for key, sentence in promises.items():
+    for key, sentence in checks.items():
         say(f"{'verified' if verified[key] else 'FAILED'}: {sentence}")
 
 
 def show_clone(facts: CloneFacts) -> None:
-    """Show what a clone file says of itself."""
+    """Show the facts of a clone file."""
     known = facts.all
     cuts = known["position"]["target"], known["position"]["source"]
     lines = clone_lines(known["name"], known["classes"], known["base_classes"], cuts, known["recipe"])
@@ -126,7 +126,7 @@ def show_front(recipe: Mapping[str, Any]) -> None:
             for macs, density, score, made in recipe["front"]
         ],
     )
-    say(f"the front that it was chosen from ({recipe['prefer']}); >: this clone")
+    say(f"The front that the clone was chosen from ({recipe['prefer']}); >: this clone")
 
 
 def show_scan(facts: Mapping[str, Any]) -> None:
@@ -149,12 +149,12 @@ def show_scan(facts: Mapping[str, Any]) -> None:
         ],
     )
     say("log-loss, score (accuracy, mean of base and new): on held-out support")
-    say("MACs: added, share of the source's; bytes: of the thin file")
-    say("*: on the Pareto front, none is cheaper and of lower log-loss; >: chosen")
+    say("MACs: added, as a share of the source's; bytes: size of the thin file")
+    say("*: on the Pareto front, no other is cheaper with a lower log-loss; >: chosen")
 
 
 def shown(value: Any) -> str:
-    """Write a value for people."""
+    """Format a value for people."""
     if isinstance(value, bool):
         return "yes" if value else "NO"
     if isinstance(value, list):
@@ -163,13 +163,13 @@ def shown(value: Any) -> str:
 
 
 def complain(text: str) -> None:
-    """Write one line on standard error, whatever line ends the text has."""
+    """Write one line on standard error, without the text's line breaks."""
     line = " ".join(f"pnc: {text}".split())
     typer.echo(line if len(line) <= _MAX_COMPLAINT else f"{line[:_MAX_COMPLAINT]} ...", err=True)
 
 
 class Bar:
-    """One progress line at a time, named after what is being done."""
+    """One progress line at a time, with the name of the current work."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress, self._what = progress, ""
@@ -186,7 +186,7 @@ class Bar:
 
 @contextmanager
 def progress(shown_here: bool = True) -> Iterator[Bar]:
-    """Show progress within the block; nothing remains of it, and nothing is shown where nobody looks."""
+    """Show progress within the block and remove it afterwards; show nothing unless standard error is a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,1 +1,1 @@
-"""What a clone is: adapter, part of the source, head, and its file. Start with `clone`."""
+"""What a clone is: adapter, part of the source, head, and file. Start with `clone`."""

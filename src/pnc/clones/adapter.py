@@ -1,11 +1,11 @@
 """Adapters: affine maps, fitted in closed form, from the target's tensor at one cut to the source's at another.
 
 Every cut tensor is read as a grid of positions with channels, (B, C, H, W), plus prefix tokens (B, P, C): a map is
-its own grid, tokens form a square grid if their number is a square, a vector is a grid of one position. The adapter is
-one convolution with resizing: 3x3 where neighbours help and cost little (`kernel_size`), otherwise 1x1. Each prefix
+already a grid, tokens form a square grid if their number is a square, a vector is a grid of one position. The adapter
+is one convolution with resizing: 3x3 where neighbours help and cost little (`kernel_size`), otherwise 1x1. Each prefix
 token of the source has its own matrix, applied to the target's class token or, if there is none, to the mean of its
-grid. Thus every kind of tensor maps to every other. If both networks have the same tensor, as at the input or after a
-shared trunk, the adapter is the identity.
+grid. So any kind of tensor maps to any other. If both networks have the same tensor, as at the input or after a shared
+trunk, the adapter is the identity.
 """
 
 import math
@@ -24,8 +24,8 @@ def kernel_size(target_cut: CutPoint, size: tuple[int, int]) -> int:
     """Side of the convolution that maps the tensor at `target_cut` to a grid of `size`.
 
     3 if the grid does not grow and has few channels, otherwise 1. On ResNets of CIFAR size, 3x3 adapters halve the
-    error of 1x1 ones and gain 1 to 6 points of accuracy for 5% of the source's MACs; beyond `MAX_CHANNELS_3X3`
-    channels, file and fit would no longer be small.
+    error of 1x1 ones and gain 1 to 6 points of accuracy for 5% of the source's MACs; with more than
+    `MAX_CHANNELS_3X3` channels, the file would be large and the fit slow.
     """
     grid = grid_size(target_cut)
     grows = size[0] > grid[0] or size[1] > grid[1]
@@ -36,10 +36,10 @@ class Adapter(nn.Module):
     """Map the target's tensor at one cut to the source's tensor at another.
 
     Args:
-        target_cut: Cut of the input.
-        source_cut: Cut of the source's tensor that the output replaces.
+        target_cut: Where the input comes from.
+        source_cut: Where the output replaces the source's tensor.
         rectify: Clamp the grid at zero, because the source's tensor is never negative.
-        is_identity: Return the input, without any weights; the cuts must be alike.
+        is_identity: Return the input and hold no weights; the cuts must be alike.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Adapter(nn.Module):
 
     @property
     def n_params(self) -> int:
-        """Number of fitted values."""
+        """Number of weights and biases."""
         return sum(buffer.numel() for buffer in self.buffers())
 
     def forward(self, tensor: Tensor) -> Tensor:
@@ -77,18 +77,18 @@ class Adapter(nn.Module):
         if self.is_identity:
             return tensor
         grid, prefix = to_grid(tensor, self.target_cut)
-        made = self.prefix_tokens(grid, prefix)
+        source_prefix = self.prefix_tokens(grid, prefix)
         size = grid_size(self.source_cut)
         if math.prod(size) <= math.prod(grid_size(self.target_cut)):
             grid = self._convolve(resize(grid, size))
-        else:  # a 1x1 convolution commutes with resizing, whose weights sum to one; it is cheaper on the smaller grid
+        else:  # a 1x1 convolution commutes with resizing (its weights sum to one) and is cheaper on the smaller grid
             grid = resize(self._convolve(grid), size)
         if self.rectify:
             grid = F.relu(grid)
-        return from_grid(grid, made, self.source_cut)
+        return from_grid(grid, source_prefix, self.source_cut)
 
     def prefix_tokens(self, grid: Tensor, prefix: Tensor) -> Tensor | None:
-        """The source's prefix tokens (B, P, C); None if it has none."""
+        """Return the source's prefix tokens (B, P, C); None if it has none."""
         if not self.source_cut.n_prefix_tokens:
             return None
         return torch.einsum("bi,poi->bpo", prefix_summary(grid, prefix), self.prefix_weight) + self.prefix_bias
@@ -98,10 +98,10 @@ class Adapter(nn.Module):
 
 
 class Stitched(nn.Module):
-    """An adapter and a part of the source: from the target's tensor at a cut to the source's penultimate features.
+    """An adapter and a part of the source: maps the target's tensor at a cut to the source's penultimate features.
 
     Args:
-        adapter: From the target's cut to the source's.
+        adapter: Maps the target's tensor to the source's.
         body: The source from its cut to its penultimate features.
         features: The cut of those features.
     """

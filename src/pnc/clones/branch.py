@@ -1,4 +1,4 @@
-"""The module that a clone inserts into a target: adapter, a part of the source, a head, and scalars of calibration."""
+"""The module that a clone adds to a target: an adapter, a part of the source, a head, and calibration scalars."""
 
 import copy
 import math
@@ -18,15 +18,15 @@ from pnc.graph.nodes import info
 
 @dataclass(frozen=True)
 class Scalars:
-    """What calibration changes of a clone: its log-odds l against the base become, class by class,
+    """What calibration changes in a clone. For each class, its log-odds l against the base become
 
-        scale * l + offset + log p(an own class | an own class or a rival; the clone's features).
+        scale * l + offset + log p(own class | own class or rival; the clone's features).
 
     Attributes:
-        scale: Above 0; 1 for no change.
-        offsets: In nats, one for each class; None for no change.
-        rivals: Linear discriminants on the clone's features, first of the classes of other clones, then of its own: a
-            row of D_s weights and a constant for each; empty for no change.
+        scale: Above 0; 1 changes nothing.
+        offsets: In nats, one for each class; None changes nothing.
+        rivals: Linear discriminants on the clone's features, a row of D_s weights and a constant for each class: first
+            the classes of other clones, then its own. Empty changes nothing.
     """
 
     scale: float = 1.0
@@ -35,18 +35,16 @@ class Scalars:
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing is changed: then the logits keep their bits."""
+        """Whether nothing is changed: then the logits stay the same bit for bit."""
         return self.scale == 1 and not any(self.offsets or ()) and not self.rivals
 
 
 class Branch(nn.Module):
-    """The inserted part: adapter, the source's part, the head of the new classes, and the scalars of calibration.
-
-    It stays in eval mode: `train` changes nothing.
+    """Adapter, part of the source, head, and calibration scalars. It stays in eval mode: `train` changes nothing.
 
     Args:
-        stitched: Adapter and the source's part.
-        head: Of the new classes.
+        stitched: Adapter and part of the source.
+        head: Gives the logits of the new classes.
     """
 
     def __init__(self, stitched: Stitched, head: Head) -> None:
@@ -65,23 +63,23 @@ class Branch(nn.Module):
             module.training = False
 
     def forward(self, tensor: Tensor, target_features: Tensor, base_logits: Tensor) -> Tensor:
-        """Give the logits of the new classes, (B, K_new).
+        """Return the logits of the new classes, (B, K_new).
 
         Args:
             tensor: The target's tensor at its cut.
-            target_features: Its features that the head reads, (B, D_t).
-            base_logits: Its logits, (B, K_base).
+            target_features: The target's features that the head reads, (B, D_t).
+            base_logits: The target's logits, (B, K_base).
         """
         features = self.stitched(tensor)
         logits: Tensor = self.head(target_features, features, base_logits)
         moved = logits + self.gain * (logits - base_logits.logsumexp(1, keepdim=True)) + self.offset
         if len(self.rivals):
             return (moved + F.logsigmoid(against_rivals(features, self.rivals, len(self.offset)))).to(logits.dtype)
-        # Where nothing is calibrated, the head's own bits.
+        # Without calibration, exactly the head's logits.
         return torch.where((self.gain == 0) & (self.offset == 0), logits, moved.to(logits.dtype))
 
     def head_logits(self, tensor: Tensor, target_features: Tensor, base_logits: Tensor) -> Tensor:
-        """Give the logits of the new classes as they are without calibration, (B, K_new); arguments as in `forward`."""
+        """Return the logits of the new classes without calibration, (B, K_new); arguments as in `forward`."""
         logits: Tensor = self.head(target_features, self.stitched(tensor), base_logits)
         return logits
 
@@ -90,7 +88,7 @@ class Branch(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Cast and move; head and scalars keep 32 bits where others get 16, as they are differences of large sums."""
+        """Cast and move; head and scalars, differences of large sums, stay in 32 bits where the rest gets 16."""
         parts: list[nn.Module] = [self, *self.head.modules()]
         kept = [(part, name, tensor) for part in parts for name, tensor in part._buffers.items()]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -102,16 +100,16 @@ class Branch(nn.Module):
 
     @property
     def scalars(self) -> Scalars:
-        """Those of calibration, as numbers."""
+        """The calibration scalars, as numbers."""
         rivals = tuple(map(tuple, self.rivals.tolist()))
         return Scalars(1 + float(self.gain), tuple(self.offset.tolist()), rivals)
 
     def rescaled(self, scalars: Scalars) -> "Branch":
-        """Give a branch over the same tensors with other scalars.
+        """Return a branch over the same tensors with other scalars.
 
         Raises:
-            InputError: the scalars are not finite, the scale is not above 0, the offsets are not one for each class, or
-                the rivals are no rows for this clone's features and classes.
+            InputError: the scalars are not finite, the scale is not above 0, there is not one offset for each class, or
+                the rows of rivals do not match this clone's features and classes.
         """
         offsets = scalars.offsets or (0.0,) * len(self.offset)
         if len(offsets) != len(self.offset):
@@ -121,8 +119,8 @@ class Branch(nn.Module):
         width, least = self.rivals.shape[1], len(self.offset) + 1 if scalars.rivals else 0
         if len(scalars.rivals) < least or any(len(row) != width for row in scalars.rivals):
             raise InputError(
-                f"rivals: expected {least} rows or more of {width} values, those of the clone's {len(self.offset)} "
-                f"classes last; got {len(scalars.rivals)} rows"
+                f"rivals: expected at least {least} rows of {width} values, the last {len(self.offset)} for the "
+                f"clone's own classes; got {len(scalars.rivals)} rows"
             )
         rivals = self.rivals.new_tensor(scalars.rivals).reshape(-1, width)
         if not bool(rivals.isfinite().all()):
@@ -136,27 +134,27 @@ class Branch(nn.Module):
         return branch
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Take as many rivals as the state dict has: a calibrated clone's fit into one that is not, and back."""
-        coming = state_dict.get(f"{prefix}rivals")
-        if coming is not None and coming.dim() == 2 and coming.shape[1] == self.rivals.shape[1]:
-            self.rivals = self.rivals.new_zeros(coming.shape)
+        """Take as many rivals as the state dict has, so that calibrated and other clones can load each other's."""
+        rivals = state_dict.get(f"{prefix}rivals")
+        if rivals is not None and rivals.dim() == 2 and rivals.shape[1] == self.rivals.shape[1]:
+            self.rivals = self.rivals.new_zeros(rivals.shape)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def against_rivals(features: Tensor, rivals: Tensor, n_own: int) -> Tensor:
-    """Log-odds of a clone's own classes against those of other clones, (B, 1).
+    """Return the log-odds of a clone's own classes against those of other clones, (B, 1).
 
     Args:
-        features: The clone's, (B, D_s).
+        features: The clone's features, (B, D_s).
         rivals: (R + n_own, D_s + 1), as in `Scalars`.
-        n_own: Number of its own classes.
+        n_own: Number of the clone's own classes.
     """
     scores = F.linear(features.to(rivals.dtype), rivals[:, :-1], rivals[:, -1])
     return scores[:, -n_own:].logsumexp(1, keepdim=True) - scores[:, :-n_own].logsumexp(1, keepdim=True)
 
 
 def _n_new(head: Head) -> int:
-    """Number of classes that a head gives logits of."""
+    """Number of new classes of a head."""
     if isinstance(head, StackedHead):
         return _n_new(head.own)
     return len(head.bias) - (head.n_base if isinstance(head, DiscriminantHead) else 0)

@@ -1,4 +1,4 @@
-"""A clone, as data: what is inserted, and what it was made of."""
+"""A clone as data: the module that is attached, and how it was made."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,24 +23,23 @@ _FOREIGN_SUFFIXES = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class Clone:
-    """A part of a source that gives a target new classes. Made by `clone` or read by `load`; put to work by `attach`.
+    """A part of a source that gives a target new classes. `clone` makes it, `load` reads it, `attach` runs it.
 
     Attributes:
-        name: By which it is detached again.
+        name: Its name, by which it can be detached.
         classes: The new classes, in the order of its logits.
         base_classes: The classes of the target that it was made for.
-        branch: The inserted module; holds its own copies of all weights.
-        masks: Which channels of the source's part were kept; None for all.
-        deltas: What tuning changed of the part's weights, merged into them; None for nothing.
+        branch: The module that is attached; it holds its own copies of all weights.
+        masks: The channels of the source's part that were kept; None for all.
+        deltas: How tuning changed the part's weights, already merged into them; None if nothing was tuned.
         source: Fingerprint of the source.
         target: Fingerprint of the target.
-        input_shape: Of the target's images, (C, H, W).
-        source_input_shape: Of the source's.
-        target_features: The cut of the target's features that the head reads: the penultimate ones, or, without base
+        input_shape: Shape of the target's images, (C, H, W).
+        target_features: The cut of the target's features that the head reads: the penultimate ones or, without base
             samples, the input of its last BatchNorm layer.
-        recipe: How it was made and what it promises: plain values.
-        source_forward: What the source does with its weights; None for clones of files that do not say it.
-        target_forward: The same of the target.
+        recipe: How it was made and how it scored, as plain values.
+        source_forward: Forward print of the source; None if the clone's file has none.
+        target_forward: Forward print of the target; None if the clone's file has none.
     """
 
     name: str
@@ -51,7 +50,6 @@ class Clone:
     source: Fingerprint
     target: Fingerprint
     input_shape: tuple[int, ...]
-    source_input_shape: tuple[int, ...]
     target_features: CutPoint
     recipe: Mapping[str, Any]
     deltas: Deltas | None = None
@@ -70,7 +68,7 @@ class Clone:
 
     @property
     def held_out(self) -> HeldOut:
-        """How it fared on images of the support that its head was not fitted on."""
+        """Its scores on images of the support that its head was not fitted on."""
         return held_out_of(self.recipe)
 
     def __str__(self) -> str:
@@ -83,18 +81,18 @@ class Clone:
 
     @property
     def n_params(self) -> int:
-        """Number of values that it adds to the target."""
+        """Number of values (parameters and buffers) that it adds to the target."""
         tensors = [*self.branch.parameters(), *self.branch.buffers()]
         return sum(tensor.numel() for tensor in tensors)
 
     def renamed(self, name: str | None = None, classes: Mapping[str, str] | None = None) -> "Clone":
-        """Give the same clone under another name, or with other names for its classes; it shares all weights.
+        """Return the same clone with another name or other class names; it shares all weights.
 
         Args:
-            name: Its new name; None keeps the old one.
+            name: The new name; None keeps the old one.
             classes: {old: new} for the classes to rename; None renames none.
         Raises:
-            ClassNameError: a class is unknown, or two would have one name.
+            ClassNameError: a class is unknown, or two would have the same name.
             InputError: the name is empty or not printable.
         """
         check_name(name)
@@ -108,13 +106,13 @@ class Clone:
 
 
 def check_name(name: str | None) -> None:
-    """Refuse a name of a clone that no file can hold; None, for a default, is fine."""
+    """Refuse a clone's name that no file can hold; None stands for the default name."""
     if name is not None and not is_name(name):
         raise InputError(f"name must be printable text of at most {MAX_TEXT} characters; got {name!r:.100}")
 
 
 def check_clones(values: Sequence[object]) -> None:
-    """Refuse what is no clone, such as the path of one's file, and none at all."""
+    """Refuse an empty list, and anything in it that is not a clone, such as a path."""
     if not values:
         raise InputError("clones: give at least one")
     wrong = next((one for one in values if not isinstance(one, Clone)), None)
@@ -122,14 +120,16 @@ def check_clones(values: Sequence[object]) -> None:
         return
     hint = "; write *clones" if isinstance(wrong, list | tuple) else ""
     hint = f"; read the file first: pnc.load({str(wrong)!r})" if isinstance(wrong, str | Path) else hint
-    raise InputError(f"clones: expected what pnc.clone or pnc.load gives, one by one; got {type(wrong).__name__}{hint}")
+    raise InputError(
+        f"clones: expected what pnc.clone or pnc.load returns, one by one; got {type(wrong).__name__}{hint}"
+    )
 
 
 def check_file_name(path: str | Path) -> None:
-    """Refuse the suffix of another format, which other programs would read the file by.
+    """Refuse the suffix of another format, by which other programs would misread the file.
 
     Raises:
-        InputError: the message gives the path with the right one.
+        InputError: the message gives the name with the right suffix.
     """
     path = Path(path)
     if path.suffix.lower() in _FOREIGN_SUFFIXES:

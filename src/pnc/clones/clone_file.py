@@ -1,7 +1,7 @@
-"""Clone files: safetensors of kilobytes that hold what was fitted, and say which networks they belong to.
+"""Clone files: safetensors of a few kilobytes with what was fitted, and the fingerprints of both networks.
 
-A `thin` file leaves the source's weights out: loading it takes them from the source, whose fingerprint it names. A
-`full` file carries the kept weights; loading it needs only a network of the source's architecture.
+A `thin` file leaves out the source's weights; loading it takes them from the source, which must have the recorded
+fingerprint. A `full` file includes the kept weights; loading it needs only a network of the source's architecture.
 """
 
 import math
@@ -39,7 +39,7 @@ __all__ = ["FileKind", "inspect", "load", "read_clone_file", "save"]
 _STATISTICS = ("running_mean", "running_var")
 _ADAPTER, _HEAD, _BODY, _CALIBRATION, _MASKS = "adapter.", "head.", "body.", "calibration.", "masks"
 _LARGE_IMAGE = 1 << 18
-"""Values of an image, about 3x295x295, from which on the source is tried without values before it is recorded."""
+"""Images with more values than this, about 3x295x295, are tried in a dry run before the source is recorded."""
 _RIVALS = f"{_CALIBRATION}rivals"
 _DELTAS = "deltas."
 
@@ -48,9 +48,9 @@ def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
     """Write a clone to a file, whole or not at all; the same clone gives the same bytes.
 
     Args:
-        clone: What to save.
-        path: Where to; an existing file is replaced.
-        kind: "thin" leaves out the weights that the source has; "full" carries them.
+        clone: The clone.
+        path: Where to write it; an existing file is replaced.
+        kind: "thin" leaves out the weights that the source has; "full" includes them.
     Returns:
         The size of the file in bytes.
     Raises:
@@ -64,7 +64,7 @@ def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
         raise InputError(f"kind: expected {' or '.join(get_args(FileKind))}, got {kind!r}")
     check_file_name(path)
     tensors = {name: _short(name, tensor) for name, tensor in _fitted(clone.branch).items() if tensor.numel()}
-    if clone.branch.scalars.is_identity:  # which is what a file without them stands for
+    if clone.branch.scalars.is_identity:  # a file without scalars means the same
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CALIBRATION)}
     if clone.masks is not None:
         tensors[_MASKS] = torch.frombuffer(bytearray(clone.masks.to_bytes()), dtype=torch.uint8)
@@ -73,13 +73,13 @@ def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
     tensors |= {f"{_BODY}{name}": tensor for name, tensor in _body_tensors(clone, kind).items()}
     broken = _not_finite(tensors)
     if broken:
-        raise InputError(f"clone: {broken} holds values that are not finite, and no reader would take it; clone again")
+        raise InputError(f"clone: {broken} holds values that are not finite and could not be loaded; clone again")
     write_tensors(path, tensors, _manifest(clone, kind).facts())
     return Path(path).stat().st_size
 
 
 def _short(name: str, tensor: Tensor) -> Tensor:
-    """A tensor of the head in half precision, where that holds its values exactly."""
+    """Return a tensor of the head in half precision if that is exact; other tensors as they are."""
     short = tensor.half()
     return short if name.startswith(_HEAD) and torch.equal(short.to(tensor.dtype), tensor) else tensor
 
@@ -90,7 +90,7 @@ def _body_tensors(clone: Clone, kind: FileKind) -> dict[str, Tensor]:
 
 
 def _body_names(state: Mapping[str, Tensor], kind: FileKind, changed: bool) -> list[str]:
-    """Which tensors of the source's part a file carries: all, or the statistics that were estimated anew."""
+    """The tensors of the source's part that a file includes: all, or only recomputed statistics."""
     return [name for name in state if kind == "full" or (changed and name.endswith(_STATISTICS))]
 
 
@@ -120,22 +120,20 @@ def _manifest(clone: Clone, kind: FileKind) -> Manifest:
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
-    """Say what a clone file holds, without any network; checks all that can be checked without one.
+    """Read a clone file's metadata, without any network; checks all that can be checked without one.
 
     Returns:
-        The metadata of the file as plain values, with `n_bytes`, and `n_values`: how many numbers its tensors hold.
+        The metadata as plain values, with `n_bytes` (size of the file) and `n_values` (numbers in its tensors).
     Raises:
-        FileFormatError: the file is damaged, no clone file, or of a newer version of the format.
+        FileFormatError: the file is damaged, not a clone file, or has a newer version of the format.
 
     >>> _ = pnc.save(clone, "pets.safetensors")
     >>> pnc.inspect("pets.safetensors")["classes"]
     ['cat', 'dog']
     """
     tensors, manifest = read_clone_file(path)
-    facts = manifest.facts()
-    facts["n_bytes"] = Path(path).stat().st_size
-    facts["n_values"] = sum(tensor.numel() for tensor in tensors.values())
-    return facts
+    n_values = sum(tensor.numel() for tensor in tensors.values())
+    return {**manifest.facts(), "n_bytes": Path(path).stat().st_size, "n_values": n_values}
 
 
 def load(
@@ -149,16 +147,16 @@ def load(
 
     Args:
         path: A file that `save` wrote.
-        source: The network that the clone was made from; for a full file any network of the same architecture. It
-            stays as it is, and the clone gets its own copies of the weights that it needs.
-        allow_mismatch: Take another source too, such as a fine-tuned one, if the file's tensors fit to it. Nobody has
-            measured what comes out.
-        input_shape: (C, H, W) of your images. A file for others is refused before any work; without it the source is
-            recorded on images as large as the file says, of up to 2^24 values: give it for files of strangers.
+        source: The network that the clone was made from; for a full file, any network of the same architecture. It is
+            not changed; the clone gets its own copies of the weights that it needs.
+        allow_mismatch: Accept another source too, such as a fine-tuned one, if the file's tensors fit it. The held-out
+            scores say nothing about such a clone.
+        input_shape: (C, H, W) of your images. A file for other images is refused at once. Without it, the source is
+            recorded on images of the size in the file, up to 2^24 values: give it for files that you do not trust.
     Raises:
-        FileFormatError: the file is damaged, no clone file, or of a newer version of the format.
-        MismatchError: `source` is another network than the one that the file names; with `allow_mismatch`, the file's
-            tensors do not fit to it.
+        FileFormatError: the file is damaged, not a clone file, or has a newer version of the format.
+        MismatchError: `source` is not the network that the file was made from; with `allow_mismatch`, the file's
+            tensors do not fit it.
         RecordingError: `source` cannot be recorded.
 
     >>> _ = pnc.save(clone, "pets.safetensors")
@@ -168,12 +166,12 @@ def load(
     check_module(source, "source")
     tensors, manifest = read_clone_file(path)
     if input_shape is not None and tuple(input_shape) != manifest.input_shape:
-        raise MismatchError(f"{path} is for images {manifest.input_shape}, not {tuple(input_shape)}; take another file")
+        raise MismatchError(f"{path} is for images {manifest.input_shape}, not {tuple(input_shape)}; use another file")
     difference = first_difference(source, manifest.source, structure_only=manifest.kind == "full")
     if difference is not None and not allow_mismatch:
         raise MismatchError(
-            f"{path} was made from another source: {difference}; load it with the source it was made from, or with "
-            "allow_mismatch=True to accept this"
+            f"{path} was made from another source: {difference}; load it with the source it was made from, or set "
+            "allow_mismatch=True to load it anyway"
         )
     _check_size(path, source, manifest)
     recording = record(source, images_for(source, manifest.input_shape))
@@ -187,7 +185,7 @@ def load(
         if name in tensors:
             tensor.copy_(tensors[name])
     _check_head(path, branch, manifest)
-    is_other = difference is not None and manifest.kind == "thin"  # its weights are in the clone then
+    is_other = difference is not None and manifest.kind == "thin"  # then the clone holds this source's weights
     return Clone(
         name=manifest.name,
         classes=manifest.classes,
@@ -198,7 +196,6 @@ def load(
         source=fingerprint(source) if is_other else manifest.source,
         target=manifest.target,
         input_shape=manifest.input_shape,
-        source_input_shape=manifest.input_shape,
         target_features=manifest.target_features,
         recipe=manifest.recipe,
         source_forward=forward if is_other else manifest.source_forward,
@@ -207,11 +204,11 @@ def load(
 
 
 def _check_forward(path: str | Path, manifest: Manifest, found: ForwardPrint) -> None:
-    """Refuse a source that does something else with the weights than the one that the file names."""
+    """Refuse a source whose forward pass differs from that of the file's source."""
     if manifest.source_forward is None:
         warnings.warn(
-            f"{path} is of an earlier version of pnc and says nothing of what its networks do with their weights: only "
-            "the weights were compared; save the clone again",
+            f"{path} was written by an earlier version of pnc, without forward prints: only the weights were compared; "
+            "save the clone again",
             PNCWarning,
             stacklevel=3,
         )
@@ -221,8 +218,8 @@ def _check_forward(path: str | Path, manifest: Manifest, found: ForwardPrint) ->
         return
     if difference.is_other:
         raise MismatchError(
-            f"{path} was made from another source, with the same weights and another forward pass: {difference.text}; "
-            "load it with the source it was made from, or with allow_mismatch=True to accept this"
+            f"{path} was made from another source, with the same weights but another forward pass: {difference.text}; "
+            "load it with the source it was made from, or set allow_mismatch=True to load it anyway"
         )
     warnings.warn(
         f"source: {difference.text}, compared with the one that {path} was made from; its answers to a test pattern "
@@ -233,10 +230,10 @@ def _check_forward(path: str | Path, manifest: Manifest, found: ForwardPrint) ->
 
 
 def read_clone_file(path: str | Path) -> tuple[dict[str, Tensor], Manifest]:
-    """Read a file and check all that needs no network: names, types and shapes first, before values are read.
+    """Read a file and check all that needs no network: names, types and shapes before any values.
 
     Raises:
-        FileFormatError: as `load`.
+        FileFormatError: as in `load`.
     """
     found: list[Manifest] = []
 
@@ -251,10 +248,10 @@ def read_clone_file(path: str | Path) -> tuple[dict[str, Tensor], Manifest]:
 
 
 def _checked_shapes(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Manifest:
-    """The manifest of a file whose tensors, on the meta device, are those that it asks for."""
+    """Return the manifest of a file, after a check that its tensors (on the meta device) are those it asks for."""
     manifest = read_manifest(path, {key: value for key, value in facts.items() if key != DIGEST_KEY})
     if facts.get(DIGEST_KEY) is None:
-        raise FileFormatError(f"the metadata of {path} is damaged: it names no digest of the content")
+        raise FileFormatError(f"the metadata of {path} is damaged: it has no digest of the content")
     with torch.device("meta"):
         stitched = Stitched(_adapter(manifest, tensors), fx.GraphModule({}, fx.Graph()), manifest.source_cut)
         expected = _fitted(_skeleton(path, manifest, tensors, stitched))
@@ -272,7 +269,7 @@ def _checked_shapes(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapp
         elif name in expected:
             wanted = expected[name].dtype, expected[name].shape
         else:
-            raise FileFormatError(f"{path} is damaged: there is no place for a tensor {name[:80]!r} in a clone")
+            raise FileFormatError(f"{path} is damaged: a clone has no tensor {name[:80]!r}")
         if name.startswith(_HEAD) and tensor.dtype == torch.float16:
             wanted = torch.float16, wanted[1]
         if (tensor.dtype, tensor.shape) != wanted:
@@ -284,7 +281,7 @@ def _checked_shapes(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapp
 
 
 def _adapter(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Adapter:
-    """The adapter, with no values yet: between cuts that are alike, one without weights in the file is the identity."""
+    """The adapter, without values yet: the identity if the cuts are alike and the file has no weights for it."""
     cuts = manifest.target_cut, manifest.source_cut
     may_be = cuts[0].is_alike(cuts[1]) and not manifest.rectify
     is_identity = may_be and not any(name.startswith(_ADAPTER) for name in tensors)
@@ -292,7 +289,7 @@ def _adapter(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Adapter:
 
 
 def _skeleton(path: str | Path, manifest: Manifest, tensors: Mapping[str, Tensor], stitched: Stitched) -> Branch:
-    """A branch with the head that the metadata names, as large as the file's tensors say, and no values yet."""
+    """A branch without values yet: its head is the one that the metadata names, in the sizes of the file's tensors."""
     branch = Branch(stitched, _head(path, manifest, tensors))
     rivals = tensors.get(_RIVALS)
     if rivals is not None:
@@ -312,11 +309,9 @@ def _head(path: str | Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -
         name = f"{_HEAD}{prefix}weight"
         weight = tensors.get(name)
         if weight is None or weight.dim() != 2:
-            raise FileFormatError(f"{path} is damaged: the tensor {name!r} is missing or no matrix")
+            raise FileFormatError(f"{path} is damaged: the tensor {name!r} is missing or not a matrix")
         if len(weight) != n_rows:
-            raise FileFormatError(
-                f"{path} is damaged: {name!r} has {len(weight)} rows; its class names ask for {n_rows}"
-            )
+            raise FileFormatError(f"{path} is damaged: {name!r} has {len(weight)} rows; its class names need {n_rows}")
         return n_rows, weight.shape[1]
 
     def discriminants(prefix: str) -> DiscriminantHead:
@@ -331,7 +326,7 @@ def _head(path: str | Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -
 
 
 def _fitted(branch: Branch) -> dict[str, Tensor]:
-    """What a file holds of a branch beside the source's part, by name in the file."""
+    """All tensors of a branch except the source's part, by their names in the file."""
     return {
         **{f"{_ADAPTER}{name}": tensor for name, tensor in branch.stitched.adapter.state_dict().items()},
         **{f"{_HEAD}{name}": tensor for name, tensor in branch.head.state_dict().items()},
@@ -340,7 +335,7 @@ def _fitted(branch: Branch) -> dict[str, Tensor]:
 
 
 def _check_head(path: str | Path, branch: Branch, manifest: Manifest) -> None:
-    """Run the head once, on zeros of the sizes that it will meet."""
+    """Run the head once, on zeros of the right sizes."""
     n_base, n_features = len(manifest.base_classes), manifest.target_features.n_channels
     sizes = n_features, branch.stitched.features.n_channels, n_base
     if branch.rivals.shape[1] != sizes[1] + 1:
@@ -351,7 +346,7 @@ def _check_head(path: str | Path, branch: Branch, manifest: Manifest) -> None:
         branch.head(*(torch.zeros(1, size) for size in sizes))
     except RuntimeError as error:
         raise FileFormatError(
-            f"{path} is damaged: its head does not fit to {sizes[0]} and {sizes[1]} features of target and source"
+            f"{path} is damaged: its head does not fit {sizes[0]} features of the target and {sizes[1]} of the source"
         ) from error
 
 
@@ -360,22 +355,22 @@ def _described(tensor: Tensor) -> str:
 
 
 def _check_size(path: str | Path, source: nn.Module, manifest: Manifest) -> None:
-    """Refuse large images of which the source makes nothing of the shape that the file names, before it runs on any."""
+    """Dry-run the source on large images, and refuse the file if no tensor has the shape of its cut."""
     if math.prod(manifest.input_shape) <= _LARGE_IMAGE:
         return
     shapes = shapes_without_values(source, manifest.input_shape)
     cut = manifest.source_cut
     if shapes is not None and cut.shape not in shapes:
         raise MismatchError(
-            f"{path} enters the source at {cut.name!r} with shape {cut.shape}, but of images {manifest.input_shape} "
-            "this source makes nothing of that shape; load it with the source it was made from"
+            f"{path} enters the source at {cut.name!r} with shape {cut.shape}, but on images {manifest.input_shape} "
+            "this source has no tensor of that shape; load it with the source it was made from"
         )
 
 
 def _body(
     path: str | Path, recording: Recording, manifest: Manifest, tensors: Mapping[str, Tensor], deltas: Deltas | None
 ) -> tuple[nn.Module, ChannelMasks | None, CutPoint]:
-    """Rebuild the source's part: recorded anew, cut, compacted, changed by deltas; some tensors are the file's own."""
+    """Rebuild the source's part: cut it from the recording, compact it, add deltas, copy the tensors of the file."""
     cut = manifest.source_cut
     if not any(cut.is_same_place(other) for other in cut_points(recording)):
         raise MismatchError(
@@ -397,12 +392,12 @@ def _body(
     own = {name.removeprefix(_BODY): tensor for name, tensor in tensors.items() if name.startswith(_BODY)}
     wanted = _body_names(state, manifest.kind, masks is not None or deltas is not None)
     for name in sorted(own.keys() ^ set(wanted)):
-        what = "carries a tensor {!r} that has no place in" if name in own else "lacks the tensor {!r} of"
+        what = "has a tensor {!r} that is not in" if name in own else "lacks the tensor {!r} of"
         raise MismatchError(f"{path} {what.format(name[:80])} this source; load it with the one it was made from")
     for name, tensor in own.items():
         if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
             raise MismatchError(
-                f"{path} carries {name!r} as {_described(tensor)}, this source has it as {_described(state[name])}; "
+                f"{path} has {name!r} as {_described(tensor)}, this source as {_described(state[name])}; "
                 "load it with the source it was made from"
             )
         state[name].copy_(tensor)

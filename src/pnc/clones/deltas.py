@@ -1,7 +1,7 @@
-"""Deltas: what tuning changed of a part's parameters, rounded to few bits, and the weights that come of it.
+"""Deltas: the changes that tuning made to a part's parameters, rounded to few bits, and how to merge them.
 
-A clone that was tuned runs on weights that are rounded already: merging is element by element, so that whoever reads
-the file gets the same bits.
+A tuned clone already runs on the rounded weights, and merging works element by element, so that a loaded clone has the
+same bits.
 """
 
 from collections.abc import Mapping
@@ -13,25 +13,25 @@ from torch import Tensor, nn
 from pnc.foundation.errors import MismatchError
 
 CODE_BITS = 6
-"""Of a weight's delta, sign included; see docs/method.md for what fewer lose."""
+"""Bits of a weight's delta, sign included; docs/method.md says what fewer bits cost."""
 _LARGEST = 2 ** (CODE_BITS - 1) - 1
 HEADER_BYTES = 400
-"""What naming the tensors takes, at most."""
+"""Bound on what the names of the tensors take in the file."""
 _PACK, _PACKED = 4, 3
-"""Codes that are packed together, and the bytes that they take."""
+"""Four codes are packed into three bytes."""
 
 
 @dataclass(frozen=True, eq=False)
 class Deltas:
-    """Changes of a part's parameters, flat, in the order of its parameters; a kind that is not there is empty.
+    """Changes of a part's parameters, each kind flat and in the order of the parameters; unused kinds are empty.
 
     Attributes:
-        codes: Of all weights of two dims and more, `CODE_BITS` each, packed, (n bytes,), uint8.
+        codes: Changes of all weights with at least two dims, packed, `CODE_BITS` each, (n bytes,), uint8.
         scales: One for each output channel of these weights, (n,), float32: a weight changes by code * scale.
-        left: Of these weights in place of codes, (n,), float16: factors (C_out, rank).
-        right: Likewise, (rank, C_in * k * k).
-        rank: Of both factors, (1,), int32, or empty; smaller where a weight has fewer rows or columns.
-        shifts: Of all other parameters, (n,), float16.
+        left: In place of codes, left factors (C_out, rank) of the changes, (n,), float16.
+        right: The right factors (rank, C_in * k * k), (n,), float16.
+        rank: Rank of the factors, (1,), int32, or empty; lower for a weight with fewer rows or columns.
+        shifts: Changes of all other parameters, (n,), float16.
     """
 
     codes: Tensor
@@ -43,12 +43,12 @@ class Deltas:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Those that are not empty, by name."""
+        """The tensors that are not empty, by name."""
         return {name: tensor for name, tensor in vars(self).items() if tensor.numel()}
 
     @property
     def n_bytes(self) -> int:
-        """What they take in a file."""
+        """Their size in a file, in bytes, without names."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
@@ -64,22 +64,22 @@ assert [field.name for field in fields(Deltas)] == list(DTYPES)
 
 
 def deltas_of(tensors: Mapping[str, Tensor]) -> Deltas:
-    """Deltas with these tensors, and nothing else."""
+    """Make deltas from these tensors; the others are empty."""
     return Deltas(**{name: tensors.get(name, torch.empty(0, dtype=dtype)) for name, dtype in DTYPES.items()})
 
 
 def deltas_in(tensors: Mapping[str, Tensor], prefix: str) -> Deltas | None:
-    """The deltas among a file's tensors, whose names begin with a prefix; None where there are none."""
+    """Make deltas from those of a file's tensors whose names begin with a prefix; None if there are none."""
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return deltas_of(own) if own else None
 
 
 def rounded_deltas(part: nn.Module, tuned: Mapping[str, Tensor]) -> Deltas:
-    """Deltas from a part to tuned values of its parameters, weights rounded channel by channel.
+    """Compute deltas from a part to tuned values of its parameters, rounding weights channel by channel.
 
     Args:
-        part: With its parameters as they were.
-        tuned: All of them as they are to be, by name.
+        part: The part before tuning.
+        tuned: All its parameters after tuning, by name.
     """
     codes, scales, shifts = [], [], []
     for name, before in part.named_parameters():
@@ -97,13 +97,13 @@ def rounded_deltas(part: nn.Module, tuned: Mapping[str, Tensor]) -> Deltas:
 def low_rank_deltas(
     part: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]], tuned: Mapping[str, Tensor], rank: int
 ) -> Deltas:
-    """Deltas of low rank.
+    """Compute deltas of low rank.
 
     Args:
-        part: With its parameters as they were.
-        factors: For each weight of two dims and more: (C_out, r) and (r, C_in * k * k), r as `rank_of` says.
-        tuned: All other parameters as they are to be, by name.
-        rank: Of the factors.
+        part: The part before tuning.
+        factors: For each weight with at least two dims: (C_out, r) and (r, C_in * k * k), with r from `rank_of`.
+        tuned: All other parameters after tuning, by name.
+        rank: Rank of the factors.
     """
     pairs = [factors[name] for name, _ in _weights(part)]
     shifts = [
@@ -118,7 +118,7 @@ def low_rank_deltas(
 
 
 def delta_bytes(part: nn.Module, rank: int | None = None) -> int:
-    """What deltas of a part take in a file: of low rank, or, with None, of all weights."""
+    """Bytes that a part's deltas take in a file: low-rank ones, or with None codes for all weights."""
     weights = [weight for _, weight in _weights(part)]
     n_bytes: int = HEADER_BYTES + 2 * sum(p.numel() for p in part.parameters() if p.dim() < 2)
     if rank is None:
@@ -128,14 +128,14 @@ def delta_bytes(part: nn.Module, rank: int | None = None) -> int:
 
 
 def rank_of(weight: Tensor, rank: int) -> int:
-    """The rank that a weight's delta has where `rank` is asked for."""
+    """The rank of a weight's delta: `rank`, or less if the weight has fewer rows or columns."""
     rows = weight.flatten(1)
     return min(rank, rows.shape[0], rows.shape[1])
 
 
 @torch.no_grad()
 def merge(part: nn.Module, deltas: Deltas, path: str = "deltas") -> None:
-    """Change a part's parameters by deltas, in place: on every machine to the same bits.
+    """Add deltas to a part's parameters, in place, with the same bits on every machine.
 
     Raises:
         MismatchError: the deltas are not for a part of this architecture.
@@ -155,7 +155,7 @@ def merge(part: nn.Module, deltas: Deltas, path: str = "deltas") -> None:
             one, left = left[: len(rows) * rank].reshape(-1, rank), left[len(rows) * rank :]
             two, right = right[: rank * rows.shape[1]].reshape(rank, -1), right[rank * rows.shape[1] :]
             change = torch.zeros(rows.shape)
-            for place in range(rank):  # a matrix product would sum in another order elsewhere
+            for place in range(rank):  # the order of sums in a matrix product depends on the machine
                 change += one[:, place : place + 1] * two[place]
         else:
             break
@@ -169,7 +169,7 @@ def check_fit(part: nn.Module, deltas: Deltas, path: str = "deltas") -> None:
     """Refuse deltas that are not for a part of this architecture.
 
     Raises:
-        MismatchError: the message says what there is too much or too little of.
+        MismatchError: the message names the tensor that does not fit.
     """
     weights, others = [weight for _, weight in _weights(part)], [p for p in part.parameters() if p.dim() < 2]
     n_values = sum(weight.numel() for weight in weights)
@@ -191,11 +191,11 @@ def check_fit(part: nn.Module, deltas: Deltas, path: str = "deltas") -> None:
     wrong = next((name for name, tensor in there.items() if len(tensor) != wanted[name]), None)
     if wrong is not None or not whole:
         what = (
-            "changes of two kinds, or half of one,"
+            "its deltas are of two kinds, or incomplete"
             if wrong is None
-            else f"{len(there[wrong])} {wrong}, {wanted[wrong]} are needed,"
+            else f"its deltas have {len(there[wrong])} {wrong}, the source's part needs {wanted[wrong]}"
         )
-        raise MismatchError(f"{path}: {what} for the source's part; load the file with the source it was made from")
+        raise MismatchError(f"{path}: {what}; load the file with the source it was made from")
 
 
 def _weights(part: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -207,7 +207,7 @@ def _joined(pieces: list[Tensor]) -> Tensor:
 
 
 def _packed(codes: Tensor) -> Tensor:
-    """Codes (n,) in [-31, 31] as bytes, four codes in three of them."""
+    """Pack codes (n,) in [-31, 31], four in three bytes."""
     if not len(codes):
         return torch.empty(0, dtype=torch.uint8)
     padded = torch.cat([codes, codes.new_zeros(-len(codes) % _PACK)]).int() & (2**CODE_BITS - 1)
@@ -217,7 +217,7 @@ def _packed(codes: Tensor) -> Tensor:
 
 
 def _unpacked(packed: Tensor) -> Tensor:
-    """The codes again, int8, with up to three zeros behind them."""
+    """Unpack codes, int8, with up to three zeros at the end."""
     if not len(packed):
         return packed.to(torch.int8)
     low, middle, high = packed.cpu().int().reshape(-1, _PACKED).unbind(1)

@@ -1,4 +1,4 @@
-"""What a clone says of itself on one screen: for `print(clone)` and `pnc inspect`."""
+"""A clone described on one screen, for `print(clone)` and `pnc inspect`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from pnc.graph.cut_points import CutPoint
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How a clone fared on images of the support that its head was not fitted on.
+    """A clone's scores on images of the support that its head was not fitted on.
 
     Attributes:
-        score: Accuracy, base and new images weighing the same; without base images among the new classes only. Where
-            nothing could be held out, on the images that it was fitted on.
-        standard_error: Of `score`.
-        base: Accuracy on base images, among all classes; None without base images, or in older files.
-        new: Accuracy on new images, among all classes, or without base images among the new ones.
-        base_drop: Share of base images that the target alone gets right and that are lost to new classes; None where it
-            was not measured.
+        score: Accuracy, with equal weight on base and new images; without base images, among the new classes only. If
+            nothing could be held out, on the images that the head was fitted on.
+        standard_error: Standard error of `score`.
+        base: Accuracy on base images, among all classes; None without base images and in older files.
+        new: Accuracy on new images, among all classes; without base images, among the new ones.
+        base_drop: Share of base images that the target alone gets right and new classes take away; None if it was not
+            measured.
         has_base: Whether there were base images.
-        is_held_out: Whether anything could be held out: two images of every new class at least.
+        is_held_out: Whether images could be held out, which takes two of every new class.
     """
 
     score: float
@@ -34,9 +34,9 @@ class HeldOut:
     def __str__(self) -> str:
         whole = f"{self.score:.3f} +- {self.standard_error:.3f}"
         if not self.is_held_out:
-            whole += ", on the images that it was fitted on: one of a class leaves none to hold out"
+            whole += ", on the images that it was fitted on: with one image of a class, none can be held out"
         if not self.has_base:
-            return f"{whole}, among the new classes only, as there was no base image"
+            return f"{whole}, among the new classes only, without base images"
         if self.base is None or self.new is None:
             return whole
         drop = "" if self.base_drop is None else f"; expected base drop {self.base_drop:.3f}"
@@ -44,7 +44,7 @@ class HeldOut:
 
 
 def held_out_of(recipe: Mapping[str, Any]) -> HeldOut:
-    """Read the held-out scores of a recipe; older ones say less."""
+    """Read the held-out scores from a recipe; older recipes lack some."""
     return HeldOut(
         score=recipe["score"],
         standard_error=recipe["standard_error"],
@@ -63,14 +63,14 @@ def clone_lines(
     cuts: tuple[CutPoint | Mapping[str, Any], CutPoint | Mapping[str, Any]],
     recipe: Mapping[str, Any],
 ) -> dict[str, str]:
-    """What there is to say, by what it is.
+    """Describe a clone as {label: text}.
 
     Args:
-        name: Of the clone.
-        classes: New ones.
-        base_classes: The target's.
-        cuts: Of target and source, as values or as a file has them.
-        recipe: Of the clone.
+        name: Name of the clone.
+        classes: The new classes.
+        base_classes: The target's classes.
+        cuts: Cuts of target and source, as `CutPoint` or as in a file.
+        recipe: The clone's recipe.
     """
     sides = [_cut_text(cut) for cut in cuts]
     lines = {

@@ -1,15 +1,15 @@
-"""Heads that extend the target by new classes without changing its own logits.
+"""Heads that add logits of new classes and leave the target's own logits unchanged.
 
-A head receives the target's penultimate features, the clone's, and the target's logits, and returns only the logits of
+A head reads the target's penultimate features, the clone's, and the target's logits, and returns only the logits of
 the new classes. From a posterior over base and new classes it computes
 
     z_new[k] = log p(k | new, x) + log-odds(new against base | x) + logsumexp(z_base),
 
-so that softmax([z_base, z_new]) gives the new classes exactly that posterior, and keeps exactly the target's
+so that softmax([z_base, z_new]) gives the new classes exactly that posterior and keeps exactly the target's
 distribution among the base classes.
 
-Two posteriors are available: a logistic regression fitted on the support, and both networks' own classifiers. The first
-compares base with new samples but was fitted on few; the second were trained on many, but never on both kinds. A few
+There are two posteriors: a logistic regression fitted on the support, and the networks' own classifiers. The first
+compares base with new samples, but was fitted on few; the others were trained on many, but never on both kinds. A few
 weights that mix them are fitted on held-out samples (stacking: Wolpert, Neural Networks 5, 1992).
 """
 
@@ -50,7 +50,7 @@ class DiscriminantHead(nn.Module):
 
 
 class SourceHead(nn.Module):
-    """The source's own logits of the new classes, used if nothing is known about the base classes.
+    """The source's own logits of the new classes, used without base samples.
 
     The softmax over both networks' logits is then the direct ensemble.
 
@@ -77,12 +77,12 @@ class SourceHead(nn.Module):
 class StackedHead(nn.Module):
     """A mixture of fitted scores and both networks' own logits.
 
-    The log-odds of new against base are a weighted sum of those of the fitted scores, the logsumexp of the source's
-    logits and that of the target's, plus a constant; among the new classes, the fitted scores and the source's logits
-    are summed with two other weights.
+    The log-odds of new against base are a constant plus a weighted sum of three terms: the log-odds of the fitted
+    scores, the logsumexp of the source's logits, and that of the target's. Among the new classes, the fitted scores and
+    the source's logits are summed with two other weights.
 
     Args:
-        discriminants: Fitted on the support.
+        discriminants: The scores fitted on the support.
         own: The source's classifier of the new classes; zeros if it has no linear one.
     """
 
@@ -106,14 +106,14 @@ class StackedHead(nn.Module):
 
 
 def mixed_logits(fitted: Tensor, own: Tensor, level: Tensor, odds_weight: Tensor, class_weight: Tensor) -> Tensor:
-    """Logits of the new classes, (B, K_new), as in `StackedHead`.
+    """Return the logits of the new classes, (B, K_new), as in `StackedHead`.
 
     Args:
-        fitted: Log-odds of each new class against the base by the fitted scores, (B, K_new).
+        fitted: Log-odds of each new class against the base from the fitted scores, (B, K_new).
         own: The source's logits, (B, K_new).
         level: The logsumexp of the target's logits, (B, 1).
-        odds_weight: (4,), of the terms of `odds_terms`, and a constant.
-        class_weight: (2,), of `fitted` and `own`.
+        odds_weight: Weights of the three `odds_terms`, and the constant, (4,).
+        class_weight: Weights of `fitted` and `own`, (2,).
     """
     log_odds = (odds_terms(fitted, own, level) * odds_weight[:3]).sum(1, keepdim=True) + odds_weight[3]
     within = (fitted * class_weight[0] + own * class_weight[1]).log_softmax(1)
@@ -121,7 +121,7 @@ def mixed_logits(fitted: Tensor, own: Tensor, level: Tensor, odds_weight: Tensor
 
 
 def odds_terms(fitted: Tensor, own: Tensor, level: Tensor) -> Tensor:
-    """Terms of the log-odds of new against base, (B, 3); arguments as in `mixed_logits`."""
+    """Return the terms of the log-odds of new against base, (B, 3); arguments as in `mixed_logits`."""
     return torch.cat([fitted.logsumexp(1, keepdim=True), own.logsumexp(1, keepdim=True), level], 1)
 
 
@@ -129,7 +129,7 @@ Head = DiscriminantHead | SourceHead | StackedHead
 
 
 def in_half_precision(head: DiscriminantHead) -> DiscriminantHead:
-    """Round the weights to half precision, in place: a fit on few samples is not more precise than eleven bits."""
+    """Round the weights to half precision, in place: a fit on few samples is no more precise than eleven bits."""
     short = head.weight.half()
     if bool(short.isfinite().all()):
         head.weight.copy_(short)
@@ -137,7 +137,7 @@ def in_half_precision(head: DiscriminantHead) -> DiscriminantHead:
 
 
 def source_head(weight: Tensor, bias: Tensor) -> SourceHead:
-    """Make the head for a support without base samples from the source's classifier, (K_new, D_s) and (K_new,)."""
+    """Make the head for a support without base samples from the source's weight (K_new, D_s) and bias (K_new,)."""
     head = SourceHead(*weight.shape)
     head.weight.copy_(weight)
     head.bias.copy_(bias)

@@ -1,7 +1,7 @@
-"""What a clone's file says of itself: the metadata as data, with every field checked.
+"""The metadata of a clone file as data, with every field checked.
 
-The rules are those of docs/file-format.md and its JSON schema, in plain code: which keys there are, of which type, how
-long texts may be, within which bounds numbers lie, and which fields must fit to each other.
+The rules are those of docs/file-format.md and its JSON schema in plain code: keys, types, lengths of texts, bounds of
+numbers, and fields that must agree.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from pnc.graph.forward_prints import N_ANSWERS, N_IMAGES, ForwardPrint
 
 FORMAT = "pnc-clone"
 VERSION = 2
-"""Of the files that are written; earlier ones are read."""
+"""Version of the files that are written; earlier versions can be read."""
 FileKind = Literal["thin", "full"]
 
 _MAX_SIZE, _MAX_COUNT = 1 << 20, 1 << 62
@@ -45,12 +45,12 @@ _RECIPE_DEPTH = 4
 _ENTRY, _HEX_DIGITS = 16, frozenset("0123456789abcdef")
 _OPERATION, _MAX_ANSWER = re.compile(r"\w{1,100}:[0-9a-f]{4}", re.ASCII), 1e39
 _DIMS = {"vector": (1,), "tokens": (1, 2), "map": (1, 3)}
-"""Where the channels may be, by kind of cut, batch counted."""
+"""Possible channel dims of each kind of cut, counting the batch dim."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that a clone's file holds beside tensors; the fields are those of `pnc.Clone`."""
+    """Everything in a clone file except its tensors; the fields are those of `pnc.Clone`."""
 
     kind: FileKind
     name: str
@@ -70,10 +70,10 @@ class Manifest:
     version: int = VERSION
 
     def facts(self) -> dict[str, Any]:
-        """The metadata as JSON values.
+        """Return the metadata as JSON values.
 
         Raises:
-            InputError: a field that no reader would accept, such as a class name with a line break.
+            InputError: no reader would accept a field, such as a class name with a line break.
         """
         facts = {
             "format": FORMAT,
@@ -98,18 +98,18 @@ class Manifest:
 
 
 def read_manifest(path: str | Path, facts: Mapping[str, Any]) -> Manifest:
-    """Check the metadata of a clone's file.
+    """Check the metadata of a clone file.
 
     Args:
-        path: Of the file, for messages.
-        facts: What it says.
+        path: Path of the file, for messages.
+        facts: Its metadata.
     Raises:
-        FileFormatError: no clone's file, of a newer version of the format, or with a field that is missing, unknown or
-            out of its bounds.
+        FileFormatError: the file is not a clone file or has a newer version of the format; or a field is missing,
+            unknown or out of bounds.
     """
     if facts.get("format") != FORMAT:
         raise FileFormatError(
-            f"{path} is no clone file: its format is {shortened(facts.get('format'))}, expected {FORMAT!r}"
+            f"{path} is not a clone file: its format is {shortened(facts.get('format'))}, expected {FORMAT!r}"
         )
     version = facts.get("version")
     if type(version) is int and version > VERSION:
@@ -124,7 +124,7 @@ def read_manifest(path: str | Path, facts: Mapping[str, Any]) -> Manifest:
 
 
 def _cannot_be_saved(reason: str) -> Never:
-    raise InputError(f"clone: {reason}, as a file must hold it; make the clone with other names")
+    raise InputError(f"clone: {reason}, so it cannot be saved; make the clone with other names")
 
 
 def _cut_facts(cut: CutPoint) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _parsed(facts: Any, fail: Fail) -> Manifest:
     version = whole.number("version", 1, VERSION, whole=True)
     classes, base_classes = whole.names("classes"), whole.names("base_classes")
     if len({*classes, *base_classes}) < len(classes) + len(base_classes):
-        fail("classes, base_classes: a name is there twice")
+        fail("classes, base_classes: a name occurs twice")
     position = whole.object("position", ("rectify", "source", "target", "target_features"))
     keys = "input_shape", "structure", "tensors", "weights"
     source, target = (whole.object(key, keys, optional="forward") for key in _NETWORKS)
@@ -183,7 +183,7 @@ def _cut(position: "_Object", key: str, fail: Fail) -> CutPoint:
     shape = facts.sizes("shape", {"vector": 1, "tokens": 2, "map": 3}[kind])
     channel_dim = facts.number("channel_dim", 1, 3, whole=True)
     if channel_dim not in _DIMS[kind] or math.prod(shape) > _MAX_COUNT:
-        fail(f"position.{key}: channel_dim {channel_dim} or shape {list(shape)} do not fit to the kind {kind!r}")
+        fail(f"position.{key}: channel_dim {channel_dim} or shape {list(shape)} does not fit the kind {kind!r}")
     n_tokens = shape[2 - channel_dim] if kind == "tokens" else 1
     return CutPoint(
         name=facts.text("name"),
@@ -207,7 +207,7 @@ def _fingerprint(facts: "_Object") -> Fingerprint:
 
 
 def _forward(network: "_Object") -> ForwardPrint | None:
-    """The forward print of a network; files of earlier versions of pnc have none."""
+    """Read a network's forward print; files of earlier versions of pnc have none."""
     if "forward" not in network.values:
         return None
     facts = network.object("forward", ("answers", "digest", "operations"))
@@ -225,7 +225,7 @@ def _forward(network: "_Object") -> ForwardPrint | None:
 
 
 def _recipe(whole: "_Object", fail: Fail) -> dict[str, Any]:
-    """The recipe: what `pnc inspect` shows must be there; anything else may be, as plain values."""
+    """Read the recipe: what `pnc inspect` shows is required; other plain values are allowed."""
     facts = whole.object("recipe", None)
     for key, low, high in (("score", 0, 1), ("standard_error", 0, 1), ("macs_share", 0, 1e9), ("density", 0, 1)):
         facts.number(key, low, high)
@@ -238,7 +238,7 @@ def _recipe(whole: "_Object", fail: Fail) -> dict[str, Any]:
 
 
 def _is_plain(value: Any, depth: int) -> bool:
-    """Whether it is a finite number, a short printable text, or a shallow collection of such."""
+    """Whether a value is a finite number, a short printable text, or a shallow collection of these."""
     if isinstance(value, str):
         return value == "" or is_name(value)
     if isinstance(value, list | tuple):
@@ -251,12 +251,12 @@ def _is_plain(value: Any, depth: int) -> bool:
 
 
 class _Object:
-    """An object of the metadata: its values by key, each of the type that is asked for, or the reason why not.
+    """An object of the metadata, read key by key: each value has the requested type, or `fail` raises the reason.
 
     Args:
-        values: What should be an object.
-        label: Its own key, for messages; empty for the whole.
-        keys: The keys that it has, no more and no less; None for any.
+        values: The value that should be an object.
+        label: Its own key, for messages; empty for the top level.
+        keys: The keys that it must have, and no others; None allows any.
         fail: Raises the error.
         optional: One more key that it may have.
     """
@@ -271,59 +271,59 @@ class _Object:
             fail(f"{self._full(key)[:MAX_TEXT]} is {'unknown' if key in values else 'missing'}")
 
     def refuse(self, key: str, expected: str, got: Any) -> Never:
-        """Fail with what was expected at a key."""
+        """Raise the error for a key: what was expected, what came."""
         self._fail(f"{self._full(key)}: expected {expected}, got {shortened(got)}")
 
     def _full(self, key: str) -> str:
         return f"{self._label}.{key}" if self._label else key
 
     def get(self, key: str, wanted: type, words: str) -> Any:
-        """The value at a key, of exactly a type."""
+        """Return the value at a key, which must have exactly this type; `words` name the type in the message."""
         if type(self.values.get(key)) is not wanted:
             self.refuse(key, words, self.values.get(key))
         return self.values[key]
 
     def object(self, key: str, keys: Sequence[str] | None, optional: str | None = None) -> "_Object":
-        """An object with exactly these keys, and perhaps an optional one; None for any."""
+        """Return an object with exactly these keys, or any with None, and perhaps an optional one."""
         return _Object(self.values.get(key), self._full(key), keys, self._fail, optional)
 
     def flag(self, key: str) -> bool:
-        """True or false."""
+        """Return true or false."""
         return bool(self.get(key, bool, "true or false"))
 
     def text(self, key: str, least: int = 1) -> str:
-        """A printable text, not too long."""
+        """Return a printable text of `least` to `MAX_TEXT` characters."""
         value = str(self.get(key, str, "a text"))
         if not (is_name(value) or (value == "" and least == 0)):
             self.refuse(key, f"a printable text of {least} to {MAX_TEXT} characters", value)
         return value
 
     def names(self, key: str) -> tuple[str, ...]:
-        """At least one printable name, none of them twice."""
+        """Return at least one printable name, without duplicates."""
         values = self.get(key, list, "a list of names")
         wrong = [value for value in values if not is_name(value)]
         if wrong:
             self.refuse(key, f"printable names of 1 to {MAX_TEXT} characters", wrong[0])
         if not values or len(set(values)) < len(values):
-            self.refuse(key, "one name at least, and none twice", values)
+            self.refuse(key, "at least one name, and no duplicates", values)
         return tuple(values)
 
     def choice(self, key: str, options: Sequence[str]) -> str:
-        """One of some texts."""
+        """Return one of the options."""
         value = self.values.get(key)
         if not isinstance(value, str) or value not in options:
             self.refuse(key, f"one of {', '.join(options)}", value)
         return value
 
     def number(self, key: str, low: float, high: float, whole: bool = False) -> Any:
-        """A number within bounds, both included."""
+        """Return a number from `low` to `high`, both included."""
         value = self.values.get(key)
         if type(value) not in ((int,) if whole else (int, float)) or not low <= cast(float, value) <= high:
             self.refuse(key, f"a {'whole ' if whole else ''}number from {low:g} to {high:g}", value)
         return value
 
     def sizes(self, key: str, length: int) -> tuple[int, ...]:
-        """A list of so many sizes."""
+        """Return a list of `length` sizes."""
         values = self.get(key, list, "a list")
         if len(values) != length or not all(type(size) is int and 1 <= size <= _MAX_SIZE for size in values):
             self.refuse(key, f"{length} whole numbers from 1 to {_MAX_SIZE}", values)

@@ -52,15 +52,15 @@ def resize(grid: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def grows_to(grid: Tensor, size: tuple[int, int]) -> bool:
-    """Whether `resize` to `size` makes a grid higher or wider."""
+    """Whether `resize` to `size` makes a grid taller or wider."""
     return size[0] > grid.shape[2] or size[1] > grid.shape[3]
 
 
 def pool(tensor: Tensor, cut: CutPoint) -> Tensor:
-    """One feature vector per sample, (B, C), from the tensor at `cut`: itself, its class token, or its mean."""
+    """Reduce the tensor at `cut` to one vector per sample, (B, C): a vector itself, the class token, or the mean."""
     return tensor if tensor.dim() == 2 else prefix_summary(*to_grid(tensor, cut))
 
 
 def prefix_summary(grid: Tensor, prefix: Tensor) -> Tensor:
-    """One vector (B, C) per sample: its class token, or the mean of its grid if there is none."""
+    """Return one vector per sample, (B, C): its class token, or the mean of its grid if there is none."""
     return prefix[:, 0] if prefix.shape[1] else grid.mean((2, 3))

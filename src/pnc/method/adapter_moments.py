@@ -1,4 +1,4 @@
-"""Moments of all pairs of cuts, gathered in one pass of the support: what adapters are solved from."""
+"""Moments of all pairs of cuts, gathered in one pass over the support; adapters are solved from them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from pnc.method.held_out import batches
 from pnc.method.task import CloneTask, Progress
 
 RANKED_IMAGES, RANKED_ROWS, RANKED_OUTPUTS = 100, 8_000, 64
-"""By how many images, rows and channels pairs of cuts are ranked where the moments of all would not fit the memory."""
+"""Images, rows and channels used to rank pairs of cuts if the moments of all pairs would not fit into memory."""
 
 
 def adapter_fitter(
@@ -23,7 +23,7 @@ def adapter_fitter(
     n_rows: int = N_ROWS,
     n_outputs: int | None = None,
 ) -> AdapterFitter:
-    """A fitter for these cuts that has seen nothing yet."""
+    """Make an empty fitter for these cuts."""
     generator = torch.Generator().manual_seed(task.seed)
     return AdapterFitter(target_cuts, source_cuts, len(task.samples.labels), generator, pairs, n_rows, n_outputs)
 
@@ -31,7 +31,7 @@ def adapter_fitter(
 def ranked_pairs(
     task: CloneTask, target_cuts: Sequence[CutPoint], source_cuts: Sequence[CutPoint], progress: Progress | None
 ) -> dict[tuple[str, str], float]:
-    """Errors of the adapters of all pairs, by names of the cuts, from a part of the support, in two folds."""
+    """Estimate the adapter errors of all pairs, by names of the cuts, on a part of the support with two folds."""
     part = task.reduced(RANKED_IMAGES)
     samples = part.samples
     if samples.n_folds > 2:
@@ -50,7 +50,7 @@ def gather_moments(
     what: str,
     progress: Progress | None,
 ) -> None:
-    """Run the support through both networks, and give the fitter the tensors at all cuts."""
+    """Run the support through both networks and give the fitter the tensors at all cuts."""
     target_taps = extract(task.target.recording, None, [*target_cuts, LOGITS])
     source_taps = extract(task.source.recording, None, [*source_cuts, LOGITS])
     done = 0

@@ -1,4 +1,4 @@
-"""The pieces of a clone put together, with the recipe that says how it was made."""
+"""Assembles a clone from its pieces, with the recipe that says how it was made."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from pnc.method.task import CloneTask
 from pnc.method.usefulness import usefulness
 
 MAX_NAME = 60
-"""Characters up to which a clone is named after all of its classes."""
+"""Longest name, in characters, that lists all classes of a clone."""
 
 
 def assembled(
@@ -29,20 +29,21 @@ def assembled(
     name: str | None,
     facts: Mapping[str, Any],
 ) -> Clone:
-    """Put the pieces together. One argument for each piece.
+    """Assemble a clone; one argument for each piece.
 
     Args:
-        task: Whose source and target.
-        adapter: In front of the part.
-        part: Of the source.
-        head: Fitted behind them.
-        outcome: How each image of the support fares when it is held out.
-        gain_error: Standard error of what was taken off in it.
-        name: Of the clone; None makes one of its classes.
-        facts: For the recipe, beside what every clone says.
+        task: Gives source, target and support.
+        adapter: Runs before the part.
+        part: The part of the source.
+        head: Fitted on the part's features.
+        outcome: Held-out result of each image of the support.
+        gain_error: Standard error of the correction that `outcome` already contains.
+        name: Name of the clone; None makes one from its classes.
+        facts: More entries of the recipe, in addition to those of every clone.
     """
     n_macs = adapter.n_macs + sum(info(node).n_macs for node in part.module.graph.nodes)
-    average, error = outcome.average
+    base_score, new_score = (_share(outcome.of(base=is_base)) for is_base in (True, False))
+    scores = [score for score in (base_score, new_score) if score is not None]
     useful = usefulness(task)
     recipe = {
         "density": part.density,
@@ -51,14 +52,14 @@ def assembled(
         "n_background_samples": task.n_background,
         "n_base_samples": n_images(task, base=True) - task.n_background,
         "n_new_samples": n_images(task, base=False),
-        "score": _share(average),
+        "score": sum(scores) / len(scores),
         "seed": task.seed,
-        "standard_error": math.hypot(error, gain_error),
+        "standard_error": math.hypot(outcome.average[1], gain_error),
         "n_folds": task.samples.n_folds,
         "source_score": useful.source_score,
         **({"doubts": list(useful.doubts)} if useful.doubts else {}),
-        "base_score": _share(outcome.of(base=True)),
-        "new_score": _share(outcome.of(base=False)),
+        "base_score": base_score,
+        "new_score": new_score,
         **facts,
     }
     return Clone(
@@ -70,7 +71,6 @@ def assembled(
         source=fingerprint(task.source.model),
         target=fingerprint(task.target.model),
         input_shape=task.target.recording.input_shape,
-        source_input_shape=task.source.recording.input_shape,
         target_features=features_seen(task),
         recipe=recipe,
         source_forward=task.source.forward_print,
@@ -80,7 +80,7 @@ def assembled(
 
 
 def n_images(task: CloneTask, base: bool) -> int:
-    """How many images of base or of new classes the support has."""
+    """Count the support's images of base or of new classes."""
     labels, groups = task.samples.labels, task.samples.groups
     return len(groups[(labels < task.n_base) == base].unique())
 
@@ -91,5 +91,5 @@ def _default_name(classes: Sequence[str]) -> str:
 
 
 def _share(value: float | None) -> float | None:
-    """A share, as differences of probabilities may leave it a little below 0 or above 1."""
+    """Clamp a share to [0, 1]: differences of probabilities may leave it slightly outside."""
     return None if value is None else min(1.0, max(0.0, value))

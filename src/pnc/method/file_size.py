@@ -1,4 +1,4 @@
-"""What a clone's file will take, before there is one."""
+"""Size of a clone's file, estimated before the clone is made."""
 
 from torch import nn
 
@@ -9,15 +9,15 @@ from pnc.method.held_out import features_seen
 from pnc.method.task import CloneTask
 
 DIGEST_BYTES = 16
-"""In a clone's file, of the fingerprint of one tensor."""
+"""Bytes of the fingerprint of one tensor."""
 FACTS_BYTES = 3000
-"""Of the other metadata in a clone's file, at most."""
+"""Upper bound on the bytes of the other metadata."""
 NAME_BYTES = 100
-"""Of a tensor's name, type and place."""
+"""Bytes of a tensor's name, type and offsets."""
 
 
 def thin_bytes(task: CloneTask, adapter: Adapter) -> int:
-    """Size of a thin file at full density, from above: adapter and head, fingerprints of both networks, the rest."""
+    """Upper bound on the bytes of a thin file at full density: adapter, head, fingerprints and the rest."""
     n_features, n_new = task.source.head.features.n_channels, len(task.new_classes)
     n_head = 4 * n_new * (n_features + 1)
     if task.has_base or last_norm(task.target.recording) is not None:  # discriminants in half precision
@@ -32,6 +32,6 @@ def thin_bytes(task: CloneTask, adapter: Adapter) -> int:
 
 
 def tuned_bytes(task: CloneTask, adapter: Adapter, part: nn.Module, rank: int | None) -> int:
-    """Size of a thin file of a tuned part, from above: with deltas of low rank, or, with None, of all weights."""
+    """Upper bound on the bytes of a thin file of a tuned part: with low-rank deltas, or with None codes for all."""
     n_statistics = sum(4 * buffer.numel() + NAME_BYTES for buffer in part.buffers())
     return thin_bytes(task, adapter) + n_statistics + delta_bytes(part, rank)

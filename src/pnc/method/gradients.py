@@ -1,4 +1,4 @@
-"""Whether autograd can go through the source: some methods need it, and not every network allows it."""
+"""Whether autograd can differentiate the source: some methods need it, and some networks do not allow it."""
 
 from dataclasses import replace
 from typing import Any, get_args
@@ -16,7 +16,7 @@ _FREE = ("magnitude", "random")
 
 
 def uses_gradient(removal: Removal, refine: bool, sequential: bool = False) -> str | None:
-    """The argument that asks for gradients, as it would be written; None where nothing does."""
+    """Return the argument that needs gradients, as the caller would write it; None if there is none."""
     if sequential:
         return "strategy='sequential'"
     if removal.density != 1 and removal.method not in _FREE:
@@ -27,7 +27,7 @@ def uses_gradient(removal: Removal, refine: bool, sequential: bool = False) -> s
 
 
 def without_gradient(task: CloneTask, removal: Removal) -> Removal:
-    """What is left of a removal where no gradient flows through the source, and nothing asks for one."""
+    """Return a removal that needs no gradient if none flows through the source and the caller asked for none."""
     is_free = removal.method in _FREE or (removal.method is None and removal.density == "auto")
     if removal.tune is not None or removal.density == 1 or not is_free:
         return removal
@@ -37,25 +37,25 @@ def without_gradient(task: CloneTask, removal: Removal) -> Removal:
 
 
 def check_whole_source(task: CloneTask, asked: str | None) -> None:
-    """Refuse, before the work, a source that no gradient flows through from its input on.
+    """Refuse, before any work, a source without a gradient from its features back to its input.
 
-    A later part of it may let one through; which position is chosen is not known yet.
+    A later part of it might have one, but the position is not known yet.
 
     Args:
-        task: Whose source.
+        task: Gives the source.
         asked: From `uses_gradient`.
     Raises:
-        InputError: the message names what needs no gradient.
+        InputError: the message names alternatives that need no gradient.
     """
     if asked is not None:
         check_gradient(task, cut_points(task.source.recording)[0], asked)
 
 
 def check_gradient(task: CloneTask, cut: CutPoint, asked: str | None) -> None:
-    """Refuse a position through whose part of the source no gradient flows.
+    """Refuse a position whose part of the source has no gradient.
 
     Raises:
-        InputError: the message names what needs no gradient.
+        InputError: the message names alternatives that need no gradient.
     """
     problem = None if asked is None else _problem(task, cut, asked)
     if problem is not None:
@@ -63,16 +63,16 @@ def check_gradient(task: CloneTask, cut: CutPoint, asked: str | None) -> None:
 
 
 def _message(cut: CutPoint, problem: str, asked: str) -> str:
-    way_out = {"refine=True": "leave refine out", "strategy='sequential'": "take strategy='scan'"}
-    way_out |= {f"tune={tune!r}": "take tune='none'" for tune in get_args(Tune)}
+    way_out = {"refine=True": "leave refine out", "strategy='sequential'": "use strategy='scan'"}
+    way_out |= {f"tune={tune!r}": "use tune='none'" for tune in get_args(Tune)}
     return (
         f"{asked.partition('=')[0]}: no gradient flows through the source from {cut.name!r} on ({problem}), which "
-        f"{asked} needs; {way_out.get(asked, f'take method={_FREE[0]!r}, which needs none, or density=1')}"
+        f"{asked} needs; {way_out.get(asked, f'use method={_FREE[0]!r}, which needs none, or density=1')}"
     )
 
 
 def _problem(task: CloneTask, cut: CutPoint, asked: str) -> str | None:
-    """Why no gradient flows from a cut of the source to its features, or to its logits where these are aimed at."""
+    """Say why no gradient flows from a cut of the source to its features (logits for "local-surrogate"), or None."""
     end: Any = LOGITS if "local-surrogate" in asked else task.source.head.features
     images = task.samples.images[:N_IMAGES].to(task.source.device)
     with torch.no_grad():
@@ -81,8 +81,8 @@ def _problem(task: CloneTask, cut: CutPoint, asked: str) -> str | None:
     with torch.enable_grad():
         start = tensor.detach().clone().requires_grad_()
         try:
-            out = body(start * 1)  # parts may write to what they are given, which a leaf does not allow
+            out = body(start * 1)  # parts may write to their input, which autograd forbids for a leaf
             (gradient,) = torch.autograd.grad(out.sum(), start)
         except (RuntimeError, NotImplementedError) as error:
             return str(error).splitlines()[0].rstrip(".")[:200]
-    return None if bool(gradient.isfinite().all()) and bool(gradient.any()) else "it is zero, or not finite"
+    return None if bool(gradient.isfinite().all()) and bool(gradient.any()) else "it is zero or not finite"

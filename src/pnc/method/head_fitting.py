@@ -12,20 +12,20 @@ from pnc.method.discriminants import ABSENT
 from pnc.method.logistic import logistic_regressions
 
 LEAST_SPREAD = 0.01
-"""Nats that a term is taken to vary by at least: what varies less, as of a source that says nothing, gets no large
-weight, which would only magnify its rounding."""
+"""Least standard deviation of a term, in nats: one that varies less, as from a source with constant logits, gets no
+large weight, which would only magnify rounding errors."""
 
 
 @dataclass(frozen=True)
 class Prior:
-    """What mixing weights are expected to be before any sample is seen.
+    """Expected mixing weights, before any sample is seen.
 
     Attributes:
-        odds: Of the terms of `odds_terms`.
-        classes: Of fitted scores and the source's own logits, among the new classes.
-        ridge: Penalty on the squared distance from these, of terms of unit variance, against the sum of all samples'
-            log-losses.
-        offset_ridge: The same of the constant; 0 leaves it free.
+        odds: Weights of the `odds_terms`.
+        classes: Weights of fitted scores and the source's own logits, among the new classes.
+        ridge: Penalty on the squared distance from these weights (terms scaled to unit variance), against the sum of
+            all samples' log-losses.
+        offset_ridge: The same penalty for the constant; 0 leaves it free.
     """
 
     odds: tuple[float, float, float]
@@ -36,24 +36,24 @@ class Prior:
 
 NOTHING = Prior((0.0, 0.0, 0.0), (0.0, 0.0), ridge=1.0, offset_ridge=0.0)
 ENSEMBLE = Prior((0.0, 1.0, -1.0), (0.0, 1.0), ridge=3.0, offset_ridge=0.3)
-"""Of weights that are expected to be small, and of weights that leave both networks' logits as they are: the direct
-ensemble. Chosen with one to five images per class, on CIFAR-10 (JPEG), where the ensemble is good, and Fashion-MNIST,
+"""`NOTHING` expects small weights; `ENSEMBLE` expects those of the direct ensemble, which leave both networks' logits
+unchanged. Chosen with one to five images per class, on CIFAR-10 (JPEG), where the ensemble is good, and Fashion-MNIST,
 where it is bad; `pnc bench few` measures it."""
 
 
 @dataclass(frozen=True)
 class HeadSamples:
-    """What heads are fitted on, sample by sample.
+    """Samples to fit heads on.
 
     Attributes:
-        target_features: The target's penultimate features, or, without base samples, those of which it remembers the
-            mean, (N, D_t).
+        target_features: The target's penultimate features, (N, D_t); without base samples, the input of its last
+            BatchNorm layer, whose mean is known.
         clone_features: The clone's penultimate features, (N, D_s).
         base_logits: The target's logits, (N, K_base).
-        own_logits: The source's own logits of the new classes, from the clone's features, (N, K_new); all zeros where
-            its classifier is no linear map of them.
+        own_logits: The source's own logits of the new classes, from the clone's features, (N, K_new); all zeros if its
+            classifier is not a linear map of them.
         labels: Class ids, (N,): base classes first, then the new ones.
-        folds: (N,), the fold in which each is held out; all zero for no cross-validation.
+        folds: The fold in which each sample is held out, (N,); all zero without cross-validation.
         n_classes: K_base + K_new.
         few: Whether some new class has few images, see `CloneTask.has_few_images`.
     """
@@ -74,7 +74,7 @@ class HeadSamples:
 
     @property
     def has_base(self) -> bool:
-        """Whether there is any sample of a base class."""
+        """Whether there are samples of base classes."""
         return bool((self.labels < self.n_base).any())
 
     def select(self, rows: Tensor) -> "HeadSamples":
@@ -91,7 +91,7 @@ class HeadSamples:
         )
 
     def joined(self, others: "HeadSamples", rows: Tensor) -> "HeadSamples":
-        """Put these samples at the given rows, (N,) bool, and the others at the rest."""
+        """Merge with other samples: these go to the given rows, (N,) bool, the others to the rest."""
         order = torch.cat([rows.nonzero().flatten(), (~rows).nonzero().flatten()]).argsort()
 
         def whole(name: str) -> Tensor:
@@ -111,12 +111,12 @@ class HeadSamples:
 
 @dataclass(frozen=True, eq=False)
 class Stacking:
-    """How a `StackedHead` is to be made, chosen on held-out samples.
+    """Mixing weights of a `StackedHead`, chosen on held-out samples.
 
     Attributes:
         odds_weight: (4,), as in `StackedHead`.
-        class_weight: (2,), likewise.
-        logits: The composite's logits, (N, K_base + K_new), of each sample by scores fitted without its fold.
+        class_weight: (2,), as in `StackedHead`.
+        logits: The composite's held-out logits, (N, K_base + K_new): scores are fitted without the sample's fold.
         n_base: K_base.
     """
 
@@ -126,7 +126,7 @@ class Stacking:
     n_base: int
 
     def lowered(self, nats: float) -> "Stacking":
-        """The same with log-odds of new against base that are lower by so many nats."""
+        """Return the same with log-odds of new against base lowered by so many nats."""
         n_base, logits, odds = self.n_base, self.logits.clone(), self.odds_weight.clone()
         logits[:, n_base:] -= nats
         odds[3] -= nats
@@ -140,12 +140,13 @@ def choose_stacking(samples: HeadSamples) -> Stacking:
     samples: that the networks' own logits need no change, as in the direct ensemble, and that nothing is known. With
     more images only the second one is used: on separable data the first costs accuracy (digits 20/5: .957 for .975).
 
-    In the weights' log-loss base and new samples weigh the same, as in the average accuracy, and so do the classes of
-    either kind. Where there is one fold only, fitted scores cannot be judged: then both networks' own classifiers are
-    mixed without them, unless the source has none that is linear.
+    The log-loss gives base and new samples equal weight, as in the average accuracy, and within each kind every class.
+    With a single fold, fitted scores cannot be judged, so only both networks' own classifiers are mixed, unless the
+    source's is not linear.
 
     Args:
-        samples: With at least one sample of every new class and of some base class; the others take no part.
+        samples: At least one sample of every new class and of some base class; base classes without samples are left
+            out.
     """
     n_base, is_new = samples.n_base, samples.labels >= samples.n_base
     base, own = samples.base_logits.double(), samples.own_logits.double()
@@ -168,7 +169,7 @@ def choose_stacking(samples: HeadSamples) -> Stacking:
 
 
 def balanced_weights(labels: Tensor, n_base: int) -> Tensor:
-    """Weights of samples, (N,), float64: base and new samples weigh the same, and so do the classes of either kind.
+    """Return weights of samples, (N,), float64: equal totals for base and new, and for the classes within each.
 
     Args:
         labels: Class ids, (N,), base classes first.
@@ -181,7 +182,7 @@ def balanced_weights(labels: Tensor, n_base: int) -> Tensor:
 
 
 def _fit_odds(terms: Tensor, is_new: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, float]:
-    """Ridge logistic regression of new against base on terms (N, 3).
+    """Fit a ridge logistic regression of new against base on terms (N, 3).
 
     Returns:
         Weights (4,), the last one a constant; and the sum of losses and penalties.
@@ -202,7 +203,7 @@ def _fit_odds(terms: Tensor, is_new: Tensor, weights: Tensor, prior: Prior) -> t
 
 
 def _fit_classes(terms: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -> tuple[Tensor, float]:
-    """Ridge regression of the new classes (N,) on a weighted sum of logits (N, K_new, 2).
+    """Fit the weights of a sum of logits (N, K_new, 2) to the new classes (N,), with a ridge penalty.
 
     Returns:
         The two weights; and the sum of losses and penalties.
@@ -221,7 +222,7 @@ def _fit_classes(terms: Tensor, labels: Tensor, weights: Tensor, prior: Prior) -
 
 
 def _minimize(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
-    """The minimum of a smooth convex function of a few variables."""
+    """Minimise a smooth convex function of a few variables."""
     point = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([point], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -237,7 +238,7 @@ def _minimize(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 
 
 def fit_stacked(samples: HeadSamples, stacking: Stacking, own: SourceHead) -> StackedHead:
-    """Fit scores on all samples, and mix them with the source's own classifier as was chosen."""
+    """Fit scores on all samples, and mix them with the source's own classifier by the chosen weights."""
     head = StackedHead(in_half_precision(fit_scores(samples)), own)
     head.odds_weight.copy_(stacking.odds_weight)
     head.class_weight.copy_(stacking.class_weight)
@@ -245,7 +246,7 @@ def fit_stacked(samples: HeadSamples, stacking: Stacking, own: SourceHead) -> St
 
 
 def fit_scores(samples: HeadSamples) -> DiscriminantHead:
-    """Fit a logistic regression on all samples; in its log-loss they weigh as `balanced_weights` says."""
+    """Fit a logistic regression on all samples, weighted by `balanced_weights`."""
     weight, bias = _regressions(samples, torch.ones(len(samples.labels), 1))
     head = DiscriminantHead(samples.n_base, samples.n_classes, weight.shape[2])
     head.weight.copy_(weight[0])
@@ -254,10 +255,7 @@ def fit_scores(samples: HeadSamples) -> DiscriminantHead:
 
 
 def _held_out_odds(samples: HeadSamples) -> Tensor:
-    """Log-odds of each new class against the base, (N, K_new), of each sample by scores fitted without its fold.
-
-    Where there is one fold only nothing is held out.
-    """
+    """Return held-out log-odds of each new class against the base, (N, K_new); with a single fold none is held out."""
     n_folds, n_base = int(samples.folds.max()) + 1, samples.n_base
     others = 1 - F.one_hot(samples.folds, n_folds) if n_folds > 1 else torch.ones(len(samples.folds), 1)
     weight, bias = _regressions(samples, others)
@@ -270,7 +268,7 @@ def _held_out_odds(samples: HeadSamples) -> Tensor:
 
 
 def _regressions(samples: HeadSamples, taking_part: Tensor) -> tuple[Tensor, Tensor]:
-    """One logistic regression for each column of `taking_part` (N, R); classes without samples score `ABSENT`."""
+    """Fit a logistic regression for each column of `taking_part` (N, R); classes without samples score `ABSENT`."""
     present = samples.labels.bincount(minlength=samples.n_classes) > 0
     weights = balanced_weights(samples.labels, samples.n_base)
     weights = (weights / weights.mean())[:, None] * taking_part

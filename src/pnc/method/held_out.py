@@ -195,7 +195,8 @@ def outcome_of_part(part: Judged, unseen: Judged, whole: Judged, task: CloneTask
     """How each image fares with a part that was made on the images that score it.
 
     It fares as with the whole source at the same position, which has learned nothing, but for the probability that the
-    part gives to its class in place of the whole: few images say far more of probabilities than of right and wrong.
+    part gives to its class in place of the whole: few images say far more of probabilities than of right and wrong. A
+    change of probability counts as much as the whole source's errors are of the probability that it gives to others.
     What the part owes to having seen the images is taken off: how much more probability it gives to the right classes
     of one fold than the same part as it was made without this fold; never below zero.
 
@@ -209,8 +210,11 @@ def outcome_of_part(part: Judged, unseen: Judged, whole: Judged, task: CloneTask
     """
     rows = task.samples.folds == SCORED_FOLD
     likely, without, own = (one.log_likelihoods.double().exp() for one in (part, unseen, whole))
-    gain, error = outcome_of((likely - without)[rows], task, rows).average
-    return outcome_of(whole.correct.double() + likely - own - max(0.0, gain), task), error
+    right, sure = outcome_of(whole.correct, task), outcome_of(own, task)
+    wrong = max(1 - right.average[0], 1 / len(right.values))
+    scale = min(1.0, wrong / max(1 - sure.average[0], 1e-9))
+    gain, error = outcome_of(scale * (likely - without)[rows], task, rows).average
+    return outcome_of(whole.correct.double() + scale * (likely - own) - max(0.0, gain), task), error
 
 
 def base_drop_facts(samples: HeadSamples, judged: Judged, task: CloneTask) -> dict[str, float]:

@@ -1,16 +1,16 @@
 """The reference strategy: positions from the deepest upward, adapter and head trained by gradient, masks in turn.
 
 This is our reading of the search in *Partial Network Cloning* (Ye, Liu, Wang, CVPR 2023, arXiv:2303.10597), whose
-authors published no code. A position is a depth at which both networks are parted. At each, from the deepest on,
-adapter and head are trained on part of the support; masks, where they are asked for, are then chosen behind the trained
-adapter, and both are trained again; the rest of the support measures it. The search goes one position up while that
-helps. At the best position, all is trained once more, on the whole support.
+authors published no code. A position is a depth at which both networks are cut. At each, from the deepest upward,
+adapter and head are trained on part of the support; if channels are to be removed, masks are then chosen behind the
+trained adapter, and both are trained again; the rest of the support scores the result. The search moves up while that
+helps. At the best position everything is trained once more, on the whole support.
 
 Deviations: the head gives the new logits only, in the conditional form of `clones/heads.py`, so that the target's own
-stay as they are; the learning rate is chosen on held-out images, at the deepest position; the search goes on over a few
-positions that do not help, since with the first of them as its end it stopped almost at once; and the source's own
-penultimate features are aimed at beside the right classes, since with the classes alone a few hundred images were
-learnt by heart, and no position above the second one helped.
+logits do not change; the learning rate is chosen on held-out images, at the deepest position; the search continues past
+a few positions that do not help, since it stopped almost at once otherwise; and the loss includes the source's own
+penultimate features, since with the classes alone a few hundred images were memorised, and no position above the second
+one helped.
 """
 
 import itertools
@@ -35,13 +35,13 @@ from pnc.method.task import CloneTask, Network, Progress
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03)
 N_STEPS = 600
 PATIENCE = 3
-"""Positions in a row that may fail to help before the search ends: few held-out images say it with much noise."""
+"""The search ends after this many positions in a row without gain: scores on few held-out images are noisy."""
 HELD_OUT_SHARE = 0.4
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What was trained at one position, and how held-out images fared."""
+    """The pieces trained at one position, with their held-out outcome."""
 
     adapter: Adapter
     part: SourcePart
@@ -55,11 +55,11 @@ def search(task: CloneTask, part_of: Callable[[Adapter], SourcePart], progress: 
 
     Args:
         task: From `prepare_task`.
-        part_of: Makes the source's part behind an adapter: masked, where this is wanted.
+        part_of: Makes the source's part behind an adapter, with or without masks.
         progress: Called after each training.
     Returns:
-        What was trained on the whole support at the best position, with the outcome that this
-        position had before, on images that were held out.
+        The pieces trained on the whole support at the best position, with the position's earlier outcome on held-out
+        images.
     """
     pairs, n_done = depths(task), itertools.count(1)
     task = bounded(task, max((cut for cut, _ in pairs), key=lambda cut: cut.size))
@@ -86,7 +86,7 @@ def search(task: CloneTask, part_of: Callable[[Adapter], SourcePart], progress: 
 
 
 def depths(task: CloneTask) -> list[tuple[CutPoint, CutPoint]]:
-    """The positions of the search, deepest first: each cut of the source with the target's of most similar depth."""
+    """List the positions of the search, deepest first: each source cut with the target cut of most similar depth."""
 
     def depth(cut: CutPoint, network: Network) -> float:
         return cut.n_macs / network.head.features.n_macs
@@ -100,7 +100,7 @@ def depths(task: CloneTask) -> list[tuple[CutPoint, CutPoint]]:
 
 
 class _Place:
-    """One position, ready to be trained at."""
+    """Trains at one position."""
 
     def __init__(
         self, task: CloneTask, target_cut: CutPoint, source_cut: CutPoint, part_of: Callable[[Adapter], SourcePart]
@@ -112,7 +112,7 @@ class _Place:
         return views(self._task, self._target_cut)
 
     def fit(self, learning_rate: float, rows: Tensor, held_out: Tensor) -> Trained:
-        """Train adapter and head on `rows`, then masks and both again; measure `held_out`; both are (N,) bool."""
+        """Train adapter and head on `rows`, mask, train again, and score on `held_out`; both are (N,) bool."""
         task, schedule = self._task, Schedule(learning_rate, N_STEPS)
         data, generator = self._views.select(rows), torch.Generator().manual_seed(task.seed)
         body, features = own_copy(source_body(task, self._source_cut)), task.source.head.features
@@ -142,7 +142,7 @@ class _Place:
 
 
 def _held_out(task: CloneTask) -> Tensor:
-    """Which samples decide about learning rate and position, (N,) bool; all, where nothing can be held out."""
+    """Samples that choose learning rate and position, (N,) bool; all, if nothing can be held out."""
     n_folds = max(1, round(HELD_OUT_SHARE * task.samples.n_folds))
     return task.samples.folds < n_folds
 
@@ -159,7 +159,7 @@ def _logits(stitched: Stitched, head: Head, data: Views, batch_size: int) -> Ten
 
 
 def _is_rectified(task: CloneTask, cut: CutPoint) -> bool:
-    """Whether the source's tensor at `cut` is nowhere below zero on the support."""
+    """Whether the source's tensor at `cut` is never negative on the support."""
     prefix = extract(task.source.recording, None, [cut])
     with torch.no_grad():
         batches = task.samples.batches(task.batch_size)

@@ -1,8 +1,8 @@
-"""Scan of positions: where in the target, and from where in the source on, a clone costs least and keeps most.
+"""Scan: scores positions, pairs of cuts where a clone can leave the target and enter the source.
 
-A position is a pair of cuts. Two passes of the support through both networks score them in closed form: the first
-gathers the moments from which the adapter of every pair is solved; the second runs the source's rest behind the
-adapters of the promising pairs, fits the head and measures it on held-out folds.
+Two passes of the support through both networks score them in closed form: the first gathers the moments from which the
+adapter of every pair is solved; the second runs the rest of the source behind the adapters of the promising pairs, fits
+the head and measures it on held-out folds.
 """
 
 import math
@@ -29,40 +29,40 @@ MAX_SHOWN = 15
 """Positions that `print(scan)` shows."""
 RUNNER_UP = 1.1
 FITTED_IMAGES = 10_000
-"""Images of the support that adapters are fitted on, at most: they already give all rows that a regression needs."""
+"""At most this many images fit the adapters: they already give all rows that a regression needs."""
 SCORED_IMAGES = 2_000
-"""Images of the support that positions are scored on, at most: more would tell them apart no better."""
+"""At most this many images score the positions: more would not separate them better."""
 ROUND_MACS = 4 * 10**12
-"""Multiply-accumulates from which on positions are scored in two rounds: all on some images, the best again on more."""
+"""Scoring that takes more multiply-accumulates has two rounds: all positions on a few images, the best on the rest."""
 FIRST_IMAGES, N_FINALISTS = 100, 3
-"""Images of the first round, or as many as a quarter of those MACs allows; positions that go on to the second."""
+"""Images of the first round (more if a quarter of `ROUND_MACS` allows it), and positions in the second."""
 N_ERRORS_FINAL = 2.0
-"""Standard errors of the difference to the best by which a position may lie behind after the first round."""
+"""A position enters the second round only if it is at most this many standard errors of the difference behind."""
 N_ERRORS = 0.5
 """Standard errors of the difference to the best that are given up for lower cost; see docs/method.md."""
 COST_STEP = 0.1
-"""Share of the source's multiply-accumulates by which costs must differ to count as different."""
+"""Costs that differ by less than this share of the source's multiply-accumulates count as equal."""
 ROUNDING = 1e-12
 NO_ERROR = 1e-6
-"""Share of the variance that an adapter may miss which only passes on what it gets."""
+"""An adapter that misses no more than this share of the variance counts as exact."""
 
 
 @dataclass(frozen=True, eq=False)
 class Position:
-    """Where a clone leaves the target and enters the source, what that is worth and what it costs.
+    """Where a clone leaves the target and enters the source, with its held-out scores and its cost.
 
     Attributes:
         target_cut: The clone reads the target's tensor here.
         source_cut: The clone is the source from here on.
         adapter_error: Held-out share of the variance of the source's tensor that the adapter misses.
-        score: Average accuracy on held-out support; without base samples the accuracy among the new classes alone.
-        standard_error: Of `score`, from the number of held-out samples.
-        log_loss: On the same samples, in nats; base and new ones weigh the same.
+        score: Average accuracy on held-out support; without base samples, accuracy among the new classes only.
+        standard_error: Standard error of `score`, from the number of held-out samples.
+        log_loss: Log-loss on the same samples, in nats, with equal weight on base and new ones.
         n_macs: Multiply-accumulates added to the target per sample, without the head.
         n_params: Parameters of the adapter and of the source's part.
-        n_bytes: Of the clone's thin file, an upper estimate: the source's weights are not in it.
+        n_bytes: Upper estimate of the thin file's size, which excludes the source's weights.
         macs_share: `n_macs` as a share of the whole source's.
-        n_images: How many images of the support these were measured on.
+        n_images: Number of images of the support that these were measured on.
     """
 
     target_cut: CutPoint
@@ -79,7 +79,7 @@ class Position:
 
     @property
     def is_exact(self) -> bool:
-        """Whether its adapter changes nothing, or only units: the clone sees what the source would."""
+        """Whether its adapter loses nothing: the clone sees what the source would."""
         return self.adapter_error <= NO_ERROR
 
     def __repr__(self) -> str:
@@ -96,15 +96,15 @@ class Position:
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """What `scan` found.
+    """Result of `scan`. Mappings are keyed by the names of a position's two cuts.
 
     Attributes:
         positions: The scored positions, by log-loss, best first.
-        adapters: The fitted adapters of each, by the names of its two cuts, with what was seen behind them.
-        outcomes: Log-likelihoods of the images of the support at each, by the names of its two cuts.
-        adapter_errors: The adapters' errors of all pairs of cuts, scored or not, by the names of the two cuts.
-        exact_first: Whether a position whose adapter changes nothing goes before all others: of few images, the best of
-            many others only seems to be better.
+        adapters: The fitted adapters of each position, with the head's samples behind them.
+        outcomes: Log-likelihoods of the support's images at each position.
+        adapter_errors: Adapter errors of all pairs of cuts, scored or not.
+        exact_first: Whether exact positions go before all others: with few images, the best of many others only seems
+            better.
     """
 
     positions: tuple[Position, ...]
@@ -126,14 +126,13 @@ class Scan:
         return f"Scan({len(self.positions)} positions; best {self.positions[0]!r})"
 
     def adapter(self, position: Position) -> CrossFitted:
-        """Give the adapters of a scored position."""
+        """Return the adapters of a scored position."""
         return self.adapters[position.names]
 
     def loss_against(self, position: Position, other: Position) -> tuple[float, float]:
-        """By how much the log-loss of `position` is above that of `other`, and the standard error of that difference.
+        """Return the log-loss of `position` minus that of `other`, and the standard error of this difference.
 
-        Both were measured on the same images, so the error is far below that of either; their `n_images` must be the
-        same.
+        Both must have been measured on the same images (equal `n_images`), so the error is far below that of either.
         """
         return self.outcomes[other.names].minus(self.outcomes[position.names])
 
@@ -141,7 +140,7 @@ class Scan:
         """List the positions that no other one beats in both log-loss and added MACs, cheapest first.
 
         Args:
-            max_bytes: Only of those whose thin file is no larger; None for all.
+            max_bytes: Only consider positions whose thin file is no larger; None considers all.
         """
         allowed = [p for p in self.positions if max_bytes is None or p.n_bytes <= max_bytes]
         front: list[Position] = []
@@ -151,7 +150,7 @@ class Scan:
         return tuple(front)
 
     def facts(self, chosen: Position) -> list[dict[str, Any]]:
-        """The scored positions as plain values, best first; each says whether it is on the front, and chosen."""
+        """Return the scored positions as plain values, best first, with `on_front` and `chosen`."""
         front = self.front()
         return [
             {
@@ -167,23 +166,20 @@ class Scan:
     def choose(
         self, max_macs: float | None = None, max_bytes: int | None = None, n_errors: float = N_ERRORS
     ) -> Position:
-        """Choose the cheapest position whose log-loss lies within half a standard error of the best one's.
+        """Choose the cheapest position whose log-loss is within half a standard error of the best one's.
 
-        It is the error of the difference between both, on the same images (`loss_against`). The log-loss of few images
-        tells positions apart far better than the accuracy, see docs/method.md. Where costs differ by less than a tenth
-        of the source's MACs, a position whose adapter changes nothing goes first, as it is exact also on images unlike
-        those of the support; then the lowest log-loss. Of positions within the bounds, those that were scored on most
-        images count.
+        This is the error of the difference between both, on the same images (`loss_against`). On few images the
+        log-loss separates positions far better than the accuracy, see docs/method.md. If costs differ by less than a
+        tenth of the source's MACs, exact positions go first, since they are also exact on images unlike the support;
+        then the lowest log-loss. Among positions within the bounds, only those scored on most images count.
 
-        With at most five images of a new class a position whose adapter changes nothing goes before all others.
-
-        Without base samples nothing tells what an adapter does to images of base classes, which it was not fitted on: a
-        position whose adapter changes nothing, the whole source from its input on, then goes before all others.
+        Exact positions go before all others with at most five images of a new class, and without base samples: the
+        effect of an adapter on base images that it was not fitted on is unknown.
 
         Args:
             max_macs: Bound on the added MACs as a share of the source's, in (0, 1]; None for no bound.
             max_bytes: Bound on the size of the thin file; None for no bound.
-            n_errors: How many standard errors may be given up for lower cost, at least 0.
+            n_errors: Standard errors that may be given up for lower cost, at least 0.
         Raises:
             InputError: a bound is out of range, or no scored position is that cheap; the message names the cheapest.
         """
@@ -199,7 +195,9 @@ class Scan:
             smallest = min(p.n_bytes for p in allowed)
             allowed = [p for p in allowed if p.n_bytes <= max_bytes]
             if not allowed:
-                raise InputError(f"max_bytes={max_bytes}: the smallest file of such a clone may have {smallest} bytes")
+                raise InputError(
+                    f"max_bytes={max_bytes}: the smallest file of such a clone needs up to {smallest} bytes"
+                )
         exact = [p for p in allowed if p.is_exact]
         if exact and (not has_base or self.exact_first):
             return min(exact, key=lambda p: p.n_macs)
@@ -222,7 +220,7 @@ def scan(
 
     Args:
         task: From `prepare_task`.
-        max_cuts: Cuts taken of each network, spread over its depth in MACs.
+        max_cuts: Cuts to try in each network, spread over its depth in MACs.
         exhaustive: Score every pair of cuts, not only the promising ones.
         progress: Called after each batch.
     Raises:
@@ -239,7 +237,7 @@ def scan(
     fitter = adapter_fitter(task, *cuts)
     if fitter.n_bytes(task.samples.n_folds) > task.memory and not exhaustive:
         errors = ranked_pairs(task, *cuts, progress)
-        # One target cut for each source cut: with networks as large as this, every further pair takes minutes.
+        # One target cut for each source cut: in networks this large, every further pair takes minutes.
         chosen = shortlist(*cuts, errors, runner_up=0)
         fitter = adapter_fitter(task, *cuts, chosen)
     gather_moments(task, fitter, *cuts, "fitting adapters", progress)
@@ -250,7 +248,7 @@ def scan(
     adapters = {(t.name, s.name): fitter.solve(t, s) for t, s in chosen}
     if not exhaustive:
         adapters = _undominated(task, adapters)
-    del fitter  # its moments are the largest thing here
+    del fitter  # its moments take the most memory
     return Scan(*_scored(whole, adapters, source_cuts, progress), errors, whole.has_few_images)
 
 
@@ -260,9 +258,9 @@ def _scored(
     source_cuts: Sequence[CutPoint],
     progress: Progress | None,
 ) -> tuple[tuple[Position, ...], dict[tuple[str, str], CrossFitted], dict[tuple[str, str], Outcome]]:
-    """Score positions, best first; where that takes long, all on a part of the support and the best also on the rest.
+    """Score positions, best first; if that takes long, all on a part of the support and only the best on the rest.
 
-    The adapters that come back know what was seen behind them, if that was all of the support.
+    The returned adapters keep the head's samples behind them, if these are the whole support.
     """
     bodies = {s: source_body(task, s) for s in source_cuts}
     positions: dict[tuple[str, str], Position] = {}
@@ -303,7 +301,7 @@ def _scored(
 def _finalists(
     positions: Mapping[tuple[str, str], Position], outcomes: Mapping[tuple[str, str], Outcome]
 ) -> list[tuple[str, str]]:
-    """The positions that the choice may fall on, judged by the first round: the best ones, and none far behind."""
+    """Return the positions for the second round: the best ones of the first, and none far behind."""
     ranked = sorted(positions, key=lambda pair: (positions[pair].log_loss, positions[pair].n_macs))
     losses = [(pair, *outcomes[ranked[0]].minus(outcomes[pair])) for pair in ranked]
     return [pair for pair, loss, error in losses if loss <= N_ERRORS_FINAL * error + ROUNDING][:N_FINALISTS]
@@ -315,10 +313,10 @@ def shortlist(
     errors: Mapping[tuple[str, str], float],
     runner_up: float = RUNNER_UP,
 ) -> list[tuple[CutPoint, CutPoint]]:
-    """Choose the pairs of cuts that are worth running: their number grows linearly with that of the cuts.
+    """Choose the pairs of cuts worth running; their number grows linearly with the number of cuts.
 
-    What a position costs is decided by its source cut; among the target cuts it is the one whose adapter misses least,
-    and the next one where its error is at most `runner_up` times as large.
+    The source cut decides the cost of a position. Each is paired with the target cut whose adapter misses least, and
+    with the next one if its error is at most `runner_up` times as large.
     """
     chosen = []
     for s in source_cuts:
@@ -331,7 +329,7 @@ def shortlist(
 def _undominated(
     task: CloneTask, adapters: Mapping[tuple[str, str], CrossFitted]
 ) -> dict[tuple[str, str], CrossFitted]:
-    """Leave out what costs more than a position whose adapter passes on what it gets: nothing can be gained there."""
+    """Leave out positions that cost more than one with an identity adapter: they cannot be better."""
     costs = {pair: _added_macs(task, fitted.adapter) for pair, fitted in adapters.items()}
     bound = min((costs[pair] for pair, fitted in adapters.items() if fitted.adapter.is_identity), default=math.inf)
     return {pair: fitted for pair, fitted in adapters.items() if costs[pair] <= bound}
@@ -360,5 +358,5 @@ def _position(
 
 
 def _added_macs(task: CloneTask, adapter: Adapter) -> int:
-    """What a clone behind an adapter adds to the target per sample, without the head."""
+    """MACs that a clone with this adapter adds to the target per sample, without the head."""
     return adapter.n_macs + task.source.head.features.n_macs - adapter.source_cut.n_macs

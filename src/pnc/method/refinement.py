@@ -1,9 +1,10 @@
-"""Refinement by gradient: adapters tuned behind the frozen source, kept only where held-out images gain by it.
+"""Refinement by gradient: adapters tuned with the frozen source, kept only if held-out images gain.
 
-The closed form makes the source's tensor at the cut as well as an affine map can. What counts is what the source's rest
-makes of it: so the adapters go on from there by gradient, towards the penultimate features that the source itself has
-for the same images and towards the right classes. Every fold has an adapter of its own, tuned without it, as in closed
-form; so the head, again in closed form, and the decision when to stop rest on images that no adapter has seen.
+The closed form reproduces the source's tensor at the cut as well as an affine map can. What counts, though, are the
+features that the rest of the source computes from it. So the adapters are trained further by gradient, towards the
+source's own penultimate features for the same images and towards the right classes. As in closed form, every fold has
+its own adapter, tuned without it, so that the head (in closed form again) and the choice of the number of steps use
+images that no adapter has seen.
 """
 
 import copy
@@ -29,14 +30,14 @@ from pnc.method.task import CloneTask, Progress
 
 @dataclass(frozen=True, eq=False)
 class Views:
-    """What training needs of the support, sample by sample, computed once: all of it lies before the adapter.
+    """The support as training needs it, computed once, as none of it depends on the adapter.
 
     Attributes:
         tensors: The target's tensors at the cut, (N, ...).
-        target_features: Its penultimate features, (N, D_t).
-        base_logits: Its logits, (N, K_base).
-        source_features: The source's penultimate features of the same images, (N, D_s).
-        labels: (N,), base classes first.
+        target_features: The target's features that the head reads, (N, D_t).
+        base_logits: The target's logits, (N, K_base).
+        source_features: The source's penultimate features, (N, D_s).
+        labels: Class ids, (N,), base classes first.
     """
 
     tensors: Tensor
@@ -51,14 +52,14 @@ class Views:
 
 
 RefiningLoss = Callable[[Tensor, Head, Views], Tensor]
-"""(the clone's features (B, D_s), the head, the batch) -> loss."""
+"""Maps the clone's features (B, D_s), the head and the batch to a loss."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast is trained: Adam, the learning rate falls linearly to zero."""
+    """Schedule of Adam: the learning rate falls linearly to zero."""
 
     learning_rate: float
     n_steps: int
@@ -71,9 +72,9 @@ CLASS_WEIGHT = 0.3
 
 
 def bounded(task: CloneTask, cut: CutPoint) -> CloneTask:
-    """The task with as much of its support as its memory has room for, where `views` are kept."""
+    """Return the task with as much of its support as its memory can hold as `Views`."""
     widths = cut.size, task.target.head.features.n_channels, task.source.head.features.n_channels
-    return task.within(8 * sum(widths))  # float32, and a choice of them beside
+    return task.within(8 * sum(widths))  # float32, twice: all of them and a selection
 
 
 @torch.no_grad()
@@ -104,18 +105,18 @@ def train(
 ) -> list[tuple[Adapter, Head]]:
     """Train copies of an adapter and a head; the source's part between them stays frozen.
 
-    Batches hold every class equally often.
+    Batches draw every class equally often.
 
     Args:
-        stitched: The adapter to start from and the source's part, whose parameters need no gradient.
-        head: To start from.
-        data: What is trained on.
-        loss: Of a batch.
-        schedule: How long and how fast.
+        stitched: The adapter to start from, and the source's part, whose parameters need no gradient.
+        head: The head to start from.
+        data: Training data.
+        loss: Loss of a batch.
+        schedule: Learning rate, steps and snapshots.
         generator: Draws the batches.
-        team: Processes that share every batch; all are given the same.
+        team: Processes that share every batch; all get the same arguments.
     Returns:
-        Adapter and head at each of the schedule's snapshots; they share nothing with those given.
+        Adapter and head at each snapshot; they share no memory with those given.
     """
     adapter, head = copy.deepcopy(stitched.adapter), copy.deepcopy(head)
     trained = Stitched(adapter, stitched.body, stitched.features)
@@ -132,7 +133,7 @@ def train(
             optimizer.zero_grad()
             features = trained(batch.tensors[team.part(schedule.batch_size)])
             loss(team.whole(features, schedule.batch_size), head, batch).backward()
-        team.sum_gradients(leaves)  # the head's are of the whole batch already
+        team.sum_gradients(leaves)  # the head's are already those of the whole batch
         optimizer.step()
         decay.step()
         if step % (schedule.n_steps // schedule.n_snapshots) == 0:
@@ -149,7 +150,7 @@ def _frozen(module: Module) -> Module:
 
 
 def composite_class_loss(features: Tensor, head: Head, batch: Views) -> Tensor:
-    """Cross entropy of the composite's logits; among the new ones alone where `head` knows no base samples."""
+    """Cross entropy of the composite's logits; among the new classes only if `head` was made without base samples."""
     new, n_base = head(batch.target_features, features, batch.base_logits), batch.base_logits.shape[1]
     if isinstance(head, SourceHead):
         return F.cross_entropy(new, batch.labels - n_base)
@@ -163,18 +164,18 @@ def feature_loss(features: Tensor, head: Head, batch: Views) -> Tensor:
 
 
 def refining_loss(features: Tensor, head: Head, batch: Views) -> Tensor:
-    """What adapters are refined by."""
+    """The loss of refinement."""
     return feature_loss(features, head, batch) + CLASS_WEIGHT * composite_class_loss(features, head, batch)
 
 
 @dataclass(frozen=True, eq=False)
 class Refined:
-    """What came of a refinement.
+    """Result of a refinement.
 
     Attributes:
-        fitted: The refined adapters; those given, where held-out images gained nothing.
-        n_steps: After which they were best; 0 where the closed form was.
-        gain: In average accuracy on held-out folds, at least 0.
+        fitted: The refined adapters, or the given ones if held-out images gained nothing.
+        n_steps: Steps after which they were best; 0 for the closed form.
+        gain: Gain in average accuracy on held-out folds, at least 0.
     """
 
     fitted: CrossFitted
@@ -185,15 +186,15 @@ class Refined:
 def refined(
     task: CloneTask, fitted: CrossFitted, part: nn.Module, steps: Steps = NO_STEPS, progress: Progress | None = None
 ) -> Refined:
-    """Tune the adapters of a position by gradient, and keep what held-out images gain by.
+    """Tune the adapters of a position by gradient, and keep the result if held-out images gain.
 
-    An adapter that passes on what it gets has nothing to tune, and is kept.
+    An identity adapter has nothing to tune and is kept.
 
     Args:
         task: From `prepare_task`.
         fitted: The position's adapters in closed form.
-        part: The source's part behind them, an own copy without gradients.
-        steps: Where what was trained is kept, and found again.
+        part: The source's part behind them, a copy without gradients.
+        steps: Stores trained adapters, so that a stopped job can continue.
         progress: Called after each training.
     """
     if fitted.adapter.is_identity:
@@ -227,7 +228,7 @@ def refined(
 
 
 def held_out_quality(task: CloneTask, samples: HeadSamples) -> tuple[float, float]:
-    """Average accuracy and average log-loss of samples by a head that was fitted without them."""
+    """Return the average accuracy and average log-loss of samples under a head fitted without them."""
     judged, is_base = judge(samples), samples.labels < samples.n_base
     losses = F.cross_entropy(judged.logits, judged.labels, reduction="none")
     kinds = [losses[rows] for rows in (is_base, ~is_base) if rows.any()]

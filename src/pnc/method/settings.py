@@ -1,4 +1,4 @@
-"""What a clone may cost and what is removed for it: settings that travel together, checked as they are made."""
+"""Settings of a clone: what may be removed, what it may cost, and how it is made; each checked when it is made."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -12,35 +12,34 @@ from pnc.foundation.process_team import Team
 from pnc.foundation.tensor_bits import dtype_name
 
 Method = Literal["gates", "taylor", "magnitude", "random", "local-surrogate"]
-"""How channels are chosen: learned by gradient, scored once, or by the paper's rule."""
+"""How channels are chosen: learned by gradient, scored once, or with the paper's rule."""
 
 Tune = Literal["weights", "low-rank", "norms", "none"]
-"""What of a part is tuned once channels are gone."""
+"""Which parameters of a part are tuned after channels were removed."""
 
 Prefer = Literal["accuracy", "balanced", "small"]
-"""What an automatic density gives up for lower cost, in plain words."""
+"""How much accuracy an automatic density gives up for lower cost."""
 
 Effort = Literal["seconds", "minutes"]
-"""How long a clone may take: closed form only, or with learning by gradient."""
+"""How long making a clone may take: closed form only, or with training by gradient."""
 
 Strategy = Literal["scan", "sequential"]
-"""How a position is found: all in closed form, or as the paper does (`paper_search`), the reference."""
-
+"""How a position is found: in closed form, or with the paper's search (`paper_search`), as a reference."""
 
 LEAST_MEMORY = 2**20
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Which channels of the source's part go.
+    """Which channels of the source's part are removed, and what is tuned afterwards.
 
     Attributes:
         density: Share of the prunable multiply-accumulates to keep, in (0, 1], or "auto".
-        method: How channels are chosen below density 1; None for what suits the tuning.
-        round_to: Keep multiples of so many channels.
-        tune: What of the part is tuned then.
+        method: How channels are chosen below density 1; None chooses the method that suits `tune`.
+        round_to: Keep channels in multiples of this number.
+        tune: Which parameters of the part are tuned; None chooses.
     Raises:
-        InputError: one of them is out of range.
+        InputError: a value is out of range.
     """
 
     density: float | Literal["auto"] = 1.0
@@ -59,7 +58,7 @@ class Removal:
 
     @property
     def fixed_density(self) -> float:
-        """The density where one position is given.
+        """The density, if it is a number.
 
         Raises:
             InputError: it is "auto", which chooses among positions.
@@ -71,14 +70,14 @@ class Removal:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a clone may cost; None bounds nothing.
+    """What a clone may cost; None sets no bound.
 
     Attributes:
         max_macs: Added multiply-accumulates as a share of the source's, in (0, 1].
         max_bytes: Size of the thin file, at least 1.
         max_base_drop: Accuracy that base images may lose, in (0, 1).
     Raises:
-        InputError: one of them is out of range.
+        InputError: a bound is out of range.
     """
 
     max_macs: float | None = None
@@ -93,18 +92,16 @@ class Bounds:
         if self.max_base_drop is not None:
             check_share(self.max_base_drop, "max_base_drop", "base images", ", or None")
             if self.max_base_drop == 1:
-                raise InputError(
-                    "max_base_drop: 1 would allow to lose every base image; give less, such as 0.02, or None"
-                )
+                raise InputError("max_base_drop: 1 allows losing every base image; give less, such as 0.02, or None")
 
     @property
     def is_bounded(self) -> bool:
-        """Whether anything is bounded."""
+        """Whether any bound is set."""
         return self != Bounds()
 
 
 def check_strategy(strategy: str, removal: Removal, bounds: Bounds, refine: bool) -> None:
-    """Refuse a strategy that does not exist, or that what else is asked for does not fit to.
+    """Refuse an unknown strategy, and the sequential search with arguments that it does not support.
 
     Raises:
         InputError: the message names the arguments to leave out.
@@ -112,16 +109,16 @@ def check_strategy(strategy: str, removal: Removal, bounds: Bounds, refine: bool
     check_choice(strategy, "strategy", get_args(Strategy))
     if strategy == "sequential" and (bounds.is_bounded or refine):
         raise InputError(
-            "strategy: the sequential search takes no max_macs, max_bytes, max_base_drop or refine; leave them out"
+            "strategy: 'sequential' does not support max_macs, max_bytes, max_base_drop or refine; leave them out"
         )
 
 
 def check_effort(effort: str, prefer: str, removal: Removal, refine: bool, strategy: str) -> Removal:
-    """Refuse what takes longer than is allowed, or does not go together.
+    """Refuse arguments that take longer than `effort` allows, or that exclude each other.
 
     Returns:
-        What is removed and tuned: where there is nothing to choose, at density 1 by default, and with nothing tuned in
-        closed form.
+        The removal with defaults filled in: unchanged if a density may be searched, otherwise density 1 for "auto", and
+        nothing tuned (with `refine`, norms) unless asked for.
     Raises:
         InputError: the message names the arguments to leave out.
     """
@@ -129,16 +126,16 @@ def check_effort(effort: str, prefer: str, removal: Removal, refine: bool, strat
     check_choice(prefer, "prefer", get_args(Prefer))
     tune = removal.tune
     if refine and tune in ("weights", "low-rank"):
-        raise InputError(f"refine: tune={tune!r} moves the adapter already; leave one of them out")
+        raise InputError(f"refine: tune={tune!r} already tunes the adapter; leave one of them out")
     if strategy == "sequential" and tune is not None:
-        raise InputError("tune: the sequential search tunes nothing but adapter and head; leave it out")
+        raise InputError("tune: strategy='sequential' tunes only adapter and head; leave it out")
     if effort == "seconds":
         learned = [f"method={removal.method!r}"] if removal.method in ("gates", "local-surrogate") else []
         learned += [f"tune={tune!r}"] if tune not in (None, "none") else []
         learned += ["refine=True"] if refine else []
         learned += [f"strategy={strategy!r}"] if strategy == "sequential" else []
         if learned:
-            raise InputError(f"effort: 'seconds' is closed form alone, and {learned[0]} learns by gradient; drop one")
+            raise InputError(f"effort: 'seconds' is closed form only, but {learned[0]} trains by gradient; drop one")
     if effort == "minutes" and not refine and strategy == "scan":
         return removal
     density = 1.0 if removal.density == "auto" else removal.density
@@ -146,13 +143,13 @@ def check_effort(effort: str, prefer: str, removal: Removal, refine: bool, strat
 
 
 def check_network(model: nn.Module, argument: str) -> None:
-    """Refuse what is no network of float32, before anything is read."""
+    """Refuse anything but a float32 network."""
     check_module(model, argument)
     other = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32), None)
     if other is not None:
         raise InputError(
-            f"{argument} has parameters in {dtype_name(other)}, and clones are made in float32: give "
-            f"copy.deepcopy({argument}).float() here (precision='bfloat16' is faster), and cast the composite"
+            f"{argument} has parameters in {dtype_name(other)}, but clones are made in float32: pass "
+            f"copy.deepcopy({argument}).float() (precision='bfloat16' is faster), and cast the composite"
         )
 
 

@@ -1,4 +1,4 @@
-"""A part of the source."""
+"""A part of the source, and how it was made."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ from pnc.clones.deltas import Deltas
 
 @dataclass(frozen=True, eq=False)
 class SourcePart:
-    """A part of the source, as an own copy without gradients.
+    """A part of the source: a copy without gradients.
 
     Attributes:
-        module: From the cut to the source's penultimate features.
-        masks: What was removed of it; None for nothing.
-        density: Share of its prunable multiply-accumulates that is left.
-        deltas: What tuning changed of its parameters, merged into them; None for nothing.
-        held_out: The same part as it was made without the fold that scores the clone; None where that is no other.
+        module: The source from the cut to its penultimate features.
+        masks: Which channels were kept; None for all.
+        density: Share of its prunable multiply-accumulates that was kept.
+        deltas: How tuning changed its parameters, already merged into them; None if nothing was tuned.
+        held_out: The part made without the fold that scores the clone; None if that is the same.
     """
 
     module: fx.GraphModule

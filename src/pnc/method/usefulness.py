@@ -1,4 +1,4 @@
-"""Whether a clone can be of use at all: what both networks make of the support, before any work."""
+"""Whether a clone can be useful at all: both networks are tried on the support before any work."""
 
 import math
 import warnings
@@ -14,21 +14,21 @@ from pnc.foundation.errors import PNCWarning
 from pnc.method.task import CloneTask, Network
 
 N_IMAGES = 1000
-"""Images of the support that are looked at, at most."""
+"""At most this many images of the support are tried."""
 SURPRISE = 0.05
-"""Probability below which a number of right answers is not taken for luck."""
+"""Probability below which a number of correct answers is not considered chance."""
 HARDLY = 1e-3
-"""Standard deviation of logits, or share of their size where that is above 1, below which they say nothing."""
+"""Logits with a smaller standard deviation say nothing; a share of their size if that is above 1."""
 
 
 @dataclass(frozen=True)
 class Usefulness:
-    """What both networks make of the support.
+    """How well both networks do on the support.
 
     Attributes:
-        source_score: Share of the new samples that the source gets right: among the new classes, or, of a single one,
-            among all of its own; None where it has one class only.
-        doubts: In words, each with its figures; empty where all seems well.
+        source_score: The source's accuracy on the new samples: among the new classes or, for a single one, among all of
+            its classes; None if it has only one.
+        doubts: Signs of a mistake, in words and figures; empty if there are none.
     """
 
     source_score: float | None
@@ -36,26 +36,26 @@ class Usefulness:
 
 
 _KNOWN: WeakKeyDictionary[CloneTask, Usefulness] = WeakKeyDictionary()
-"""Each task is looked at once, and doubted once."""
+"""Each task is checked once and warned about once."""
 
 
 def usefulness(task: CloneTask) -> Usefulness:
-    """Say what both networks make of the support, and warn of doubts, when a task is first asked about.
+    """Check how well both networks do on the support; the first call for a task warns of doubts.
 
-    Called by a public function, so that the warning names its caller's line.
+    Called by a public function, so that the warning names the line of its caller.
     """
     if task not in _KNOWN:
-        _KNOWN[task] = found = _looked_at(task)
+        _KNOWN[task] = found = _checked(task)
         if found.doubts and task.team.is_main:
             warnings.warn("; ".join(found.doubts), PNCWarning, stacklevel=4)
     return _KNOWN[task]
 
 
-def _looked_at(task: CloneTask) -> Usefulness:
-    """Run the source over the new samples and the target over the base ones, and look for signs of a mistake.
+def _checked(task: CloneTask) -> Usefulness:
+    """Run the source on the new samples and the target on the base ones, and look for signs of a mistake.
 
-    A network is doubted if it is right no more often than chance allows, and so rarely that a useful one would be a
-    surprise: with very few samples neither can be said, and nothing is.
+    A network is doubted if it is correct no more often than by chance, and so rarely that a useful network would hardly
+    be. With very few samples this cannot be told, and nothing is doubted.
     """
     part = _each_image_once(task.reduced(N_IMAGES))
     labels = part.samples.labels
@@ -90,7 +90,7 @@ def _looked_at(task: CloneTask) -> Usefulness:
 
 
 def _each_image_once(task: CloneTask) -> CloneTask:
-    """The same task without the copies of its images, such as mirror images."""
+    """Return the same task without copies of its images, such as mirror images."""
     groups = task.samples.groups
     first = torch.zeros(len(groups), dtype=torch.bool)
     first[[int((groups == group).nonzero()[0]) for group in groups.unique()]] = True
@@ -98,7 +98,7 @@ def _each_image_once(task: CloneTask) -> CloneTask:
 
 
 def _logits(task: CloneTask, network: Network, rows: Tensor) -> Tensor:
-    """What a network says of some samples, (n, K), float32 on the CPU."""
+    """Return a network's logits for some samples, (n, K), float32 on the CPU."""
     images, model, like = task.samples.images.select(rows), network.recording.module, network.recording.probe
     with torch.no_grad():
         batches = (images[part] for part in torch.arange(len(images)).split(task.batch_size))
@@ -113,14 +113,14 @@ def _at_chance(role: str, right: Tensor, kind: str, n_choices: int, argument: st
 
 
 def _fails(right: Tensor, chance: float) -> bool:
-    """Whether so few right answers are what chance gives, and what a useful network would hardly give."""
+    """Whether so few correct answers are likely by chance, and unlikely for a useful network."""
     n, hits = len(right), int(right.sum())
     no_better = 1 - _at_most(hits - 1, n, chance) > SURPRISE
     return no_better and _at_most(hits, n, (1 + chance) / 2) < SURPRISE
 
 
 def _at_most(hits: int, n: int, probability: float) -> float:
-    """Probability of so many hits or fewer among n."""
+    """Probability of at most `hits` hits among n."""
     logs = partial(_log_binomial, n=n, probability=probability)
     return math.fsum(math.exp(logs(k)) for k in range(hits + 1))
 

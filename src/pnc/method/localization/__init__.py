@@ -1,1 +1,1 @@
-"""Which of the source's channels to keep: scored at once or learned. Start with `localizer`."""
+"""Which of the source's channels to keep: scored once or learned. Start with `localizer`."""

@@ -1,4 +1,4 @@
-"""What a part of the source shall give for images: what localization and tuning are both trained towards."""
+"""The loss of localization and tuning: how far a part's outputs are from the source's own answers."""
 
 from dataclasses import dataclass
 
@@ -13,19 +13,19 @@ from pnc.method.discriminants import fit_discriminants
 from pnc.method.task import CloneTask
 
 MARGIN = 3.0
-"""Nats by which the logits of classes that are not cloned shall stay below those of the cloned ones."""
+"""Nats by which logits of classes that are not cloned must stay below those of the cloned ones."""
 LOGITS_WEIGHT = 0.3
-"""Of the cloned classes' logits, beside the features, in what a part shall give."""
+"""Weight of the cloned classes' logits in the loss."""
 SHRINKAGE = 0.2
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What the source itself says of images.
+    """The source's own answers to images.
 
     Attributes:
-        features: Its penultimate features, pooled, (N, D_s).
-        logits: Its logits of the cloned classes, (N, K_new).
+        features: Penultimate features, pooled, (N, D_s).
+        logits: Logits of the cloned classes, (N, K_new).
     """
 
     features: Tensor
@@ -37,20 +37,19 @@ class Answers:
 
 
 class Aim:
-    """What a part shall give: the source's features, where they matter, and no class but the cloned.
+    """The aim of a part: the source's features, where they matter, and no class except the cloned ones.
 
-    Four terms: the squared distance from the source's own features in units of their variance, but for a shift that all
-    samples share, which heads make up for; the same along the discriminants of the classes at hand; the squared
-    distance of the cloned classes' logits, likewise in units; and, where the source knows classes that are not cloned,
-    what their logits lack to stay by `MARGIN` below what the source itself says of the cloned ones. The last one makes
-    the part forget the others, for which the free shift leaves it room: where the shift counts, the part keeps
-    less and forgets less.
+    The loss has four terms: the squared distance from the source's own features in units of their variance, except for
+    a shift common to all samples, which heads compensate; the same along the discriminants of the classes in the
+    support; the squared distance of the cloned classes' logits, in units of their variance; and, if the source knows
+    other classes, a penalty unless their logits stay `MARGIN` below the source's own logits of the cloned ones. The
+    last term makes the part forget the other classes; without the free shift it keeps less and forgets less.
 
     Args:
-        task: Whose source; units and discriminants are those of its support.
+        task: Gives the source; variances and discriminants are those of its support.
 
     Attributes:
-        support: What the source says of the support.
+        support: The source's answers to the support.
     """
 
     def __init__(self, task: CloneTask) -> None:
@@ -68,7 +67,7 @@ class Aim:
         self._classifier = extract(task.source.recording, self._features, [LOGITS])
 
     def answers(self, images: Tensor) -> Answers:
-        """What the source says of any images (B, C, H, W), in float32."""
+        """Return the source's answers to any images (B, C, H, W), in float32."""
         with torch.no_grad():
             features, logits = self._answers(to_device(images, self._device))
         return Answers(features.float(), logits.float())
@@ -78,7 +77,7 @@ class Aim:
         return pool(features, self._features), logits[:, self._cloned]
 
     def loss(self, outputs: Tensor, wanted: Answers) -> Tensor:
-        """The mean over a batch of the part's outputs; `wanted` are the source's answers for the same images."""
+        """Return the mean loss of a batch of outputs; `wanted` are the source's answers to the same images."""
         missed = pool(outputs, self._features) - wanted.features
         missed = missed - missed.mean(0)
         logits = self._classifier(outputs)
@@ -92,12 +91,12 @@ class Aim:
 
 
 def _discriminants(features: Tensor, labels: Tensor) -> Tensor:
-    """Directions of features (N, D) that tell classes apart, one for each class that there is, (D, K)."""
+    """Directions of features (N, D) that separate the classes, one for each class in `labels`, (D, K)."""
     classes, places = labels.unique(return_inverse=True)
     weight, _ = fit_discriminants(features.cpu(), places, len(classes), SHRINKAGE)
     return (weight - weight.mean(0)).T.to(features)
 
 
 def _above_zero(variance: Tensor) -> Tensor:
-    """Variances, those of what never moves replaced by something small."""
+    """Replace zero variances by something small."""
     return variance.clamp_min(1e-6 * float(variance.max()) + 1e-12)

@@ -1,4 +1,4 @@
-"""Localization, one-shot forms: which channels of a segment serve the images that are to be cloned.
+"""One-shot localization: scores which channels of a segment matter for the images of the support.
 
 Each method gives a score per unit (`taylor_scores`, `magnitude_scores`, `random_scores`); `one_shot_ranking` makes them
 comparable between all units of a segment, and `masks_within` keeps the best ones within a budget.
@@ -35,9 +35,9 @@ def one_shot_ranking(
     """Rank the units of a segment for `masks_within`.
 
     Args:
-        segment: The part of the source that would be cloned.
-        costs: Of this segment.
-        inputs: What the segment sees of the support, (N, ...).
+        segment: The part of the source.
+        costs: Its costs.
+        inputs: Its inputs for the support, (N, ...).
         generator: For "random" and "taylor".
         method: "taylor": effect on the output for these inputs, to first order, per multiply-accumulate; "magnitude":
             size of the weights; "random": the baseline, uniform over all units.
@@ -57,21 +57,22 @@ def one_shot_ranking(
 def taylor_scores(
     segment: fx.GraphModule, spaces: ChannelSpaces, inputs: Tensor, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Effect of removing each unit on the output, to first order, from gradients at gates of 1 wherever it is read.
+    """Estimate the effect of removing each unit on the output, to first order.
 
-    It is the expected squared change of the output, the sum over samples of |d output / d gate|^2, estimated along
-    random directions of the output.
+    Each unit has a gate of 1 wherever it is read. The effect is the expected squared change of the output, the sum over
+    samples of |d output / d gate|^2, estimated along random directions of the output.
 
     Args:
-        inputs: (N, ...).
+        segment: The part of the source.
+        spaces: Its channel spaces.
+        inputs: Its inputs, (N, ...).
         generator: Draws the random directions.
     Returns:
         Space name -> scores (size,), float64, non-negative.
     Raises:
         InputError: the inputs do not fit the segment.
-    Source: after Molchanov et al., 2017 (arXiv:1611.06440). Deviations: the output takes the place of their loss, which
-    is at a minimum here and has no gradient; `one_shot_ranking` divides by the price in MACs instead of normalising by
-    layer.
+    Source: after Molchanov et al., 2017 (arXiv:1611.06440). Deviations: the output replaces their loss, which is at a
+    minimum here and has no gradient; `one_shot_ranking` divides by the price in MACs instead of normalising by layer.
     """
     _check_inputs(segment, inputs)
     if not spaces.spaces:
@@ -90,9 +91,9 @@ def taylor_scores(
 
 
 def magnitude_scores(segment: fx.GraphModule, spaces: ChannelSpaces) -> dict[str, Tensor]:
-    """Size of each unit's weights: L2 norm of the producers' rows, times the scale of the norms behind them.
+    """Measure each unit's weights: L2 norm of the producers' rows, times the scale of the norms behind them.
 
-    Sizes are taken relative to the mean of their space, since layers differ in scale for reasons of their own.
+    Sizes are relative to the mean of their space, since scales differ between layers for other reasons.
 
     Returns:
         Space name -> scores (size,), float64, non-negative.
@@ -118,7 +119,7 @@ def magnitude_scores(segment: fx.GraphModule, spaces: ChannelSpaces) -> dict[str
 
 
 def random_scores(spaces: ChannelSpaces, generator: torch.Generator) -> dict[str, Tensor]:
-    """Scores that make `masks_within` drop units uniformly; space name -> (size,), float64."""
+    """Draw scores with which `masks_within` drops units uniformly; space name -> (size,), float64."""
     return by_space(spaces, torch.rand(spaces.n_units, generator=generator, dtype=torch.float64))
 
 
@@ -126,10 +127,10 @@ def random_scores(spaces: ChannelSpaces, generator: torch.Generator) -> dict[str
 
 
 class Gated(fx.Interpreter):
-    """Runs a segment with a factor on every unit, wherever units are read (`ChannelSpaces.reads`).
+    """Runs a segment with a factor on every unit, wherever it is read (`ChannelSpaces.reads`).
 
     Args:
-        segment: The one that `spaces` were found in, opened.
+        segment: The segment of `spaces`, opened.
         spaces: Its channel spaces.
     """
 
@@ -139,13 +140,13 @@ class Gated(fx.Interpreter):
         self._gates = torch.empty(0)
 
     def run_with(self, inputs: Tensor, gates: Tensor) -> Tensor:
-        """Give the outputs for inputs (B, ...) and factors of the units: for each sample (B, n_units), or for all."""
-        self._gates = F.pad(gates, (0, 1), value=1.0)  # the last one for KEPT, -1
+        """Return the outputs for inputs (B, ...) and factors of the units: per sample (B, n_units), or (n_units,)."""
+        self._gates = F.pad(gates, (0, 1), value=1.0)  # the last one is for KEPT, which is -1
         out: Tensor = self.run(inputs)
         return out
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node; what it reads is scaled for this node only."""
+        """Run one node; its inputs are scaled for this node only."""
         values = {source: self.env[source] for source in n.all_input_nodes if (n.name, source.name) in self._reads}
         for source, value in values.items():
             self.env[source] = value * self._factors(source, self._spaces.nodes[source.name])
@@ -155,21 +156,21 @@ class Gated(fx.Interpreter):
             self.env.update(values)
 
     def _factors(self, node: fx.Node, channels: Channels) -> Tensor:
-        """The gates in the shape of a node's tensor: 1 everywhere but along the batch and the channels."""
+        """Return the gates in a shape that broadcasts to a node's tensor along batch and channels."""
         factors = self._gates[..., channels.units.to(self._gates.device)]  # (size,) or (B, size)
         shape = [1] * len(shape_of(node))
         shape[channels.dim] = len(channels.units)
         if factors.dim() == 1:
             return factors.reshape(shape)
         batch = batch_dims(node)[0]
-        # Windows or tokens folded into the batch: those of a sample follow each other.
+        # If windows or tokens are folded into the batch, those of a sample are contiguous.
         factors = factors.repeat_interleave(shape_of(node)[batch] // BATCH_SIZES[0], 0)
         shape[batch] = len(factors)
         return (factors if batch < channels.dim else factors.T).reshape(shape)
 
 
 def by_space(spaces: ChannelSpaces, flat: Tensor) -> dict[str, Tensor]:
-    """Values of all units, (n_units,), as copies by name of the space."""
+    """Split values of all units, (n_units,), into copies by space name."""
     return {space.name: flat[space.start : space.start + space.size].clone() for space in spaces.spaces}
 
 

@@ -1,8 +1,8 @@
-"""Gates: which channels of a segment to keep, learned by gradient, with the norms that make up for those that go.
+"""Gates: learns by gradient which channels of a segment to keep, and norms that compensate for the others.
 
-Every unit has a rank. At each step the best ones within the budget are kept, and the gradient of the loss for switching
-a unit reaches its rank straight through (Bengio et al., 2013, arXiv:1308.3432). The budget shrinks step by step, so
-that it is met at the end without any penalty.
+Every unit has a rank. At each step the best units within the budget are kept, and the gradient of the loss with respect
+to a unit's gate passes straight through to its rank (Bengio et al., 2013, arXiv:1308.3432). The budget shrinks step by
+step, so that it is met in the end without a penalty.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ from pnc.method.localization.norms import LEARNING_RATE, Batch, optimizer_for, t
 
 GATES_LEARNING_RATE = 0.01
 SHRINKING = 0.3
-"""Share of the steps after which the budget is reached."""
+"""Share of the steps after which the budget stops shrinking."""
 
 
 def learn_gates(
@@ -33,24 +33,24 @@ def learn_gates(
     tune: bool,
     team: Team = ALONE,
 ) -> tuple[dict[str, Tensor], fx.GraphModule]:
-    """Learn ranks for `masks_within`; the segment itself stays as it is.
+    """Learn ranks for `masks_within`; the segment itself is not changed.
 
     Args:
-        segment: The part of the source that would be cloned; has at least one space.
-        costs: Of this segment.
+        segment: The part of the source; it has at least one channel space.
+        costs: Its costs.
         start: Space name -> ranks (size,) to start from; learning moves them by about one.
-        density: The share of the prunable MACs that is aimed at.
+        density: Share of the prunable MACs to keep.
         batches: At least `n_steps` batches.
         n_steps: Steps of Adam.
-        tune: Learn scales and shifts of the norms at the same time, as if they could follow.
-        team: Processes that share every batch; all are given the same.
+        tune: Learn scales and shifts of the norms at the same time.
+        team: Processes that share every batch; all get the same arguments.
     Returns:
-        Space name -> ranks (size,), float64; and a copy of the segment with the norms that were learned.
+        Space name -> ranks (size,), float64; and a copy of the segment with the learned norms.
     """
     spaces = costs.spaces
     gated = own_copy(opened(segment))
     gates = Gated(gated, spaces)
-    # Ranks are updated on the CPU, where the budget is counted.
+    # Ranks are on the CPU, where the budget is counted.
     ranks = torch.cat([start[space.name].detach().float().cpu() for space in spaces.spaces]).requires_grad_(True)
     with training_norms(gated, team) as norms:
         groups: list[dict[str, object]] = [{"params": [ranks], "lr": GATES_LEARNING_RATE}]
@@ -71,7 +71,7 @@ def learn_gates(
 
 
 def _straight_through(costs: Costs, ranks: Tensor, n_macs: int) -> Tensor:
-    """1 for the units that are kept within a bound and 0 for the others, (n_units,), with a sigmoid's gradient."""
+    """Return 1 for the units kept within a bound and 0 for the others, (n_units,), with the gradient of a sigmoid."""
     kept = best_within(costs, by_space(costs.spaces, ranks.detach()), n_macs)
     lowest = ranks.detach()[kept].min()
     highest = ranks.detach()[~kept].max() if not bool(kept.all()) else lowest

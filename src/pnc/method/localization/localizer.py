@@ -1,8 +1,8 @@
-"""The selection function: which channels of the source's part a clone keeps, by every method, for a task.
+"""Localize: chooses which channels of the source's part a clone keeps, by any method.
 
-`taylor`, `magnitude` and `random` look at the part once (`channel_scores`). `gates` starts from `taylor`, learns
-ranks and norms by gradient where the clone will work, behind the adapter, and tunes the norms of what is left.
-`local-surrogate` learns ranks on the source alone, as the paper does in our reading (`paper_surrogate`).
+`taylor`, `magnitude` and `random` score the part once (`channel_scores`). `gates` starts from `taylor`, learns ranks
+and norms by gradient behind the adapter, where the clone will run, and tunes the remaining norms. `local-surrogate`
+learns ranks on the source alone, as the paper does in our reading (`paper_surrogate`).
 """
 
 from collections.abc import Iterator
@@ -35,9 +35,8 @@ BATCH_SIZE = 32
 SURROGATE_IMAGES = 4
 """Images in a batch of `local-surrogate`, each with its neighbours."""
 
-
 _STEP = "localized"
-_TINY = 1e-30  # for the logarithm of effects
+_TINY = 1e-30  # keeps the logarithm of effects finite
 
 
 def localize(
@@ -52,23 +51,23 @@ def localize(
     steps: Steps = NO_STEPS,
     progress: Progress | None = None,
 ) -> SourcePart:
-    """Localize: take the source's part behind an adapter, at the density that is wanted.
+    """Cut the source behind an adapter and keep the given share of it.
 
-    Channels are chosen without the fold that scores the clone; what follows from the choice is made without it, for the
-    score, and again on all images.
+    Channels are chosen without the fold that scores the clone. Statistics and norms are computed twice: without this
+    fold, for the score, and on all images, for the clone.
 
     Args:
-        task: Whose source and support.
+        task: Gives source and support.
         adapter: The part begins at its source cut.
-        density: Share of the prunable multiply-accumulates to keep, in (0, 1]. Where nothing can go all is kept.
+        density: Share of the prunable multiply-accumulates to keep, in (0, 1]; if no channel can be removed, all stay.
         method: How channels are chosen.
-        norms: Tune scales and shifts of BatchNorm layers; otherwise only their statistics are estimated anew.
-        hold_out: Leave the fold out that scores the clone; otherwise all images count from the beginning.
-        round_to: Keep multiples of so many channels, see `masks_within`.
-        steps: Where the part is kept, and found again.
-        progress: Called after each step of learning.
+        norms: Tune scales and shifts of BatchNorm layers; otherwise only recompute their statistics.
+        hold_out: Leave out the fold that scores the clone; otherwise use all images throughout.
+        round_to: Keep channels in multiples of this number, see `masks_within`.
+        steps: Stores the part, so that a stopped job can continue.
+        progress: Called after each training step.
     Raises:
-        InputError: an unknown method, or a density that cannot be met.
+        InputError: the method is unknown, or the density cannot be met.
     """
     density = Removal(density, method, round_to).fixed_density
     task = task.within(4 * adapter.source_cut.size + task.samples.images.n_bytes)
@@ -106,7 +105,7 @@ def localize(
 
 
 class _Choice:
-    """One choice of channels: what the part sees of the support, and what it should make of it."""
+    """One choice of channels: the part's inputs for the support, and the batches to learn from."""
 
     def __init__(
         self, task: CloneTask, adapter: Adapter, body: fx.GraphModule, costs: Costs, progress: Progress | None
@@ -119,7 +118,7 @@ class _Choice:
         self.inputs = [self._whole[place] for place in places]
 
     def ranking(self, density: float, method: Method) -> tuple[dict[str, Tensor], fx.GraphModule | None]:
-        """Ranks of all units by a method, and the part with the norms that were learned along with them, if any."""
+        """Rank all units by a method; also return the part with the norms learned along with them, if any."""
         if method == "local-surrogate":
             start = {space.name: torch.zeros(space.size) for space in self.costs.spaces.spaces}
             batches = self.counted(self._surrogate_batches(), "learning gates", SURROGATE_STEPS)
@@ -138,13 +137,13 @@ class _Choice:
         )
 
     def batches(self) -> Iterator[Batch]:
-        """Draws of the support without end: what the part sees, and how far its outputs are from the aim."""
+        """Draw endless batches of the part's inputs, each with its loss."""
         inputs, aim = self._whole, Aim(self._task)
         for rows in _draws(len(inputs), BATCH_SIZE, self._generator):
             yield inputs[rows], partial(aim.loss, wanted=aim.support.select(rows))
 
     def settle(self, module: fx.GraphModule, start: fx.GraphModule, norms: bool) -> None:
-        """Estimate a compacted part's statistics anew, in place, and tune its norms from those of `start` on."""
+        """Recompute a compacted part's statistics in place, with `norms` after tuning them from those of `start`."""
         with self._task.autocast():
             if norms:
                 batches = self.counted(self.batches(), "tuning norms", NORMS_STEPS)
@@ -153,14 +152,14 @@ class _Choice:
                 reestimate_statistics(module, self.inputs, self._task.team)
 
     def counted(self, batches: Iterator[Batch], what: str, n_steps: int) -> Iterator[Batch]:
-        """The same batches, with a report of progress for each."""
+        """Yield the batches and report progress after each."""
         for step, batch in enumerate(batches, start=1):
             yield batch
             if self._progress is not None:
                 self._progress(what, step, n_steps)
 
     def _surrogate_batches(self) -> Iterator[Batch]:
-        """Neighbourhoods of samples of the new classes, without end, and the distance of their explanations."""
+        """Draw endless neighbourhoods of samples of the new classes, each with the distance of its explanations."""
         task = self._task
         cut, features = self._adapter.source_cut, task.source.head.features
         prefix = extract(task.source.recording, None, [cut])
@@ -179,12 +178,12 @@ class _Choice:
 
 
 def _laid_out(tensor: Tensor) -> Tensor:
-    """Maps in channels_last, in which convolutions train a third faster."""
+    """Return maps in channels_last, in which convolutions train a third faster."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 def _draws(n: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers below n, `size` at a time (all, where there are fewer), each as often as any other; without end."""
+    """Draw row numbers below n endlessly, `size` at a time (or all n, if fewer), each equally often."""
     while True:
         for rows in torch.randperm(n, generator=generator).split(min(size, n)):
             if len(rows) == min(size, n):

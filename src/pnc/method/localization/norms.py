@@ -1,7 +1,7 @@
-"""BatchNorm layers of a segment that lost channels: statistics estimated anew, scales and shifts tuned by gradient.
+"""BatchNorm layers after channels were removed: statistics are recomputed, scales and shifts tuned by gradient.
 
-What is tuned ends up in the running statistics, which a clone's file carries anyway: weights and biases stay the
-source's.
+Tuned scales and shifts are folded into the running statistics, which a clone's file includes anyway; weights and biases
+remain the source's.
 """
 
 import contextlib
@@ -18,26 +18,26 @@ from pnc.foundation.errors import InputError, PNCWarning
 from pnc.foundation.process_team import ALONE, Team
 
 Batch = tuple[Tensor, Callable[[Tensor], Tensor]]
-"""Inputs of a segment (B, ...), and the loss of its outputs for them."""
+"""Inputs of a segment (B, ...), and the loss of its outputs."""
 
 LEARNING_RATE = 0.1
 _LEAST_SCALE = 0.05
-"""Smallest share of its scale that a channel keeps: the sign cannot go into a standard deviation."""
+"""Smallest share of its scale that a channel keeps: a standard deviation cannot express another sign."""
 
 
 def reestimate_statistics(segment: nn.Module, batches: Iterable[Tensor], team: Team = ALONE) -> None:
-    """Replace the running statistics of a segment's BatchNorm layers by those of the given inputs, in place.
+    """Recompute the running statistics of a segment's BatchNorm layers on the given inputs, in place.
 
-    After a mask the old statistics describe features that are no longer there. The mean over batches is kept
-    (`momentum=None`), and every layer goes back to evaluation mode. Only for segments of one's own, such as what
-    `compact` and `mask_segment` return.
+    After masking, the old statistics describe features that no longer exist. The new ones are the mean over batches
+    (`momentum=None`), and every layer returns to evaluation mode. Only for copies, such as `compact` and `mask_segment`
+    return.
 
     Args:
-        segment: Changed in its BatchNorm buffers only.
+        segment: Only its BatchNorm buffers change.
         batches: Inputs (B, ...), B >= 2; the same in every process.
         team: Processes that share the batches.
     Raises:
-        InputError: no batch, or one of a single sample.
+        InputError: there is no batch, or a batch has a single sample.
     """
     n_batches = 0
     with _averaging(batch_norms(segment)), torch.no_grad():
@@ -61,17 +61,17 @@ def tune_norms(
     start: nn.Module | None = None,
     team: Team = ALONE,
 ) -> None:
-    """Tune scale and shift of every channel behind a BatchNorm layer by gradient, in place; estimate statistics anew.
+    """Tune the scales and shifts of a segment's BatchNorm layers by gradient, in place, and recompute statistics.
 
-    The layers work with batch statistics meanwhile. In the end only their running statistics differ from before.
+    During tuning the layers use batch statistics. In the end only their running statistics have changed.
 
     Args:
-        segment: One's own, as for `reestimate_statistics`.
+        segment: A copy, as for `reestimate_statistics`.
         batches: At least `n_steps` batches.
         n_steps: Steps of Adam.
-        inputs: For the statistics, as in `reestimate_statistics`.
-        start: The same segment with other weights and biases of its norms, to start from.
-        team: Processes that share every batch; all are given the same.
+        inputs: Inputs for the statistics, as in `reestimate_statistics`.
+        start: The same segment with the weights and biases of norms to start from.
+        team: Processes that share every batch; all get the same arguments.
     """
     layers = tunable(batch_norms(segment))
     _warn_of_others(batch_norms(segment), layers)
@@ -97,18 +97,18 @@ def tune_norms(
 
 
 def batch_norms(segment: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorm layers that keep running statistics as those of torch do.
+    """List the BatchNorm layers that collect running statistics as torch's do.
 
-    Subclasses with a forward of their own are tried: one that collects its statistics in another way keeps them.
+    Subclasses with another forward are tried; one that collects statistics in another way is left out and keeps them.
     """
     layers = [m for m in segment.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     return [layer for layer in layers if _is_torchs(layer) or _collects(layer)]
 
 
 def tunable(layers: Iterable[_BatchNorm]) -> list[_BatchNorm]:
-    """Those of some layers whose scale and shift are `weight` and `bias`: running statistics can stand for these.
+    """List the layers whose scale and shift are `weight` and `bias`, so that running statistics can express them.
 
-    Subclasses with a forward of their own are tried: one may multiply by 1 + weight.
+    Subclasses with another forward are tried: one may multiply by 1 + weight.
     """
     return [layer for layer in layers if layer.affine and (_is_torchs(layer) or _folds(layer))]
 
@@ -117,20 +117,20 @@ def _warn_of_others(layers: list[_BatchNorm], tuned: list[_BatchNorm]) -> None:
     others = {type(layer).__name__ for layer in layers if layer.affine and layer not in tuned}
     if others:
         warnings.warn(
-            f"norm layers of the kind {', '.join(sorted(others))} use weight and bias in a way of their own, so their "
-            "scales and shifts are not tuned",
+            f"norm layers of type {', '.join(sorted(others))} use weight and bias in another way than torch's, so "
+            "their scales and shifts are not tuned",
             PNCWarning,
             stacklevel=2,
         )
 
 
 def _is_torchs(layer: _BatchNorm) -> bool:
-    """Whether a layer does what torch's own do, and nothing else."""
+    """Whether a layer has the forward of torch's own."""
     return type(layer).forward is _BatchNorm.forward and "forward" not in vars(layer)
 
 
 def _tried(layer: _BatchNorm) -> tuple[_BatchNorm, Tensor]:
-    """A copy of a layer with odd weights, in float64, and inputs for it."""
+    """Return a float64 copy of a layer with random values, and inputs for it."""
     copied = copy.deepcopy(layer).cpu().double()
     n = copied.num_features
     generator = torch.Generator().manual_seed(0)
@@ -149,7 +149,7 @@ def _tried(layer: _BatchNorm) -> tuple[_BatchNorm, Tensor]:
 
 @torch.no_grad()
 def _folds(layer: _BatchNorm) -> bool:
-    """Whether other running statistics do the same as another weight and bias, tried on noise."""
+    """Whether running statistics can replace a change of weight and bias, tried on noise."""
     tuned, x = _tried(layer)
     weight, bias = tuned.weight.detach().clone(), tuned.bias.detach().clone()
     tuned.weight.mul_(1.3)
@@ -164,7 +164,7 @@ def _folds(layer: _BatchNorm) -> bool:
 
 @torch.no_grad()
 def _collects(layer: _BatchNorm) -> bool:
-    """Whether the running statistics become the mean over batches, as `momentum=None` asks for, tried on noise."""
+    """Whether `momentum=None` makes the running statistics the mean over batches, tried on noise."""
     copied, x = _tried(layer)
     try:
         with _averaging([copied]):
@@ -181,13 +181,13 @@ def _collects(layer: _BatchNorm) -> bool:
 
 @contextlib.contextmanager
 def training_norms(segment: nn.Module, team: Team = ALONE) -> Iterator[list[nn.Parameter]]:
-    """Let BatchNorm layers use batch statistics, and their weights and biases take gradients, within the block.
+    """Within the block, BatchNorm layers use batch statistics, and their weights and biases require gradients.
 
     Args:
-        segment: One's own.
-        team: Processes that each have a part of every batch; the statistics are those of the whole.
+        segment: A copy.
+        team: Processes that each have a part of every batch; the statistics are those of the whole batch.
     Yields:
-        Those weights and biases, of `tunable` layers.
+        The weights and biases of `tunable` layers.
     """
     layers = batch_norms(segment)
     momenta = [layer.momentum for layer in layers]
@@ -211,9 +211,9 @@ def training_norms(segment: nn.Module, team: Team = ALONE) -> Iterator[list[nn.P
 
 @contextlib.contextmanager
 def _shared_statistics(layers: list[_BatchNorm], team: Team) -> Iterator[None]:
-    """Let layers in evaluation mode do what training would on the whole batch, of which each process has a part.
+    """Within the block, layers use the statistics of the whole batch, of which each process has a part.
 
-    What comes in is normalised in front of the layer, whose own statistics say that nothing is left to do.
+    The layers are in evaluation mode, with mean 0 and variance 1; a hook normalises their inputs.
     """
     before = [(layer.get_buffer("running_mean").clone(), layer.get_buffer("running_var").clone()) for layer in layers]
     hooks = [layer.register_forward_pre_hook(partial(_normalized, team)) for layer in layers]
@@ -231,9 +231,9 @@ def _shared_statistics(layers: list[_BatchNorm], team: Team) -> Iterator[None]:
 
 
 def _normalized(team: Team, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-    """A part of a batch (B, C, ...), normalised by the statistics of the whole."""
+    """Normalise a part of a batch (B, C, ...) by the statistics of the whole."""
     assert isinstance(layer, _BatchNorm)
-    x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))  # sums of bfloat16 are no good
+    x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))  # bfloat16 is too coarse for sums
     dims = [dim for dim in range(x.dim()) if dim != 1]
     shape = [1, -1] + [1] * (x.dim() - 2)
     n = team.sum(torch.tensor(float(x.numel() // x.shape[1]))).to(x)
@@ -246,7 +246,7 @@ def _normalized(team: Team, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tup
 def optimizer_for(
     groups: list[dict[str, object]], n_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Adam whose learning rates are constant for the first half of the steps and then fall to zero."""
+    """Make an Adam whose learning rates are constant for the first half of the steps and then fall to zero."""
     optimizer = torch.optim.Adam(groups)
     half = max(1.0, n_steps / 2)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (n_steps - step) / half))
@@ -254,7 +254,7 @@ def optimizer_for(
 
 @torch.no_grad()
 def _keep_sign(layer: _BatchNorm, weight: Tensor, bias: Tensor) -> None:
-    """Bring tuned scales to what running statistics can say: of the sign of `weight`; where that is zero, as before."""
+    """Limit tuned scales to what running statistics can express: the sign of `weight`; where it is zero, no change."""
     ratio = (layer.weight / weight).clamp(min=_LEAST_SCALE)
     usable = ratio.isfinite() & (layer.bias - bias).div(weight).isfinite()
     layer.weight.copy_(torch.where(usable, weight * ratio, weight))
@@ -263,9 +263,9 @@ def _keep_sign(layer: _BatchNorm, weight: Tensor, bias: Tensor) -> None:
 
 @torch.no_grad()
 def _fold(layer: _BatchNorm, weight: Tensor, bias: Tensor) -> None:
-    """Give a layer its weight and bias back, and running statistics with which it does the same as before."""
+    """Restore a layer's weight and bias, and move the difference into its running statistics."""
     assert layer.running_mean is not None and layer.running_var is not None
-    unused = weight == 0  # there nothing was tuned
+    unused = weight == 0  # not tuned, see `_keep_sign`
     deviation = (layer.running_var + layer.eps).sqrt() * torch.where(unused, 1.0, weight / layer.weight)
     shift = torch.where(unused, 0.0, (layer.bias - bias) / weight)
     layer.running_mean.sub_(shift * deviation)
@@ -275,7 +275,7 @@ def _fold(layer: _BatchNorm, weight: Tensor, bias: Tensor) -> None:
 
 
 def _average(layers: list[_BatchNorm], n_own: int, n_batches: int, team: Team) -> None:
-    """Turn the means over each process's batches into those over all."""
+    """Turn the means over each process's batches into the means over all batches."""
     for layer in layers:
         for name, buffer in layer.named_buffers(recurse=False):
             if buffer.is_floating_point():
@@ -288,9 +288,9 @@ def _average(layers: list[_BatchNorm], n_own: int, n_batches: int, team: Team) -
 
 @contextlib.contextmanager
 def _averaging(layers: list[_BatchNorm]) -> Iterator[None]:
-    """Let BatchNorm layers collect the mean of their batches' statistics; flags and momentum come back.
+    """Within the block, BatchNorm layers collect the mean of their batches' statistics.
 
-    After an error the statistics come back too.
+    Flags and momentum are restored afterwards; after an error the old statistics are, too.
     """
     before = [(layer.training, layer.momentum) for layer in layers]
     statistics = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in layers]

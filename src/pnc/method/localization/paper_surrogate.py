@@ -1,8 +1,8 @@
-"""The rule of Partial Network Cloning for choosing channels, as we read it: behave like the source around each sample.
+"""How Partial Network Cloning chooses channels, as we read it: behave like the source around each sample.
 
-Around each sample of the classes to clone, neighbours are made by covering patches of the image. A linear model of the
+Neighbours of each sample of the classes to clone are made by covering patches of the image. A linear model of the
 source's answers over the patches, fitted with weights that fall with the distance from the sample, explains the source
-there; the masked source shall have the same explanation. Masks are learned on the source alone.
+there; masks are learned so that the masked source has the same explanation. This uses the source alone.
 
 Source: Ye, Liu, Wang, CVPR 2023 (arXiv:2303.10597), whose equations we do not quote, and Ribeiro et al., KDD 2016
 (arXiv:1602.04938) for local surrogates. Deviation: patches of a regular grid in place of superpixels.
@@ -23,11 +23,11 @@ RIDGE = 1e-2
 
 @dataclass(frozen=True)
 class Neighbourhoods:
-    """Perturbed neighbours of some samples, N of each, the first of which is the sample itself.
+    """Perturbed neighbours of S samples, N of each; the first is the sample itself.
 
     Attributes:
-        images: (S * N, C, H, W), the neighbours of a sample in a row.
-        uncovered: Which patches of the grid are seen, (S, N, GRID * GRID), 0 or 1.
+        images: (S * N, C, H, W), sample by sample.
+        uncovered: Which patches of the grid are visible, (S, N, GRID * GRID), 0 or 1.
         weights: Closeness to the sample, (S, N), 1 for the sample itself.
     """
 
@@ -37,12 +37,12 @@ class Neighbourhoods:
 
 
 def neighbourhoods(images: Tensor, generator: torch.Generator, n_neighbours: int = N_NEIGHBOURS) -> Neighbourhoods:
-    """Cover random patches of images by their mean colour.
+    """Cover random patches of images with the image's mean colour.
 
     Args:
         images: (S, C, H, W).
         generator: Draws the patches.
-        n_neighbours: Neighbours of each image, itself among them.
+        n_neighbours: Neighbours of each image, including itself.
     """
     n_images, n_channels, height, width = images.shape
     seen = torch.rand(n_images, n_neighbours, GRID * GRID, generator=generator) >= COVERED
@@ -51,7 +51,7 @@ def neighbourhoods(images: Tensor, generator: torch.Generator, n_neighbours: int
     masks = F.interpolate(uncovered.reshape(-1, 1, GRID, GRID), (height, width), mode="nearest").to(images.device)
     mean = images.mean((2, 3), keepdim=True).repeat_interleave(n_neighbours, 0)
     copies = images.repeat_interleave(n_neighbours, 0)
-    distance = 1 - uncovered.mean(2).sqrt()  # one minus the cosine of the angle to the sample, all of which is seen
+    distance = 1 - uncovered.mean(2).sqrt()  # one minus the cosine of the angle to the fully visible sample
     return Neighbourhoods(
         images=mean + (copies - mean) * masks,
         uncovered=uncovered.to(images.device),
@@ -60,11 +60,11 @@ def neighbourhoods(images: Tensor, generator: torch.Generator, n_neighbours: int
 
 
 def explanations(around: Neighbourhoods, answers: Tensor) -> Tensor:
-    """Weighted ridge regression of a network's answers on the patches seen, one for each sample.
+    """Fit a weighted ridge regression of a network's answers on the visible patches, one for each sample.
 
     Args:
         around: S samples, N neighbours each, with P patches.
-        answers: (S * N, K).
+        answers: The network's logits, (S * N, K).
     Returns:
         Effect of each patch, and the intercept last, (S, P + 1, K).
     """
@@ -79,12 +79,12 @@ def explanations(around: Neighbourhoods, answers: Tensor) -> Tensor:
 
 
 def surrogate_loss(around: Neighbourhoods, answers: Tensor, expected: Tensor) -> Tensor:
-    """Squared distance of the explanations of two networks, as a share of the size of the expected one; a scalar.
+    """Squared distance between the explanations of two networks, relative to the expected one; a scalar.
 
     Args:
-        around: What both networks saw.
-        answers: Of the masked source, (S * N, K).
-        expected: Of the source, (S * N, K).
+        around: The neighbourhoods that both networks saw.
+        answers: Logits of the masked source, (S * N, K).
+        expected: Logits of the source, (S * N, K).
     """
     wanted = explanations(around, expected)
     return (explanations(around, answers) - wanted).square().sum() / wanted.square().sum().clamp_min(1e-12)
