@@ -26,7 +26,7 @@ from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import FileFormatError, InputError, MismatchError, PNCWarning
 from pnc.foundation.fingerprints import fingerprint, first_difference
 from pnc.foundation.network_state import images_for
-from pnc.foundation.tensor_bits import dtype_name
+from pnc.foundation.tensor_bits import dtype_name, first_not_finite
 from pnc.foundation.tensor_files import DIGEST_KEY, read_sealed, write_tensors
 from pnc.graph.classifier import find_head
 from pnc.graph.cut_points import CutPoint, cut_points, extract
@@ -71,7 +71,7 @@ def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
     if clone.deltas is not None:
         tensors |= {f"{_DELTAS}{name}": tensor for name, tensor in clone.deltas.tensors.items()}
     tensors |= {f"{_BODY}{name}": tensor for name, tensor in _body_tensors(clone, kind).items()}
-    broken = _not_finite(tensors)
+    broken = first_not_finite(tensors)
     if broken:
         raise InputError(f"clone: {broken} holds values that are not finite and could not be loaded; clone again")
     write_tensors(path, tensors, _manifest(clone, kind).facts())
@@ -92,11 +92,6 @@ def _body_tensors(clone: Clone, kind: FileKind) -> dict[str, Tensor]:
 def _body_names(state: Mapping[str, Tensor], kind: FileKind, changed: bool) -> list[str]:
     """The tensors of the source's part that a file includes: all, or only recomputed statistics."""
     return [name for name in state if kind == "full" or (changed and name.endswith(_STATISTICS))]
-
-
-def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    wrong = (n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all()))
-    return next(wrong, None)
 
 
 def _manifest(clone: Clone, kind: FileKind) -> Manifest:
@@ -241,7 +236,7 @@ def read_clone_file(path: str | Path) -> tuple[dict[str, Tensor], Manifest]:
         found.append(_checked_shapes(path, shapes, facts))
 
     tensors, _, _ = read_sealed(path, check)
-    broken = _not_finite(tensors)
+    broken = first_not_finite(tensors)
     if broken:
         raise FileFormatError(f"{path} is damaged: {broken[:80]!r} holds values that are not finite")
     return tensors, found[0]

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -59,3 +59,9 @@ def _value_digest(tensor: Tensor) -> str:
 def as_bytes(tensor: Tensor) -> Tensor:
     """The bytes of a tensor in index order, (n_bytes,) uint8; shares its memory if possible."""
     return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor with a value that is not finite; None if all values are."""
+    wrong = (n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all()))
+    return next(wrong, None)
