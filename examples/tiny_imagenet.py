@@ -32,7 +32,7 @@ from pnc.bench.result_files import Cells, Claim, at_most, write_results
 from pnc.bench.rivals.rival import Budget
 from pnc.bench.setting import Setting
 from pnc.cli.arguments import parse_support
-from pnc.composite.prediction import predict
+from pnc.composite.batched_logits import logits_of
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.readers import load_data
 from pnc.foundation.errors import PNCError
@@ -147,8 +147,8 @@ def public_source(input_shape: tuple[int, int, int], size: int) -> LoadedModel:
 
 
 def accuracy(model: LoadedModel, data: ImageSet) -> float:
-    """Share of images whose class has the highest logit among all classes of the network."""
-    return float((predict(model.module, data.images).argmax(1) == data.labels).double().mean())
+    """Share of images whose class has the highest logit of all that the network knows."""
+    return float((logits_of(model.module, data.images).argmax(1) == data.labels).double().mean())
 
 
 def report(what: str, done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Clones with random weights, put together by hand: what they know does not matter to tests of how they are run."""
+"""Clones with random weights, built by hand for tests of how clones run, where accuracy does not matter."""
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from pnc.graph.recording import record
 
 
 class Bottleneck(nn.Module):
-    """A linear tensor with few readers, then a 1x1 convolution that makes fewer channels of it."""
+    """A linear tensor with few readers, then a 1x1 convolution to fewer channels."""
 
     def __init__(self, stride=1, padding=0, kernel=1):
         super().__init__()
@@ -60,7 +60,7 @@ def head_of(kind, n_base, n_new, n_target, n_source, generator):
 def make_branch(
     target, source, places=(0, 0), rectify=False, is_identity=False, head="stacked", n_new=2, scalars=None, seed=0
 ):
-    """What a clone between two cuts inserts; `places` are indices into the cut points of target and source."""
+    """The branch of a clone between two cuts; `places` are indices into the cut points of target and source."""
     generator = torch.Generator().manual_seed(seed)
     adapter = Adapter(target.cuts[places[0]], source.cuts[places[1]], rectify, is_identity)
     for buffer in adapter.buffers():
@@ -72,7 +72,7 @@ def make_branch(
 
 
 def make_clone(target, source, name, **settings):
-    """A clone of such a branch, to be attached; settings as for `make_branch`."""
+    """A clone with such a branch, ready to be attached; settings as for `make_branch`."""
     branch = make_branch(target, source, **settings)
     return pnc.Clone(
         name=name,

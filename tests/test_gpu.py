@@ -14,7 +14,7 @@ from pnc.bench.clock_and_memory import peak_memory
 from pnc.bench.comparison_methods import METHODS
 from pnc.bench.rivals.rival import Budget
 from pnc.cli.app import app
-from pnc.composite.metrics import evaluate
+from pnc.composite.metrics import measure_logits
 from pnc.foundation.fingerprints import fingerprint
 from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.process_team import ALONE
@@ -65,7 +65,7 @@ def accuracy(net, images):
     data = held_out_images()
     with torch.no_grad():
         logits = net(images).float().cpu()
-    return evaluate(logits, data.labels, logits[:, :5]).average_accuracy
+    return measure_logits(logits, data.labels, logits[:, :5]).average_accuracy
 
 
 @pytest.mark.parametrize("way", WAYS)

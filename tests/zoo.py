@@ -1024,7 +1024,7 @@ class ListRoundTrip(Around):
         return torch.tensor(x.tolist())
 
 
-@refused("created outside PyTorch.s sight .* another thread")
+@refused("created outside of PyTorch .* another thread")
 class OtherThread(Around):
     def middle(self, x):
         with ThreadPoolExecutor(1) as pool:
@@ -1069,7 +1069,7 @@ def scripted_part():
     return network
 
 
-@refused("the network gives a tensor another memory")
+@refused("the network gives a tensor other memory")
 class OverwrittenWeight(Around):
     def middle(self, x):
         self.conv.weight.data = self.conv.weight.data.sign()
@@ -1083,13 +1083,13 @@ class InferenceMode(Around):
         return x.relu_()
 
 
-@refused("two answers to the same images")
+@refused("different logits for the same images")
 class RandomNumbers(Around):
     def middle(self, x):
         return x + torch.randn_like(x)
 
 
-@refused("two answers to the same images")
+@refused("different logits for the same images")
 class Stateful(Around):
     def __init__(self):
         super().__init__()
@@ -1132,7 +1132,7 @@ class StubbornNorm(Around):
         return self.norm(x)
 
 
-@refused("two answers to the same images")
+@refused("different logits for the same images")
 class StatefulNorm(StubbornNorm):
     """What it wrote, also while its recording was verified, is taken back."""
 
@@ -1148,7 +1148,7 @@ def lazy():
     return network
 
 
-@refused(r"must give logits \(B, K\), but gives a tensor \(2, 5, 8, 8\)")
+@refused(r"must return logits \(B, K\), but returns a tensor \(2, 5, 8, 8\)")
 class MapOutput(nn.Module):
     def __init__(self):
         super().__init__()
@@ -1158,25 +1158,25 @@ class MapOutput(nn.Module):
         return self.head(self.stem(x))
 
 
-@refused(r"must give logits \(B, K\), but gives a tensor \(2,\) of torch.float32")
+@refused(r"must return logits \(B, K\), but returns a tensor \(2,\) of torch.float32")
 class OneScore(Plain):
     def forward(self, x):
         return super().forward(x)[:, 0]
 
 
-@refused(r"must give logits \(B, K\), but gives a tensor \(2, 5\) of torch.int64")
+@refused(r"must return logits \(B, K\), but returns a tensor \(2, 5\) of torch.int64")
 class Decisions(Plain):
     def forward(self, x):
         return F.one_hot(super().forward(x).argmax(1), N_CLASSES)
 
 
-@refused(r"must give logits \(B, K\), but gives list")
+@refused(r"must return logits \(B, K\), but returns list")
 class NoTensorOutput(Plain):
     def forward(self, x):
         return ["cat", "dog"]
 
 
-@refused("gives 4 rows of logits for 2 images")
+@refused("returns 4 rows of logits for 2 images")
 class TwoCrops(Plain):
     def forward(self, x):
         return super().forward(torch.cat([x, x.flip(3)]))

@@ -169,5 +169,5 @@ def test_claims_fall_with_a_single_bad_file():
 
 def test_a_file_is_refused_by_one_error_with_its_name(tmp_path):
     (tmp_path / "f").write_bytes(there().files[0][:-1])
-    with pytest.raises(FileFormatError, match=f"{tmp_path / 'f'} is not a whole safetensors file"):
+    with pytest.raises(FileFormatError, match=f"{tmp_path / 'f'} is not a complete safetensors file"):
         pnc.load(tmp_path / "f", source=there().source)

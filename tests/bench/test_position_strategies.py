@@ -70,5 +70,5 @@ def test_a_claim_is_about_the_mean_over_seeds_and_a_bound_on_cost_about_every_on
 
 
 def test_a_support_without_base_images_is_refused(folder):
-    with pytest.raises(pnc.InputError, match="support: numbers of images above 0"):
+    with pytest.raises(pnc.InputError, match="support: images of new and of base classes are needed"):
         run(folder, "--support 20/0")

@@ -34,9 +34,9 @@ from pnc.bench.rivals.frozen_features import features_of
 from pnc.bench.rivals.linear_probe import regression
 from pnc.bench.rivals.rival import Budget, Fitted, Rival
 from pnc.bench.rivals.tuning import Data, Hyperparameters, TuningMethod, extend_classifier, grid, tune
+from pnc.composite.batched_logits import logits_of
 from pnc.composite.composite import Composite
-from pnc.composite.metrics import evaluate
-from pnc.composite.prediction import predict
+from pnc.composite.metrics import measure_logits
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
@@ -90,7 +90,7 @@ def fitted(name: str) -> tuple[Fitted, list[list[str]], bool]:
     try:
         before, state = [take_snapshot(model) for model in models], torch.get_rng_state()
         made = METHODS[name].fit(given, SHORT)
-        predict(made.module, held_out_images().images[:10])
+        logits_of(made.module, held_out_images().images[:10])
         changed = [differences(*both) for both in zip(models, before, strict=True)]
         return made, changed, torch.equal(torch.get_rng_state(), state)
     finally:
@@ -104,7 +104,7 @@ def fitted(name: str) -> tuple[Fitted, list[list[str]], bool]:
 @every_rival
 def test_it_tells_old_and_new_digits_apart(name: str) -> None:
     test, target = held_out_images(), pair().target.module
-    found = evaluate(predict(fitted(name)[0].module, test.images), test.labels, predict(target, test.images))
+    found = measure_logits(logits_of(fitted(name)[0].module, test.images), test.labels, logits_of(target, test.images))
     if name in WITHOUT_REPLAY:  # they gain new classes at the price of the old ones, or neither
         assert found.average_accuracy > 0.3
     else:
@@ -122,7 +122,7 @@ def test_networks_and_global_random_state_stay(name: str) -> None:
 @pytest.mark.parametrize("name", ["linear probe", "fine-tuning with replay", "EWC", "iCaRL", "LoRA"])
 def test_the_same_task_gives_the_same_logits(name: str) -> None:
     images = held_out_images().images[:20]
-    first, second = (predict(METHODS[name].fit(task(seed=1), SHORTEST).module, images) for _ in range(2))
+    first, second = (logits_of(METHODS[name].fit(task(seed=1), SHORTEST).module, images) for _ in range(2))
     assert first.shape == (20, 10)
     assert torch.equal(first, second)
 
@@ -137,13 +137,13 @@ def test_a_support_without_base_samples_is_refused_where_they_are_needed(name: s
 def test_others_do_without(name: str) -> None:
     if name not in NEED_BASE:
         made = METHODS[name].fit(task(n_base=0), SHORTEST)
-        assert predict(made.module, held_out_images().images[:5]).shape == (5, 10)
+        assert logits_of(made.module, held_out_images().images[:5]).shape == (5, 10)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].kind in ("ensemble", "tuning")])
 def test_one_image_of_each_class_is_enough(name: str) -> None:
     made = METHODS[name].fit(task(1, 1), SHORTEST)
-    assert predict(made.module, held_out_images().images[:5]).isfinite().all()
+    assert logits_of(made.module, held_out_images().images[:5]).isfinite().all()
     assert not made.trials, "nothing can be held out"
 
 
@@ -164,9 +164,9 @@ def test_all_that_tune_have_the_same_budget_and_name_what_they_chose(name: str) 
 
 def test_the_ensemble_is_both_networks_side_by_side() -> None:
     images, nets = held_out_images().images[:20], pair()
-    found = predict(ensemble.fit(task(n_base=0, classes=("8", "6")), SHORT).module, images)
-    assert torch.equal(found[:, :5], predict(nets.target.module, images))
-    assert torch.equal(found[:, 5:], predict(nets.source.module, images)[:, [3, 1]])
+    found = logits_of(ensemble.fit(task(n_base=0, classes=("8", "6")), SHORT).module, images)
+    assert torch.equal(found[:, :5], logits_of(nets.target.module, images))
+    assert torch.equal(found[:, 5:], logits_of(nets.source.module, images)[:, [3, 1]])
 
 
 def test_temperatures_undo_a_scale_and_an_offset() -> None:
@@ -182,8 +182,8 @@ def test_temperatures_undo_a_scale_and_an_offset() -> None:
 
 def test_temperatures_lower_the_loss_on_the_support() -> None:
     given = task()
-    logits = predict(ensemble.fit(given, SHORT).module, given.samples.images[:])
-    better = predict(tempered.fit(given, SHORT).module, given.samples.images[:])
+    logits = logits_of(ensemble.fit(given, SHORT).module, given.samples.images[:])
+    better = logits_of(tempered.fit(given, SHORT).module, given.samples.images[:])
     weight = 1 / given.samples.labels.bincount().float()
     raw, fit = (F.cross_entropy(one, given.samples.labels, weight=weight) for one in (logits, better))
     assert fit < raw
@@ -199,14 +199,14 @@ def test_discriminants_are_those_of_scikit_learn_on_the_targets_features() -> No
         lambda module, inputs: caught.append(inputs[0])
     )
     try:
-        predict(given.target.model, given.samples.images[:], batch_size=1000)
-        predict(given.target.model, images, batch_size=1000)
+        logits_of(given.target.model, given.samples.images[:], batch_size=1000)
+        logits_of(given.target.model, images, batch_size=1000)
     finally:
         handle.remove()
     model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto", priors=[0.1] * 10)
     model.fit(caught[0].double().numpy(), given.samples.labels.numpy())
     expected = torch.from_numpy(model.predict(caught[1].double().numpy()))
-    agree = predict(METHODS["LDA on target features"].fit(given, SHORT).module, images).argmax(1) == expected
+    agree = logits_of(METHODS["LDA on target features"].fit(given, SHORT).module, images).argmax(1) == expected
     assert agree.double().mean() > 0.995  # features in float32 and float64 may decide a tie differently
 
 
@@ -214,7 +214,7 @@ def test_discriminants_need_two_images_of_every_class() -> None:
     lda = METHODS["LDA on target features"]
     with pytest.raises(InputError, match="needs two samples of every class"):
         lda.fit(task(2, 1), SHORT)
-    assert predict(lda.fit(task(2, 2), SHORT).module, held_out_images().images[:5]).isfinite().all()
+    assert logits_of(lda.fit(task(2, 2), SHORT).module, held_out_images().images[:5]).isfinite().all()
 
 
 def test_the_probe_is_where_the_loss_has_no_slope() -> None:
@@ -236,10 +236,10 @@ def test_the_probe_knows_two_classes() -> None:
 def test_stacking_keeps_the_targets_logits_and_beats_the_plain_ensemble() -> None:
     given, test = task(), held_out_images()
     kept, free = (METHODS[rival.name].fit(given, SHORT) for rival in stacked_features.RIVALS)
-    logits, base = predict(kept.module, test.images), predict(given.target.model, test.images)
+    logits, base = logits_of(kept.module, test.images), logits_of(given.target.model, test.images)
     assert torch.equal(logits[:, :5], base)
     found = {
-        name: evaluate(predict(module, test.images), test.labels, base)
+        name: measure_logits(logits_of(module, test.images), test.labels, base)
         for name, module in (
             ("kept", kept.module),
             ("free", free.module),
@@ -256,7 +256,7 @@ def test_calibrated_rivals_weigh_base_and_new_alike() -> None:
     given = task(classes=("7",))
     images, labels = given.samples.images[:], given.samples.labels
     for rival in (tempered.RIVAL, lda.ON_SOURCE, linear_probe.ON_SOURCE, *stacked_features.RIVALS):
-        chance = predict(rival.fit(given, SHORT).module, images).softmax(1)[:, 5]
+        chance = logits_of(rival.fit(given, SHORT).module, images).softmax(1)[:, 5]
         balanced = torch.stack([chance[labels < 5].mean(), chance[labels == 5].mean()]).mean()
         assert 0.4 < balanced < 0.6, (
             rival.name
@@ -331,10 +331,10 @@ def test_what_lies_before_the_scope_is_the_targets_own(name: str, share: float) 
 
 def test_the_widened_classifier_begins_as_the_targets() -> None:
     given, images = task(), held_out_images().images
-    wide = predict(extend_classifier(given, None, torch.Generator().manual_seed(0)), images)
+    wide = logits_of(extend_classifier(given, None, torch.Generator().manual_seed(0)), images)
     assert wide.shape[1] == 10
     # a wider matrix product rounds differently
-    torch.testing.assert_close(wide[:, :5], predict(given.target.model, images), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(wide[:, :5], logits_of(given.target.model, images), rtol=1e-4, atol=1e-4)
 
 
 class Convolutional(nn.Module):
@@ -358,7 +358,7 @@ def test_half_precision_learns_as_well() -> None:
     test, target = held_out_images(), pair().target.module
     made = finetuning.WITH_REPLAY.fit(task(), replace(SHORT, precision="bfloat16")).module
     assert next(made.parameters()).dtype == torch.float32
-    found = evaluate(predict(made, test.images), test.labels, predict(target, test.images))
+    found = measure_logits(logits_of(made, test.images), test.labels, logits_of(target, test.images))
     assert found.average_accuracy > 0.8
 
 
@@ -451,7 +451,7 @@ def test_joint_training_asks_for_all_images(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(joint_training, "EPOCHS", 10)
     test, target = held_out_images(), pair().target.module
     made = joint_training.fit(task(80, 80), Budget())
-    found = evaluate(predict(made.module, test.images), test.labels, predict(target, test.images))
+    found = measure_logits(logits_of(made.module, test.images), test.labels, logits_of(target, test.images))
     assert found.average_accuracy > 0.95
     assert joint_training.RIVAL.sees_everything and joint_training.RIVAL.kind == "bound"
     assert made.chosen["steps"] == 125  # 10 epochs of 800 images in batches of 64

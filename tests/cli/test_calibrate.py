@@ -1,4 +1,4 @@
-"""`pnc calibrate`, and what `eval` and `predict` say of clones that are not calibrated."""
+"""`pnc calibrate`, and the warnings of `eval` and `predict` about clones that are not calibrated."""
 
 import json
 import re
@@ -14,7 +14,7 @@ TWO = "{f}/five.safetensors {f}/two.safetensors"
 
 
 def calibrated(folder: Path, n_base: int = 5) -> pnc.Composite:
-    """What the library makes of both clones."""
+    """Both clones as calibrated by the library."""
     nets = pair()
     made = [pnc.load(folder / f"{name}.safetensors", source=nets.source.module) for name in ("five", "two")]
     net = pnc.attach(nets.target.module, *made)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support, write_images
 from pnc.cli import app, arguments, clone_commands
-from pnc.composite.metrics import evaluate
+from pnc.composite.metrics import measure_logits
 from pnc.foundation.tensor_files import read_tensors, write_tensors
 from pnc.models import pretraining
 from pnc.models.model_specs import save_model
@@ -31,7 +31,7 @@ class Outcome:
 
     @property
     def complaint(self) -> str:
-        """The one line on standard error of a command that was refused."""
+        """The one line on standard error of a refused command."""
         assert self.code == 2, f"exit code {self.code}\n{self.out}\n{self.err}"
         assert self.err.count("\n") == 1 and self.err.startswith("pnc: "), f"not one line: {self.err!r}"
         return self.err
@@ -49,7 +49,7 @@ class Command:
         return self.run([word.format(**known) for word in words.split()])
 
     def facts(self, words: str, path: Path, **places: Any) -> Any:
-        """What the command writes with --json."""
+        """The facts that the command writes with --json."""
         found = self(f"{words} --json {path}", **places)
         assert found.code == 0, found.err
         return json.loads(path.read_text())
@@ -167,8 +167,8 @@ def test_eval_measures_what_the_library_measures(command: Command, files: Path, 
     nets, test = pair(), held_out_images()
     net = pnc.attach(nets.target.module, pnc.load(files / "all.safetensors", source=nets.source.module))
     with torch.no_grad():
-        measured = evaluate(net(test.images), test.labels, nets.target.module(test.images))
-    assert {key: facts[key] for key in vars(measured)} == pytest.approx(vars(measured), abs=1e-6)  # batches differ
+        measured = measure_logits(net(test.images), test.labels, nets.target.module(test.images))
+    assert {key: facts[key] for key in vars(measured)} == pytest.approx(vars(measured), abs=1e-6)  # batch sizes differ
     assert facts["average_accuracy"] > 0.9
     assert facts["base_logits_equal"] is True
     assert facts["classes"] == [*BASE, *NEW]
@@ -198,7 +198,7 @@ def test_eval_says_which_classes_have_no_images(command: Command, tmp_path: Path
     assert facts["n_images"] == 12
 
 
-def test_predict_says_what_is_on_image_files(command: Command, files: Path, tmp_path: Path) -> None:
+def test_predict_classifies_image_files(command: Command, files: Path, tmp_path: Path) -> None:
     digits = "{f}/images/test/0/1.png {f}/images/test/7/2.png"
     words = f"predict {digits} --clone {{f}}/all.safetensors {NETWORKS} --top 2"
     facts = command.facts(words, tmp_path / "p.json")
@@ -209,7 +209,7 @@ def test_predict_says_what_is_on_image_files(command: Command, files: Path, tmp_
     data = pnc.load_data(f"folder:{files / 'images'}", "test")
     with torch.no_grad():
         expected = net(data.images[[1]].float() / 255).softmax(1).max().item()
-    # file and library run other batch sizes
+    # the command and the library use different batch sizes
     assert facts["predictions"][0]["classes"][0]["probability"] == pytest.approx(expected, abs=1e-6)
     assert all(len(found["classes"]) == 2 for found in facts["predictions"])
     shown = command(words).out.splitlines()
@@ -370,7 +370,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         (CLONE + "--json {d}/c", "json: .* given for something else"),
         (f"clone {NETWORKS} --data digits --out {{d}}/no/c", "out: cannot write .*no/c"),
         (f"clone {NETWORKS} --data digits --out {{t}}", "out: .*t.safetensors is given for something else"),
-        (f"clone {NETWORKS} --data numbers --out {{d}}/c", "'numbers' is of no known kind; expected one of digits"),
+        (f"clone {NETWORKS} --data numbers --out {{d}}/c", "'numbers' is of an unknown kind; expected one of digits"),
         (f"clone {NETWORKS} --data folder:{{d}}/no --out {{d}}/c", "there is no folder"),
         (f"clone {NETWORKS} --data parquet:{{d}}/no --out {{d}}/c", "there is no file or folder"),
         (
@@ -378,7 +378,10 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
             "the sequential search takes no",
         ),
         ("scan --source {t} --target {t} --data digits", "same network"),
-        (f"scan {NETWORKS} --data digits --plot {{d}}/a.jpg", "plot: .* must end in .png"),
+        (
+            f"scan {NETWORKS} --data digits --plot {{d}}/a.jpg",
+            "plot: expected a PNG file, with a name that ends in .png",
+        ),
         (
             f"scan {NETWORKS} --data digits --max-bytes 100",
             "--max-bytes 100: the smallest file .* may have [0-9]+ bytes",
@@ -423,7 +426,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         ("verify {f}/all.safetensors --target {d}/no.safetensors", "--target(-weights)?: .*no file"),
         ("verify {f}/all.safetensors --target {t} --json {t}", "given for something else"),
         ("verify {f}/all.safetensors", "target"),
-        ("inspect {f}", "not a whole safetensors file"),
+        ("inspect {f}", "not a complete safetensors file"),
         ("cuts zoo:cnn", "--input-shape: "),
         ("cuts zoo:cnn --classes a,b", "--input-shape: "),
         ("cuts zoo:cnn --classes a,b --input-shape 8", "input-shape: expected channels,height,width"),
@@ -513,10 +516,10 @@ def damaged(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Callable
 @pytest.mark.parametrize(
     ("write", "complaint"),
     [
-        (lambda original, path: path.write_bytes(original.read_bytes()[:-100]), "not a whole safetensors file"),
-        (lambda original, path: path.write_bytes(original.read_bytes()[:4]), "not a whole safetensors file"),
-        (lambda original, path: path.write_bytes(b""), "not a whole safetensors file"),
-        (lambda original, path: path.write_text("PK not a clone"), "not a whole safetensors file"),
+        (lambda original, path: path.write_bytes(original.read_bytes()[:-100]), "not a complete safetensors file"),
+        (lambda original, path: path.write_bytes(original.read_bytes()[:4]), "not a complete safetensors file"),
+        (lambda original, path: path.write_bytes(b""), "not a complete safetensors file"),
+        (lambda original, path: path.write_text("PK not a clone"), "not a complete safetensors file"),
         (lambda original, path: save_file({"a": torch.zeros(2)}, path), "no metadata of pnc"),
         (damaged(lambda tensors, facts: facts.update(version=99)), "format version 99.*newer"),
         (damaged(lambda tensors, facts: facts.pop("base_classes")), "metadata of .* is damaged"),
@@ -542,7 +545,7 @@ def test_inspect_refuses_metadata_with_a_part_missing(command: Command, files: P
     assert "metadata of" in command("inspect {c}", c=tmp_path / "c").complaint
 
 
-def test_one_network_under_two_paths_is_still_one(command: Command, files: Path, tmp_path: Path) -> None:
+def test_the_same_network_under_two_paths_is_recognized(command: Command, files: Path, tmp_path: Path) -> None:
     (tmp_path / "link.safetensors").symlink_to(files / "t.safetensors")
     os.link(files / "t.safetensors", tmp_path / "hard.safetensors")
     for other in ("link", "hard"):
@@ -589,9 +592,9 @@ def test_verify_says_in_one_line_what_is_wrong(command: Command, files: Path, tm
     write_tensors(tmp_path / "t.safetensors", tensors, facts)
     all_of = "verify {f}/all.safetensors --source {s}"
     assert failed(f"{all_of} --target {{d}}/t.safetensors") == (
-        "FAILED: target: another one: the values of 'classifier.bias' differ"
+        "FAILED: target: another network: the values of 'classifier.bias' differ"
     )
-    assert "FAILED: source: another one: " in failed("verify {f}/all.safetensors --target {t} --source {t}")
+    assert "FAILED: source: another network: " in failed("verify {f}/all.safetensors --target {t} --source {t}")
     save_model(network(BASE, "zoo:cnn?width=0.5"), tmp_path / "narrow.safetensors", {})
     assert "another architecture: '" in failed(f"{all_of} --target {{d}}/narrow.safetensors")
     whole = (files / "all.safetensors").read_bytes()

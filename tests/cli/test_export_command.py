@@ -35,7 +35,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def run(files, monkeypatch, capsys):
-    """Run `pnc export FIVE TWO ...` with these words; give the exit code and both streams."""
+    """Run `pnc export FIVE TWO ...` with these words; returns the exit code and both streams."""
 
     def command(*words):
         clones = [str(files / f"{name}.safetensors") for name in ("five", "two")]
@@ -51,7 +51,7 @@ def run(files, monkeypatch, capsys):
 
 @pytest.fixture
 def complaint(run):
-    """Run what is to be refused; give the one line on standard error."""
+    """Run a command that is to be refused; returns its one line on standard error."""
 
     def command(*words):
         code, out, err = run(*words)
@@ -86,7 +86,7 @@ def test_parts_are_written_into_a_folder(run, tmp_path):
 
 
 def test_wrong_input_is_one_line_before_any_work(complaint, tmp_path, monkeypatch):
-    assert "asks for TorchScript, which is not written" in complaint("--out", tmp_path / "net.pt")
+    assert "asks for TorchScript, which torch has deprecated" in complaint("--out", tmp_path / "net.pt")
     assert "expected a file that ends in .onnx or .pt2" in complaint("--out", tmp_path / "net")
     assert "looks like a file; a split export writes several" in complaint("--out", tmp_path / "net.onnx", "--split")
     monkeypatch.setitem(sys.modules, "onnxscript", None)

@@ -1,4 +1,4 @@
-"""Numbers out of every range, odd environments and broken streams: one line and exit code 2, or 130 for Ctrl-C."""
+"""Numbers out of range, odd environments and broken streams: one line and exit code 2, or 130 for Ctrl-C."""
 
 import json
 import os
@@ -154,12 +154,12 @@ def test_a_launch_with_a_strange_number_of_processes_is_refused(files, in_proces
         ("import torch\nmake = torch.nn.Linear\nundefined\n", "it raised NameError"),
     ],
 )
-def test_code_of_ones_own_that_raises_is_one_line(tmp_path, in_process, code, text):
+def test_user_code_that_raises_is_one_line(tmp_path, in_process, code, text):
     (tmp_path / "mine.py").write_text(code)
     assert text in refused(in_process("cuts", f"py:{tmp_path / 'mine.py'}:make", "--input-shape", "1,8,8"))
 
 
-def test_names_that_a_terminal_cannot_show_are_written_all_the_same(files, tmp_path):
+def test_names_that_a_terminal_cannot_show_are_still_written(files, tmp_path):
     nets = pair()
     names = ["🐈", "犬", "ñ", *NEW[3:]]
     given = support()
@@ -172,7 +172,7 @@ def test_names_that_a_terminal_cannot_show_are_written_all_the_same(files, tmp_p
     for encoding in ("latin-1", "ascii", "cp1252"):
         run = pnc_command("inspect", tmp_path / "c", env=environment(PYTHONIOENCODING=encoding))
         assert run.returncode == 0, run.stderr
-        assert encoding == "ascii" or b"\\U0001f408, \\u72ac" in run.stdout  # for ASCII, UTF-8 is written instead
+        assert encoding == "ascii" or b"\\U0001f408, \\u72ac" in run.stdout  # ASCII output is written as UTF-8
         run = pnc_command("inspect", tmp_path / "犬", env=environment(PYTHONIOENCODING=encoding))
         assert "there is no file" in complaint(run)
 
@@ -196,7 +196,7 @@ def test_ctrl_c_while_the_command_loads_is_one_line(files, seconds):
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    if process.returncode == 0:  # it was quicker
+    if process.returncode == 0:  # it ended before the signal
         assert json.loads(out)
     else:
         assert (process.returncode, err) == (130, b"pnc: stopped\n")
@@ -237,7 +237,7 @@ def test_predict_takes_folders_patterns_and_standard_input(files, in_process, mo
     assert predicted(given(f"{image}\n{images / '0'}\n".encode())) == ["0.png", "0.png", "1.png"]
     assert "standard input is empty" in refused(given(b""))
     assert "there is no file nowhere.png" in refused(given(b"nowhere.png\n"))
-    assert "no file is like" in refused(in_process("predict", f"{images}/*.tiff", *rest))
+    assert "no file matches" in refused(in_process("predict", f"{images}/*.tiff", *rest))
     (files / "empty").mkdir(exist_ok=True)
     assert "there is no image in" in refused(in_process("predict", files / "empty", *rest))
 
@@ -251,7 +251,7 @@ def test_cuts_need_no_names(tmp_path, in_process):
         assert json.loads(out)["cuts"]
 
 
-def test_the_command_alone_is_not_what_anybody_meant(in_process):
+def test_the_command_without_words_is_an_error_with_help(in_process):
     for words in ([], ["bench"]):
         code, out, err = in_process(*words)
         assert code == 2 and "Usage:" in out + err
@@ -261,7 +261,7 @@ def test_messages_name_options(files, tmp_path, in_process):
     networks = ["--source", files / "s.safetensors", "--target", files / "t.safetensors"]
     out = ["--out", tmp_path / "c"]
     for words, text in (
-        (["--data", "numbers"], "pnc: --data: 'numbers' is of no known kind"),
+        (["--data", "numbers"], "pnc: --data: 'numbers' is of an unknown kind"),
         (["--data", "folder:nowhere"], "pnc: --data: "),
         (["--data", "digits", "--background", "folder:nowhere"], "pnc: --background: "),
         (["--data", "digits", "--support", "20"], "pnc: --support: expected NEW/BASE"),

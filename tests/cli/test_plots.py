@@ -23,7 +23,7 @@ def test_a_scan_is_drawn_as_png_and_twice_the_same(tmp_path):
 
 
 def test_other_formats_and_a_missing_matplotlib_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match=r"plot: .* name that ends in \.png; got .*a\.pdf"):
+    with pytest.raises(InputError, match=r"plot: expected a PNG file, with a name that ends in \.png; got .*a\.pdf"):
         check_plot(tmp_path / "a.pdf")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match=r'pip install "pnc\[plots\]"'):

@@ -15,7 +15,7 @@ SHARED = {}
 
 
 def clone_of(classes, name=None):
-    """One clone per set of classes, made once: making is not what is tested here."""
+    """One clone per set of classes, cached: these tests are not about making clones."""
     if classes not in SHARED:
         nets = pair()
         names = nets.names()
@@ -41,7 +41,7 @@ def test_base_logits_are_the_targets_bits_and_new_ones_follow():
     assert logits.shape == (40, 10)
     assert torch.equal(logits[:, :5], base)
     assert net.classes == (*BASE, *NEW)
-    for n in (1, 3):  # batch sizes of which a matrix product may take another path
+    for n in (1, 3):  # batch sizes that may use different matrix-product kernels
         assert torch.equal(net(x[:n])[:, :5], target()(x[:n]))
 
 
@@ -123,12 +123,12 @@ def test_a_clone_is_copied_when_attached():
     ],
 )
 def test_images_that_the_target_may_treat_otherwise_are_refused(change, came):
-    wrapped = pnc.Preprocessed(target(), (1, 8, 8))  # takes any size, and resizes where it must
+    wrapped = pnc.Preprocessed(target(), (1, 8, 8))  # takes any size and resizes if necessary
     nets = pair()
     clone = pnc.clone(nets.source.module, wrapped, support(), effort="seconds", **nets.names())
     net = pnc.attach(wrapped, clone)
     fast, other = net.fused(), change(images(5))
-    for call in (net, fast, net.log_odds):
+    for call in (net, fast, net.now().log_odds):
         with pytest.raises(InputError, match=f"like those that its clones were made with.*{came}"):
             call(other)
     if other.dtype == torch.float32:
@@ -139,7 +139,7 @@ def test_images_that_the_target_may_treat_otherwise_are_refused(change, came):
     assert torch.equal(net(images(4))[:, :5], wrapped(images(4)))
 
 
-def test_what_is_no_network_or_no_clone_is_refused():
+def test_arguments_that_are_not_networks_or_clones_are_refused():
     clone = clone_of(("5", "6"))
     with pytest.raises(InputError, match=r"target: expected a torch.nn.Module, got LoadedModel; give its .module"):
         pnc.attach(pair().target, clone)
@@ -151,7 +151,7 @@ def test_what_is_no_network_or_no_clone_is_refused():
         pnc.snapshot(pair().target)
 
 
-def test_clones_must_call_the_targets_classes_alike():
+def test_clones_must_use_the_same_names_of_base_classes():
     other = replace(clone_of(("7",)), base_classes=("1", "0", "2", "3", "4"))
     net = pnc.attach(target(), clone_of(("5", "6")))
     with pytest.raises(ClassNameError, match="calls the target's outputs 1, 0, 2, 3, 4, here they are 0, 1, 2, 3, 4"):
@@ -159,7 +159,7 @@ def test_clones_must_call_the_targets_classes_alike():
     assert net.clones == ("5+6",)
 
 
-def test_a_shallow_copy_comes_and_goes_on_its_own():
+def test_a_shallow_copy_attaches_and_detaches_independently():
     net = pnc.attach(target(), clone_of(("5", "6")))
     twin = copy.copy(net)
     twin.detach("5+6")
@@ -186,7 +186,7 @@ def test_attaching_to_other_weights_names_the_tensor_that_differs():
         pnc.attach(network(BASE, "zoo:cnn?width=0.5").module, clone_of(NEW))
 
 
-def test_a_target_that_changed_since_is_noticed_when_a_further_clone_comes():
+def test_a_changed_target_is_noticed_when_another_clone_is_attached():
     model = copy.deepcopy(target())
     net = pnc.attach(model, clone_of(("5", "6")))
     list(model.parameters())[-1].data.view(-1)[0] += 1e-3

@@ -1,4 +1,4 @@
-"""Graphs with layers called as functions and memory used again give what the graphs that they came from give."""
+"""Graphs that call layers as functions and reuse memory compute the same as the original graphs."""
 
 import pytest
 import torch
@@ -25,13 +25,13 @@ def test_direct_calls_give_the_same_bits_over_the_same_memory(name):
     module = network.recording.module
     direct = called_directly(flattened(module))
     with torch.no_grad():
-        assert torch.equal(direct(images.clone()), module(images.clone()))  # some write to what they are given
+        assert torch.equal(direct(images.clone()), module(images.clone()))  # some write to their input
     given = {tensor.data_ptr() for tensor in [*module.parameters(), *module.buffers()] if tensor.numel()}
     assert {tensor.data_ptr() for tensor in [*direct.parameters(), *direct.buffers()] if tensor.numel()} <= given
 
 
 @pytest.mark.parametrize("spec", ["zoo:resnet20", "zoo:mobilenetv2?width=0.5", "zoo:vit_tiny"])
-def test_of_reference_networks_no_plain_layer_is_left_to_call(spec):
+def test_all_plain_layers_of_reference_networks_are_called_directly(spec):
     network = Network(build_model(spec, NAMES, (3, 16, 16), seed=1).module, (3, 16, 16))
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
     module = network.recording.module
@@ -47,7 +47,7 @@ def test_of_reference_networks_no_plain_layer_is_left_to_call(spec):
 
 
 class Unusual(nn.Module):
-    """Layers whose call is more than their kernel."""
+    """Layers whose call does more than run a kernel."""
 
     def __init__(self):
         super().__init__()
@@ -75,9 +75,9 @@ def test_a_tensor_that_others_read_is_not_written_over():
 
         def forward(self, x):
             made = self.conv(x)
-            wide = self.conv(x[:, :, :1, :1]).add(made)  # of another shape than what is added to
+            wide = self.conv(x[:, :, :1, :1]).add(made)  # broadcast: the sum has another shape than this operand
             other = self.conv(x)
-            written = torch.relu(other.add_(made))  # `other` is read once more, under its own name
+            written = torch.relu(other.add_(made))  # `other` is read again below
             return self.tail(torch.relu(made).add(made) + wide + written + other)
 
     network, images = Network(Shared()), zoo.images(3)

@@ -1,4 +1,4 @@
-"""`pnc.evaluate` and `pnc.predict`: what the commands show, as values."""
+"""`pnc.evaluate` and `pnc.predict`, which return what the commands show."""
 
 import dataclasses
 from pathlib import Path
@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support, write_images
-from pnc.composite.metrics import evaluate
-from pnc.composite.prediction import predict
+from pnc.composite.batched_logits import logits_of
+from pnc.composite.metrics import measure_logits
 from pnc.data.image_set import class_subset
 
 
@@ -36,13 +36,13 @@ def net(clones: tuple[pnc.Clone, pnc.Clone]) -> pnc.Composite:
 def test_the_measures_are_those_of_the_logits(net: pnc.Composite) -> None:
     test = held_out_images()
     found = pnc.evaluate(net, test)
-    measured = evaluate(predict(net, test.images), test.labels, predict(net.target, test.images))
+    measured = measure_logits(logits_of(net, test.images), test.labels, logits_of(net.target, test.images))
     assert {key: getattr(found, key) for key in vars(measured)} == vars(measured)
     assert (found.clones, found.classes, found.n_images) == (("low", "high"), (*BASE, *NEW), len(test))
     assert found.base_logits_equal and found.classes_without_images == ()
 
 
-def test_any_holder_of_labelled_images_serves(net: pnc.Composite) -> None:
+def test_labelled_images_may_come_in_any_form(net: pnc.Composite) -> None:
     test = held_out_images()
     expected = pnc.evaluate(net, test)
     names = [test.classes[label] for label in test.labels]
@@ -89,7 +89,7 @@ def test_what_cannot_be_measured_is_refused(net: pnc.Composite) -> None:
     test = held_out_images()
     with pytest.raises(pnc.InputError, match="images of base and of new classes are needed"):
         pnc.evaluate(net, class_subset(test, NEW))
-    with pytest.raises(pnc.InputError, match="net: expected a composite, what pnc.attach gives; got"):
+    with pytest.raises(pnc.InputError, match="net: expected a composite, as returned by pnc.attach; got"):
         pnc.evaluate(net.target, test)  # type: ignore[arg-type]
     with net.disabled(), pytest.raises(pnc.InputError, match="net: no clone is enabled"):
         pnc.evaluate(net, test)
@@ -101,7 +101,7 @@ def test_predictions_name_classes_probabilities_and_who_answered(net: pnc.Compos
     assert [one.image for one in found] == [str(path) for path in sorted(folder.rglob("*.png"))]
     files = sorted(folder.rglob("*.png"))
     images = torch.stack([torch.from_numpy(np.array(Image.open(file)))[None].float() / 255 for file in files])
-    expected = predict(net, images).softmax(1)
+    expected = logits_of(net, images).softmax(1)
     for one, row in zip(found, expected, strict=True):
         assert one.probabilities == dict(sorted(zip(net.classes, row.tolist(), strict=True), key=lambda p: -p[1]))
         assert one.label == net.classes[int(row.argmax())] and one.probability == row.max()

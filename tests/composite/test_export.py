@@ -1,4 +1,4 @@
-"""Exports: run by onnxruntime and torch they give the composite's logits, and a failed one leaves nothing."""
+"""Exports: onnxruntime and torch compute the composite's logits from them; a failed export writes nothing."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ from pnc.models.model_specs import build_model
 
 NAMES = tuple("abcde")
 TOLERANCE = 1e-5
-"""Of logits, relative to the largest one: other kernels sum in other orders."""
+"""Tolerance of logits, relative to the largest one: kernels differ in the order of sums."""
 
 
 def close(found, expected) -> bool:
@@ -38,7 +38,7 @@ def network(spec, shape=(3, 16, 16)) -> Network:
 
 @pytest.fixture(scope="session")
 def net(stage):
-    """Two clones, one of them calibrated: its rival is far more likely for every image; no test may change it."""
+    """Two clones, one calibrated with a rival that is far more likely for every image; no test may change it."""
     made = pnc.attach(stage.target, *stage.clones[:2])
     width = stage.clones[0].branch.rivals.shape[1]
     rivals = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
@@ -58,7 +58,7 @@ def logits(stage, net):
 
 @pytest.fixture(scope="session")
 def written(tmp_path_factory, net):
-    """What the three kinds of export wrote; no test may change it."""
+    """The results of the three kinds of export; no test may change them."""
     folder = tmp_path_factory.mktemp("exports")
     return {
         "onnx": pnc.export(net, folder / "net.onnx"),
@@ -151,7 +151,7 @@ def test_what_is_enabled_is_exported(net, stage, tmp_path):
 # ------------------------------------------------------------------------------------------------------------- split
 
 
-def test_parts_come_and_go(written, net, stage, logits):
+def test_parts_are_attached_and_detached(written, net, stage, logits):
     trunk, *clones = written["split"].files
     assert [path.name for path in written["split"].files][0] == "trunk.onnx"
     together = pnc.OnnxComposite(trunk, *clones)
@@ -184,7 +184,7 @@ def test_a_later_clone_needs_a_trunk_that_gives_what_it_reads(written, net, stag
     trunk, *clones = written["split"].files
     together = pnc.OnnxComposite(trunk, *clones, path)
     assert together.classes == (*net.classes, "moose", "wolf")
-    with pytest.raises(pnc.MismatchError, match=r"clone 'gnu' reads 'tap\..*', which this trunk does not give"):
+    with pytest.raises(pnc.MismatchError, match=r"clone 'gnu' reads 'tap\..*', which this trunk does not output"):
         together.attach(deep)
     assert together.clones == (*net.clones, "later")
 
@@ -206,7 +206,7 @@ def test_parts_that_do_not_fit_are_refused(written, stage, tmp_path):
     together = pnc.OnnxComposite(trunk, first)
     with pytest.raises(pnc.InputError, match="is attached already; detach it first"):
         together.attach(first)
-    with pytest.raises(pnc.InputError, match=r"there is no clone 'zebra'; there are "):
+    with pytest.raises(pnc.InputError, match=r"there is no clone 'zebra'; attached: "):
         together.detach("zebra")
     with pytest.raises(pnc.FileFormatError, match=r"clone: expected a clone of pnc.export_split; .* is a trunk"):
         together.attach(trunk)
@@ -223,7 +223,7 @@ def test_parts_that_do_not_fit_are_refused(written, stage, tmp_path):
     with pytest.raises(pnc.MismatchError, match=r"clone 'x' was exported for another target"):
         facts = {"version": 1, "kind": "clone", "name": "x", "classes": ["y"], "base_classes": [], "target": {}}
         together.attach(with_facts(first, tmp_path / "other.onnx", json.dumps(facts)))
-    with pytest.raises(pnc.FileFormatError, match=r"onnxruntime cannot read the 5 bytes that were given: "):
+    with pytest.raises(pnc.FileFormatError, match=r"onnxruntime cannot read the given 5 bytes: "):
         together.attach(b"bytes")
     assert together.clones == (stage.clones[0].name,)
 
@@ -301,7 +301,7 @@ def test_clones_of_a_vision_transformer(tmp_path):
 @pytest.mark.parametrize("name", ["net.pt", "net.pth", "net.ts", "net.torchscript"])
 def test_torchscript_is_refused(net, tmp_path, name):
     with pytest.raises(
-        pnc.InputError, match=r"path: .* asks for TorchScript, which is not written.*take .pt2 or .onnx"
+        pnc.InputError, match=r"path: .* asks for TorchScript, which torch has deprecated; use .pt2 or .onnx"
     ):
         pnc.export(net, tmp_path / name)
 
@@ -309,7 +309,7 @@ def test_torchscript_is_refused(net, tmp_path, name):
 def test_wrong_paths_are_refused(net, tmp_path):
     with pytest.raises(pnc.InputError, match=r"path: expected a file that ends in .onnx or .pt2, got .*net.bin"):
         pnc.export(net, tmp_path / "net.bin")
-    with pytest.raises(pnc.InputError, match=r"path: .* lies in no folder that exists"):
+    with pytest.raises(pnc.InputError, match=r"path: .* is not in an existing folder"):
         pnc.export(net, tmp_path / "no" / "net.pt2")
     (tmp_path / "net.pt2").mkdir()
     with pytest.raises(pnc.InputError, match=r"path: .*net.pt2 is a folder"):
@@ -319,13 +319,13 @@ def test_wrong_paths_are_refused(net, tmp_path):
         pnc.export_split(net, tmp_path / "file")
     with pytest.raises(pnc.InputError, match=r"folder: .*net.onnx looks like a file"):
         pnc.export_split(net, tmp_path / "net.onnx")
-    with pytest.raises(pnc.InputError, match=r"folder: .*no does not exist; make it first"):
+    with pytest.raises(pnc.InputError, match=r"folder: .*no does not exist; create it first"):
         pnc.export_split(net, tmp_path / "no" / "parts")
 
 
 def test_other_networks_than_composites_are_refused(net, stage, tmp_path):
     for wrong in (stage.target, net.fused()):
-        with pytest.raises(pnc.InputError, match="net: expected a composite, what pnc.attach gives; got "):
+        with pytest.raises(pnc.InputError, match="net: expected a composite, as returned by pnc.attach; got "):
             pnc.export(wrong, tmp_path / "net.pt2")
     with pytest.raises(pnc.InputError, match=r"in float32 on the CPU, got float64 on cpu; export copy.deepcopy"):
         pnc.export(copy.deepcopy(net).double(), tmp_path / "net.pt2")
@@ -343,7 +343,7 @@ def test_a_missing_package_is_one_line(net, tmp_path, monkeypatch, package):
 
 
 def failing(net, tmp_path, name="net.pt2") -> str:
-    """The message of an export that fails; the file that was there is still there, alone."""
+    """The message of a failing export; checks that the existing file is kept and no other is written."""
     path = tmp_path / name
     path.write_text("before")
     with pytest.raises(pnc.ExportError, match="^net cannot be exported: .*nothing was written") as caught:
@@ -370,7 +370,7 @@ def test_a_fixed_number_of_images_is_refused(net, tmp_path, monkeypatch):
     monkeypatch.setattr(
         export_file, "as_program", lambda module, example: torch.export.export(module, example, strict=False)
     )
-    assert "what was exported cannot be run on a batch of 1" in failing(net, tmp_path)
+    assert "the export cannot be run on a batch of 1" in failing(net, tmp_path)
 
 
 def test_logits_that_are_no_numbers_are_refused(stage, tmp_path):

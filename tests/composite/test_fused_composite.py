@@ -39,7 +39,7 @@ def reference(spec, shape=(3, 16, 16)) -> Network:
 
 
 def plan_of(target, branches, **settings) -> Plan:
-    """The plan of a composite with these branches, without making the composite."""
+    """The plan of a composite with these branches."""
     cuts = list(dict.fromkeys(branch.stitched.adapter.target_cut for branch in branches))
     names = tuple(str(number) for number in range(len(branches)))
     return Plan(
@@ -67,7 +67,7 @@ def assert_fused(plan, images) -> FusedComposite:
         expected, found = plan.logits(images), fused(images)
     assert found.shape == expected.shape
     assert torch.equal(found[:, :5], expected[:, :5])
-    # Folded weights and other orders of summation round otherwise.
+    # Folding weights and reordering sums changes the rounding.
     scale = float(expected[:, 5:].abs().max().clamp_min(1))
     assert float((found - expected).abs().max()) <= 1e-5 * scale
     return fused
@@ -164,7 +164,7 @@ def test_convolutions_work_channels_last_where_they_can():
 
 
 def thinned(branch, n_kept):
-    """The branch with so many channels of each space."""
+    """The branch with `n_kept` of every five channels in each space."""
     body = branch.stitched.body
     spaces = channel_spaces(body)
     masks = ChannelMasks({space.name: torch.arange(space.size) % 5 < n_kept for space in spaces.spaces})
@@ -181,7 +181,7 @@ def test_zeros_for_removed_channels_come_from_the_convolution_where_that_costs_n
     branch = thinned(make_branch(target, source, (0, into)), n_kept)
     fused = assert_fused(plan_of(target, [branch]), zoo.images(3))
     assert n_filled(branch.stitched.body) >= 2
-    # Of 32 channels 2 of 5 are 13, which take one register, not two; 3 of 5 are 19.
+    # 2/5 of 32 channels are 13, which fit one register instead of two; 3/5 are 19.
     assert n_filled(fused.bodies[0]) == n_left
 
 
@@ -223,7 +223,7 @@ def net(stage):
     return pnc.attach(copy.deepcopy(stage.target), *stage.clones)
 
 
-def test_the_composite_stays_and_the_fused_form_keeps_the_set_of_its_moment(stage, net):
+def test_the_composite_does_not_change_and_the_fused_form_keeps_its_clones(stage, net):
     before = pnc.snapshot(net.target)
     with torch.no_grad():
         expected = net(stage.images)
@@ -231,7 +231,7 @@ def test_the_composite_stays_and_the_fused_form_keeps_the_set_of_its_moment(stag
         assert fused.classes == net.classes
         found = fused(stage.images)
         assert torch.equal(found[:, :3], stage.base)
-        # Rounding of folded weights; features of untrained networks hardly move, so heads have large weights on them.
+        # Rounding of folded weights; features of untrained networks hardly vary, so heads have large weights.
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-4)
         net.detach("dog")
         net.rescale({"gnu": Scalars(0.5)})
@@ -267,7 +267,7 @@ def test_double_and_half_precision(stage, net):
     x = stage.images.double()
     net.double()
     with torch.no_grad():
-        assert torch.allclose(net.fused()(x), net(x), rtol=1e-6, atol=1e-6)  # heads of float64, folded ones as well
+        assert torch.allclose(net.fused()(x), net(x), rtol=1e-6, atol=1e-6)  # heads compute in float64 in both forms
     net.to(torch.bfloat16)
     with torch.no_grad():
         assert torch.equal(net.fused()(x.bfloat16())[:, :3], net.target(x.bfloat16()))
@@ -281,7 +281,7 @@ def test_compiled_and_exported(stage, net):
         assert torch.equal(torch.compile(fused, backend="eager", fullgraph=True)(stage.images), expected)
         dims = ({0: torch.export.Dim("batch", min=2)},)
         program = torch.export.export(fused, (stage.images,), dynamic_shapes=dims).module()
-        # Exported batches of matrices may be multiplied in another order.
+        # Exported programs may multiply batches of matrices in another order.
         assert torch.allclose(program(stage.images), expected, rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
 

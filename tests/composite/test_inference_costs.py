@@ -1,4 +1,4 @@
-"""What inference executes, counted: a guard that no machine's speed enters."""
+"""Counts of what inference executes: a check of its cost that does not depend on the machine's speed."""
 
 import copy
 from collections import Counter
@@ -18,7 +18,7 @@ N_IMAGES = 10
 
 
 class Kernels(TorchDispatchMode):
-    """Counts the kernels that run inside, by name."""
+    """Counts the kernels that run within the block, by name."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ def kernels(run) -> Counter:
 
 
 def macs(run) -> int:
-    """Multiply-accumulates for one of `N_IMAGES` images."""
+    """Multiply-accumulates per image, of `N_IMAGES`."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         run()
     n_macs, rest = divmod(counter.get_total_flops(), 2 * N_IMAGES)
@@ -92,7 +92,7 @@ def test_a_clone_costs_as_much_as_rows_ask_for_it(stage, net, images):
             assert counter.get_total_flops() == 2 * (N_IMAGES * base + n * whole)
 
 
-def test_nothing_is_computed_for_what_is_not_there(stage, net, images):
+def test_nothing_is_computed_for_detached_clones(stage, net, images):
     dog = next(iter(net.clones))
     with net.only(dog):
         plain = kernels(lambda: net(images))
@@ -122,5 +122,5 @@ def test_an_adapter_folded_into_a_convolution_saves_its_macs():
     adapter, merged = 9 * 4 * 6 * 64 + 6 * 4 * 64, 9 * 4 * 4 * 64
     fused = net.fused()
     assert kernels(lambda: fused(x))["convolution"] == kernels(lambda: net(x))["convolution"] - 1
-    more = 256  # at most, rows of the fused head
+    more = 256  # upper bound for the rows of the fused head
     assert macs(lambda: net(x)) - macs(lambda: fused(x)) >= adapter - merged - more

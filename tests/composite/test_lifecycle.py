@@ -1,4 +1,4 @@
-"""The composite as a set of clones that come and go, and as an ordinary module: all exact, on tiny networks."""
+"""The composite as a changing set of clones and as an ordinary module: exact, on tiny networks."""
 
 import copy
 import dataclasses
@@ -32,7 +32,7 @@ NEW = tuple(name for group in GROUPS for name in group)
 
 @pytest.fixture
 def net(stage):
-    """All four clones in a target of its own."""
+    """All four clones attached to a copy of the target."""
     return pnc.attach(copy.deepcopy(stage.target), *stage.clones)
 
 
@@ -139,7 +139,7 @@ def test_base_priority_comes_off_the_new_logits_alone(stage, net, logits):
             net.base_priority = wrong
 
 
-def test_a_clone_taken_from_a_composite_is_a_value_of_its_own(stage, net, logits):
+def test_a_clone_taken_from_a_composite_is_independent_of_it(stage, net, logits):
     name = net.clones[1]
     taken = net.clone(name)
     for tensor in [*taken.branch.parameters(), *taken.branch.buffers()]:
@@ -197,7 +197,7 @@ def test_a_copy_made_within_a_block_is_not_caught_in_it(stage, net, logits):
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_state_dict_goes_round_also_within_another_module(stage, net, logits, assign):
+def test_a_state_dict_is_saved_and_loaded_also_within_another_module(stage, net, logits, assign):
     saved = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     twin = pnc.attach(copy.deepcopy(stage.target), *stage.clones)
     for tensor in twin.state_dict().values():
@@ -237,7 +237,7 @@ def test_casts_take_the_target_along(stage, net, logits, dtype):
         assert found.dtype == dtype
         assert torch.equal(found[:, :N_BASE], net.target(x))
     assert not torch.equal(found, logits)
-    # Rounding of the features to the 8 or 11 bits of the type, which discriminants amplify.
+    # Features are rounded to the 8 or 11 bits of the dtype, and discriminants amplify that.
     scale = logits.abs().max()
     assert (found.float() - logits).abs().max() < scale * {torch.float64: 1e-4, torch.float16: 0.05}.get(dtype, 0.3)
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
@@ -245,7 +245,7 @@ def test_casts_take_the_target_along(stage, net, logits, dtype):
     assert net.branches[0].gain.dtype == wanted
 
 
-def test_there_and_back_in_double_precision_gives_the_same_bits(stage, net, logits):
+def test_casting_to_double_precision_and_back_gives_the_same_bits(stage, net, logits):
     assert same(net.double().float(), stage.images, logits)
 
 
@@ -254,7 +254,7 @@ def test_channels_last_and_device(stage, net, logits):
     x = stage.images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         assert torch.equal(net(x)[:, :N_BASE], net.target(x))
-        torch.testing.assert_close(net(x), logits, atol=1e-3, rtol=1e-4)  # other kernels sum in another order
+        torch.testing.assert_close(net(x), logits, atol=1e-3, rtol=1e-4)  # kernels differ in the order of sums
 
 
 def test_a_target_never_leaves_eval_mode_and_its_statistics_never_move(stage):
@@ -272,7 +272,7 @@ def test_a_target_never_leaves_eval_mode_and_its_statistics_never_move(stage):
     for parameter in net.branches.parameters():
         parameter.requires_grad_(True)
     optimizer = torch.optim.SGD(net.branches.parameters(), lr=1e-3)
-    for step in range(100):  # refinement as a user would write it
+    for step in range(100):  # fine-tuning as a user would write it
         net.train()
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(images), labels).backward()
@@ -351,7 +351,7 @@ def test_compiled_code_follows_attach_detach_and_calibration(stage, backend):
     def agrees():
         with torch.no_grad():
             found, expected = compiled(x), net(x)
-        if backend == "inductor":  # fused kernels round otherwise
+        if backend == "inductor":  # fused kernels round differently
             return found.shape == expected.shape and torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
         return torch.equal(found, expected)
 
@@ -399,7 +399,7 @@ def test_a_call_sees_the_old_or_the_new_set_and_never_a_mixture(stage, net):
             while not stop.is_set():
                 try:
                     found = net(x)
-                except Exception as error:  # noqa: BLE001 - whatever a race may raise
+                except Exception as error:  # noqa: BLE001 - a race may raise anything
                     strange.append(repr(error))
                     return
                 calls[0] += 1
@@ -410,7 +410,7 @@ def test_a_call_sees_the_old_or_the_new_set_and_never_a_mixture(stage, net):
                 net.status()
 
     threads = [threading.Thread(target=call) for _ in range(3)]
-    deadline = time.monotonic() + 120  # a busy machine gives the callers little time; a hang still ends
+    deadline = time.monotonic() + 120  # long, for busy machines, but ends a hang
     for thread in threads:
         thread.start()
     try:
@@ -463,7 +463,7 @@ def test_every_promise_holds_after_every_step(stage, tmp_path_factory, steps):
 @pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(steps=STEPS)
-def test_every_promise_holds_in_a_thousand_lives(stage, tmp_path_factory, steps):
+def test_every_promise_holds_in_a_thousand_random_sequences(stage, tmp_path_factory, steps):
     live(stage, tmp_path_factory, steps)
 
 

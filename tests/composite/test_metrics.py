@@ -4,7 +4,7 @@ import torch
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import balanced_accuracy_score
 
-from pnc.composite.metrics import calibration_error, conditional_kl, evaluate, leak, locality_kl, shifted
+from pnc.composite.metrics import calibration_error, conditional_kl, leak, locality_kl, measure_logits, shifted
 from pnc.foundation.errors import InputError
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -15,10 +15,10 @@ LABELS = torch.randint(5, (200,), generator=GENERATOR)
 
 def test_accuracies_agree_with_scikit_learn():
     logits = torch.cat([TARGET, NEW], 1)
-    found = evaluate(logits, LABELS, TARGET)
+    found = measure_logits(logits, LABELS, TARGET)
     right = (logits.argmax(1) == LABELS).int()
     is_new = (LABELS >= 3).int()
-    # accuracy of "right or not" seen as recall of a constant label per group
+    # per group, accuracy equals the recall of "is right"
     expected = balanced_accuracy_score(is_new, torch.where(right.bool(), is_new, 1 - is_new))
     assert found.average_accuracy == pytest.approx(expected, abs=1e-12)
     assert found.average_accuracy == (found.base_accuracy + found.new_accuracy) / 2
@@ -26,7 +26,7 @@ def test_accuracies_agree_with_scikit_learn():
 
 def test_added_columns_leave_the_conditional_distribution_alone():
     logits = torch.cat([TARGET, NEW], 1)
-    # float64 rounding of log_softmax, nothing else
+    # only the float64 rounding of log_softmax
     assert conditional_kl(logits, TARGET) < 1e-12
     moved = logits.clone()
     moved[:, 0] += 1
@@ -45,9 +45,9 @@ def test_base_drop_counts_what_the_new_classes_took():
     labels = TARGET.argmax(1).clone()
     labels[:10] = 3
     logits = torch.cat([TARGET, torch.full((200, 2), -100.0)], 1)
-    assert evaluate(logits, labels, TARGET).base_drop == 0
+    assert measure_logits(logits, labels, TARGET).base_drop == 0
     logits[50:145, 3] = 100
-    assert evaluate(logits, labels, TARGET).base_drop == pytest.approx(95 / 190)
+    assert measure_logits(logits, labels, TARGET).base_drop == pytest.approx(95 / 190)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_base_drop_counts_what_the_new_classes_took():
 )
 def test_wrong_shapes_and_one_sided_labels_are_refused(logits, labels, words):
     with pytest.raises(InputError, match=words):
-        evaluate(logits, labels, torch.zeros(4, 3))
+        measure_logits(logits, labels, torch.zeros(4, 3))
 
 
 @pytest.mark.parametrize("n_bins", [1, 10, 15])
@@ -74,7 +74,7 @@ def test_the_calibration_error_agrees_with_scikit_learn(n_bins):
     assert calibration_error(logits, LABELS, n_bins) == pytest.approx(expected, rel=1e-9)
 
 
-def test_sure_and_right_is_no_error_sure_and_wrong_is_all_of_it():
+def test_confident_and_right_is_no_error_confident_and_wrong_is_the_largest():
     logits = 1000.0 * torch.eye(4)
     assert calibration_error(logits, torch.arange(4)) == 0
     assert calibration_error(logits, torch.tensor([1, 2, 3, 0])) == 1

@@ -1,4 +1,4 @@
-"""`only=`: rows of a batch that need only some clones pay only for those."""
+"""`only=`: each row of a batch runs only the clones that it asks for."""
 
 import copy
 
@@ -18,7 +18,7 @@ def net(stage):
 
 
 def columns(net):
-    """Of each clone, by its name, its columns of the logits."""
+    """The columns of each clone's logits, by name."""
     found, start = {}, N_BASE
     for row in net.status():
         found[row.name] = slice(start, start + len(row.classes))
@@ -27,14 +27,14 @@ def columns(net):
 
 
 def assert_rows(net, images, only, wanted):
-    """`wanted`: for each row the names of the clones that are to be there."""
+    """Check logits; `wanted` has the names of the clones to expect for each row."""
     with torch.no_grad():
         full, found, base = net(images), net(images, only=only), net.target(images)
     assert torch.equal(found[:, :N_BASE], base)
     for name, place in columns(net).items():
         rows = torch.tensor([name in names for names in wanted])
         assert bool((found[~rows, place] == -torch.inf).all())
-        # Kernels for another batch size may sum in another order.
+        # For another batch size kernels may sum in another order.
         torch.testing.assert_close(found[rows, place], full[rows, place], rtol=1e-5, atol=1e-5)
 
 

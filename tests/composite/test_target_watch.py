@@ -1,4 +1,4 @@
-"""A composite whose target has changed refuses to go on, says what changed, and is recorded again on request."""
+"""A composite whose target has changed refuses calls, says what changed, and is recorded again on request."""
 
 import copy
 import os
@@ -30,7 +30,7 @@ CHANGES = {
     "load_state_dict(assign=True)": (assigned, "conv1.weight was replaced"),
     "another parameter": (lambda t: setattr(t.fc, "weight", nn.Parameter(torch.zeros(3, 6))), "fc.weight was replaced"),
     "another buffer": (lambda t: setattr(t.norm2, "running_mean", torch.ones(6)), "norm2.running_mean was replaced"),
-    "x.data = y": (lambda t: setattr(t.fc.weight, "data", torch.zeros(3, 6)), "fc.weight has other memory"),
+    "x.data = y": (lambda t: setattr(t.fc.weight, "data", torch.zeros(3, 6)), "fc.weight has new memory"),
     "half": (lambda t: t.half(), "norm1.running_mean was replaced"),
     "another epsilon": (lambda t: setattr(t.norm1, "eps", 1.0), "norm1.eps is 1.0, was 1e-05"),
     "another activation": (lambda t: setattr(t, "act1", nn.GELU()), "the network has other layers"),
@@ -52,7 +52,9 @@ def test_a_changed_target_is_refused_by_calls_attach_and_verify(name):
     assert torch.equal(net(images)[:, :3], base)
     change(target)
     for call in (lambda: net(images), lambda: fused(images), lambda: net.attach(small_pair.clone("elk"))):
-        with pytest.raises(MismatchError, match=rf"has changed since .*{words}.*; net.refresh\(\) records it again"):
+        with pytest.raises(
+            MismatchError, match=rf"has changed since .*{words}.*; call net.refresh\(\) to record it again"
+        ):
             call()
     report = net.verify()
     assert not report.ok
@@ -85,13 +87,13 @@ def test_a_target_that_still_does_the_same_is_recorded_again():
     net.refresh()
     seen.clear()
     assert torch.equal(net(images), before)
-    assert seen == ["layer"]  # of a container the hook runs at the recording alone
+    assert seen == ["layer"]  # a container's hook runs only while recording
     report = net.verify()
     assert report.ok
     assert "hooks of body ran when the target was recorded" in report.notes[0] and "note: hooks" in str(report)
 
 
-def test_another_target_can_be_gone_on_with_on_request():
+def test_another_target_is_accepted_on_request():
     target, images = small_pair.target(), small_pair.images(5)
     net = pnc.attach(target, small_pair.clone("dog"))
     target.act1 = nn.GELU()
@@ -128,7 +130,7 @@ def test_swapped_values_are_seen_by_attach_of_a_composite():
 
 
 class Gated(small_pair.Net):
-    """Its Python code does what it is told from outside, which no recording sees."""
+    """Its Python code depends on a class attribute, which no recording sees."""
 
     shift = 0.0
 
@@ -195,7 +197,7 @@ def test_unpickling_leaves_the_modules_of_other_threads_alone():
 
 
 class Slow(torch.utils.data.Dataset):
-    """A support that takes so long to read that something is changed meanwhile."""
+    """A support that changes the composite while it is read."""
 
     def __init__(self, change):
         self.images, self.labels = small_pair.support((*small_pair.BASE, "dog"))
@@ -225,7 +227,7 @@ def test_calibration_is_for_one_set_of_clones(change):
         pnc.calibrate(net, Slow(lambda: change(net)))
 
 
-def test_calibration_does_not_mind_a_clone_that_comes_meanwhile():
+def test_calibration_allows_attaching_a_clone_meanwhile():
     net = pnc.attach(small_pair.target(), small_pair.clone("dog"))
     found = pnc.calibrate(net, Slow(lambda: "elk" in net.clones or net.attach(small_pair.clone("elk"))))
     assert list(found.scalars) == ["dog"] and net.clones == ("dog", "elk")

@@ -1,4 +1,4 @@
-"""A file whose metadata was changed and whose digest was made anew: what can be seen is refused, the rest is said."""
+"""Files with forged metadata and a recomputed digest: detectable changes are refused, others reported as unproven."""
 
 import json
 
@@ -13,12 +13,12 @@ from pnc.foundation.tensor_files import read_tensors, write_tensors
 
 
 def changed(path, change):
-    """Write the file anew with other metadata, and with the digest that belongs to them."""
+    """Rewrite the file with other metadata and a matching digest."""
     tensors, facts = read_tensors(path)
     facts = json.loads(json.dumps(facts))
     change(facts)
     write_tensors(path, tensors, facts)
-    read_clone_file(path)  # as whole as before
+    read_clone_file(path)  # still valid
     return path
 
 
@@ -59,7 +59,7 @@ def test_verify_says_what_is_not_proven(file, change):
     net = pnc.attach(nets.target.module, pnc.load(changed(file, change), source=nets.source.module))
     report = net.verify()
     assert report.ok and len(report.unproven) == 1
-    assert "not proven: names of classes, position and scores are what the file says" in str(report)
+    assert "not proven: class names, position and scores are taken from the file" in str(report)
     assert pnc.verify(nets.target.module, pnc.snapshot(nets.target.module)).unproven == ()
 
 

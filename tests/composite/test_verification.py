@@ -28,7 +28,7 @@ def target() -> nn.Module:
     return copy.deepcopy(pair().target.module)
 
 
-def test_a_target_is_proved_to_be_as_before_through_attach_and_detach():
+def test_verify_shows_that_attach_and_detach_do_not_change_the_target():
     model = target()
     model.train()
     model[1].register_forward_hook(lambda *_: None)
@@ -62,7 +62,7 @@ def test_what_changed_is_named(change, words):
     report = pnc.verify(model, before)
     assert not report.ok
     assert any(re.search(words, line) for line in report.differences)
-    assert re.match(r"\d+ differences; compared were ", str(report)) and words in str(report)
+    assert re.match(r"\d+ differences; compared: ", str(report)) and words in str(report)
 
 
 def test_logits_may_change_where_no_tensor_does():
@@ -83,7 +83,7 @@ def test_the_random_state_is_left_alone():
 
 
 def test_a_snapshot_is_needed():
-    with pytest.raises(InputError, match="before: expected what pnc.snapshot.* gave, got OrderedDict"):
+    with pytest.raises(InputError, match="before: expected the result of pnc.snapshot.*, got OrderedDict"):
         pnc.verify(target(), target().state_dict())
 
 

@@ -1,4 +1,4 @@
-"""Image files that decoders stumble over: one error that names the file, or the image as it lies."""
+"""Image files that are damaged or unusual: one error that names the file, or the image not turned."""
 
 import io
 import struct
@@ -25,12 +25,12 @@ def encoded(kind: str = "PNG", image: Image.Image | None = None, **save: Any) ->
 
 
 def exif_of(kind: int, value: bytes) -> bytes:
-    """EXIF with the orientation as a value of another type than a number of 16 bits."""
+    """EXIF data whose orientation is not a 16-bit number."""
     return b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00" + struct.pack("<HHI", 0x0112, kind, 4) + value + bytes(4)
 
 
 def png_with(chunk: bytes, content: bytes) -> bytes:
-    """A PNG with one more chunk behind its header."""
+    """A PNG with an extra chunk after its header."""
     whole = encoded()
     made = struct.pack(">I", len(content)) + chunk + content + struct.pack(">I", zlib.crc32(chunk + content))
     return whole[:33] + made + whole[33:]
@@ -68,12 +68,12 @@ def test_all_orientations_are_pillows(kind: str, turn: int) -> None:
 
 
 def bomb() -> bytes:
-    """A PNG of 200 million pixels in few bytes."""
+    """A PNG of 200 million pixels in a few bytes."""
     return encoded(image=Image.new("1", (20000, 10000)))
 
 
 def lying_header() -> bytes:
-    """A PNG that says it has two thousand million pixels, and has twenty."""
+    """A PNG whose header claims two billion pixels, with data for twenty."""
     header = struct.pack(">IIBBBBB", 50000, 50000, 8, 2, 0, 0, 0)
     whole = encoded()
     return whole[:16] + header + struct.pack(">I", zlib.crc32(b"IHDR" + header)) + whole[33:]
@@ -84,12 +84,12 @@ def lying_header() -> bytes:
     [
         (bomb(), "is too large to be opened safely"),
         (lying_header(), "is too large to be opened safely"),
-        (b"", "is no readable image"),
-        (b"GIF89a", "is no readable image"),
-        (encoded("TIFF")[:60], "is no readable image"),
-        (encoded("BMP")[:-20], "is no readable image"),
-        (encoded()[:-30], "is no readable image"),
-        (png_with(b"zTXt", b"a\x00\x00" + zlib.compress(bytes(80_000_000))), "is no readable image"),
+        (b"", "is not a readable image"),
+        (b"GIF89a", "is not a readable image"),
+        (encoded("TIFF")[:60], "is not a readable image"),
+        (encoded("BMP")[:-20], "is not a readable image"),
+        (encoded()[:-30], "is not a readable image"),
+        (png_with(b"zTXt", b"a\x00\x00" + zlib.compress(bytes(80_000_000))), "is not a readable image"),
         (encoded("TIFF", Image.fromarray(np.zeros((4, 5), dtype=np.float32))), "more than 8 bits per channel"),
     ],
     ids=lambda value: value[:12] if isinstance(value, str) else "",

@@ -1,4 +1,4 @@
-"""Folders of images: nothing is passed over without a word."""
+"""Folders of images: every skipped file is reported."""
 
 import os
 from pathlib import Path
@@ -59,15 +59,15 @@ def test_what_is_not_read_is_counted_and_said_once(root: Path) -> None:
     text = str(caught[0].message)
     for part in ("2 .csv", "1 .txt", "1 file without suffix", "1 hidden file", "1 hidden folder"):
         assert part in text or "in all" in text
-    assert text.startswith(f"data: of {root} not read: ")
+    assert text.startswith(f"data: not read in {root}: ")
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda path: path.with_name("a.xcf").write_text("x"), "1 .xcf"),
-        (lambda path: os.mkfifo(path), "1 that is no regular file"),
-        (lambda path: path.symlink_to("nowhere"), "1 link that leads nowhere"),
+        (lambda path: os.mkfifo(path), "1 not a regular file"),
+        (lambda path: path.symlink_to("nowhere"), "1 broken link"),
         (lambda path: path.with_name(".hidden.png").write_text("x"), "1 hidden file"),
         (lambda path: path.with_name(".cache").mkdir(), "1 hidden folder"),
         (lambda path: save(path.parents[1] / "beside.png"), "1 .png beside the folders of classes"),
@@ -82,7 +82,7 @@ def test_each_reason_is_named(root: Path, make, words: str) -> None:  # type: ig
 def test_a_folder_without_any_image_says_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.xcf").write_text("x")
-    with pytest.raises(InputError, match=r"no image in .*/CLASS/; .*; passed over: 1 \.xcf"):
+    with pytest.raises(InputError, match=r"no image in .*/CLASS/; .*; skipped: 1 \.xcf"):
         load_data(f"folder:{tmp_path}")
 
 
@@ -103,14 +103,14 @@ def test_folders_that_differ_by_case_alone_are_refused(tmp_path: Path) -> None:
         save(tmp_path / split / "a" / "0.png")
     if len(list(tmp_path.iterdir())) == 1:
         pytest.skip("this file system does not tell cases apart")
-    with pytest.raises(InputError, match="has Train and train; say which is meant as train=NAME"):
+    with pytest.raises(InputError, match="has Train and train; choose with train=NAME"):
         load_data(f"folder:{tmp_path}")
     assert len(load_data(f"folder:{tmp_path}?train=Train")) == 1
 
 
 def test_classes_may_have_names_of_splits(root: Path) -> None:
     for name in ("valid", "Train", "test"):
-        save(root / name / "0.png")  # no folder in it: a class
+        save(root / name / "0.png")  # contains no folder, so it is a class
     assert set(load_data(f"folder:{root}").classes) == {"forest", "river", "valid", "Train", "test"}
 
 

@@ -1,4 +1,4 @@
-"""Images from files, folders, Pillow images, arrays and tensors: all read alike."""
+"""Images from files, folders, Pillow images, arrays and tensors, all read in the same way."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ SHAPE = (3, 8, 8)
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Photos of several sizes, modes and depths of folder, one of them lying on its side."""
+    """Photos of several sizes and modes, in nested folders, one of them to be rotated."""
     (tmp_path / "more").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "b.png")

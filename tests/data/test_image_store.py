@@ -1,4 +1,4 @@
-"""Images of a support: kept as they came, read once, and in a temporary file where they are too many."""
+"""Images of a support: kept in their dtype, read once, and moved to a temporary file if there are too many."""
 
 import gc
 import os
@@ -101,7 +101,7 @@ def open_files():
 
 
 class Once(Dataset):
-    """Digits that count how often each was asked for."""
+    """Digits that count how often each is read."""
 
     def __init__(self, broken_at=None):
         data = support(n_new=24, n_base=6)
@@ -180,13 +180,13 @@ def test_a_part_of_a_support_has_its_classes_and_folds_in_the_same_shares():
     task = prepared(support(n_new=40, n_base=20), flip=True)
     part = task.reduced(100)
     samples = part.samples
-    assert len(samples.groups.unique()) == 100 and len(samples.labels) == 200  # with their copies
+    assert len(samples.groups.unique()) == 100 and len(samples.labels) == 200  # including copies
     assert (samples.folds.diff() >= 0).all() and samples.n_folds == 5
     counts = samples.labels.bincount(minlength=10)
     assert (counts[:5] - 200 * 20 / 300).abs().max() <= 6 and (counts[5:] - 200 * 40 / 300).abs().max() <= 6
     for label in range(5, 10):
         assert len(samples.folds[samples.labels == label].unique()) == 5
-    few = task.reduced(1).samples  # an image of every new class in each fold is the least
+    few = task.reduced(1).samples  # at least one image of every new class in each fold
     assert few.labels.bincount(minlength=10).tolist() == [0] * 5 + [10] * 5
     assert task.reduced(300) is task
     assert task.within(10, share=1.0) is task

@@ -1,4 +1,4 @@
-"""Parquet files: shards that are matched by name, files of any writer, cells that name paths."""
+"""Parquet files: shards matched by class names, files from any program, cells with paths."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def png(value: int) -> bytes:
 def write(
     path: Path, labels: Any, names: Any = None, images: Any = None, kind: Any = CELL, label: str = "label"
 ) -> Path:
-    """One row for each label; the image of a class has its value in every pixel."""
+    """One row for each label; every pixel of a class's images has the value of the class."""
     if images is None:
         images = [{"bytes": png(VALUES[names[one]]), "path": None} for one in labels]
     table = pa.table(
@@ -43,7 +43,7 @@ def write(
 
 
 def all_right(data: ImageSet) -> bool:
-    """Whether every image has the class of its value."""
+    """Whether every image has the class that its pixels stand for."""
     pairs = zip(data.images, data.labels, strict=True)
     return all(int(image.max()) == VALUES[data.classes[label]] for image, label in pairs)
 
@@ -71,11 +71,11 @@ def test_ids_of_each_shard_mean_its_own_names(tmp_path: Path, orders: list[list[
 @pytest.mark.parametrize(
     ("shards", "message"),
     [
-        (["0-of-3", "2-of-3"], "2 shards of train are there, their names say 3: number 1 is missing; get the whole"),
+        (["0-of-3", "2-of-3"], "there are 2 shards of train, their names say 3: number 1 is missing; get the whole"),
         (["1-of-2"], "number 0 is missing"),
         (["0-of-2"], "number 1 is missing"),
-        (["0-of-1", "00-of-1"], "a number is there twice, or too high"),
-        (["0-of-2", "1-of-2", "5-of-2"], "3 shards of train are there, their names say 2"),
+        (["0-of-1", "00-of-1"], "a number appears twice, or is too high"),
+        (["0-of-2", "1-of-2", "5-of-2"], "there are 3 shards of train, their names say 2"),
         (["0-of-2", "1-of-2", "0-of-3"], "numbered of 2 and of 3; keep one series"),
         (["0-of-99999999"], "number 1 is missing"),
     ],
@@ -90,7 +90,7 @@ def test_an_incomplete_set_of_shards_is_refused(tmp_path: Path, shards: list[str
 def test_shards_and_a_whole_file_at_once_are_refused(tmp_path: Path) -> None:
     for name in ("train", "train-0-of-1"):
         write(tmp_path / f"{name}.parquet", [0], ["black"])
-    with pytest.raises(InputError, match="has train.parquet, train-0-of-1.parquet; which of them are meant"):
+    with pytest.raises(InputError, match="has train.parquet, train-0-of-1.parquet; choose with train=NAME"):
         load_data(f"parquet:{tmp_path}")
 
 
@@ -156,21 +156,21 @@ def test_pandas_writes_what_is_read(tmp_path: Path) -> None:
 def test_damaged_metadata_is_one_error(tmp_path: Path, text: bytes) -> None:
     path = write(tmp_path / "a.parquet", [0], None, [{"bytes": png(0), "path": None}])
     pq.write_table(pq.read_table(path).replace_schema_metadata({"huggingface": text}), path)
-    with pytest.raises(InputError, match="says of its columns what is no JSON"):
+    with pytest.raises(InputError, match="has column types that are not the JSON"):
         load_data(f"parquet:{path}")
 
 
 def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "train.parquet")
     for spec in (tmp_path, tmp_path / "train.parquet"):
-        with pytest.raises(InputError, match="is no regular file"):
+        with pytest.raises(InputError, match="is not a regular file"):
             load_data(f"parquet:{spec}")
 
 
 # --------------------------------------------------------------------------------------------------- paths
 @pytest.fixture
 def paths(tmp_path: Path) -> Path:
-    """A folder of a data set with an image in it and one beside it."""
+    """The folder of a data set, with one image inside and one beside it."""
     (tmp_path / "set" / "pictures").mkdir(parents=True)
     (tmp_path / "set" / "pictures" / "0.png").write_bytes(png(77))
     (tmp_path / "elsewhere.png").write_bytes(png(99))
@@ -187,9 +187,9 @@ def path_cell(folder: Path, path: str) -> Path:
 def test_cells_that_are_paths_are_refused_by_default(paths: Path, path: str) -> None:
     file = path_cell(paths, path)
     for spec in (paths, file):
-        with pytest.raises(InputError, match=r"row 0 is a path alone .*; say \?paths=yes to read paths within"):
+        with pytest.raises(InputError, match=r"row 0 is only a path .*; use \?paths=yes to read paths within"):
             load_data(f"parquet:{spec}")
-        with pytest.raises(InputError, match="is a path alone"):
+        with pytest.raises(InputError, match="is only a path"):
             load_data(f"parquet:{spec}?paths=no")
 
 
@@ -207,8 +207,8 @@ def test_where_they_are_allowed_they_are_read_within_the_folder(paths: Path) -> 
         ("../elsewhere.png", "which is not within"),
         ("pictures/../../elsewhere.png", "which is not within"),
         ("out.png", "which is not within"),
-        ("pipe.png", "is no regular file"),
-        ("pictures", "is no regular file"),
+        ("pipe.png", "is not a regular file"),
+        ("pictures", "is not a regular file"),
         ("missing.png", "cannot be read: No such file"),
         ("zip://x", "cannot be read: No such file"),
         ("a" * 5000, "cannot be looked up"),

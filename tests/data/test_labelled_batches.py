@@ -1,4 +1,4 @@
-"""What holds labelled images in other ways than pairs of tensors: read where it is unambiguous, else told how."""
+"""Labelled images in other containers than pairs of tensors: read if unambiguous, else refused with a way out."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ ONE_HOT = torch.nn.functional.one_hot(IDS, 4)
 
 
 class Rows(Dataset[Any]):
-    """Gives the items of a list; any attributes."""
+    """Returns the items of a list; may have any attributes."""
 
     def __init__(self, items: list[Any], **attributes: Any) -> None:
         self.items = items
@@ -90,22 +90,22 @@ PICTURE = Image.new("RGB", (4, 4))
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (([PICTURE] * 4, IDS), r"got an image of Pillow; add transform=torchvision.transforms.ToTensor\(\)"),
-        (Rows([(PICTURE, 0)]), "got an image of Pillow; add transform="),
-        ((IMAGES.numpy(), IDS), r"got ndarray; torch.from_numpy\(images\)"),
-        ([(IMAGES[0], 0), (IMAGES[1], 1)], r"got tuple; of a list of pairs make \(torch.stack"),
-        ([(IMAGES[0], 0), (IMAGES[1], 1), (IMAGES[1], 1)], r"got list; of a list of pairs make \(torch.stack"),
+        (([PICTURE] * 4, IDS), r"got a Pillow image; add transform=torchvision.transforms.ToTensor\(\)"),
+        (Rows([(PICTURE, 0)]), "got a Pillow image; add transform="),
+        ((IMAGES.numpy(), IDS), r"got ndarray; use torch.from_numpy\(images\)"),
+        ([(IMAGES[0], 0), (IMAGES[1], 1)], r"got tuple; turn a list of pairs into \(torch.stack"),
+        ([(IMAGES[0], 0), (IMAGES[1], 1), (IMAGES[1], 1)], r"got list; turn a list of pairs into \(torch.stack"),
         (([torch.zeros(1, 2, 2), torch.zeros(1, 3, 3)], [0, 1]), "2 shapes, .*; give all one shape"),
         ((IMAGES, IDS.float()), r"got 0.0; use labels.long\(\)"),
         ((IMAGES, torch.full((4, 4), 0.25)), r"must be zeros with a single one; .* labels.argmax\(1\)"),
         ((IMAGES, ONE_HOT * 2), "must be zeros with a single one"),
         ((IMAGES, torch.ones(4, 2)), "must be zeros with a single one"),
-        ((IMAGES, IDS[:, None]), r"labels.flatten\(\) for a single column"),
+        ((IMAGES, IDS[:, None]), r"labels.flatten\(\) if there is one column"),
         ((IMAGES, ONE_HOT[:, :3]), "rows of 3 columns, but there are 4 class names"),
-        ({"image": IMAGES}, "one of label, labels, fine_label is read, got image"),
-        ({"image": IMAGES, "img": IMAGES, "label": IDS}, "of a dictionary one of the keys image, images"),
+        ({"image": IMAGES}, "one of the keys label, labels, fine_label, got image"),
+        ({"image": IMAGES, "img": IMAGES, "label": IDS}, "a dictionary must have one of the keys image, images"),
         (Rows([{"x": IMAGES[0], "y": 0}]), r"got x, y; give pairs \(item\[KEY\], item\[KEY\]\)"),
-        ((IMAGES, [2**70] * 4), "ids of 63 bits"),
+        ((IMAGES, [2**70] * 4), "label ids must fit in int64"),
     ],
 )
 def test_what_is_ambiguous_is_refused_with_the_line_that_mends_it(data: Any, message: str) -> None:
@@ -140,11 +140,11 @@ def test_classes_of_a_dataset_may_be_mappings(classes: Any) -> None:
         (
             [("tench", "Tinca tinca"), ("goldfish",)],
             InputError,
-            "of Rows says what ids mean, and holds tuple",
+            "of Rows must name the ids, but contains tuple",
         ),
-        ([["a"], ["b"]], InputError, "holds list, not names; set it to a list of names"),
-        ([0, 1, 2], InputError, "holds int, not names"),
-        ([], InputError, "holds nothing"),
+        ([["a"], ["b"]], InputError, "contains list, not names; set it to a list of names"),
+        ([0, 1, 2], InputError, "contains int, not names"),
+        ([], InputError, "contains nothing"),
         ({"a", "b", "c"}, ClassNameError, "a set has no order"),
         (["a", "a", "b"], ClassNameError, "a given twice"),
         (["a", "b"], InputError, "ids must lie in 0-1"),
@@ -189,7 +189,7 @@ def test_doubts_have_figures() -> None:
     assert found(images, [0, 1, 2, 2]) == []
     images = some(8)
     images[7], images[6] = images[0], images[1]
-    text = "2 images are given under two classes, such as numbers 1 (ant) and 6 (dog)"
+    text = "2 images are in two classes, such as numbers 1 (ant) and 6 (dog)"
     assert found(images, [0, 0, 1, 1, 2, 2, 3, 3]) == [text]
 
 

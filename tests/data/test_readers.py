@@ -68,15 +68,15 @@ def test_specs_are_split() -> None:
 
 @pytest.mark.parametrize("query", ["size", "size=", "=3", "size=1&size=2"])
 def test_bad_options_are_refused(query: str) -> None:
-    with pytest.raises(InputError, match="is no option of the form key=value given once"):
+    with pytest.raises(InputError, match="must be an option of the form key=value, given once"):
         split_spec(f"folder:x?{query}", "spec")
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("csv:x", "no known kind; expected one of digits, parquet:PATH, folder:PATH, hf:NAME[@CONFIG]"),
-        ("photos", "'photos' is of no known kind"),
+        ("csv:x", "an unknown kind; expected one of digits, parquet:PATH, folder:PATH, hf:NAME[@CONFIG]"),
+        ("photos", "'photos' is of an unknown kind"),
         ("digits:x", "expected digits, got 'digits:x'"),
         ("parquet:", "expected parquet:PATH, got 'parquet:'"),
         ("parquet", "expected parquet:PATH, got 'parquet'"),
@@ -156,7 +156,7 @@ def test_other_names_of_splits(parquet: Path) -> None:
     assert len(load_data(f"parquet:{parquet}", "test")) == 1
     assert len(load_data(f"parquet:{parquet}?test=train", "test")) == 6
     with pytest.raises(
-        InputError, match=r"no test.parquet in .*, which has train.parquet, validation.parquet; say test="
+        InputError, match=r"no test.parquet in .*, which has train.parquet, validation.parquet; give test="
     ):
         load_data(f"parquet:{parquet}?test=holdout", "test")
 
@@ -193,9 +193,13 @@ def test_text_labels_become_sorted_classes(tmp_path: Path) -> None:
     ("features", "options", "message"),
     [
         ({"img": datasets.Image(), "a": CLASSES, "b": CLASSES}, "", "the label could be a, b of the columns img, a, b"),
-        ({"a": CLASSES, "label": CLASSES}, "", "the image could be none of the columns a, label; say image=COLUMN"),
+        (
+            {"a": CLASSES, "label": CLASSES},
+            "",
+            "the image could be none of the columns a, label; choose with image=",
+        ),
         ({"img": datasets.Image(), "label": CLASSES}, "?label=lable", "no column 'lable' (did you mean 'label'?)"),
-        ({"img": datasets.Image(), "label": CLASSES}, "?image=label", "the column label holds no images"),
+        ({"img": datasets.Image(), "label": CLASSES}, "?image=label", "the column label has no images"),
         ({"img": datasets.Image(), "label": datasets.Value("float32")}, "", "the labels must be ClassLabel, whole"),
     ],
 )
@@ -213,12 +217,12 @@ def test_doubtful_columns_are_refused(tmp_path: Path, features: Any, options: st
 @pytest.mark.parametrize(
     ("images", "labels", "message"),
     [
-        ([png(COLOURS[0]), None], [0, 1], "the image in row 1 is no readable image"),
-        ([png(COLOURS[0]), b"no image"], [0, 1], "the image in row 1 is no readable image"),
-        ([png(COLOURS[0])[:-40]], [0], "the image in row 0 is no readable image"),
+        ([png(COLOURS[0]), None], [0, 1], "the image in row 1 is not a readable image"),
+        ([png(COLOURS[0]), b"no image"], [0, 1], "the image in row 1 is not a readable image"),
+        ([png(COLOURS[0])[:-40]], [0], "the image in row 0 is not a readable image"),
         ([png(COLOURS[0])], [None], "row 0 has no label"),
         ([png(COLOURS[0])], [-1], "ids must lie in 0-2"),
-        ([], [], "the data has no row"),
+        ([], [], "the data has no rows"),
         ([png(GREYS[0].astype(np.uint16))], [0], "row 0 has more than 8 bits per channel"),
     ],
 )
@@ -239,7 +243,7 @@ def test_a_data_set_that_datasets_loads_by_name(parquet: Path) -> None:
     train, test = load_data(f"hf:{parquet}"), load_data(f"hf:{parquet}", "test")
     assert torch.equal(train.images, channels_first(COLOURS))
     assert (train.classes, len(test)) == (("ant", "bee", "cat"), 1)
-    with pytest.raises(InputError, match="has no split test, it has train, test; say test=NAME"):
+    with pytest.raises(InputError, match="has no split test, it has train, test; give test=NAME"):
         load_data(f"hf:{parquet}?test=holdout", "test")
 
 
@@ -275,10 +279,10 @@ def test_a_folder_without_splits_is_read_whole(folder: Path) -> None:
 def test_bad_folders_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no image in .*/CLASS/; expected one folder of images per class"):
         load_data(f"folder:{folder / 'train' / 'dog'}")
-    with pytest.raises(InputError, match="has no folder for the split test; say test=NAME"):
+    with pytest.raises(InputError, match="has no folder for the split test; give test=NAME"):
         load_data(f"folder:{folder}?test=holdout", "test")
     (folder / "train" / "dog" / "1.png").write_bytes(b"broken")
-    with pytest.raises(InputError, match=r"1\.png is no readable image .*; remove or replace it"):
+    with pytest.raises(InputError, match=r"1\.png is not a readable image .*; remove or replace it"):
         load_data(f"folder:{folder}")
 
 
@@ -304,7 +308,7 @@ def test_channels_follow_the_majority_or_the_option(tmp_path: Path, n_grey: int,
 
 def test_different_sizes_need_a_size(tmp_path: Path) -> None:
     spec = write_photos(tmp_path, [Image.new("RGB", (5, 4)), Image.new("RGB", (4, 5))])
-    with pytest.raises(InputError, match=r"have different sizes \(4x5, 5x4\); choose one, as in \?size=64"):
+    with pytest.raises(InputError, match=r"have different sizes \(4x5, 5x4\); choose one, for example \?size=64"):
         load_data(spec)
     assert load_data(f"{spec}?size=3").images.shape == (2, 3, 3, 3)
 
@@ -318,14 +322,14 @@ def test_bad_numbers_are_refused(tmp_path: Path, option: str) -> None:
 
 def test_resizing_crops_the_centre(tmp_path: Path) -> None:
     wide = np.zeros((4, 16), dtype=np.uint8)
-    wide[:, 4:12] = 200  # the centre and what the filter sees beside it
+    wide[:, 4:12] = 200  # the centre and what the filter reads around it
     data = load_data(write_photos(tmp_path, [Image.fromarray(wide)]) + "?size=2")
     assert torch.equal(data.images, torch.full((1, 1, 2, 2), 200, dtype=torch.uint8))
 
 
 def test_photographs_are_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
     data = load_data(write_photos(tmp_path, [Image.fromarray(COLOURS[0])], exif=exif))
     assert data.input_shape == (3, 5, 4)
     assert torch.equal(data.images[0], channels_first(COLOURS)[0].rot90(-1, (1, 2)))

@@ -18,7 +18,7 @@ NAMES = ("ant", "bee", "cat", "dog")
 
 
 def image_set(labels: list[int], names: tuple[str, ...] = NAMES) -> ImageSet:
-    """Make images that each hold their own number in every pixel."""
+    """Make images that have their own number in every pixel."""
     images = torch.arange(len(labels), dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 2, 2).clone()
     return ImageSet(images, torch.tensor(labels), names)
 
@@ -94,9 +94,9 @@ def test_names_with_commas() -> None:
     ("text", "message"),
     [
         ("cow", "there is no class 'cow'"),
-        ("0-4", "'0-4' is no range within 0-3; the classes are ant, bee, cat, dog"),
-        ("2-1", "'2-1' is no range"),
-        ("7", "'7' is no range"),
+        ("0-4", "'0-4' is not a range within 0-3; the classes are ant, bee, cat, dog"),
+        ("2-1", "'2-1' is not a range"),
+        ("7", "'7' is not a range"),
         ("cat,2", "cat given twice"),
         (" , ", "at least one"),
     ],
@@ -168,7 +168,7 @@ def test_class_subset_without_images_is_refused() -> None:
 def test_relabel_matches_by_name() -> None:
     data = relabel(image_set([0, 1, 1]), ["bee", "yak", "ant"])
     assert data.labels.tolist() == [2, 0, 0]
-    with pytest.raises(ClassNameError, match="bee missing, which the data has images of"):
+    with pytest.raises(ClassNameError, match="bee missing, but the data has images of it"):
         relabel(image_set([0, 1]), ["ant"])
 
 
@@ -306,7 +306,7 @@ class Sizeless(Dataset[Any]):
         ((IMAGES, IDS + 2), "ids must lie in 0-3"),
         ((IMAGES, IDS.float()), "all class names or all integer ids, got 0.0"),
         ((IMAGES, ["ant", "bee", 1, "bee"]), "got a mix of both"),
-        ((IMAGES, None), "a sequence of labels beside the images, one for each; got NoneType"),
+        ((IMAGES, None), "a sequence of labels with the images, one for each; got NoneType"),
         ((IMAGES, "bees"), "one for each; got str"),
         ((IMAGES, IDS[0]), "one for each; got Tensor"),
         ((IMAGES / 0, IDS), "hold NaN or infinity"),
@@ -331,7 +331,7 @@ def test_samples_of_several_shapes_are_refused() -> None:
 
 
 def test_ids_without_names_are_refused() -> None:
-    with pytest.raises(InputError, match="names: the labels are ids; give the name of each id"):
+    with pytest.raises(InputError, match="names: the labels are ids; give names="):
         as_support((IMAGES, IDS))
 
 

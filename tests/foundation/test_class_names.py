@@ -1,4 +1,4 @@
-"""Class names from mappings and other collections; lists of names are tested with supports."""
+"""Class names from mappings and other collections; tests/data/test_support.py tests lists of names."""
 
 from collections import OrderedDict
 from typing import Any
@@ -52,8 +52,8 @@ def test_names_that_are_numbers_are_told_from_ids() -> None:
         (frozenset(ORDER), "a set has no order"),
         ({0: "Sandal", 2: "Bag"}, "the ids of 2 classes are 0 to 1; 1 is missing"),
         ({1: "Sandal", 2: "Bag"}, "0 is missing"),
-        ({"Sandal": 0, "Bag": 0}, "0 is there twice"),
-        ({0: "a", "0": "b"}, "0 is there twice"),
+        ({"Sandal": 0, "Bag": 0}, "0 appears twice"),
+        ({0: "a", "0": "b"}, "0 appears twice"),
         ({"Sandal": 0, "Bag": 5}, "1 is missing"),
         ({0: "Sandal", 1: "Sandal"}, "Sandal given twice"),
         ({"Sandal": "0"}, "a mapping must be {id: name} or {name: id}, got {'Sandal': '0'}"),

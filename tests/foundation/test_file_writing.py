@@ -44,7 +44,7 @@ def test_leftovers_of_killed_processes_go_with_the_next_write(tmp_path: Path) ->
     for name in (".a[1].txt.pnc-dead", ".other.pnc-dead", ".a[1].txt"):
         (tmp_path / name).write_text("half")
     with (tmp_path / ".a[1].txt.pnc-alive").open("w") as alive:
-        fcntl.flock(alive, fcntl.LOCK_EX)  # as a process does that is still writing
+        fcntl.flock(alive, fcntl.LOCK_EX)  # like a process that is still writing
         write_file(path, "new")
     assert path.read_text() == "new"
     assert {p.name for p in tmp_path.iterdir()} == {path.name, ".other.pnc-dead", ".a[1].txt", ".a[1].txt.pnc-alive"}
@@ -76,7 +76,7 @@ def mode(path: Path) -> int:
 
 
 def test_a_fifo_a_socket_and_a_folder_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)  # paths of sockets are short
+    monkeypatch.chdir(tmp_path)  # paths of sockets must be short
     os.mkfifo("fifo")
     Path("folder").mkdir()
     Path("to_fifo").symlink_to("fifo")
@@ -95,7 +95,7 @@ def test_a_fifo_a_socket_and_a_folder_are_not_replaced(tmp_path: Path, monkeypat
 
 
 def test_devices_are_refused_by_the_check_alone() -> None:
-    # Never by writing: as root, a rename would replace the machine's own.
+    # Never tested by writing: as root, a rename would replace the machine's device.
     with pytest.raises(InputError, match=r"out: cannot write .*null, which is a device; only regular files"):
         check_place(os.devnull, "out")
 

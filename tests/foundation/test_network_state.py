@@ -86,17 +86,20 @@ def test_fingerprint_names_the_first_difference():
     [
         (lambda m: m.bfloat16(), "architecture: '0.bias' is bfloat16, expected float32"),
         (lambda m: m[4].half(), "architecture: '4.bias' is float16, expected float32"),
-        (lambda m: m.__setitem__(4, nn.Linear(4, 3)), r"architecture: '4.bias' has the shape \(3,\) in float32"),
-        (lambda m: m.__delitem__(4), "architecture: 2 tensors are missing behind '1.weight'"),
+        (
+            lambda m: m.__setitem__(4, nn.Linear(4, 3)),
+            r"architecture: '4.bias' has another shape than expected; it is \(3,\) in float32",
+        ),
+        (lambda m: m.__delitem__(4), "architecture: 2 tensors are missing after '1.weight'"),
         (
             lambda m: m.__setitem__(0, nn.Identity()),
-            "architecture: a tensor is missing in front, where it has '1.bias'",
+            "architecture: a tensor is missing at the start, before '1.bias'",
         ),
         (lambda m: m.append(nn.Linear(2, 2)), "architecture: '5.bias' is a tensor that it should not have"),
         (lambda m: m.__setitem__(2, nn.PReLU()), "architecture: '2.weight' is a tensor that it should not have"),
         (
             lambda m: m.__setitem__(1, nn.GroupNorm(1, 4)),
-            "a tensor is missing behind '1.bias', where it has '1.weight'",
+            "a tensor is missing after '1.bias', before '1.weight'",
         ),
     ],
 )
@@ -128,7 +131,7 @@ def test_fingerprints_do_not_depend_on_wrappers_and_memory_format():
 
 
 def test_the_fingerprint_of_fixed_weights_is_fixed():
-    """These digests are in clone files: they must stay the same in every version of pnc and torch."""
+    """Clone files contain these digests: they must be the same in every version of pnc and torch."""
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     for number, tensor in enumerate(model.state_dict().values()):
         tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape) + number)

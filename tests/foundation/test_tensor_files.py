@@ -65,7 +65,7 @@ def test_truncated_and_other_files_are_refused(tmp_path):
         with pytest.raises(FileFormatError):
             read_tensors(path)
     path.write_text(json.dumps({"not": "tensors"}))
-    with pytest.raises(FileFormatError, match="not a whole safetensors file"):
+    with pytest.raises(FileFormatError, match="not a complete safetensors file"):
         read_tensors(path)
     with pytest.raises(FileFormatError, match="no file"):
         read_tensors(tmp_path / "missing")
@@ -73,7 +73,7 @@ def test_truncated_and_other_files_are_refused(tmp_path):
 
 # --------------------------------------------------------------------------------------------------- reading is total
 def framed(header: Any, body: bytes = b"", length: int | None = None) -> bytes:
-    """A file with this header: an object, or bytes as they are."""
+    """A file with this header: an object, or raw bytes."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(raw) if length is None else length).to_bytes(8, "little") + raw + body
 
@@ -91,29 +91,29 @@ EIGHT = bytes(8)
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "it has 0 bytes, less than it says"),
-        (framed(META, length=1 << 63), "less than it says"),
+        (b"", "it has 0 bytes, fewer than its header needs"),
+        (framed(META, length=1 << 63), "fewer than its header needs"),
         (framed(b" " * (MAX_HEADER + 1)), "its header has 2097153 bytes, more than 2097152"),
         (framed(b"\xff\xfe"), "can't decode"),
         (framed(b"[1]"), "expected an object, got list"),
-        (framed(b"{" * 5000), "not a whole safetensors file"),
+        (framed(b"{" * 5000), "not a complete safetensors file"),
         (framed(b'{"a":' * 17 + b"1" + b"}" * 17), "nested deeper than 16"),
-        (framed(b'{"a":1,"a":2}'), "a key is there twice"),
-        (framed(b'{"a":NaN}'), "NaN is no finite number"),
-        (framed(b'{"a":1e999}'), "1e999 is no finite number"),
-        (framed(b'{"a":' + b"9" * 5000 + b"}"), "not a whole safetensors file"),
+        (framed(b'{"a":1,"a":2}'), "a key appears twice"),
+        (framed(b'{"a":NaN}'), "NaN is not a finite number"),
+        (framed(b'{"a":1e999}'), "1e999 is not a finite number"),
+        (framed(b'{"a":' + b"9" * 5000 + b"}"), "not a complete safetensors file"),
         (framed({**META, "x": 1}), "the entry of 'x' is 1"),
         (framed({**META, "x": {**entry()["x"], "more": 1}}, EIGHT), "the entry of 'x' is"),
-        (framed(entry(dtype="F8_E4M3", shape=[8]), EIGHT), "values of the type 'F8_E4M3'"),
-        (framed(entry(dtype=["F32"]), EIGHT), "values of the type"),
-        (framed(entry(shape=[3]), EIGHT), "'x' has 12 bytes, which do not lie at"),
+        (framed(entry(dtype="F8_E4M3", shape=[8]), EIGHT), "has the dtype 'F8_E4M3'"),
+        (framed(entry(dtype=["F32"]), EIGHT), "has the dtype"),
+        (framed(entry(shape=[3]), EIGHT), "'x' has 12 bytes, but its offsets are"),
         (framed(entry(shape=[2.0]), EIGHT), "'x' has the shape"),
         (framed(entry(shape=[True, 2]), EIGHT), "'x' has the shape"),
         (framed(entry(shape=[-1, -2]), EIGHT), "'x' has the shape"),
         (framed(entry(shape=[1] * 9), EIGHT), "'x' has the shape"),
         (framed(entry(shape=[1 << 41], offsets=[0, 1 << 43]), EIGHT), "'x' has the shape"),
         (framed(entry(shape=[0, 1 << 50], offsets=[0, 0])), "'x' has the shape"),
-        (framed(entry(offsets=[0, 8, 16]), EIGHT), "do not lie at"),
+        (framed(entry(offsets=[0, 8, 16]), EIGHT), "but its offsets are"),
         (framed(entry(offsets=[4, 12]), bytes(12)), "the bytes of 'x' do not follow"),
         (framed(entry(), bytes(7)), "its tensors have 8 bytes, the file has 7"),
         (framed(entry(), bytes(9)), "its tensors have 8 bytes, the file has 9"),
@@ -174,7 +174,7 @@ def test_any_bytes_give_tensors_or_one_error(tmp_path_factory: pytest.TempPathFa
 def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path):
-        with pytest.raises(FileFormatError, match="it is no regular file"):
+        with pytest.raises(FileFormatError, match="it is not a regular file"):
             read_tensors(path)
 
 
@@ -190,7 +190,7 @@ def test_every_changed_bit_is_noticed(tmp_path: Path) -> None:
             tensors, metadata = read_tensors(path)
         except FileFormatError:
             continue
-        # A space for another in the padding of the header, or the key of the digest: what is said is still the same.
+        # A change in the header's padding or in the digest's key leaves the content the same.
         assert metadata.items() >= seen[1].items()
         assert all(torch.equal(tensors[name], seen[0][name]) for name in seen[0])
 
@@ -205,7 +205,7 @@ def test_the_digest_is_as_documented_and_files_without_one_are_read(tmp_path: Pa
     save_file(tensors, tmp_path / "old", {METADATA_KEY: canonical_json(metadata)})
     assert read_sealed(tmp_path / "old")[2] is None
     save_file(tensors, tmp_path / "wrong", {METADATA_KEY: canonical_json({**metadata, "digest": "0"})})
-    with pytest.raises(FileFormatError, match="damaged: its content does not give the digest"):
+    with pytest.raises(FileFormatError, match="damaged: its content does not match its digest"):
         read_tensors(tmp_path / "wrong")
 
 
@@ -235,7 +235,7 @@ def test_all_types_come_back_and_others_are_refused(tmp_path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------- sizes
 def sparse(path: Path, n_bytes: int, written: bytes = b"") -> None:
-    """A file whose one tensor has so many bytes, which are a hole but for the first."""
+    """A file whose only tensor has `n_bytes` bytes, all a hole except the first."""
     header = {"__metadata__": {METADATA_KEY: "{}"}, "x": entry("U8", [n_bytes], [0, n_bytes])["x"]}
     with path.open("wb") as file:
         file.write(framed(header, written))
@@ -263,7 +263,7 @@ def test_too_little_memory_is_one_error(tmp_path: Path, monkeypatch: pytest.Monk
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("pnc.foundation.tensor_files.torch.empty", full)
-    with pytest.raises(FileFormatError, match="'x' takes 12 bytes, more memory than there is"):
+    with pytest.raises(FileFormatError, match="'x' takes 12 bytes, more than the memory available"):
         read_tensors(tmp_path / "f")
 
 

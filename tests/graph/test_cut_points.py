@@ -1,4 +1,4 @@
-"""Cut points, heads and parts: exact at every cut of every network of the zoo, and described as they are."""
+"""Cut points, heads and parts: exact at every cut of every network of the zoo, and correctly described."""
 
 import copy
 
@@ -93,7 +93,7 @@ def test_suffix_takes_tensors_in_another_memory_layout():
     tokens = run(recording, None, [cut], zoo.images(4))
     assert not tokens.is_contiguous()
     found = run(recording, cut, [LOGITS], tokens.contiguous())
-    # Other kernels may run on another layout, so not the same bits.
+    # Another layout may use other kernels, so the bits may differ.
     torch.testing.assert_close(found, run(recording, cut, [LOGITS], tokens), rtol=0, atol=1e-6)
 
 
@@ -215,7 +215,7 @@ def test_tokens_and_their_prefix():
 
 
 class LateTokens(zoo.VisionTransformer):
-    """The class token is left out for a while and put in front of a register token."""
+    """The class token is removed for some layers, then put before a register token."""
 
     def forward(self, x):
         x = self.tokens(x)
@@ -255,7 +255,7 @@ def test_maps_with_the_channels_last():
 
 
 class PermutingModule(zoo.ChannelsLastMaps):
-    """As many channels as rows, so that shapes alone do not tell."""
+    """As many channels as rows, so that shapes alone do not show which is which."""
 
     class Permute(nn.Module):
         def __init__(self, *dims):
@@ -310,7 +310,7 @@ def test_costs_grow_towards_the_output():
 
 
 class FewCuts(nn.Module):
-    """Two branches side by side, most of the work; then a layer with most of the weights."""
+    """Two parallel branches with most of the operations, then a layer with most of the weights."""
 
     def __init__(self):
         super().__init__()
@@ -362,7 +362,7 @@ def test_head_with_its_weights(name):
     x = zoo.images(3)
     features, logits = run(recording, None, [head.features, LOGITS], x)
     pooled = features.flatten(2).mean(2) if head.features.kind == "map" else features
-    # The head may pool after its layer, which sums in another order.
+    # The head may pool after its layer, which changes the order of summation.
     torch.testing.assert_close(pooled @ head.weight.T + head.bias, logits, rtol=0, atol=1e-5)
 
 

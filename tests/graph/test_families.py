@@ -1,4 +1,4 @@
-"""Recording and cutting networks of torchvision, timm and transformers: one per family, each with a trap of its own."""
+"""Recording and cutting networks of torchvision, timm and transformers: one per family, each with its own trap."""
 
 import importlib
 import warnings
@@ -50,7 +50,7 @@ def build(name, torchvision):
     else:
         network = transformers_network(name)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # what starts as zero would hide errors
+    with torch.no_grad():  # weights that start as zero would hide errors
         for parameter in network.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     return network, torch.randn(5, 3, size, size, generator=generator)
@@ -82,7 +82,7 @@ def transformers_network(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network_of_a_library_is_exact_and_untouched(name, torchvision):
     with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the libraries, when they are imported
+        warnings.simplefilter("ignore")  # the libraries warn when they are imported
         torch.manual_seed(0)
         network, x = build(name, torchvision)
     before = take_snapshot(network)

@@ -1,4 +1,4 @@
-"""Sizes that depend on the images: who reads one is refused, who only works with such tensors is recorded exactly."""
+"""Sizes that depend on the images: a network that reads one is refused, one that only uses such tensors is recorded."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def _scripted(x):
 
 
 def chosen_rows(x):
-    """Feature vectors of some positions, (n, 4)."""
+    """The feature vectors of some positions, (n, 4)."""
     return x.permute(0, 2, 3, 1)[x.mean(1) > 0.5]
 
 

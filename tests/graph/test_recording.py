@@ -1,4 +1,4 @@
-"""Recording: every network of the zoo exactly, or refused with the reason; the given network untouched."""
+"""Recording: every network of the zoo is recorded exactly or refused with the reason, and is left untouched."""
 
 import copy
 import random
@@ -16,7 +16,7 @@ from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.recording import info, record
 
-# Networks of the zoo that use old or unfinished parts of PyTorch, as users' networks do.
+# Some networks of the zoo use old or unfinished parts of PyTorch, as users' networks do.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
@@ -25,7 +25,7 @@ pytestmark = [
 
 
 def logits(network, x):
-    """What the network itself answers, in eval mode."""
+    """The network's own logits, in eval mode."""
     network.eval()
     with torch.no_grad():
         out = network(x.clone())
@@ -81,7 +81,7 @@ def test_network_is_untouched_when_its_forward_fails_half_way():
 
     def fail(module, args):
         calls.append(module)
-        if len(calls) == 2:  # the warm-up passes, the first recording does not
+        if len(calls) == 2:  # the warm-up succeeds, the first recording fails
             raise KeyError("half way")
 
     network.conv.register_forward_pre_hook(fail)
@@ -133,7 +133,7 @@ def test_other_types(dtype):
 @pytest.mark.parametrize("name", ["Residual", "VisionTransformer", "ShapeArithmetic", "WrittenThroughView"])
 def test_channels_last(name):
     network = zoo.build(zoo.REPRODUCED[name]).to(memory_format=torch.channels_last)
-    if name == "WrittenThroughView":  # its `view` does not work on that layout: the network itself says so
+    if name == "WrittenThroughView":  # its `view` fails on this layout, also in the network itself
         with pytest.raises(RecordingError, match="cannot process .* view size is not compatible"):
             record(network, zoo.images(2).contiguous(memory_format=torch.channels_last))
         return

@@ -9,7 +9,7 @@ import pnc
 from digits import held_out_images, pair, support
 from pnc.bench.rivals import ensemble, tempered
 from pnc.bench.rivals.rival import Budget
-from pnc.composite.metrics import evaluate
+from pnc.composite.metrics import measure_logits
 from pnc.method.head_fitting import ENSEMBLE, HeadSamples, choose_stacking
 
 
@@ -45,7 +45,7 @@ def test_clones_of_few_images_are_no_worse_than_ensembles(n_images):
         networks += [one.fit(task, Budget()).module for one in (ensemble, tempered)]
         with torch.no_grad():
             base = nets.target.module(test.images)
-            scores = [evaluate(net(test.images), test.labels, base).average_accuracy for net in networks]
+            scores = [measure_logits(net(test.images), test.labels, base).average_accuracy for net in networks]
         ours.append(scores[0])
         theirs.append(max(scores[1:]))
     assert sum(ours) / 3 >= sum(theirs) / 3 - 0.01

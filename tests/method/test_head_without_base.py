@@ -7,8 +7,8 @@ from digits import BASE, NEW, held_out_images, pair, support
 from pnc.bench.rivals.ensemble import DirectEnsemble
 from pnc.clones.heads import SourceHead, StackedHead
 from pnc.clones.position_grids import pool
-from pnc.composite.metrics import evaluate
-from pnc.composite.prediction import predict
+from pnc.composite.batched_logits import logits_of
+from pnc.composite.metrics import measure_logits
 from pnc.data.image_set import class_subset, images_as_float
 from pnc.data.readers import load_data
 from pnc.graph.batch_norm_means import last_norm
@@ -123,9 +123,9 @@ def test_without_base_samples_a_clone_does_better_than_the_ensemble():
     target = nets.target.module
     made = pnc.clone(nets.source.module, target, support(20, 0), effort="seconds", **nets.names())
     ensemble = DirectEnsemble(target, nets.source.module, list(range(5)))
-    target_logits = predict(target, images.images)
+    target_logits = logits_of(target, images.images)
     found, theirs = (
-        evaluate(predict(net, images.images), images.labels, target_logits)
+        measure_logits(logits_of(net, images.images), images.labels, target_logits)
         for net in (pnc.attach(target, made), ensemble)
     )
     assert found.average_accuracy > theirs.average_accuracy

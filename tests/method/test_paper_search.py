@@ -6,7 +6,7 @@ import torch
 import pnc
 from digits import NEW, held_out_images, pair, support
 from pnc.channels.compaction import own_copy
-from pnc.composite.metrics import evaluate
+from pnc.composite.metrics import measure_logits
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
 from pnc.method import paper_search
@@ -31,7 +31,7 @@ def task(n_base=5):
 def accuracy(clone):
     test, target = held_out_images(), pair().target.module
     with torch.no_grad():
-        return evaluate(pnc.attach(target, clone)(test.images), test.labels, target(test.images))
+        return measure_logits(pnc.attach(target, clone)(test.images), test.labels, target(test.images))
 
 
 def clone(**settings):

@@ -5,7 +5,7 @@ import torch
 
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support
-from pnc.composite.metrics import evaluate
+from pnc.composite.metrics import measure_logits
 from pnc.data.image_set import class_subset, select
 from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError
@@ -16,7 +16,7 @@ def accuracy(clone, classes=NEW):
     test = held_out_images(classes)
     target = pair().target.module
     with torch.no_grad():
-        return evaluate(pnc.attach(target, clone)(test.images), test.labels, target(test.images))
+        return measure_logits(pnc.attach(target, clone)(test.images), test.labels, target(test.images))
 
 
 def clone(**settings):
@@ -166,7 +166,7 @@ def test_background_images_do_the_work_of_base_samples():
     for name, clone in clones.items():
         with torch.no_grad():
             logits = pnc.attach(nets.target.module, clone)(test.images)
-        scores[name] = evaluate(logits, test.labels, logits[:, :5]).average_accuracy
+        scores[name] = measure_logits(logits, test.labels, logits[:, :5]).average_accuracy
     assert scores["with"] == scores["set"]
     assert min(scores["with"], scores["without"]) >= 0.94
     assert clones["with"].target_features != clones["without"].target_features

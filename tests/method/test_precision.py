@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pnc
 from digits import NEW, held_out_images, pair, support
-from pnc.composite.metrics import evaluate
+from pnc.composite.metrics import measure_logits
 from pnc.foundation import process_team
 from pnc.method import refinement
 from pnc.method.localization import localizer
@@ -35,7 +35,7 @@ def average_accuracy(net):
         logits = net(data.images)
     assert logits.dtype == torch.float32
     assert torch.equal(logits[:, :5], net.target(data.images))
-    return evaluate(logits, data.labels, logits[:, :5]).average_accuracy
+    return measure_logits(logits, data.labels, logits[:, :5]).average_accuracy
 
 
 def clone(**settings):

@@ -124,7 +124,7 @@ def test_a_file_of_something_else_is_refused_and_stays(tmp_path: Path) -> None:
     path = tmp_path / "steps.safetensors"
     write_tensors(path, {"x": torch.ones(1)}, {"format": "other"})
     before = path.read_bytes()
-    with pytest.raises(pnc.InputError, match="resume: .* holds 'other', no steps of a clone; take another path"):
+    with pytest.raises(pnc.InputError, match="resume: .* holds 'other', not the steps of a clone; choose another path"):
         Steps(path, "a")
     assert path.read_bytes() == before
     with pytest.raises(pnc.InputError, match=r"resume: expected a path that ends in \.safetensors"):

@@ -69,7 +69,7 @@ def refused(message, **settings):
         ({"name": 7}, "name must be printable text"),
         ({"resume": 3}, "resume: expected a path that ends in .safetensors, got int"),
         ({"resume": "steps.pt"}, "resume: expected a path that ends in .safetensors, got steps.pt"),
-        ({"resume": "no/such/folder/steps.safetensors"}, "resume: there is no folder no/such/folder; make it first"),
+        ({"resume": "no/such/folder/steps.safetensors"}, "resume: there is no folder no/such/folder; create it first"),
         ({"progress": True}, "progress: expected a function of (what, done, total) or None; got bool"),
         ({"seed": -1}, "seed: expected a whole number, at least 0; got -1"),
         ({"seed": 2**63}, "seed: expected a whole number, at least 0 and below 2**63; got 9223372036854775808"),

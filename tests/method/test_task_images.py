@@ -97,7 +97,6 @@ def test_a_composite_refuses_what_its_target_does_not_take(composite: pnc.Compos
     labelled = images, list("abcd") * 4
     for call in (
         lambda: composite(images),
-        lambda: composite.log_odds(images),
         lambda: pnc.calibrate(composite, labelled),
     ):
         with pytest.raises(InputError, match="images: values lie in .*, but the target does its own preprocessing"):

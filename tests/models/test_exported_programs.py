@@ -8,7 +8,7 @@ from torch.export import Dim, ExportedProgram
 
 import pnc
 from digits import BASE, NEW, held_out_images, pair, support
-from pnc.composite.metrics import evaluate
+from pnc.composite.metrics import measure_logits
 from pnc.foundation.errors import InputError, RecordingError
 from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
@@ -47,7 +47,7 @@ def test_a_program_can_be_a_source_and_a_target(file: Path, tmp_path: Path) -> N
     for source, target in ((program, pair().target.module), (pair().target.module, program)):
         names = {"source_classes": NEW, "base_classes": BASE}
         labelled = support()
-        if target is program:  # which knows the new digits, so that the names change places
+        if target is program:  # it knows the new digits, so the names are swapped
             names = {"source_classes": BASE, "base_classes": NEW}
         before = take_snapshot(program)
         clone = pnc.clone(source, target, labelled, **names)
@@ -57,7 +57,7 @@ def test_a_program_can_be_a_source_and_a_target(file: Path, tmp_path: Path) -> N
             logits, own = net(test.images), target(test.images)
         assert same_bits(logits[:, :5], own)
         places = torch.tensor([net.classes.index(name) for name in test.classes])
-        assert evaluate(logits, places[test.labels], own).average_accuracy > 0.9
+        assert measure_logits(logits, places[test.labels], own).average_accuracy > 0.9
         assert not differences(program, before)
 
 
@@ -101,5 +101,5 @@ def test_programs_that_are_no_classifiers_of_images_are_refused() -> None:
 def test_programs_exported_in_train_mode_are_refused_by_the_recorder() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 3)).train()
     program = from_exported(export(network, torch.rand(2, 1, 2, 2)))
-    with pytest.raises(RecordingError, match="two answers to the same images"):
+    with pytest.raises(RecordingError, match="different logits for the same images"):
         record(program, torch.rand(2, 1, 2, 2))

@@ -138,8 +138,8 @@ def test_networks_from_python_code(code: Path, monkeypatch: pytest.MonkeyPatch) 
     ("name", "shape", "error", "message"),
     [
         ("three", (1, 9, 9), InputError, r"three does not take images of 1x9x9: mat1 and mat2 shapes"),
-        ("tokens", SHAPE, InputError, r"the network must give logits \(B, K\), but gives a tensor \(2, 3, 6, 6\)"),
-        ("words", SHAPE, InputError, "the network must give logits .* but gives str"),
+        ("tokens", SHAPE, InputError, r"the network must return logits \(B, K\), but returns a tensor \(2, 3, 6, 6\)"),
+        ("words", SHAPE, InputError, "the network must return logits .* but returns str"),
         ("three", (4, 4, 4), None, ""),
     ],
 )
@@ -220,8 +220,8 @@ def test_a_file_does_not_run_the_code_that_it_names(code: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"format": "pnc-clone"}, "holds 'pnc-clone', no network"),
-        ({"version": 2}, "is of format version 2, this pnc reads 1"),
+        ({"format": "pnc-clone"}, "holds 'pnc-clone', not a network"),
+        ({"version": 2}, "has format version 2, this pnc reads 1"),
         ({"model": 3}, "the metadata of .* is damaged"),
         ({"classes": "abc"}, "is damaged"),
         ({"classes": [1, 2, 3]}, "is damaged"),
@@ -286,10 +286,10 @@ class Payload:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (Payload(), "is no checkpoint of tensors alone"),
-        ([1, 2], "holds no state dict; save model.state_dict"),
-        ({}, "holds no state dict"),
-        ({"epoch": 3}, "holds no state dict"),
+        (Payload(), "is not a checkpoint of only tensors"),
+        ([1, 2], "has no state dict; save model.state_dict"),
+        ({}, "has no state dict"),
+        ({"epoch": 3}, "has no state dict"),
     ],
 )
 def test_checkpoints_without_weights_are_refused(tmp_path: Path, content: Any, message: str) -> None:
@@ -301,7 +301,7 @@ def test_checkpoints_without_weights_are_refused(tmp_path: Path, content: Any, m
 @pytest.mark.parametrize("content", [b"", b"nothing of the kind", b"PK\x03\x04broken"])
 def test_files_that_are_no_checkpoint_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(FileFormatError, match="is no checkpoint of tensors alone"):
+    with pytest.raises(FileFormatError, match="is not a checkpoint of only tensors"):
         load_model(SPEC, tmp_path / "a.pt", CLASSES, SHAPE)
 
 

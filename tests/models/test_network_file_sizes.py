@@ -32,7 +32,7 @@ def changed(file: Path, **facts: Any) -> str:
 
 @pytest.mark.parametrize("shape", [[1, 60000, 60000], [1, 2**40, 2**40], [3, 4096, 4096], [1, 2**24 + 1, 1]])
 def test_images_larger_than_any_are_refused(file: Path, shape: list[int]) -> None:
-    with pytest.raises(InputError, match=f"input_shape: .* values; images may have {MAX_IMAGE}"):
+    with pytest.raises(InputError, match=f"input_shape: .* values; the maximum is {MAX_IMAGE}"):
         load_model(changed(file, input_shape=shape))
 
 
@@ -78,7 +78,7 @@ def test_a_file_without_a_digest_is_refused(file: Path) -> None:
     tensors, facts = read_tensors(file)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     safetensors.torch.save_file(zeros, file, {METADATA_KEY: canonical_json(facts)})
-    with pytest.raises(FileFormatError, match="names no digest of the content"):
+    with pytest.raises(FileFormatError, match="has no digest of the content"):
         load_model(str(file))
 
 

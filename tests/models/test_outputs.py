@@ -1,4 +1,4 @@
-"""Networks that give several tensors: one clear choice, or an error that says how to choose."""
+"""Networks that return several tensors: one clear choice, or an error that says how to choose."""
 
 from dataclasses import dataclass
 
@@ -53,7 +53,7 @@ class Nested(Exits):
 
 
 class Pooled(small_pair.Net):
-    """Only one of its tensors could be logits."""
+    """A network with only one tensor that could be logits."""
 
     def forward(self, x):
         maps = self.act1(self.norm1(self.conv1(x)))
@@ -118,7 +118,7 @@ def test_the_only_tensor_that_can_be_logits_is_taken():
 
 @pytest.mark.parametrize("output", [None, 1.0, True, (), ("a", None)])
 def test_what_is_no_index_or_key_is_refused(output):
-    with pytest.raises(InputError, match="output: expected an index, a key, or a tuple of such"):
+    with pytest.raises(InputError, match="output: expected an index, a key, or a tuple of these"):
         pnc.Output(small_pair.target(), output)
 
 
@@ -132,5 +132,5 @@ def test_what_is_no_index_or_key_is_refused(output):
     ],
 )
 def test_an_output_that_is_not_there_is_named(kind, output, there):
-    with pytest.raises(InputError, match=f"output: the network gives {there}, which has no part"):
+    with pytest.raises(InputError, match=f"output: the network returns {there}, without a part"):
         pnc.Output(made(kind, 3), output)(small_pair.images(2))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support
-from pnc.composite.metrics import evaluate
+from pnc.composite.metrics import measure_logits
 from pnc.data.image_set import ImageSet
 from pnc.data.support import Support
 from pnc.foundation.errors import InputError, MismatchError
@@ -64,7 +64,7 @@ def test_sizes_change_as_in_pillow(size: tuple[int, int], interpolation: Any) ->
     wrapped = Preprocessed(nn.Identity(), (1, *size), interpolation=interpolation)
     resample = Image.Resampling[interpolation.upper()]
     expected = np.asarray(Image.fromarray(x[0, 0].numpy()).resize(size[::-1], resample)).copy()
-    # Pillow keeps its weights in double precision, torch in single.
+    # Pillow's weights are in double precision, torch's in single.
     assert torch.allclose(wrapped(x)[0, 0], torch.from_numpy(expected).clamp(0, 1), atol=3e-6, rtol=0)
 
 
@@ -97,7 +97,7 @@ def test_blue_comes_first_before_normalisation() -> None:
 def test_pixels_from_0_to_255() -> None:
     x = torch.arange(256.0).reshape(1, 1, 16, 16) / 255
     found = Preprocessed(nn.Identity(), (1, 16, 16), mean=127 / 255, std=128 / 255)(x)
-    # (255 x - 127) / 128 in another order of the same float32 operations.
+    # (255 x - 127) / 128, with the same float32 operations in another order.
     assert torch.allclose(found, (x * 255 - 127) / 128, atol=1e-6, rtol=0)
 
 
@@ -127,7 +127,7 @@ def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> N
 
 @pytest.mark.parametrize(("given", "taken"), [(2, 3), (4, 3), (4, 1), (3, 4)])
 def test_channels_that_cannot_be_made_are_refused(given: int, taken: int) -> None:
-    with pytest.raises(InputError, match=f"of {given} channels cannot be made the {taken} that the network takes"):
+    with pytest.raises(InputError, match=f"{given} channels cannot be turned into the network's {taken}"):
         Preprocessed(nn.Identity(), (taken, 8, 8))(images(1, given, 8, 8))
 
 
@@ -170,7 +170,7 @@ def test_without_given_state_and_fingerprint_are_as_before() -> None:
 def test_a_normalization_that_does_not_fit_is_refused() -> None:
     with pytest.raises(InputError, match=r"given: expected pnc.Normalization\(mean, std\), got float"):
         Preprocessed(nn.Identity(), (3, 8, 8), given=0.5)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="images: of 1 channels, but given= says how 3 are normalized"):
+    with pytest.raises(InputError, match="images: they have 1 channels, but given= normalizes 3"):
         Preprocessed(nn.Identity(), (3, 8, 8), given=pnc.Normalization(MEAN, STD))(images(1, 1, 8, 8))
 
 
@@ -253,7 +253,7 @@ class Case:
 
 
 def case(name: str) -> Case:
-    """Networks of different sizes, colours and normalisations, and images for one of them or neither."""
+    """Networks of different sizes, colours and normalisations, and images that suit one of them or neither."""
     grey, test = support(), held_out_images()
     colour = Support(coloured(grey.images), grey.labels, grey.names)
     coloured_test = ImageSet(coloured(test.images), test.labels, test.classes)
@@ -297,7 +297,7 @@ def test_networks_with_other_preprocessing_clone_into_each_other(name: str, tmp_
     with torch.no_grad():
         logits, own = net(nets.test.images), nets.target(nets.test.images)
     assert same_bits(logits[:, :5], own)
-    found = evaluate(logits, nets.test.labels, own)
+    found = measure_logits(logits, nets.test.labels, own)
     assert found.average_accuracy > 0.85
     assert found.base_drop < 0.15
 
@@ -337,7 +337,7 @@ def test_a_network_without_its_normalisation_gets_it_back_bit_for_bit() -> None:
 
 
 def test_a_target_stays_as_it_is_and_the_source_alone_is_wrapped() -> None:
-    """The target gets what its own loader makes; the clone is as good as where both are wrapped."""
+    """The target gets images from its own loader; the clone is as good as if both networks were wrapped."""
     target, mean, std = bare(BASE)
     source, source_mean, source_std = bare(NEW)
     theirs = pnc.Normalization(mean, std)
@@ -355,6 +355,6 @@ def test_a_target_stays_as_it_is_and_the_source_alone_is_wrapped() -> None:
     net = pnc.attach(target, made)
     with torch.no_grad():
         assert torch.equal(net(theirs.apply(test.images))[:, : len(BASE)], target(theirs.apply(test.images)))
-        found = evaluate(net(theirs.apply(test.images)), test.labels, target(theirs.apply(test.images)))
+        found = measure_logits(net(theirs.apply(test.images)), test.labels, target(theirs.apply(test.images)))
     assert found.average_accuracy > 0.9
-    assert abs(made.recipe["score"] - both.recipe["score"]) < 0.03  # undoing rounds, so other ties are broken
+    assert abs(made.recipe["score"] - both.recipe["score"]) < 0.03  # undoing rounds, so ties are broken differently

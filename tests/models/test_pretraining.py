@@ -233,7 +233,7 @@ def test_sets_that_do_not_match_are_refused(sets: tuple[ImageSet, ImageSet], tmp
         ((train, larger), InputError, r"test: images of shape \(1, 9, 9\), but \(1, 8, 8\) in train"),
         ((train, train), InputError, "test: these are the training images"),
         ((relabel(train, ["0", "1", "2", "9"]), test), InputError, "train: no image of 9; use class_subset"),
-        ((class_subset(train, ["0", "1"]), test), ClassNameError, "2 missing, which the data has images of"),
+        ((class_subset(train, ["0", "1"]), test), ClassNameError, "2 missing, but the data has images of it"),
     ):
         with pytest.raises(error, match=message):
             pretrain(SPEC, *bad, RECIPE, path)

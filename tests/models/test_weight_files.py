@@ -1,4 +1,4 @@
-"""Files of weights of common making: read where all is there, else named for what they are."""
+"""Common files of weights: read if complete, else refused with what they are."""
 
 import argparse
 import gzip
@@ -33,7 +33,7 @@ class Tied(nn.Module):
 
 
 class Inside(nn.Module):
-    """A network whose only child has the name that wrappers use."""
+    """A network whose only child has the name of the child in a wrapper."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Inside(nn.Module):
 
 
 class Masked(nn.Module):
-    """A network with a buffer that holds infinity on purpose."""
+    """A network with a buffer that is infinite on purpose."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def test_a_tensor_of_several_names_need_be_there_once(tmp_path: Path) -> None:
 def test_values_that_differ_cannot_be_one_tensor() -> None:
     state = {name: tensor.clone() for name, tensor in Tied().state_dict().items()}
     state["b.weight"] += 1
-    with pytest.raises(MismatchError, match="a.weight, b.weight are one tensor of the network and several in the file"):
+    with pytest.raises(MismatchError, match="a.weight, b.weight are one tensor in the network, but differ in the file"):
         load_tensors(Tied(), state)
 
 
@@ -133,12 +133,12 @@ def write_gzip(path: Path) -> None:
     [
         (
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
-            "a pointer of git-lfs, .* `git lfs pull`",
+            "a git-lfs pointer .* `git lfs pull`",
         ),
         (b"<!DOCTYPE html><html><body>Sign in</body></html>", "a web page; download the file itself"),
         (b"\n  <html lang='en'>", "a web page"),
         (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "a web page"),
-        (b'{"error": "not found"}', "a text in JSON"),
+        (b'{"error": "not found"}', "JSON text"),
         (gzip.compress(b"x" * 100), "a compressed file; unpack it first"),
         (b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file"),
         (b"GGUF" + bytes(100), "a GGUF file"),
@@ -161,11 +161,11 @@ class Payload:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda path: torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, path), "holds argparse.Namespace"),
-        (lambda path: torch.save({"model": {}, "loss": np.float64(1)}, path), "beside tensors it holds numpy"),
-        (lambda path: torch.save(plain(), path), "beside tensors it holds torch.nn"),
-        (lambda path: torch.save(Payload(), path), "beside tensors it holds (builtins.)?eval"),
-        (lambda path: path.write_bytes(pickle.dumps({"a": np.zeros(3)})), "is no checkpoint of tensors alone"),
+        (lambda path: torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, path), "contains argparse.Namespace"),
+        (lambda path: torch.save({"model": {}, "loss": np.float64(1)}, path), "it also contains numpy"),
+        (lambda path: torch.save(plain(), path), "it also contains torch.nn"),
+        (lambda path: torch.save(Payload(), path), "it also contains (builtins.)?eval"),
+        (lambda path: path.write_bytes(pickle.dumps({"a": np.zeros(3)})), "is not a checkpoint of only tensors"),
         (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100)), "it is damaged"),
         (lambda path: path.write_bytes(b""), "it is empty"),
         (lambda path: path.write_bytes(b"\x1b[1mred\x07" * 20), "it is damaged"),
@@ -195,7 +195,7 @@ def test_suffixes_that_belong_to_the_other_kind(tmp_path: Path) -> None:
 
 
 def test_headers_of_any_length_are_not_taken_for_text(tmp_path: Path) -> None:
-    for length in range(100):  # of the header in bytes, whose lowest one may be that of a bracket
+    for length in range(100):  # of the header; the lowest byte of its length may equal a bracket
         path = tmp_path / "a.safetensors"
         safetensors.torch.save_file({"x" * (length + 1): torch.zeros(1)}, path)
         assert len(read_weights(path)[0]) == 1
@@ -225,7 +225,11 @@ def test_any_damage_of_a_checkpoint_is_one_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["0.weight", "1.running_var", "1.running_mean", "4.bias"])
 @pytest.mark.parametrize(
     ("value", "words"),
-    [(torch.inf, "hold infinity, as float16 makes"), (-torch.inf, "hold infinity"), (torch.nan, "hold NaN")],
+    [
+        (torch.inf, "contain infinity, which float16 makes"),
+        (-torch.inf, "contain infinity"),
+        (torch.nan, "contain NaN"),
+    ],
 )
 def test_values_that_are_not_finite_are_refused(name: str, value: float, words: str) -> None:
     network = plain()
@@ -244,7 +248,7 @@ def test_masks_may_hold_infinity() -> None:
     load_tensors(network, Masked().state_dict())
     state = Masked().state_dict()
     state["mask"] = torch.tensor([torch.nan, 0])
-    with pytest.raises(InputError, match="mask hold NaN"):
+    with pytest.raises(InputError, match="mask contain NaN"):
         load_tensors(network, state)
 
 

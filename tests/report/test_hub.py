@@ -13,7 +13,7 @@ from huggingface_hub import constants, errors
 
 import pnc
 from digits import NEW, held_out_images, pair, support
-from pnc.composite.prediction import predict
+from pnc.composite.batched_logits import logits_of
 from pnc.foundation.errors import FileFormatError, InputError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -37,7 +37,7 @@ def folder(clone: pnc.Clone, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub library's cache as it lies after a download of that folder, and no connection."""
+    """A cache of the hub library as after a download of that folder, without a connection."""
     repository = tmp_path / "models--me--more-digits"
     (repository / "refs").mkdir(parents=True)
     (repository / "blobs").mkdir()
@@ -56,7 +56,7 @@ def cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 def logits(clone: pnc.Clone) -> torch.Tensor:
-    return predict(pnc.attach(pair().target.module, clone), held_out_images().images)
+    return logits_of(pnc.attach(pair().target.module, clone), held_out_images().images)
 
 
 def test_a_folder_holds_the_clone_and_its_card(folder: Path, clone: pnc.Clone) -> None:
@@ -89,7 +89,7 @@ def test_the_card_tells_people_what_it_is(folder: Path, clone: pnc.Clone) -> Non
     text = (folder / "README.md").read_text()
     assert "# digits \\| \\<5\\>" in text and f"| new classes | {', '.join(NEW)} |" in text
     assert 'clone = pnc.from_pretrained("more-digits", source=source)' in text
-    assert clone.target.weights in text and "needs the source's weights beside it" in text
+    assert clone.target.weights in text and "needs the weights of the source" in text
     assert "Made for me/target and me/source." in text
     assert f"On {len(held_out_images())} images of digits: 8x8." in text
 
@@ -99,7 +99,7 @@ def test_without_measurements_the_card_claims_none(clone: pnc.Clone, tmp_path: P
     facts = huggingface_hub.ModelCard.load(tmp_path / "README.md").data.to_dict()
     assert set(facts) == {"library_name", "pipeline_tag", "tags"}
     text = (tmp_path / "README.md").read_text()
-    assert "Measured" not in text and "holds what it needs of the source" in text
+    assert "Measured" not in text and "includes the weights of the source" in text
     assert pnc.inspect(tmp_path / "clone.safetensors")["kind"] == "full"
 
 
@@ -132,24 +132,24 @@ def test_pushing_uploads_the_folder(clone: pnc.Clone, monkeypatch: pytest.Monkey
         ("a/b/c", {}, "name: a/b/c is neither a folder nor an OWNER/NAME of the hub"),
     ],
 )
-def test_what_is_not_there_is_one_line(cache: Path, name: str, settings: dict[str, Any], message: str) -> None:
+def test_a_missing_repository_is_one_line(cache: Path, name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as failed:
         pnc.from_pretrained(name, source=pair().source.module, **settings)
     assert "\n" not in str(failed.value)
 
 
 def answering(status: int) -> Any:
-    """An answer of the hub, as its errors want one."""
+    """A response of the hub, as its errors require one."""
     return SimpleNamespace(status_code=status, headers={}, request=SimpleNamespace(url="u", method="GET"), text="")
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (errors.GatedRepoError, "name: me/it asks for your consent on the hub first; then give token="),
+        (errors.GatedRepoError, "name: me/it is gated: accept its terms on the hub, then give token="),
         (errors.RevisionNotFoundError, "revision: me/it has no such branch, tag or commit"),
-        (errors.RepositoryNotFoundError, "nor such a repository on the hub that you may read"),
-        (errors.RemoteEntryNotFoundError, "name: me/it has no clone.safetensors, so it is no clone of pnc"),
+        (errors.RepositoryNotFoundError, "no such repository on the hub that you may read"),
+        (errors.RemoteEntryNotFoundError, "name: me/it has no clone.safetensors, so it is not a clone of pnc"),
         (errors.HfHubHTTPError, "name: me/it: the hub failed: two lines"),
     ],
 )
@@ -176,7 +176,7 @@ def test_a_broken_connection_is_one_line(clone: pnc.Clone, monkeypatch: pytest.M
 
 def test_folders_that_hold_no_clone_are_refused(clone: pnc.Clone, tmp_path: Path, monkeypatch: Any) -> None:
     source = pair().source.module
-    with pytest.raises(InputError, match=r"has no clone.safetensors; expected what save_pretrained wrote"):
+    with pytest.raises(InputError, match=r"has no clone.safetensors; expected a folder from save_pretrained"):
         pnc.from_pretrained(tmp_path, source=source)
     with pytest.raises(InputError, match="is a folder; leave out revision and token"):
         pnc.from_pretrained(tmp_path, source=source, revision="main")
@@ -186,9 +186,9 @@ def test_folders_that_hold_no_clone_are_refused(clone: pnc.Clone, tmp_path: Path
     net = pnc.attach(pair().target.module, clone)
     with pytest.raises(InputError, match="dataset: evaluation needs the name of the images"):
         pnc.save_pretrained(clone, tmp_path / "new", evaluation=pnc.evaluate(net, held_out_images()))
-    with pytest.raises(InputError, match="clone: expected what pnc.clone or pnc.load gives, got Composite"):
+    with pytest.raises(InputError, match="clone: expected a clone from pnc.clone or pnc.load, got Composite"):
         pnc.save_pretrained(net, tmp_path / "new")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="folder: cannot make .*clone.safetensors"):
+    with pytest.raises(InputError, match="folder: cannot create .*clone.safetensors"):
         pnc.save_pretrained(clone, tmp_path / "clone.safetensors")
     assert not (tmp_path / "new").exists()
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

@@ -1,4 +1,4 @@
-"""The report: its figures are those of the library, and the page needs nothing else and looks right."""
+"""The report: its figures equal the library's, and the page is self-contained and looks right."""
 
 import re
 import sys
@@ -13,8 +13,8 @@ import torch
 import pnc
 from browser import CHROMIUM, browser
 from digits import BASE, NEW, held_out_images, pair, support
+from pnc.composite.batched_logits import logits_of
 from pnc.composite.evaluation import Answers
-from pnc.composite.prediction import predict
 from pnc.report import confusion as confusions
 from pnc.report.confusion import confusion
 from pnc.report.facts import collect_facts
@@ -51,7 +51,7 @@ def page(net: pnc.Composite, clones: tuple[pnc.Clone, pnc.Clone], tmp_path_facto
 
 
 class Reader(HTMLParser):
-    """All text of a page, the names of its elements, and what they refer to."""
+    """All text of a page, its element names, and its references."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def test_it_says_what_the_library_measures(page: Path, net: pnc.Composite) -> No
     text, measured = Reader(page).text, pnc.evaluate(net, held_out_images())
     for value in (measured.new_accuracy, measured.base_accuracy, measured.average_accuracy, measured.leak):
         assert f"{value:.1%}" in text
-    assert f"measured on {measured.n_images} images" in text
+    assert f"measured on {measured.n_images} held-out images" in text
     assert "Not calibrated: low, <high> & $x_1$." in text
     assert "verified the target's own logits" in text and "FAILED" not in text
     for file in ("low.safetensors", "high.safetensors"):
@@ -129,7 +129,7 @@ def test_pictures_are_written_as_png_too(page: Path) -> None:
 
 
 def low_macs(net: pnc.Composite) -> int:
-    """What the clone `low` adds."""
+    """The multiply-accumulates that the clone `low` adds."""
     return net.status()[0].n_macs
 
 
@@ -171,13 +171,13 @@ def test_a_front_that_says_what_was_chosen_is_drawn_as_it_is() -> None:
     clone = made(NEW[:1], "one", 1.0, front=[FRONT[0], {**FRONT[1], "chosen": True}])
     facts = collect_facts(pnc.attach(pair().target.module, clone), held_out_images(NEW[:1]))
     assert facts.clones[0].front == ((0.1, 0.8, False), (0.3, 0.9, True))
-    assert "possible clones" in svg_of(lambda axes: draw_front(axes, facts.clones[0]), 3, "front")
+    assert "candidates" in svg_of(lambda axes: draw_front(axes, facts.clones[0]), 3, "front")
 
 
 # ------------------------------------------------------------------------------------------------ confusion
 def answered(net: pnc.Composite) -> Answers:
     test = held_out_images()
-    logits, base = predict(net, test.images), predict(net.target, test.images)
+    logits, base = logits_of(net, test.images), logits_of(net.target, test.images)
     return Answers(test.images, test.labels, logits, base, net.classes, net.classes)
 
 
@@ -243,11 +243,11 @@ def test_what_cannot_be_reported_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_clone_that_runs_next_to_nothing_of_its_source_shows_its_adapter(net: pnc.Composite) -> None:
+def test_a_clone_that_runs_very_little_of_its_source_shows_its_adapter(net: pnc.Composite) -> None:
     whole = collect_facts(net, held_out_images()).clones[0]
     late = replace(whole, source_cut_macs=whole.source_macs, adapter_macs=whole.target_macs // 2)
     picture = svg_of(lambda axes: draw_networks(axes, late), networks_height(late), "late")
-    assert "the clone runs next to nothing of it" in picture and "adapter between them: 599 k" in picture
+    assert "the clone runs less than 1% of it" in picture and "adapter between them: 599 k" in picture
     assert networks_height(late) > networks_height(replace(late, adapter_macs=0))
 
 

@@ -13,9 +13,9 @@ from pnc.bench.bench import Bench, Row, Rows, one_by_one
 from pnc.bench.result_files import Claim, over_seeds, table
 from pnc.bench.setting import Setting
 from pnc.clones.clone import Clone
+from pnc.composite.batched_logits import logits_of
 from pnc.composite.composite import attach
-from pnc.composite.metrics import evaluate
-from pnc.composite.prediction import predict
+from pnc.composite.metrics import measure_logits
 from pnc.data.image_set import ImageSet, class_subset, images_as_float
 from pnc.foundation.network_state import evaluating
 from pnc.graph.cut_points import LOGITS, extract
@@ -75,7 +75,7 @@ class _Case:
         found = scan(self._task)
         self._fitted: CrossFitted = found.adapter(found.choose())
         self._test = setting.test_images(group)
-        self._target_logits = predict(target.module, self._test.images)
+        self._target_logits = logits_of(target.module, self._test.images)
         self._own_test = class_subset(setting.test, source.classes)
 
     def row(self, method: str, density: float) -> dict[str, Any]:
@@ -85,8 +85,8 @@ class _Case:
         chosen: Any = {} if method == FULL else {"density": density, "method": method, "tune": tune}
         clone = fit(self._task, self._fitted, **chosen)
         seconds = time.perf_counter() - start
-        logits = predict(attach(self._task.target.model, clone), self._test.images)
-        facts = evaluate(logits, self._test.labels, self._target_logits)
+        logits = logits_of(attach(self._task.target.model, clone), self._test.images)
+        facts = measure_logits(logits, self._test.labels, self._target_logits)
         n_macs = clone.recipe["macs_share"] * self._task.source.n_macs
         return {
             "average_accuracy": facts.average_accuracy,

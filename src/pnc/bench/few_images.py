@@ -10,9 +10,9 @@ from pnc.bench.result_files import Claim, at_least, table
 from pnc.bench.rivals import ensemble, tempered
 from pnc.bench.rivals.rival import Budget
 from pnc.bench.setting import Setting
+from pnc.composite.batched_logits import logits_of
 from pnc.composite.composite import attach
-from pnc.composite.metrics import evaluate
-from pnc.composite.prediction import predict
+from pnc.composite.metrics import measure_logits
 from pnc.method.pipeline import fit
 from pnc.method.positions import scan
 from pnc.method.task import prepare_task
@@ -55,10 +55,10 @@ def _row(setting: Setting, n_images: int, seed: int) -> Row:
         METHODS[2]: tempered.fit(task, Budget()).module,
     }
     test = setting.test_images(new)
-    base_logits = predict(target.module, test.images)
+    base_logits = logits_of(target.module, test.images)
     accuracies = {}
     for name, net in networks.items():
-        facts = asdict(evaluate(predict(net, test.images), test.labels, base_logits))
+        facts = asdict(measure_logits(logits_of(net, test.images), test.labels, base_logits))
         accuracies[name] = {key: facts[key] for key in ("base_accuracy", "new_accuracy", "average_accuracy")}
     cuts = {"target_cut": made.target_cut.name, "source_cut": made.source_cut.name}
     return {"n_test": len(test), "accuracies": accuracies, **cuts, "held_out": made.held_out.is_held_out}

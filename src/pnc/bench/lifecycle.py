@@ -21,7 +21,7 @@ from pnc.clones.branch import Scalars, against_rivals
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save
 from pnc.composite.composite import Composite, attach
-from pnc.composite.metrics import evaluate
+from pnc.composite.metrics import measure_logits
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.support import Support
 from pnc.foundation.errors import InputError
@@ -147,8 +147,8 @@ def _row(maker: CloneMaker, seed: int, clones: str) -> dict[str, Any]:
     moved = [level + _moved(one, features[name], found.scalars[name]) for name, one in log_odds.items()]
     calibrated = torch.cat([base_logits, *moved], 1)
     return {
-        "raw": asdict(evaluate(raw, test.labels, base_logits)),
-        "calibrated": asdict(evaluate(calibrated, test.labels, base_logits)),
+        "raw": asdict(measure_logits(raw, test.labels, base_logits)),
+        "calibrated": asdict(measure_logits(calibrated, test.labels, base_logits)),
         "off": _difference(net, test, calibrated),
         "calibrate_seconds": seconds,
         "loss_before": found.loss_before,

@@ -15,9 +15,9 @@ from pnc.bench.rivals import ensemble, finetuning, lda
 from pnc.bench.rivals.rival import Budget, Rival
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import load, save
+from pnc.composite.batched_logits import logits_of
 from pnc.composite.composite import attach
-from pnc.composite.metrics import evaluate
-from pnc.composite.prediction import predict
+from pnc.composite.metrics import measure_logits
 from pnc.data.image_set import ImageSet
 from pnc.data.support import Support
 from pnc.foundation.errors import InputError
@@ -72,11 +72,11 @@ def run(job: Job, rivals: Sequence[str], folder: Path, progress: Progress | None
     target, source = job.target, job.source
     before = take_snapshot(target.module)
     images = job.test.images
-    target_logits = predict(target.module, images)
+    target_logits = logits_of(target.module, images)
     rows = [_target_row(target_logits, job.test.labels)]
 
     def row(method: str, logits: Tensor, seconds: float, n_bytes: int) -> dict[str, Any]:
-        facts = dataclasses.asdict(evaluate(logits, job.test.labels, target_logits))
+        facts = dataclasses.asdict(measure_logits(logits, job.test.labels, target_logits))
         return {"method": method, **facts, "seconds": seconds, "bytes": n_bytes}
 
     start = time.perf_counter()
@@ -93,19 +93,19 @@ def run(job: Job, rivals: Sequence[str], folder: Path, progress: Progress | None
             rows.append({"method": method, "not_applicable": str(error)})
             continue
         seconds = time.perf_counter() - start
-        rows.append(row(method, predict(rival, images), seconds, new_bytes(rival, target.module, source.module)))
+        rows.append(row(method, logits_of(rival, images), seconds, new_bytes(rival, target.module, source.module)))
     path = folder / "clone.safetensors"
     n_bytes = save(clone, path)
     net = attach(target.module, clone)
-    logits = predict(net, images)
+    logits = logits_of(net, images)
     rows.append(row(CLONE, logits, clone_seconds, n_bytes))
     reloaded = attach(target.module, load(path, source=source.module))
     verified = {
         "base_logits_equal": torch.equal(logits[:, : target_logits.shape[1]], target_logits),
-        "reload_equal": torch.equal(predict(reloaded, images), logits),
+        "reload_equal": torch.equal(logits_of(reloaded, images), logits),
     }
     net.detach(clone.name)
-    verified["removed_equal"] = torch.equal(predict(net, images), target_logits)
+    verified["removed_equal"] = torch.equal(logits_of(net, images), target_logits)
     verified["target_unchanged"] = not differences(target.module, before)
     return {"rows": rows, "clone": {"file_bytes": n_bytes, **facts}, "verified": verified}
 

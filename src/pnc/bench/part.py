@@ -15,9 +15,9 @@ from pnc.bench.result_files import Cells, Claim, over_seeds, table
 from pnc.bench.setting import Setting
 from pnc.clones.clone import Clone
 from pnc.clones.clone_file import save
+from pnc.composite.batched_logits import logits_of
 from pnc.composite.composite import attach
-from pnc.composite.metrics import evaluate
-from pnc.composite.prediction import predict
+from pnc.composite.metrics import measure_logits
 from pnc.data.image_set import class_subset
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
@@ -70,7 +70,7 @@ class _Case:
         self._setting, self._classes, self._seed = setting, classes, seed
         self._support, self._test = setting.draw(classes, seed), setting.test_images(classes)
         self._own_test = class_subset(setting.test, setting.source.classes)
-        self._target_logits = predict(setting.target.module, self._test.images)
+        self._target_logits = logits_of(setting.target.module, self._test.images)
         self._scanned: tuple[CloneTask, Scan] | None = None
 
     def row(self, form: str) -> Row:
@@ -80,8 +80,8 @@ class _Case:
         made, task = self._clone(form)
         seconds = time.perf_counter() - start
         net = attach(target, made)
-        logits = predict(net, self._test.images)
-        facts = evaluate(logits, self._test.labels, self._target_logits)
+        logits = logits_of(net, self._test.images)
+        facts = measure_logits(logits, self._test.labels, self._target_logits)
         net.detach(made.name)
         some = self._test.images[:100]
         with TemporaryDirectory() as folder:
@@ -99,7 +99,7 @@ class _Case:
             "not_cloned": masked_source_accuracy(task, made, self._own_test)["not_cloned"],
             "position": f"{made.target_cut.name} > {made.source_cut.name}",
             "base_logits_equal": torch.equal(logits[:, : self._target_logits.shape[1]], self._target_logits),
-            "removed_equal": torch.equal(predict(net, some), self._target_logits[: len(some)]),
+            "removed_equal": torch.equal(logits_of(net, some), self._target_logits[: len(some)]),
             "target_unchanged": not differences(target, before),
         }
 

@@ -10,9 +10,9 @@ from typing import Any
 from pnc.bench.bench import Bench, Row, Rows, one_by_one
 from pnc.bench.result_files import Claim, over_seeds, table
 from pnc.bench.setting import Setting
+from pnc.composite.batched_logits import logits_of
 from pnc.composite.composite import attach
-from pnc.composite.metrics import evaluate
-from pnc.composite.prediction import predict
+from pnc.composite.metrics import measure_logits
 from pnc.method.pipeline import clone
 
 STRATEGIES: Mapping[str, Mapping[str, Any]] = {
@@ -47,8 +47,8 @@ def _row(setting: Setting, strategy: str, seed: int) -> Row:
     made = clone(source.module, target.module, support, **setting.arguments(new, seed), **STRATEGIES[strategy])
     seconds = time.perf_counter() - start
     test = setting.test_images(new)
-    logits = predict(attach(target.module, made), test.images)
-    facts = evaluate(logits, test.labels, logits[:, : len(target.classes)])
+    logits = logits_of(attach(target.module, made), test.images)
+    facts = measure_logits(logits, test.labels, logits[:, : len(target.classes)])
     return {
         **dataclasses.asdict(facts),
         "held_out_score": made.recipe["score"],

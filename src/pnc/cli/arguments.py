@@ -1,4 +1,4 @@
-"""What the command line names - files, networks, classes, a device - checked before any work, then loaded."""
+"""Files, networks, classes and devices named on the command line: checked before any work, then loaded."""
 
 import os
 import tempfile
@@ -24,13 +24,14 @@ from pnc.models.preprocessing import shape_text
 
 # --------------------------------------------------------------------------------------------------- files and settings
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[str | Path | None] = ()) -> None:
-    """Check that files can be written, and that none of them is an input: before the work, not after it.
+    """Check before any work that output files can be written and that none of them is an input.
 
     Args:
-        outputs: Path by option; None where the option is not given.
-        inputs: Files that are read; what is no file, such as a spec, is passed over.
+        outputs: Path by option; None if the option is not given.
+        inputs: Files that are read; specs and None are ignored.
     Raises:
-        InputError: a folder cannot be written to, or a path is given twice, an input, or there and no regular file.
+        InputError: a folder cannot be written to, or a path is given twice, is an input, or exists and is not a regular
+            file.
     """
     taken = {Path(os.path.realpath(checked_path(path, "input"))) for path in inputs if path is not None}
     for option, path in outputs.items():
@@ -51,13 +52,13 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[str | Pat
 
 
 def read_device(name: str) -> torch.device:
-    """Return the device of that name if it can be used here."""
+    """Return the device with that name, if it can be used here."""
     return usable_device(name)
 
 
 @contextmanager
 def use_threads(number: int | None) -> Iterator[None]:
-    """Let torch use that many threads within the block; None leaves its setting."""
+    """Set the number of torch's threads within the block; None keeps its setting."""
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
@@ -67,12 +68,12 @@ def use_threads(number: int | None) -> Iterator[None]:
 
 
 def data_file(spec: str) -> Path:
-    """Return the path in a data spec; for one without a path, that of a file that is not there."""
+    """Return the path in a data spec; for a spec without one, its text as a path that does not exist."""
     return Path(spec.partition("?")[0].partition(":")[2] or spec)
 
 
 def parse_shape(text: str | None) -> tuple[int, int, int] | None:
-    """Read "3,32,32" or "3x32x32"."""
+    """Parse "3,32,32" or "3x32x32"."""
     if text is None:
         return None
     parts = text.replace("x", ",").split(",")
@@ -83,7 +84,7 @@ def parse_shape(text: str | None) -> tuple[int, int, int] | None:
 
 
 def parse_density(text: str) -> float | Literal["auto"]:
-    """Read a share above 0 and at most 1, or "auto"."""
+    """Parse a share above 0 and at most 1, or "auto"."""
     if text == "auto":
         return "auto"
     try:
@@ -99,14 +100,14 @@ def parse_density(text: str) -> float | Literal["auto"]:
 # --------------------------------------------------------------------------------------------------- networks
 @dataclass(frozen=True)
 class ModelOptions:
-    """What the command line says of one network.
+    """The options of one network.
 
     Attributes:
-        role: "source", "target" or "model": begins every message.
-        spec: As `load_model` takes it.
-        weights: File of weights, for a spec that is no file itself.
+        role: "source", "target" or "model"; the first word of error messages.
+        spec: As for `load_model`.
+        weights: File of weights, for a spec that is not a file itself.
         classes: Names of the outputs, separated by commas.
-        device: Where it shall be.
+        device: Device to put it on.
     """
 
     role: str
@@ -117,7 +118,7 @@ class ModelOptions:
 
     @property
     def file(self) -> Path | None:
-        """The file that its weights come from, if any."""
+        """The file with its weights, if any."""
         return Path(self.spec) if self.spec.endswith(".safetensors") else self.weights
 
 
@@ -128,13 +129,13 @@ def load_network(
     *,
     unnamed: bool = False,
 ) -> LoadedModel:
-    """Load a network, and put it on its device.
+    """Load a network and put it on its device.
 
     Args:
-        options: What is asked for.
-        classes: Names of its outputs where neither the options nor its file give them.
-        input_shape: Shape of its images where its file does not give it.
-        unnamed: Number the outputs where nothing names them.
+        options: Its options.
+        classes: Names of its outputs, if neither the options nor its file have them.
+        input_shape: Shape of its images, if its file does not have it.
+        unnamed: Number the outputs if nothing names them.
     Raises:
         PNCError: as `load_model`; the message begins with the role.
     """
@@ -150,7 +151,7 @@ def load_network(
 
 
 def check_trained(*options: ModelOptions) -> None:
-    """Refuse networks without trained weights: their answers would be random ones."""
+    """Refuse networks without trained weights, whose predictions are random."""
     for one in options:
         with named(one.role):
             trained = has_own_weights(one.spec)
@@ -161,7 +162,7 @@ def check_trained(*options: ModelOptions) -> None:
 
 
 def check_different(source: ModelOptions, target: ModelOptions) -> None:
-    """Refuse one network in both roles."""
+    """Refuse the same network as source and target."""
     if source.file is None or target.file is None:
         same = source.file == target.file and source.spec == target.spec
     else:
@@ -169,7 +170,7 @@ def check_different(source: ModelOptions, target: ModelOptions) -> None:
     if same:
         raise InputError(
             f"source and target are the same network, {source.file or source.spec}; "
-            "the source is one that knows other classes"
+            "give a source that knows other classes"
         )
 
 
@@ -178,19 +179,19 @@ def _same_file(one: Path, other: Path) -> bool:
 
 
 def check_input_shape(images: ImageSet, *models: LoadedModel) -> None:
-    """Refuse images of another shape than the networks were made for."""
+    """Refuse images of another shape than the networks take."""
     for model in models:
         if images.input_shape != model.input_shape:
             came, taken = shape_text(images.input_shape), shape_text(model.input_shape)
             raise InputError(
                 f"data: the images are {came}, but {model.spec} takes {taken}; "
-                "where the data spec allows it, add ?size= and channels="
+                "add ?size= and channels= if the data spec allows it"
             )
 
 
 # --------------------------------------------------------------------------------------------------- classes and images
 def choose_classes(text: str | None, source: LoadedModel, target: LoadedModel) -> tuple[str, ...]:
-    """Return the classes to clone: those that are asked for, by default all that the target lacks."""
+    """Return the classes to clone: the given ones, by default all that the target lacks."""
     if text is None:
         lacking = tuple(name for name in source.classes if name not in target.classes)
         if not lacking:
@@ -204,7 +205,7 @@ def choose_classes(text: str | None, source: LoadedModel, target: LoadedModel) -
 
 
 def parse_support(text: str) -> tuple[int | None, int | None]:
-    """Read NEW/BASE, the images per new and per base class; "all" becomes None."""
+    """Parse NEW/BASE, the images per new and per base class; "all" becomes None."""
     parts = text.split("/")
     if len(parts) == 2 and all(part.isdecimal() or part == "all" for part in parts) and set(parts[0]) != {"0"}:
         n_new, n_base = (None if part == "all" else int(part) for part in parts)
@@ -213,7 +214,7 @@ def parse_support(text: str) -> tuple[int | None, int | None]:
 
 
 def draw(images: ImageSet, new: Sequence[str], base: Sequence[str], sizes: str, seed: int) -> ImageSet:
-    """Draw the support that `sizes` asks for.
+    """Draw a support of `sizes`, as NEW/BASE.
 
     Raises:
         InputError: the data has too few images of a class.
@@ -234,7 +235,7 @@ def draw(images: ImageSet, new: Sequence[str], base: Sequence[str], sizes: str, 
 # --------------------------------------------------------------------------------------------------- clones
 @dataclass(frozen=True)
 class CloneFacts:
-    """What a clone file says of itself that is needed before its networks are loaded; `all` is the whole of it."""
+    """Metadata of a clone file that is needed before its networks are loaded; `all` is all of it."""
 
     path: Path
     base_classes: tuple[str, ...]
@@ -248,22 +249,52 @@ def read_clone_facts(path: Path) -> CloneFacts:
     return CloneFacts(path, tuple(facts["base_classes"]), tuple(facts["target"]["input_shape"]), facts)
 
 
-def attach_clones(clones: Sequence[CloneFacts], sources: Sequence[ModelOptions], target: LoadedModel) -> Composite:
-    """Load clones with their sources, and attach them to `target`.
+@dataclass(frozen=True)
+class CompositeOptions:
+    """Options of clone files and of the networks to attach them with.
+
+    Attributes:
+        clones: Files, in the order of their logits.
+        sources: One network for all clones, or one for each.
+        target: The network that they were made for.
+    """
+
+    clones: Sequence[Path]
+    sources: Sequence[ModelOptions]
+    target: ModelOptions
+
+    @property
+    def files(self) -> list[Path | None]:
+        """Input files."""
+        return [*self.clones, self.target.file, *(one.file for one in self.sources)]
+
+    def read(self) -> list[CloneFacts]:
+        """Check the options before any work, and read the metadata of the clone files."""
+        check_trained(self.target, *self.sources)
+        read_device(self.target.device)
+        return [read_clone_facts(path) for path in self.clones]
+
+
+def attach_clones(asked: CompositeOptions, clones: Sequence[CloneFacts], images: ImageSet | None = None) -> Composite:
+    """Load the networks and the clones, and attach them.
 
     Args:
-        clones: In the order of their logits.
-        sources: One for all, or one for each.
-        target: The network that they were made for.
+        asked: The options.
+        clones: From `asked.read()`.
+        images: Images that the composite will be run on, to check their shape.
     Raises:
-        InputError: the number of sources does not fit.
+        InputError: the number of sources is wrong, or the images have another shape than the target's.
         MismatchError, FileFormatError, ClassNameError: as `load` and `attach`.
     """
+    input_shape = clones[0].input_shape if images is None else images.input_shape
+    target = load_network(asked.target, clones[0].base_classes, input_shape)
+    if images is not None:
+        check_input_shape(images, target)
     models: dict[ModelOptions, LoadedModel] = {}
     loaded = []
-    for facts, options in zip(clones, _one_each(sources, len(clones)), strict=True):
+    for facts, options in zip(clones, _one_each(asked.sources, len(clones)), strict=True):
         if options not in models:
-            # A clone needs none of the source's names; they only have to be as many as its outputs.
+            # The source's class names are not used; only their number must match its outputs.
             models[options] = load_network(options, input_shape=facts.input_shape)
         loaded.append(clone_file.load(facts.path, source=models[options].module))
     net = attach(target.module, *loaded)
@@ -284,7 +315,7 @@ def _one_each(sources: Sequence[ModelOptions], number: int) -> Sequence[ModelOpt
 
 @contextmanager
 def named(role: str) -> Iterator[None]:
-    """Begin the message of an error within the block with `role`."""
+    """Prefix the messages of errors within the block with `role`."""
     try:
         yield
     except PNCError as error:

@@ -1,4 +1,4 @@
-"""What the `pnc bench` commands share: options, the setting that they ask for, and the one way to run a bench."""
+"""Options that the `pnc bench` commands share, the setting that they describe, and how a bench is run."""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -36,22 +36,22 @@ TargetFile = Annotated[
 ]
 Sizes = Annotated[str, typer.Option("--support", help="Images per new / per base class.")]
 Mirror = Annotated[bool, typer.Option("--flip/--no-flip", help="Use mirror images too.")]
-Seeds = Annotated[int, typer.Option("--seeds", help="How many supports, seeds 0, 1, ...", min=1)]
+Seeds = Annotated[int, typer.Option("--seeds", help="Number of supports, with seeds 0, 1, ...", min=1)]
 NTest = Annotated[
-    int | None, typer.Option("--n-test", help="Test images per class, the first ones; all by default.", min=1)
+    int | None, typer.Option("--n-test", help="Use only the first N test images of each class; all by default.", min=1)
 ]
 DataName = Annotated[str | None, typer.Option("--data-name", help="Name of the images in the results.")]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder for the results: .json, .md and .jsonl.")]
-OutFile = Annotated[Path, typer.Option("--json", help="Results; the table goes beside it.")]
+OutFile = Annotated[Path, typer.Option("--json", help="File for the results; the table is written beside it.")]
 OneThread = Annotated[int, typer.Option("--threads", help="Threads for torch.", min=1)]
 
 _NOT_IN_COMMAND = ("out", "json_path", "keep", "data_name", "again", "plot")
-"""Options that say where results go, or nothing about the rows."""
+"""Options that do not affect the rows, such as output paths."""
 
 
 @dataclass(frozen=True)
 class PairOptions:
-    """What the command line says of a pair of networks and its images; fields as in `Setting`."""
+    """Options of a pair of networks and its images; fields as in `Setting`."""
 
     source: str
     target: str
@@ -71,19 +71,17 @@ class PairOptions:
 
     @property
     def files(self) -> list[Path | None]:
-        """Files that are read."""
+        """Input files."""
         return [*(one.file for one in self.networks), data_file(self.data)]
 
     def load(self) -> Setting:
-        """Check everything, then load it."""
+        """Check all options, then load the networks and images."""
         check_different(*self.networks)
         check_trained(*self.networks)
         read_device(self.device)
         n_new, n_base = parse_support(self.support)
         if not n_new or not n_base:
-            raise InputError(
-                f"support: numbers of images above 0 of new and of base classes are needed; got {self.support!r}"
-            )
+            raise InputError(f"support: images of new and of base classes are needed; got {self.support!r}")
         train, test = load_data(self.data, "train"), load_data(self.data, "test")
         test = test if self.n_test is None else sample_per_class(test, self.n_test, "first")
         source, target = (load_network(one, input_shape=train.input_shape) for one in self.networks)
@@ -109,14 +107,14 @@ def run_bench(
     threads: int,
     inputs: Sequence[Path | None] = (),
 ) -> Rows:
-    """Check the outputs, make the bench, measure what is not there yet, write results and show claims.
+    """Check the outputs, make the bench, measure missing rows, write results and show claims.
 
     Args:
-        context: Of the command, whose options go into the results.
-        make: Gives the bench; called once outputs are checked, so that it may load networks and data.
-        json_path: The results; tables go into the `.md` file beside it, rows into the `.jsonl` file.
-        threads: For torch.
-        inputs: Files that are read, which are no outputs.
+        context: The command's context; its options are written to the results.
+        make: Makes the bench; called after outputs are checked, as it may load networks and data.
+        json_path: File for the results; tables and rows go to the `.md` and `.jsonl` files beside it.
+        threads: Number of torch's threads.
+        inputs: Input files, which must not be overwritten.
     """
     for suffix in (".json", ".md", ".jsonl"):
         check_outputs({"out" if "out" in context.params else "json": json_path.with_suffix(suffix)}, inputs)
@@ -137,11 +135,11 @@ def publish(bench: Bench, rows: Rows, json_path: Path, command: str) -> None:
 
 
 def command_line(context: typer.Context, name: str) -> str:
-    """Write down the command that makes the same rows, with every option that they depend on.
+    """Return the command that reproduces the rows, with every option that they depend on.
 
     Args:
-        context: Of the command that runs.
-        name: Of the bench.
+        context: The context of the running command.
+        name: The name of the bench.
     """
     words = ["pnc", "bench", name]
     for option in context.command.params:
@@ -159,7 +157,7 @@ def command_line(context: typer.Context, name: str) -> str:
 
 
 def show_claims(claims: Sequence[Claim], written: Path) -> None:
-    """Show for each claim whether it holds, and where the results are."""
+    """Show whether each claim holds, and where the results are."""
     for one in claims:
         spread = "" if one.spread is None else f" +- {one.spread:.3f}"
         value = f"{one.value:.3f}" if isinstance(one.value, float) else f"{one.value:,}"

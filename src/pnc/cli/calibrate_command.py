@@ -1,4 +1,4 @@
-"""The command that makes clones which were made apart live together: calibrate."""
+"""The command `pnc calibrate`: clones that were made separately, calibrated together."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,17 +7,13 @@ from typing import Annotated
 import typer
 
 from pnc.cli.arguments import (
+    CompositeOptions,
     ModelOptions,
     attach_clones,
-    check_input_shape,
     check_outputs,
-    check_trained,
     data_file,
     draw,
-    load_network,
     parse_support,
-    read_clone_facts,
-    read_device,
     use_threads,
 )
 from pnc.cli.options import Data, Device, Json, Names, Seed, Sources, Support, Target, Threads, Weights, write_json
@@ -30,12 +26,12 @@ from pnc.method.calibration import calibrate
 
 
 def calibrate_clones(
-    clones: Annotated[list[Path], typer.Argument(help="Clone files, all that will be attached together.")],
+    clones: Annotated[list[Path], typer.Argument(help="Clone files: all that will be attached together.")],
     source: Sources,
     target: Target,
     data: Data,
     out: Annotated[
-        list[Path], typer.Option(help="Folder for the calibrated files; or a file for each clone, given again.")
+        list[Path], typer.Option(help="Folder for the calibrated files; or repeat it with a file for each clone.")
     ],
     support: Support = "20/5",
     background: Annotated[
@@ -50,28 +46,24 @@ def calibrate_clones(
     threads: Threads = None,
     json_path: Json = None,
 ) -> None:
-    """Calibrate clones that were made apart, so that they live together.
+    """Calibrate clones that were made separately, for use together.
 
-    Fits a scale and offsets of each clone, all clones together, on a few images of all classes; writes a file of each.
-    Takes seconds. Repeat it whenever a clone comes or goes: it starts from the uncalibrated clones each time.
+    Fits a scale and offsets of each clone, all clones together, on a few images of all classes, and writes a new file
+    for each. Takes seconds. Repeat it after adding or removing a clone: it always starts from the uncalibrated clones.
     """
-    asked = ModelOptions("target", target, target_weights, target_classes, device)
-    sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    networks = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes, device))
     outputs = _outputs(out, clones)
     data_files = [data_file(spec) for spec in (data, background) if spec is not None]
-    inputs = [*clones, asked.file, *(one.file for one in sources), *data_files]
+    inputs = [*asked.files, *data_files]
     _check_files(outputs, json_path, inputs)
-    check_trained(asked, *sources)
-    read_device(device)
     parse_support(support)
-    known = [read_clone_facts(path) for path in clones]
+    known = asked.read()
     images = load_data(data, "train")
     unlabelled = None if background is None else load_data(background, "train")
-    model = load_network(asked, known[0].base_classes, images.input_shape)
-    check_input_shape(images, model)
-    net = attach_clones(known, sources, model)
-    new = net.classes[len(model.classes) :]
-    drawn = draw(images, new, model.classes, support, seed)
+    net = attach_clones(asked, known, images)
+    new = net.classes[len(net.base_classes) :]
+    drawn = draw(images, new, net.base_classes, support, seed)
     with use_threads(threads):
         found = calibrate(net, drawn, background=unlabelled)
     for facts, name, path in zip(known, net.clones, outputs, strict=True):
@@ -87,7 +79,7 @@ def calibrate_clones(
             "images": str(found.n_images),
             "log-loss": f"{found.loss_before:.4g} before, {found.loss_after:.4g} after",
             "scales": ", ".join(f"{scale:.3g}" for scale in scales.values()),
-            **({} if found.has_base else {"old against new": "not calibrated, as there was no base image"}),
+            **({} if found.has_base else {"base against new": "not calibrated, as there was no base image"}),
         }
     )
     for path in outputs:
@@ -95,12 +87,12 @@ def calibrate_clones(
 
 
 def _outputs(out: Sequence[Path], clones: Sequence[Path]) -> list[Path]:
-    """The file of each calibrated clone: in a folder, which is made where it is not there, or as they are given."""
+    """The output file of each clone: in the given folder, which may be new, or as given."""
     if len(out) == 1 and (out[0].is_dir() or len(clones) > 1):
         names = [path.name for path in clones]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
-            raise InputError(f"out: two clone files are called {twice[0]}; give --out a file for each")
+            raise InputError(f"out: two clone files are called {twice[0]}; give --out a file for each clone")
         if out[0].exists() and not out[0].is_dir():
             raise InputError(
                 f"out: {out[0]} is a file; give a folder, or --out a file for each of {len(clones)} clones"
@@ -114,7 +106,7 @@ def _outputs(out: Sequence[Path], clones: Sequence[Path]) -> list[Path]:
 
 
 def _check_files(outputs: Sequence[Path], json_path: Path | None, inputs: Sequence[str | Path | None]) -> None:
-    """Check that all files can be written, in the folder that they will be in."""
+    """Check that all files can be written; a new folder is checked in their place."""
     folder = outputs[0].parent
     if folder.is_dir():
         named = {"out" if place == 0 else f"out ({place + 1})": path for place, path in enumerate(outputs)}

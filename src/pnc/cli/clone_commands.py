@@ -1,4 +1,4 @@
-"""The commands that take files of clones: eval, predict, inspect, verify."""
+"""The commands on clone files: eval, predict, inspect, verify."""
 
 import dataclasses
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from pnc.cli.arguments import (
+    CompositeOptions,
     ModelOptions,
     attach_clones,
-    check_input_shape,
     check_outputs,
     check_trained,
     data_file,
@@ -44,18 +44,14 @@ def evaluate_clones(
 ) -> None:
     """Attach clones and measure them on the test split.
 
-    Accuracy on base and on new classes, and how much the target's own answers moved.
+    Shows accuracy on base and new classes, and how far predictions moved from the target's.
     """
-    asked = ModelOptions("target", target, target_weights, target_classes, device)
-    sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
-    check_outputs({"json": json_path}, [*clones, asked.file, *(one.file for one in sources), data_file(data)])
-    check_trained(asked, *sources)
-    read_device(device)
-    known = [read_clone_facts(path) for path in clones]
+    networks = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes, device))
+    check_outputs({"json": json_path}, [*asked.files, data_file(data)])
+    known = asked.read()
     images = load_data(data, "test")
-    model = load_network(asked, known[0].base_classes, images.input_shape)
-    check_input_shape(images, model)
-    net = attach_clones(known, sources, model)
+    net = attach_clones(asked, known, images)
     with use_threads(threads):
         found = evaluate(net, images)
     write_json(json_path, found.facts())
@@ -66,31 +62,28 @@ def predict_images(
     images: Annotated[
         list[str],
         typer.Argument(
-            help="Image files, folders or patterns such as 'photos/*.jpg'; - reads an image, or paths one a line, from "
-            "standard input. Images are cropped and resized to what the target takes."
+            help="Image files, folders or patterns such as 'photos/*.jpg'; - reads an image, or one path per line, "
+            "from standard input. Images are cropped and resized to the target's input size."
         ),
     ],
-    clones: Annotated[list[Path], typer.Option("--clone", help="Clone file to attach; may be given again.")],
+    clones: Annotated[list[Path], typer.Option("--clone", help="Clone file to attach; may be repeated.")],
     source: Sources,
     target: Target,
     source_weights: Weights = None,
     target_weights: Weights = None,
     source_classes: Names = None,
     target_classes: Names = None,
-    top: Annotated[int, typer.Option(help="Classes to show for each image.", min=1)] = 3,
+    top: Annotated[int, typer.Option(help="Number of classes to show for each image.", min=1)] = 3,
     device: Device = "cpu",
     json_path: Json = None,
 ) -> None:
-    """Classify images with clones attached; with --json also which clone answered."""
-    asked = ModelOptions("target", target, target_weights, target_classes, device)
-    sources = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    """Classify images with clones attached; --json also says which clone answered."""
+    networks = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes, device))
     with image_files(images) as files:
-        check_outputs({"json": json_path}, [*files, *clones, asked.file, *(one.file for one in sources)])
-        check_trained(asked, *sources)
-        read_device(device)
-        known = [read_clone_facts(path) for path in clones]
-        model = load_network(asked, known[0].base_classes, known[0].input_shape)
-        net = attach_clones(known, sources, model)
+        check_outputs({"json": json_path}, [*files, *asked.files])
+        known = asked.read()
+        net = attach_clones(asked, known)
         found = predict(net, list(files))
     answers = list(zip(files.values(), found, strict=True))
     facts = [
@@ -103,17 +96,16 @@ def predict_images(
     ]
     write_json(json_path, {"predictions": facts})
     for file, one in answers:
-        said = ", ".join(f"{name} ({probability:.2f})" for name, probability in one.top(top).items())
-        say(f"{file}: {said}")
+        say(f"{file}: {one.text(top)}")
     warning = uncalibrated_warning(uncalibrated_clones(net))
     if warning:
         complain(warning)
 
 
 def inspect_clone(file: Annotated[Path, typer.Argument(help="Clone file.")], json_path: Json = None) -> None:
-    """Say what a clone file holds.
+    """Show what a clone file contains.
 
-    Classes, position, cost; with --json also which networks it belongs to.
+    Classes, position and cost; with --json also the fingerprints of its networks.
     """
     check_outputs({"json": json_path}, [file])
     facts = read_clone_facts(file)
@@ -125,7 +117,7 @@ def verify_clone(
     file: Annotated[Path, typer.Argument(help="Clone file.")],
     target: Target,
     source: Annotated[
-        str | None, typer.Option(help="Network that the clone was made from; without it nothing is attached.")
+        str | None, typer.Option(help="Network that the clone was made from; without it the clone is not attached.")
     ] = None,
     source_weights: Weights = None,
     target_weights: Weights = None,
@@ -134,10 +126,10 @@ def verify_clone(
     device: Device = "cpu",
     json_path: Json = None,
 ) -> None:
-    """Prove that a clone file is whole, belongs to these networks, and changes nothing of the target.
+    """Verify that a clone file is intact, belongs to these networks, and does not change the target.
 
     Attaches the clone, compares the target's own logits bit for bit, detaches it, and compares everything. Exits with 0
-    if all is well and with 1 if something is not.
+    if every check passes and with 1 if one fails.
     """
     asked = [ModelOptions("target", target, target_weights, target_classes, device)]
     if source is not None:

@@ -43,34 +43,36 @@ from pnc.models.pretraining import recipe_for
 
 def measure_comparison(
     source: Annotated[
-        str, typer.Option(help="File of `pnc pretrain`, or zoo:...: trained on the second half of classes.")
+        str,
+        typer.Option(help="File of `pnc pretrain`, or zoo:..., which is trained on the second half of the classes."),
     ],
     target: Annotated[
-        str, typer.Option(help="File of `pnc pretrain`, or zoo:...: trained on the first half of classes.")
+        str, typer.Option(help="File of `pnc pretrain`, or zoo:..., which is trained on the first half of the classes.")
     ],
     data: Data,
     support: Sizes = "100/20",
-    classes: Annotated[str, typer.Option(help="all, single (one cell for each), fifth, or names of classes.")] = "all",
-    methods: Annotated[str | None, typer.Option(help="Names, separated by commas; rivals: all but the bound.")] = None,
-    again: Annotated[str | None, typer.Option(help="Methods whose existing cells are measured again.")] = None,
+    classes: Annotated[str, typer.Option(help="Classes to clone: all, single (each alone), fifth, or names.")] = "all",
+    methods: Annotated[
+        str | None, typer.Option(help="Names, separated by commas; rivals: all except the bound.")
+    ] = None,
+    again: Annotated[str | None, typer.Option(help="Methods to measure again where rows exist.")] = None,
     flip: Mirror = True,
     seeds: Seeds = 3,
     n_test: NTest = None,
     data_name: DataName = None,
-    out: Annotated[Path, typer.Option(help="Folder for the rows, one file of JSON lines for each data.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the rows: one file of JSON lines per dataset.")] = Path(
         "results/compare"
     ),
-    epochs: Annotated[int | None, typer.Option(help="Of networks that are trained here.", min=1)] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of networks that are trained here.", min=1)] = None,
     runs: Annotated[Path, typer.Option(help="Folder for networks that are trained here.")] = Path("runs"),
     precision: Annotated[
-        Precision, typer.Option(help="Of training; bfloat16 is faster where the processor has it.")
+        Precision, typer.Option(help="Precision of training; bfloat16 is faster on processors that support it.")
     ] = "float32",
     threads: OneThread = 1,
 ) -> None:
     """Compare the clone and rivals on the same samples; `pnc bench compare-report` makes tables of the rows.
 
-    Every rival that trains takes about a minute for each support, all of them some 20; existing cells are not measured
-    again.
+    A rival that trains takes about a minute per support, all of them about 20; existing rows are not measured again.
     """
     asked = ModelOptions("source", source, None, None), ModelOptions("target", target, None, None)
     if not all(one.spec.startswith("zoo:") for one in asked):  # one spec, trained on other classes, is another network
@@ -117,9 +119,9 @@ def report_comparison(
     folder: Annotated[Path, typer.Argument(help="Folder with the rows of `pnc bench compare`.")] = Path(
         "results/compare"
     ),
-    plots: Annotated[bool, typer.Option(help="Draw pictures too; needs the extra `plots`.")] = True,
+    plots: Annotated[bool, typer.Option(help="Draw plots too; needs the extra `plots`.")] = True,
 ) -> None:
-    """Write tables, claims and pictures of all rows in a folder: FOLDER.json and FOLDER.md, pictures in FOLDER."""
+    """Write tables, claims and plots of all rows in a folder: FOLDER.json and FOLDER.md, plots in FOLDER."""
     rows = compare_report.read_rows(folder)
     check_outputs({"json": folder.with_suffix(".json"), "md": folder.with_suffix(".md")})
     pictures = []
@@ -160,7 +162,7 @@ def _network(
 
 
 def _logged(step: Progress) -> Progress:
-    """Also write a line for each step if there is no terminal for the bar, so that a log shows progress."""
+    """Also write a line for each step if there is no terminal for the bar, so that logs show progress."""
 
     def both(what: str, done: int, total: int) -> None:
         step(what, done, total)
@@ -173,7 +175,7 @@ def _logged(step: Progress) -> Progress:
 def tally_claims(
     folder: Annotated[Path, typer.Argument(help="Folder with the results of benches.")] = Path("results"),
 ) -> None:
-    """Count the claims of all results in a folder, and list those that do not hold: FOLDER/claims.md."""
+    """Count the claims of all results in a folder and list those that do not hold, in FOLDER/claims.md."""
     tallies, path = read_claims(folder), folder / "claims.md"
     check_outputs({"folder": path})
     write_file(path, f"`pnc bench claims {folder.name}`\n\n{markdown(tallies)}")

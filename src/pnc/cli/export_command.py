@@ -1,4 +1,4 @@
-"""The commands `pnc export` and `pnc bench export`: composites written for where they run, and what that gives."""
+"""The commands `pnc export` and `pnc bench export`: export of composites, and its measurement."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,12 +7,10 @@ import typer
 
 from pnc.bench import export as export_bench
 from pnc.cli.arguments import (
+    CompositeOptions,
     ModelOptions,
     attach_clones,
     check_outputs,
-    check_trained,
-    load_network,
-    read_clone_facts,
     use_threads,
 )
 from pnc.cli.bench_options import OutFile, run_bench
@@ -28,7 +26,8 @@ def export_clones(
     target: Target,
     out: Annotated[Path, typer.Option(help="File to write, .onnx or .pt2; with --split, a folder.")],
     split: Annotated[
-        bool, typer.Option("--split", help="Write trunk.onnx and one file for each clone, which come and go.")
+        bool,
+        typer.Option("--split", help="Write trunk.onnx and one file per clone, to attach and detach in onnxruntime."),
     ] = False,
     source_weights: Weights = None,
     target_weights: Weights = None,
@@ -37,20 +36,16 @@ def export_clones(
     threads: Threads = None,
     json_path: Json = None,
 ) -> None:
-    """Attach clones and write the composite as ONNX or .pt2, for any number of images.
+    """Attach clones and write the composite as ONNX or .pt2, for any batch size.
 
-    What is written is run and compared with the composite first; where it differs by more than rounding, nothing is
-    written.
+    The export is run and compared with the composite first; if it differs by more than rounding, nothing is written.
     """
-    asked = ModelOptions("target", target, target_weights, target_classes)
-    sources = [ModelOptions("source", spec, source_weights, source_classes) for spec in source]
-    inputs = [*clones, asked.file, *(one.file for one in sources)]
-    check_outputs({"json": json_path} if split else {"out": out, "json": json_path}, inputs)
+    networks = [ModelOptions("source", spec, source_weights, source_classes) for spec in source]
+    asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes))
+    check_outputs({"json": json_path} if split else {"out": out, "json": json_path}, asked.files)
     (check_export_folder if split else check_export_path)(out)
-    check_trained(asked, *sources)
-    known = [read_clone_facts(path) for path in clones]
-    model = load_network(asked, known[0].base_classes, known[0].input_shape)
-    net = attach_clones(known, sources, model)
+    known = asked.read()
+    net = attach_clones(asked, known)
     with use_threads(threads):
         made = (export_split if split else export)(net, out)
     sizes = {path.name if split else str(path): path.stat().st_size for path in made.files}
@@ -85,4 +80,4 @@ def measure_exports(
     Takes a quarter of an hour. Rows are written as they are measured; a stopped run continues after the last one.
     """
     wanted = export_bench.chosen(pairs)
-    run_bench(context, lambda: export_bench.bench(wanted), json_path, threads=1)  # the clock is that of one thread
+    run_bench(context, lambda: export_bench.bench(wanted), json_path, threads=1)  # timings are of one thread

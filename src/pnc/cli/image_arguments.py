@@ -1,4 +1,4 @@
-"""Images as the command line names them: files, folders, patterns, standard input."""
+"""Images named on the command line: files, folders, patterns, standard input."""
 
 import glob
 import sys
@@ -16,15 +16,15 @@ STANDARD_INPUT = "-"
 
 @contextmanager
 def image_files(words: Sequence[str]) -> Iterator[Mapping[Path, str]]:
-    """Find the files that words on the command line mean.
+    """Find the image files that the given words name.
 
     Args:
-        words: Paths of files; folders, whose image files are taken with those of the folders in them; patterns; or "-",
-            standard input: an image, or paths, one a line.
+        words: Paths of files; folders, searched recursively; patterns; or "-", standard input: an image, or one path
+            per line.
     Yields:
-        What to call each file, in order; that of standard input is there within the block.
+        Path and display name of each file, in order; the file for standard input exists only within the block.
     Raises:
-        InputError: a folder has no image, a pattern meets no file, or standard input is empty.
+        InputError: a folder has no image, a pattern matches no file, or standard input is empty.
     """
     with tempfile.TemporaryDirectory() as folder:
         found: dict[Path, str] = {}
@@ -47,16 +47,16 @@ def _named(word: str, folder: Path) -> list[tuple[Path, str]]:
         root = Path(path.anchor or ".")
         files = sorted(file for file in root.glob(str(path.relative_to(path.anchor))) if file.is_file())
         if not files:
-            raise InputError(f"images: no file is like {word}; put patterns in quotes, or name files")
+            raise InputError(f"images: no file matches {word}; put patterns in quotes, or name files")
         return [(file, str(file)) for file in files]
     return [(path, str(path))]
 
 
 def _from_standard_input(folder: Path) -> list[tuple[Path, str]]:
-    """Paths, where standard input is text; else the image that it is."""
+    """The paths in standard input if it is text, otherwise the image that it contains."""
     content = sys.stdin.buffer.read()
     if not content.strip():
-        raise InputError("images: standard input is empty; give an image, or paths, one a line")
+        raise InputError("images: standard input is empty; give an image, or one path per line")
     lines = [] if b"\0" in content else content.decode(errors="surrogateescape").splitlines()
     if any(Path(line).exists() for line in lines[:1]):
         return [one for line in lines if line for one in _named(line, folder)]

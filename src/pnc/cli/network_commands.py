@@ -1,4 +1,4 @@
-"""The `pnc` commands on one network: train a reference network, list where one can be parted."""
+"""The commands on one network: pretrain trains a reference network, cuts lists where one can be cut."""
 
 import dataclasses
 from pathlib import Path
@@ -24,22 +24,24 @@ def pretrain_network(
         str, typer.Argument(help="zoo:cnn, zoo:resnet20, zoo:resnet32, zoo:mobilenetv2, zoo:vit_tiny, ...")
     ],
     data: Data,
-    out: Annotated[Path, typer.Option(help="File to write, .safetensors; a stopped run goes on where it was.")],
+    out: Annotated[Path, typer.Option(help="File to write, .safetensors; a stopped run continues.")],
     classes: Annotated[str | None, typer.Option(help="Names or index ranges; all classes by default.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="On weight matrices and filters.")] = None,
-    crop_padding: Annotated[int | None, typer.Option(help="Pixels that a random crop may shift an image by.")] = None,
-    flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = True,
-    precision: Annotated[Precision, typer.Option(help="bfloat16 is faster where the processor has it.")] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that was made otherwise.")] = False,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay of weight matrices and filters.")] = None,
+    crop_padding: Annotated[int | None, typer.Option(help="Largest shift by random cropping, in pixels.")] = None,
+    flip: Annotated[bool, typer.Option(help="Mirror each image with probability 1/2.")] = True,
+    precision: Annotated[Precision, typer.Option(help="bfloat16 is faster on processors that support it.")] = "float32",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that was made with other arguments.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
     json_path: Json = None,
 ) -> None:
-    """Train a reference network and keep its weights."""
+    """Train a reference network and save its weights."""
     given = {
         "epochs": epochs,
         "lr": lr,
@@ -86,11 +88,11 @@ def list_cuts(
     weights: Weights = None,
     classes: Names = None,
     input_shape: Annotated[
-        str | None, typer.Option(help="Channels,height,width, such as 3,32,32; for a network without file.")
+        str | None, typer.Option(help="Channels,height,width, such as 3,32,32; for networks without a file.")
     ] = None,
     json_path: Json = None,
 ) -> None:
-    """List where a network can be cut, and how deep; names of its classes are not needed."""
+    """List where a network can be cut, and how deep; class names are not needed."""
     asked = ModelOptions("model", model, weights, classes)
     check_outputs({"json": json_path}, [asked.file])
     loaded = load_network(asked, input_shape=parse_shape(input_shape), unnamed=True)
@@ -125,9 +127,9 @@ def list_cuts(
             for row in rows
         ],
     )  # fmt: skip
-    say("MACs, params: share of the network's that lies in front of the cut")
+    say("MACs, params: share of the network's before the cut")
     for gap in large:
-        what = "largest gap" if gap is largest else "further gap"
+        what = "largest gap" if gap is largest else "other gap"
         of = f"{gap.share:.1%} of MACs, {gap.params_share:.1%} of params"
         say(f"{what}: {of}, between {gap.after} and {gap.before}")
     say(f"classifier: {network.head.module or '(no module)'}; its features: {network.head.features.name}")

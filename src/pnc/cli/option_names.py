@@ -1,4 +1,4 @@
-"""Messages of the library in the words of the command line: arguments become options."""
+"""Translation of the library's error messages: names of arguments become options."""
 
 import re
 import sys
@@ -10,14 +10,14 @@ import typer.core
 from pnc.foundation.errors import PNCError
 
 _ELSEWHERE = {"base_classes": "target_classes", "json": "json_path", "input-shape": "input_shape", "spec": "data"}
-"""Arguments of the library, and first words of messages, that commands call otherwise."""
+"""Arguments of the library, and first words of messages, that have another name as options."""
 
 
 class Commands(typer.core.TyperGroup):
-    """A group of commands whose errors name options, as their user typed them."""
+    """A group of commands whose error messages name options instead of arguments."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; an error of the library comes out of it with other words."""
+        """Run the command and rewrite errors of the library."""
         try:
             return super().invoke(ctx)
         except PNCError as error:
@@ -28,20 +28,20 @@ class Commands(typer.core.TyperGroup):
 
 
 def options_of(parameters: Iterable[Any]) -> dict[str, str]:
-    """The options of a command by the names of its parameters; what is given without a name is none."""
+    """The options of a command by parameter name, without its positional arguments."""
     return {one.name: one.opts[0] for one in parameters if one.opts[0].startswith("--")}
 
 
 def as_options(message: str, options: Mapping[str, str], given: Collection[str] = ()) -> str:
-    """Write a message with options in the place of arguments.
+    """Replace arguments in a message by options.
 
-    The first word, and the first two where they are a role and what belongs to it, become an option; so does every
-    `argument=` further on.
+    The first word becomes an option, or the first two words if they are a role and its property ("source: classes"); so
+    does every later `argument=`.
 
     Args:
-        message: Of an error of the library.
-        options: By parameter of the command.
-        given: The words of the command line: weights that nobody gave are those of the network's own file.
+        message: An error message of the library.
+        options: Options by parameter name.
+        given: The words of the command line; without a weights option among them, weights come from the network's file.
 
     >>> as_options("max_macs=0.1: the cheapest adds more", {"max_macs": "--max-macs"})
     '--max-macs 0.1: the cheapest adds more'
@@ -71,7 +71,7 @@ def _option(name: str, options: Mapping[str, str]) -> str | None:
 
 
 def _own_option(role: str, what: str, options: Mapping[str, str], given: Collection[str]) -> str | None:
-    """The option for what belongs to a network, such as its classes."""
+    """The option for a property of a network, such as its classes."""
     own = options.get(f"{role}_{what}")
     if own is not None:
         return own if what != "weights" or own in given else None

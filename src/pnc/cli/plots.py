@@ -1,4 +1,4 @@
-"""Plots of measurements; they need the extra `plots`."""
+"""Plots of measurements; requires the extra `plots`."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from pnc.method.positions import Position, Scan
 
 
 def check_plot(path: Path) -> None:
-    """Check before any work that a plot can be drawn to `path`.
+    """Check before any work that a plot can be written to `path`.
 
     Raises:
         InputError: the name does not end in .png, or matplotlib or adjustText is not installed.
@@ -67,7 +67,7 @@ def draw_comparison(title: str, points: Mapping[str, tuple[str, float, float]], 
     """Draw average accuracy against locality of methods, as a PNG file.
 
     Args:
-        title: Above the plot.
+        title: Title of the plot.
         points: For each method its kind, which determines the colour, its locality KL and its average accuracy.
         path: The file; an existing one is replaced.
     Raises:
@@ -75,7 +75,7 @@ def draw_comparison(title: str, points: Mapping[str, tuple[str, float, float]], 
     """
     check_plot(path)
     figure = _figure()
-    axes = figure.add_subplot(xlabel="locality KL on old classes, nats", ylabel="average accuracy", title=title)
+    axes = figure.add_subplot(xlabel="locality KL on base classes, nats", ylabel="average accuracy", title=title)
     kinds = list(dict.fromkeys(kind for kind, _, _ in points.values()))
     for place, kind in enumerate(kinds):
         chosen = {name: where for name, (own, *where) in points.items() if own == kind}
@@ -89,15 +89,15 @@ def draw_curves(title: str, curves: Mapping[str, Sequence[tuple[float, float]]],
     """Draw leak against new accuracy for shifts of the new logits, as a PNG file.
 
     Args:
-        title: Above the plot.
-        curves: For each method (accuracy on new classes, leak), shift by shift.
+        title: Title of the plot.
+        curves: For each method (accuracy on new classes, leak) at each shift.
         path: The file; an existing one is replaced.
     Raises:
         InputError: as `check_plot`, or the file cannot be written.
     """
     check_plot(path)
     figure = _figure()
-    axes = figure.add_subplot(xlabel="accuracy on new classes", ylabel="leak of old classes", title=title)
+    axes = figure.add_subplot(xlabel="accuracy on new classes", ylabel="leak of base classes", title=title)
     for name, curve in curves.items():
         axes.plot(*zip(*curve, strict=True), ".-", label=name)
         middle = curve[len(curve) // 2]
@@ -107,7 +107,7 @@ def draw_curves(title: str, curves: Mapping[str, Sequence[tuple[float, float]]],
 
 
 def _label(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
-    """Put names beside points so that none overlap."""
+    """Label points without overlaps."""
     from adjustText import adjust_text
 
     texts = [axes.text(x, y, name, fontsize=6) for name, (x, y) in points.items()]
@@ -125,7 +125,7 @@ def _write(figure: Any, path: Path) -> None:
 def _figure() -> Any:
     """An empty figure of matplotlib, independent of its global state."""
     try:
-        import adjustText  # noqa: F401 # so that it fails before any work
+        import adjustText  # noqa: F401 # checked here, before any work
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError(f'plot: {error.name} is needed for this; pip install "pnc[plots]"') from error

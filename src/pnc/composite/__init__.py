@@ -1,1 +1,1 @@
-"""What runs in production: target and clones, fused, verified, removed. Start with `composite`."""
+"""What runs in production: the target with clones, fused, exported, verified. Start with `composite`."""

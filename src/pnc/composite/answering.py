@@ -1,4 +1,4 @@
-"""Images classified by a composite: names, probabilities, and which clone answered. What `pnc predict` shows."""
+"""Classifying images with a composite: class names, probabilities, and which clone answered."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,23 +7,22 @@ from typing import Any
 
 from torch import Tensor
 
-from pnc.composite import prediction
-from pnc.composite.composite import Composite
+from pnc.composite.batched_logits import logits_of
+from pnc.composite.composite import Composite, check_composite
 from pnc.data.image_inputs import find_images, read_images
 from pnc.data.normalization import Normalization
-from pnc.foundation.errors import InputError
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a composite says of one image.
+    """A composite's prediction for one image.
 
     Attributes:
-        image: The path of its file; None where it has none.
+        image: Path of its file; None if it did not come from a file.
         label: The most probable class.
-        probability: Of that class, in [0, 1].
-        clone: Name of the clone whose class it is; None where it is one of the target's own.
-        probabilities: Of all classes, the most probable first.
+        probability: Probability of that class, in [0, 1].
+        clone: Name of the clone that has this class; None if it is one of the target's own.
+        probabilities: Probabilities of all classes, highest first.
     """
 
     image: str | None
@@ -33,12 +32,16 @@ class Prediction:
     probabilities: Mapping[str, float]
 
     def top(self, n_classes: int) -> dict[str, float]:
-        """The so many most probable classes with their probabilities."""
+        """The `n_classes` most probable classes, with their probabilities."""
         return dict(islice(self.probabilities.items(), n_classes))
 
     def __str__(self) -> str:
-        said = ", ".join(f"{name} ({probability:.2f})" for name, probability in self.top(3).items())
-        return said if self.image is None else f"{self.image}: {said}"
+        text = self.text()
+        return text if self.image is None else f"{self.image}: {text}"
+
+    def text(self, n_classes: int = 3) -> str:
+        """The most probable classes in one line, such as "dog (0.81), cat (0.12)"."""
+        return ", ".join(f"{name} ({probability:.2f})" for name, probability in self.top(n_classes).items())
 
 
 def predict(
@@ -46,31 +49,34 @@ def predict(
 ) -> tuple[Prediction, ...]:
     """Classify images with a composite.
 
-    Files, Pillow images and arrays are turned upright, cropped at their centre to the ratio that the network takes and
-    resized; a batch of them is in memory at a time.
+    Files, Pillow images and arrays are turned upright, centre-cropped to the network's aspect ratio and resized; one
+    batch is in memory at a time.
 
     Args:
-        net: What `pnc.attach` gives.
-        images: The path of an image or of a folder of images, a Pillow image, an array (H, W, C) or (H, W) of type
-            uint8, a tensor (C, H, W) or (N, C, H, W) as the network takes it, an ImageSet, or a sequence of these.
-        normalization: What the target's own loader does to images in [0, 1]; None for nothing. Floating-point tensors
-            are taken as they are in any case.
-        batch_size: Images at a time.
+        net: As returned by `pnc.attach`.
+        images: Path of an image or of a folder of images, a Pillow image, a uint8 array (H, W, C) or (H, W), a tensor
+            (C, H, W) or (N, C, H, W) as the network takes it, an ImageSet, or a sequence of these.
+        normalization: How the target's own loader normalizes images in [0, 1]; None if it does not. Floating-point
+            tensors are never normalized.
+        batch_size: Images per batch.
     Returns:
-        One prediction for each image, in order; those of a folder are sorted by path.
+        One prediction per image, in order; images of a folder are sorted by path.
     Raises:
-        InputError: `net` is no composite, a file is not there or no image, or a tensor has another shape than the
-            network takes.
+        InputError: `net` is not a composite, a file is missing or not an image, or a tensor does not have the
+            network's input shape.
+
+    >>> pictures, _ = support
+    >>> [one.label for one in pnc.predict(net, pictures[-2:])]
+    ['dog', 'dog']
     """
-    if not isinstance(net, Composite):
-        raise InputError(f"net: expected a composite, what pnc.attach gives; got {type(net).__name__}")
+    check_composite(net)
     found = find_images(images)
     classes = net.classes
     owner = {name: one.name for one in net.status() for name in one.classes}
     predictions: list[Prediction] = []
     for start in range(0, len(found), batch_size):
         batch = found[start : start + batch_size]
-        logits = prediction.predict(net, read_images(batch, net.input_shape, normalization), batch_size)
+        logits = logits_of(net, read_images(batch, net.input_shape, normalization), batch_size)
         paths = [one.path for one in batch]
         predictions.extend(_prediction(*one, classes, owner) for one in zip(paths, logits, strict=True))
     return tuple(predictions)

@@ -1,4 +1,4 @@
-"""Whether a clone fits to a target: its weights, its forward pass, the tensors that the clone reads, its names."""
+"""Checks that a clone fits a target: its weights, forward pass, the tensors that the clone reads, class names."""
 
 import warnings
 from collections.abc import Iterable, Sequence
@@ -20,21 +20,21 @@ from pnc.graph.recording import Recording
 
 
 def check_target(target: nn.Module, clones: Iterable[Clone], known: KnownFingerprint) -> None:
-    """Raise a `MismatchError` unless all clones were made for `target` with the weights that it has now."""
+    """Raise a `MismatchError` unless all clones were made for `target` with its present weights."""
     found = known.of(target)
     for clone in clones:
         difference = first_difference(target, clone.target, found)
         if difference is not None:
             raise MismatchError(
                 f"clone {clone.name!r} was made for another target: {difference}; attach it to that one, clone again, "
-                "or give allow_mismatch=True if you know better"
+                "or give allow_mismatch=True to accept this"
             )
 
 
 def check_forward(found: ForwardPrint, clones: Iterable[Clone]) -> None:
-    """Raise a `MismatchError` where a target does something else with its weights than the one of a clone.
+    """Raise a `MismatchError` if the target computes something else than the one that a clone was made for.
 
-    Where it is only written in another way, and gives the same answers to a test pattern, a warning says so.
+    Warn if its graph differs but its answers to a test pattern do not.
     """
     for clone in clones:
         difference = None if clone.target_forward is None else forward_difference(found, clone.target_forward)
@@ -43,7 +43,7 @@ def check_forward(found: ForwardPrint, clones: Iterable[Clone]) -> None:
         if difference.is_other:
             raise MismatchError(
                 f"clone {clone.name!r} was made for another target, with the same weights and another forward pass: "
-                f"{difference.text}; attach it to that one, clone again, or give allow_mismatch=True if you know better"
+                f"{difference.text}; attach it to that one, clone again, or give allow_mismatch=True to accept this"
             )
         warnings.warn(
             f"target: {difference.text}, compared with the one that clone {clone.name!r} was made for; its answers to "
@@ -54,11 +54,11 @@ def check_forward(found: ForwardPrint, clones: Iterable[Clone]) -> None:
 
 
 def check_names(clone: Clone, base_classes: tuple[str, ...], others: Iterable[Clone]) -> None:
-    """Refuse a clone whose name or classes are there already, or that calls the target's classes otherwise.
+    """Refuse a clone whose name or classes are taken, or that names the target's classes differently.
 
     Raises:
-        InputError: a clone has its name.
-        ClassNameError: a class of that name is there, or the base classes have other names.
+        InputError: its name is taken.
+        ClassNameError: the name of one of its classes is taken, or the base classes have other names.
     """
     others = list(others)
     if any(other.name == clone.name for other in others):
@@ -77,12 +77,12 @@ def check_names(clone: Clone, base_classes: tuple[str, ...], others: Iterable[Cl
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """What of a recorded target clones may read.
+    """The places of a recorded target that clones may read.
 
     Attributes:
-        cuts: Where they may leave it.
-        features: What their heads may read.
-        n_classes: Number of its classes.
+        cuts: Cuts that a clone may start from.
+        features: Tensors that its head may read.
+        n_classes: Number of the target's classes.
     """
 
     cuts: tuple[CutPoint, ...]
@@ -91,14 +91,14 @@ class Places:
 
     @classmethod
     def of(cls, recording: Recording) -> "Places":
-        """Find them; it takes as long as attaching a clone."""
+        """Find the places; takes as long as attaching a clone."""
         cuts = *cut_points(recording), find_head(recording).features
         norm = last_norm(recording)
         return cls(cuts, (*cuts, *((norm.cut,) if norm else ())), recording.n_classes)
 
 
 def check_places(places: Places, clone: Clone) -> None:
-    """Raise a `MismatchError` unless a target has the tensors that `clone` reads, and as many classes."""
+    """Raise a `MismatchError` unless a target has the tensors that `clone` reads and its number of classes."""
     for cut, allowed in ((clone.target_cut, places.cuts), (clone.target_features, places.features)):
         if not any(map(cut.is_same_place, allowed)):
             raise MismatchError(
@@ -114,7 +114,7 @@ def check_places(places: Places, clone: Clone) -> None:
 
 @runtime_checkable
 class NamedNetwork(Protocol):
-    """What `load_model` gives: a network with names of its outputs. A protocol, as production loads no model specs."""
+    """A network with names of its outputs, as from `load_model`; a protocol, so that production does not load that."""
 
     @property
     def module(self) -> nn.Module:
@@ -126,7 +126,7 @@ class NamedNetwork(Protocol):
 
 
 def network_of(target: nn.Module | NamedNetwork, clones: Sequence[Clone]) -> nn.Module:
-    """The network to attach clones to; where it comes with names of its outputs, the clones must use the same."""
+    """The network to attach clones to; if it comes with names of its outputs, the clones must use the same."""
     check_clones(clones)
     if not isinstance(target, nn.Module) and isinstance(target, NamedNetwork):
         check_base_names(clones, target.classes)
@@ -136,7 +136,7 @@ def network_of(target: nn.Module | NamedNetwork, clones: Sequence[Clone]) -> nn.
 
 
 def check_base_names(clones: Iterable[Clone], names: Sequence[str]) -> None:
-    """Raise a `ClassNameError` unless all clones call the target's outputs by these names, in this order."""
+    """Raise a `ClassNameError` unless all clones use these names of the target's outputs, in this order."""
     for clone in clones:
         if clone.base_classes != tuple(names):
             raise ClassNameError(

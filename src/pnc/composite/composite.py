@@ -1,4 +1,4 @@
-"""A target with clones attached: one ordinary module whose base logits are the target's own, bit for bit."""
+"""A target with clones attached: an ordinary module whose base logits equal the target's, bit for bit."""
 
 import copy
 import math
@@ -26,22 +26,28 @@ from pnc.foundation.network_state import Snapshot, undisturbed
 from pnc.foundation.plain_text import few_names
 from pnc.foundation.process_lock import ProcessLock
 
-_LOCK = ProcessLock()  # changes of composites, one at a time; calls need no lock, as they read one plan
+_LOCK = ProcessLock()  # serialises changes of composites; calls need no lock, as each reads one plan
 _RECORDED = "_plan", "_recorded"
-"""Attributes that come of recording the target."""
+"""Attributes that recording the target creates."""
 
 
 class Composite(nn.Module):
-    """A target and its clones. Made by `attach`.
+    """A target and its clones, as returned by `attach`.
 
-    It takes images (B, C, H, W) of the size and type that its clones were made with, and gives logits (B, K_base +
+    Takes images (B, C, H, W) of the size and dtype that its clones were made with, and returns logits (B, K_base +
     K_new): the target's, then each clone's in the order of attachment; `classes` names them. The target is neither
-    copied nor changed: the composite runs the target's recorded forward pass over the target's own weights, always
-    in eval mode, and reads the tensors that the clones need. Moving or casting the composite moves or casts the
-    target with it, as with any module inside another; move the composite, not the target behind its back.
+    copied nor changed: the composite runs the target's recorded forward pass on the target's own weights, always in
+    eval mode, and reads the tensors that the clones need. Moving or casting the composite moves or casts the target
+    too, as with any submodule; do not move the target by itself.
 
-    Threads may call it while another one attaches, detaches or calibrates: a call sees all of the old set or all of
-    the new one. Moving, casting and loading weights are for one thread alone, as with any module.
+    Other threads may call it while one attaches, detaches or calibrates: each call uses either the old set of clones or
+    the new one. Moving, casting and loading weights are not thread-safe, as with any module.
+
+    >>> net.classes
+    ('ant', 'bee', 'cat', 'dog')
+    >>> with net.disabled():
+    ...     net.classes
+    ('ant', 'bee')
     """
 
     _plan: Plan
@@ -54,22 +60,24 @@ class Composite(nn.Module):
         self._known = known
         self._base_classes = clone.base_classes
         self.input_shape = clone.input_shape
-        self._clones: dict[str, Clone] = {}  # never changed in place, like the list of branches: readers need no lock
+        self._clones: dict[
+            str, Clone
+        ] = {}  # replaced, never changed in place, like the list of branches: readers need no lock
         self._blocks: tuple[Block, ...] = ()
         self._base_priority = 0.0
         self.branches.training = self.training = False
         self.register_load_state_dict_post_hook(_follow_weights)  # type: ignore[no-untyped-call]
         self._record()
 
-    # -------------------------------------------------------------------------------------------------- what is there
+    # -------------------------------------------------------------------------------------------------- contents
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the logits that a call gives now, in order."""
+        """Names of the logits that a call returns now, in order."""
         return self._plan.classes
 
     @property
     def clones(self) -> tuple[str, ...]:
-        """Names of the attached clones, in the order of their logits, whether enabled or not."""
+        """Names of the attached clones, enabled or not, in the order of their logits."""
         return tuple(self._clones)
 
     @property
@@ -79,10 +87,10 @@ class Composite(nn.Module):
 
     @property
     def base_priority(self) -> float:
-        """Nats that are taken off all new logits: 0 by default; more keeps more images with the base classes.
+        """Nats subtracted from all new logits; 0 by default, a higher value favours the base classes.
 
-        It trades leak against accuracy on new classes, after the fact and without any data. It is a setting like
-        `training`: copied and pickled with the composite, but no part of its state dict.
+        It trades leak against accuracy on new classes, and needs no data. Like `training` it is copied and pickled with
+        the composite, but is not in its state dict.
         """
         return self._base_priority
 
@@ -95,14 +103,14 @@ class Composite(nn.Module):
             self._update_plan()
 
     def status(self) -> tuple[CloneStatus, ...]:
-        """Say what is attached where and what it costs, clone by clone in the order of the logits."""
+        """List the attached clones in the order of their logits, with their positions and costs."""
         with _LOCK:
             return tuple(status_of(clone, branch, clone.name in self._plan.names) for clone, branch in self._pairs())
 
     def clone(self, name: str) -> Clone:
-        """Give an attached clone as it is here, calibration and weights included, as a value of its own: to be saved.
+        """Return a copy of an attached clone, with its present weights and calibration, for saving.
 
-        It is float32, on the CPU, whatever the composite was cast to.
+        The copy is float32 on the CPU, whatever the composite was cast to.
 
         Raises:
             InputError: no clone of that name is attached.
@@ -112,7 +120,7 @@ class Composite(nn.Module):
             found, branch = next(pair for pair in self._pairs() if pair[0].name == name)
         return replace(found, branch=copy.deepcopy(branch).cpu().float())
 
-    # -------------------------------------------------------------------------------------------------- come and go
+    # -------------------------------------------------------------------------------------------------- changes
     def attach(
         self,
         clone: Clone,
@@ -121,17 +129,17 @@ class Composite(nn.Module):
         rename: Mapping[str, str] | None = None,
         allow_mismatch: bool = False,
     ) -> Self:
-        """Attach one more clone; its weights are copied.
+        """Attach another clone; its weights are copied.
 
         Args:
             clone: Made for this target.
-            name: Another name for it, for when its own is taken.
-            rename: Other names for some of its classes, {old: new}, for when they are taken.
+            name: Name to use instead of the clone's own, for example if that is taken.
+            rename: New names for some of its classes, {old: new}, for example if they are taken.
             allow_mismatch: As in `pnc.attach`.
         Raises:
             MismatchError: the clone was made for another target.
-            ClassNameError: it has a class that is there already, or none of a name in `rename`.
-            InputError: a clone of that name is attached already.
+            ClassNameError: the composite already has one of its classes, or `rename` has a class that it lacks.
+            InputError: a clone with that name is attached already.
         """
         check_clones([clone])
         clone = clone.renamed(name, rename)
@@ -143,10 +151,10 @@ class Composite(nn.Module):
         return self
 
     def detach(self, name: str) -> Clone:
-        """Take a clone out, in any order; the others and the target stay as they are.
+        """Detach a clone, in any order; the other clones and the target do not change.
 
         Returns:
-            The clone as it was attached; `clone(name)` before gives it as `calibrate` has changed it.
+            The clone as it was given to `attach`. For its calibrated form call `clone(name)` first.
         Raises:
             InputError: no clone of that name is attached.
         """
@@ -157,13 +165,14 @@ class Composite(nn.Module):
         return found
 
     def rescale(self, scalars: Mapping[str, Scalars], *, found_on: Plan | None = None) -> Self:
-        """Set the scalars of some clones, all at once: `calibrate` finds good ones; `Scalars()` is none.
+        """Set the calibration scalars of some clones at once; `Scalars()` removes the calibration.
 
         Args:
             scalars: By name of the clone.
-            found_on: The set of clones that they were found for, from `now`: refuse them if one is another by now.
+            found_on: The plan that they were fitted on, from `now`; None skips the check that its clones are still
+                attached and unchanged.
         Raises:
-            InputError: no clone of such a name is attached, it has another number of classes, or it was replaced.
+            InputError: no clone of that name is attached, it has another number of classes, or it was replaced.
         """
         with _LOCK, torch.inference_mode(False):
             if found_on is not None:
@@ -179,18 +188,18 @@ class Composite(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[Self]:
-        """Within the block the composite is the target alone: it gives the base logits only, in every thread."""
+        """Within the block, in every thread, the composite returns the base logits only."""
         with self._block(Block(())):
             yield self
 
     @contextmanager
     def only(self, *names: str) -> Iterator[Self]:
-        """Within the block only these clones give logits, in the order of attachment, in every thread.
+        """Within the block, in every thread, only these clones are enabled; order of attachment is kept.
 
-        Of blocks within each other the innermost counts alone.
+        If blocks are nested, only the innermost counts.
 
         Raises:
-            InputError: no clone of such a name is attached, or no name is given.
+            InputError: no clone of that name is attached, or no name is given.
         """
         if not names:
             raise InputError("names: give at least one clone, or use disabled() for the target alone")
@@ -200,25 +209,24 @@ class Composite(nn.Module):
 
     # -------------------------------------------------------------------------------------------------- as a module
     def forward(self, images: Tensor, only: WantedClones | None = None) -> Tensor:
-        """Give logits (B, K_base + K_new) for images (B, C, H, W).
+        """Compute logits (B, K_base + K_new) for images (B, C, H, W).
 
         Args:
-            images: Of the clones' `input_shape`, in the target's dtype; all of them go through the target, once.
-            only: For each image the clones that are wanted: a name, several or none of them, or None for all that are
-                enabled. A clone runs on those images alone that want it; for the others its logits are -inf, which is
-                a probability of 0.
+            images: Of shape `input_shape` each, in the target's dtype. The target runs once on all of them.
+            only: The clones to run, image by image: a name, a collection of names (which may be empty), or None for all
+                enabled clones. A clone runs only on the images that list it; elsewhere its logits are -inf, a
+                probability of 0.
         Raises:
-            InputError: the images are of another size or dtype, or outside of the target's `image_range`; `only` has
-                not one entry for each image, or names a clone that is not enabled.
+            InputError: the images have another size or dtype, or are outside the target's `image_range`; `only` does
+                not have one entry per image, or names a clone that is not enabled.
         """
         check_values(images, self.target, "the target")
         return self._plan.logits(images, only)
 
     def fused(self) -> FusedComposite:
-        """Give the inference form of the clones that are enabled now: fewer operations for the same logits.
+        """Return an inference form of the clones enabled now: the same logits from fewer operations.
 
-        Base logits keep their bits, new ones differ by rounding. What is attached, calibrated or loaded afterwards does
-        not reach it.
+        Base logits are equal bit for bit, new ones up to rounding. Later changes of the composite do not affect it.
 
         Raises:
             PNCError: on a batch of random images it differs by more than rounding.
@@ -226,38 +234,36 @@ class Composite(nn.Module):
         with undisturbed():
             return FusedComposite(self._plan)
 
-    def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """Give what calibration starts from: `Plan.log_odds`."""
-        check_values(images, self.target, "the target")
-        return self._plan.log_odds(images)
-
     def now(self) -> Plan:
-        """Give what a call reads now: one set of clones."""
+        """Return the plan that a call would run now: one set of clones."""
         return self._plan
 
     def train(self, mode: bool = True) -> Self:
-        """Set the flag of the composite alone: neither the target nor a clone ever leaves eval mode through it."""
+        """Set the composite's own flag only: the target and the clones stay in eval mode."""
         self.training = mode
         return self
 
     def verify(self, before: Snapshot | None = None, *, images: Tensor | None = None) -> Report:
-        """Run the target's own forward beside its recording, and compare it with what the clones were made for.
+        """Compare the composite's base logits with the target's own, and the target with the clones' fingerprints.
 
         Args:
-            before: From `pnc.snapshot(target)`: everything of the target is compared with that too.
-            images: Your own, (N, C, H, W), besides random ones.
+            before: From `pnc.snapshot(target)`; if given, the target is compared with it too.
+            images: Images to compare logits on, (N, C, H, W), in addition to random ones.
+
+        >>> net.verify().ok
+        True
         """
         changed, clones = self._recorded.watch.difference(), list(self._clones.values())
         return verify_composite(self, self.target, changed, clones, images, before)
 
     def refresh(self, *, allow_mismatch: bool = False) -> Self:
-        """Record the target again, after layers, hooks, parameters or settings of it were replaced on purpose.
+        """Record the target again, after its layers, hooks, parameters or settings were replaced on purpose.
 
         Args:
-            allow_mismatch: Go on with clones that were made for the target as it was, as in `pnc.attach`.
+            allow_mismatch: Keep the clones even if the target now differs from the one that they were made for.
         Raises:
-            MismatchError: the clones were made for another target than it is now; the composite refuses calls as
-                before.
+            MismatchError: the target differs from the one that the clones were made for; the composite still refuses
+                calls.
             RecordingError: the target cannot be recorded.
         """
         with _LOCK, torch.inference_mode(False):
@@ -275,9 +281,9 @@ class Composite(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles would copy the recording's weights apart from the target's, and blocks that never end.
+        # Copying the recording would duplicate the target's weights; a copied block would never end.
         kept = {name: value for name, value in self.__dict__.items() if name not in _RECORDED}
-        return {**kept, "_blocks": (), "_modules": dict(self._modules)}  # a shallow copy has modules of its own
+        return {**kept, "_blocks": (), "_modules": dict(self._modules)}  # so that a shallow copy has its own modules
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -285,7 +291,7 @@ class Composite(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._record()  # the target's tensors are others now, and a recording holds devices as constants
+        self._record()  # the target's tensors were replaced, and a recording holds devices as constants
         return self
 
     def _replicate_for_data_parallel(self) -> Self:
@@ -294,7 +300,7 @@ class Composite(nn.Module):
             "DistributedDataParallel with one process for each"
         )
 
-    # -------------------------------------------------------------------------------------------------- inside
+    # -------------------------------------------------------------------------------------------------- internals
     def _pairs(self) -> list[tuple[Clone, Branch]]:
         return [(clone, cast(Branch, b)) for clone, b in zip(self._clones.values(), self.branches, strict=True)]
 
@@ -311,7 +317,7 @@ class Composite(nn.Module):
 
     @contextmanager
     def _block(self, block: Block) -> Iterator[None]:
-        """Enter a block of enabled clones; blocks may end in any order, as threads do."""
+        """Enter a block; blocks of several threads may end in any order."""
         with _LOCK:
             self._blocks = (*self._blocks, block)
             self._update_plan()
@@ -331,43 +337,34 @@ class Composite(nn.Module):
         pairs = self._pairs()
         if self._blocks:
             pairs = [(clone, branch) for clone, branch in pairs if clone.name in self._blocks[-1].names]
-        taps, views = [clone.target_cut for clone, _ in pairs], [clone.target_features for clone, _ in pairs]
-        cuts, features = tuple(dict.fromkeys(taps)), tuple(dict.fromkeys(views))
-        plan = Plan(
-            trunk=self._recorded.trunk(tuple(cut.name for cut in (*cuts, *features))),
-            features=features,
-            taps=tuple(map(cuts.index, taps)),
-            views=tuple(map(features.index, views)),
-            names=tuple(clone.name for clone, _ in pairs),
-            branches=tuple(branch for _, branch in pairs),
-            calibrated=tuple(not branch.scalars.is_identity for _, branch in pairs),
-            classes=(*self._base_classes, *(name for clone, _ in pairs for name in clone.classes)),
-            base_priority=self._base_priority,
-            clones=tuple(clone for clone, _ in pairs),
-            probe=self._recorded.probe,
-            watch=self._recorded.watch,
-        )
-        # Past Module.__setattr__: the trunk shares the target's weights, registered it would list each of them twice.
-        self.__dict__["_plan"] = plan
+        # Not through Module.__setattr__: registering the trunk would list the target's weights twice.
+        self.__dict__["_plan"] = self._recorded.plan(self._base_classes, pairs, self._base_priority)
 
 
 def attach(target: nn.Module | NamedNetwork, *clones: Clone, allow_mismatch: bool = False) -> Composite:
-    """Put clones into a target: a new module around it, while the target itself stays as it is, bit for bit.
+    """Attach clones to a target. Returns a new module around the target; the target does not change, bit for bit.
 
-    The target's forward pass is recorded, and compared with the recording, bit for bit, on random images at batch sizes
-    1 and 4. The target is compared with the one that each clone was made for: names, types, shapes and values of all
-    tensors, a digest of the recorded graph, and answers to a fixed pattern. Nothing is compared on images of yours:
-    that is `net.verify(images=...)`.
+    The target's forward pass is recorded, and the recording compared with it, bit for bit, on random images at batch
+    sizes 1 and 4. The target is compared with the one that each clone was made for: names, dtypes, shapes and values of
+    all tensors, a digest of the recorded graph, and the logits of a fixed pattern. To compare logits on your own
+    images, call `net.verify(images=...)`.
 
     Args:
-        target: The network that the clones were made for; or what `load_model` gave: its names are compared too.
-        clones: One or more; `Clone.renamed` helps where two have a name or a class in common.
-        allow_mismatch: Attach them to another target too, such as a fine-tuned one, if they fit; check what comes out.
+        target: The network that the clones were made for, or the result of `load_model`, whose class names are compared
+            too.
+        clones: One or more. If two share a name or a class, rename one with `Clone.renamed`.
+        allow_mismatch: Attach to a different target as well, such as a fine-tuned one, if shapes fit; check the result.
     Raises:
-        InputError: no clone is given, two have one name, or the target is a composite.
-        MismatchError: a clone was made for another target; with `allow_mismatch`, it does not fit to this one.
-        ClassNameError: two classes have one name, or two clones call the target's outputs differently.
+        InputError: no clone is given, two have the same name, or the target is a composite.
+        MismatchError: a clone was made for another target; with `allow_mismatch`, it does not fit this one.
+        ClassNameError: two classes have the same name, or two clones name the target's outputs differently.
         RecordingError: the target cannot be recorded.
+
+    >>> net = pnc.attach(target, clone)
+    >>> net(torch.rand(5, 1, 8, 8)).shape
+    torch.Size([5, 4])
+    >>> net.detach(clone.name)
+    Clone('cat+dog': cat, dog; block4_2 > block4_2)
     """
     target = network_of(target, clones)
     check_flag(allow_mismatch, "allow_mismatch")
@@ -378,13 +375,19 @@ def attach(target: nn.Module | NamedNetwork, *clones: Clone, allow_mismatch: boo
         check_target(target, clones, known)
     composite = Composite(target, clones[0], known)
     for clone in clones:
-        composite.attach(clone, allow_mismatch=True)  # the weights, which take longest, were compared once for all
+        composite.attach(clone, allow_mismatch=True)  # the weights, the slow part, were compared above for all clones
     if not allow_mismatch:
         check_forward(composite._recorded.forward_print, clones)
     return composite
 
 
+def check_composite(net: object) -> None:
+    """Raise an `InputError` unless `net` is a composite."""
+    if not isinstance(net, Composite):
+        raise InputError(f"net: expected a composite, as returned by pnc.attach; got {type(net).__name__}")
+
+
 def _follow_weights(composite: nn.Module, incompatible_keys: object) -> None:
-    """Record the target anew once weights were loaded, which may have replaced its tensors (`assign=True`)."""
+    """Record the target again after weights were loaded: `assign=True` replaces its tensors."""
     assert isinstance(composite, Composite)
     composite._record()

@@ -1,4 +1,4 @@
-"""Graphs that run with less of Python around the kernels: what small networks spend most of their time on."""
+"""Graphs that run with less Python overhead, which dominates the time of small networks."""
 
 import operator
 from collections.abc import Callable, Mapping
@@ -14,9 +14,9 @@ from pnc.graph.nodes import info
 
 
 def flattened(module: fx.GraphModule) -> fx.GraphModule:
-    """The same graph over the same modules and tensors, by names without dots: Python finds them in less time.
+    """The same graph on the same modules and tensors, under names without dots, which Python looks up faster.
 
-    It does not write to the given module; in eval mode.
+    The result is in eval mode; the given module does not change.
     """
     graph, root = fx.Graph(), dict[str, Any]()
     names: dict[str, str] = {}
@@ -30,20 +30,20 @@ def flattened(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def called_directly(module: fx.GraphModule) -> fx.GraphModule:
-    """Call plain layers of a flattened graph as functions, in place: the same kernels on the same tensors, same bits.
+    """Call plain layers of a flattened graph as functions: same kernels, same tensors, same bits. Changes the graph.
 
-    A module's own call costs as much as a kernel that is given one image. Layers with hooks, of subclasses, or with a
-    forward that somebody replaced are called as they were.
+    Calling a module takes about as long as its kernel on one image. Layers that have hooks, belong to subclasses, or
+    have a replaced `forward` are still called as modules.
     """
     graph = module.graph
     for node in list(graph.nodes):
         layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if layer is None or type(layer) not in (*_CALLS, *_NOTHING) or len(node.args) != 1 or node.kwargs:
+        if layer is None or type(layer) not in (*_CALLS, *_IDENTITIES) or len(node.args) != 1 or node.kwargs:
             continue
         is_plain = getattr(layer, "padding_mode", "zeros") == "zeros" and not layer.training
         if not is_plain or has_hooks(layer) or "forward" in vars(layer):
             continue
-        if isinstance(layer, _NOTHING):
+        if isinstance(layer, _IDENTITIES):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
             continue
@@ -60,9 +60,9 @@ def called_directly(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def reusing_memory(module: fx.GraphModule) -> fx.GraphModule:
-    """Let additions and ReLUs write over what they alone read and no gradient needs; the graph is changed in place.
+    """Let additions and ReLUs overwrite inputs that nothing else reads and no gradient needs. Changes the graph.
 
-    For graphs whose results nobody else sees: of the tensors between its layers some hold other values then.
+    Only for graphs whose intermediate tensors are not read from outside, as some are overwritten.
     """
     free = {node for node in module.graph.nodes if node.target in _FRESH or _is_addition(node)}
     for node in module.graph.nodes:
@@ -72,7 +72,7 @@ def reusing_memory(module: fx.GraphModule) -> fx.GraphModule:
         if node.target is torch.relu:
             node.target = torch.relu_
         elif _is_addition(node) and (info(node).shape, info(node).dtype) == (info(given).shape, info(given).dtype):
-            node.target = "add_"  # what it gives is still nobody else's
+            node.target = "add_"  # its result, too, is read by nothing else
     module.recompile()
     return module
 
@@ -82,7 +82,7 @@ def _is_addition(node: fx.Node) -> bool:
 
 
 def _attribute(module: fx.GraphModule, node: fx.Node, name: str, layer: nn.Module) -> fx.Node | None:
-    """A node for a tensor of a layer; None where the layer has none of that name."""
+    """A node for a tensor of a layer; None if the layer has no such tensor."""
     tensor = getattr(layer, name)
     if tensor is None:
         return None
@@ -95,7 +95,7 @@ def _attribute(module: fx.GraphModule, node: fx.Node, name: str, layer: nn.Modul
 
 
 _Call = tuple[Callable[..., Any], tuple[str, ...], Mapping[str, Any]]
-"""A function of one tensor, the layer's tensors that it takes by name, and its other arguments."""
+"""A function of one tensor, the names of the layer's tensors that it takes, and its other arguments."""
 
 
 def _convolution(layer: Any) -> _Call:
@@ -104,7 +104,7 @@ def _convolution(layer: Any) -> _Call:
 
 
 def _batch_norm(layer: Any) -> _Call:
-    factor = 0.0 if layer.momentum is None else layer.momentum  # of no use in eval mode
+    factor = 0.0 if layer.momentum is None else layer.momentum  # unused in eval mode
     settings = {"training": layer.running_mean is None, "momentum": factor, "eps": layer.eps}
     return F.batch_norm, ("running_mean", "running_var", "weight", "bias"), settings
 
@@ -144,6 +144,6 @@ _CALLS: Mapping[Any, Callable[[Any], _Call]] = {
     nn.Flatten: _flatten,
 }
 _FRESH = torch.conv2d, F.linear, F.batch_norm
-"""Functions whose results are memory of their own, which their gradients do not read."""
-_NOTHING = nn.Identity, nn.Dropout
-"""Layers that give what they get, in eval mode."""
+"""Functions that return new memory, which their gradients do not read."""
+_IDENTITIES = nn.Identity, nn.Dropout
+"""Layers that return their input, in eval mode."""

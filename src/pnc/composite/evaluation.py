@@ -1,4 +1,4 @@
-"""A composite measured on labelled images, and how sure it should be: what `pnc eval` shows."""
+"""Evaluation of a composite on labelled images: what `pnc eval` shows."""
 
 import dataclasses
 import textwrap
@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pnc.composite import metrics
-from pnc.composite.composite import Composite
-from pnc.composite.prediction import predict
+from pnc.composite.batched_logits import logits_of
+from pnc.composite.composite import Composite, check_composite
+from pnc.composite.metrics import measure_logits
 from pnc.data.image_set import ImageSet
 from pnc.data.support import as_support
 from pnc.foundation.class_names import listed
@@ -21,23 +21,24 @@ _COLUMNS = 80
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What `evaluate` measured; printed, it fits on one screen.
+    """The result of `evaluate`; printed, it fits on one screen.
+
+    The measures `base_accuracy` to `base_drop` are those of `LogitMeasures`.
 
     Attributes:
-        clones: Those that were enabled, in the order of their logits.
+        clones: The enabled clones, in the order of their logits.
         classes: Names of all logits.
-        classes_without_images: Those of them that nothing is known of.
-        n_images: On which it was measured.
-        base_accuracy: Accuracy on images of base classes, in [0, 1], predicting over base and new classes.
-        new_accuracy: The same on images of the new classes.
+        classes_without_images: Classes without images, about which nothing was measured.
+        n_images: Number of images.
+        base_accuracy: Accuracy on images of base classes.
+        new_accuracy: Accuracy on images of new classes.
         average_accuracy: Mean of both.
-        conditional_kl: Mean KL divergence, in nats, from the target's distribution to the composite's among the base
-            classes, on base images.
-        leak: Mean probability given to new classes on base images.
-        locality_kl: Mean KL divergence, in nats, from the target's distribution to the composite's over all classes.
-        base_drop: The target's own accuracy on base images minus `base_accuracy`.
-        base_logits_equal: Whether the base logits were the target's own, bit for bit, on all these images.
-        uncalibrated: Clones that were made apart and never calibrated; empty where there is only one clone.
+        conditional_kl: Locality among the base classes, in nats.
+        leak: Mean probability of the new classes on base images.
+        locality_kl: Locality over all classes, in nats.
+        base_drop: Accuracy that base images lost.
+        base_logits_equal: Whether the base logits equal the target's own, bit for bit, on all these images.
+        uncalibrated: Enabled clones that were never calibrated together; empty if there is only one clone.
     """
 
     clones: tuple[str, ...]
@@ -55,7 +56,7 @@ class EvaluationReport:
     uncalibrated: tuple[str, ...]
 
     def facts(self) -> dict[str, Any]:
-        """The same as JSON values."""
+        """The fields as JSON values."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
 
     def __str__(self) -> str:
@@ -79,15 +80,15 @@ class EvaluationReport:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What a composite and its target say on labelled images.
+    """Logits of a composite and of its target for labelled images.
 
     Attributes:
         images: (N, C, H, W), uint8 or floating point.
-        labels: (N,), places in `classes`.
-        logits: Of the composite, (N, K_base + K_new).
-        target_logits: Of the target alone, (N, K_base).
+        labels: (N,), indices in `classes`.
+        logits: Logits of the composite, (N, K_base + K_new).
+        target_logits: Logits of the target alone, (N, K_base).
         classes: Names of all logits.
-        there: Those of them that have images.
+        seen: The classes that have images.
     """
 
     images: Tensor
@@ -95,43 +96,46 @@ class Answers:
     logits: Tensor
     target_logits: Tensor
     classes: tuple[str, ...]
-    there: tuple[str, ...]
+    seen: tuple[str, ...]
 
 
 def evaluate(net: Composite, data: Any, *, batch_size: int = 64) -> EvaluationReport:
-    """Measure a composite: accuracy on base and on new classes, and how much the target's own answers moved.
+    """Measure a composite: accuracy on base and new classes, and how far its predictions moved from the target's.
 
     Args:
         net: With at least one clone enabled.
-        data: Labelled images that nothing was made from, as `pnc.clone` takes a support: an ImageSet such as
-            `pnc.load_data("folder:photos", "test")`, a pair (images, labels), a Dataset or a DataLoader. Images of
-            classes that the composite does not know are left out where the data names its classes itself.
-        batch_size: Images at a time.
+        data: Held-out labelled images, in any form that `pnc.clone` accepts as support: an ImageSet such as
+            `pnc.load_data("folder:photos", "test")`, a pair (images, labels), a Dataset or a DataLoader. If the data
+            names its own classes, images of classes that the composite lacks are ignored.
+        batch_size: Images per batch.
     Raises:
-        InputError: `net` is no composite, no clone is enabled, or there are images of base or of new classes only.
-        ClassNameError: a label is no class of the composite.
+        InputError: `net` is not a composite, no clone is enabled, or all images are of base or all of new classes.
+        ClassNameError: a label is not a class of the composite.
+
+    >>> report = pnc.evaluate(net, support)
+    >>> report.n_images, report.base_logits_equal, report.conditional_kl
+    (24, True, 0.0)
     """
     return report_of(net, answers(net, data, batch_size))
 
 
 def report_of(net: Composite, found: Answers) -> EvaluationReport:
-    """Sum up what a composite answered."""
+    """Compute the report from the logits that `answers` collected."""
     n_base = found.target_logits.shape[1]
     return EvaluationReport(
         clones=tuple(one.name for one in net.status() if one.enabled),
         classes=found.classes,
-        classes_without_images=tuple(name for name in found.classes if name not in found.there),
+        classes_without_images=tuple(name for name in found.classes if name not in found.seen),
         n_images=len(found.labels),
-        **vars(metrics.evaluate(found.logits, found.labels, found.target_logits)),
+        **vars(measure_logits(found.logits, found.labels, found.target_logits)),
         base_logits_equal=torch.equal(found.logits[:, :n_base], found.target_logits),
         uncalibrated=uncalibrated_clones(net),
     )
 
 
 def answers(net: Composite, data: Any, batch_size: int = 64) -> Answers:
-    """Run a composite and its target on labelled images; arguments and errors as `evaluate`."""
-    if not isinstance(net, Composite):
-        raise InputError(f"net: expected a composite, what pnc.attach gives; got {type(net).__name__}")
+    """Run a composite and its target on labelled images. Arguments and errors: see `evaluate`."""
+    check_composite(net)
     classes = net.classes
     if len(classes) == len(net.base_classes):
         raise InputError("net: no clone is enabled; attach one, or leave the block of disabled()")
@@ -141,29 +145,29 @@ def answers(net: Composite, data: Any, batch_size: int = 64) -> Answers:
     labels = place[given.labels]
     known = labels >= 0
     images, labels = (given.images, labels) if bool(known.all()) else (given.images[known], labels[known])
-    there = tuple(classes[index] for index in labels.unique().tolist())
-    if not set(there) & set(net.base_classes) or set(there) <= set(net.base_classes):
+    seen = tuple(classes[index] for index in labels.unique().tolist())
+    if not set(seen) & set(net.base_classes) or set(seen) <= set(net.base_classes):
         raise InputError(
             f"data: images of base and of new classes are needed; of {listed(classes)} "
-            f"there are images of {listed(there)} only"
+            f"there are images of {listed(seen)} only"
         )
-    logits, target_logits = predict(net, images, batch_size), predict(net.target, images, batch_size)
-    return Answers(images, labels, logits, target_logits, classes, there)
+    logits, target_logits = logits_of(net, images, batch_size), logits_of(net.target, images, batch_size)
+    return Answers(images, labels, logits, target_logits, classes, seen)
 
 
 def uncalibrated_clones(net: Composite) -> tuple[str, ...]:
-    """Names of the enabled clones that were never calibrated, where there are several clones; none otherwise."""
+    """Names of the enabled clones that were never calibrated; empty if only one clone is enabled."""
     enabled = [one for one in net.status() if one.enabled]
     return tuple(one.name for one in enabled if not one.calibrated) if len(enabled) > 1 else ()
 
 
 def uncalibrated_warning(names: tuple[str, ...]) -> str:
-    """One sentence on clones that were never calibrated; empty for none."""
+    """A warning that these clones were never calibrated; empty for no names."""
     if not names:
         return ""
     return (
-        f"Not calibrated: {listed(names)}. Clones that were made apart take each other's images and those of old "
-        "classes; calibrate them together first (pnc calibrate, pnc.calibrate)."
+        f"Not calibrated: {listed(names)}. Clones that were made separately respond to each other's images and to "
+        "those of base classes; calibrate them together first (pnc calibrate, pnc.calibrate)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Composites written for where they run: as ONNX or `.pt2`, whole or in parts, each tried before it is written."""
+"""Export of composites as ONNX or `.pt2`, whole or in parts, each tested before it is written."""
 
 import importlib.metadata
 import re
@@ -15,7 +15,7 @@ from pnc.channels.compaction import own_copy
 from pnc.clones.branch import Branch
 from pnc.clones.clone import Clone
 from pnc.clones.position_grids import pool
-from pnc.composite.composite import Composite
+from pnc.composite.composite import Composite, check_composite
 from pnc.composite.forward_plan import Plan
 from pnc.composite.fused_composite import FusedComposite
 from pnc.composite.onnx_composite import FORMAT, IMAGES, LOGITS, VERSION, OnnxComposite, open_session
@@ -45,12 +45,12 @@ _EXAMPLE_SIZE = 3
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export has written, and how well it was kept.
+    """The result of an export.
 
     Attributes:
-        files: The files; of a split export the trunk first, then the clones in the order of their logits.
-        difference: Largest difference of a logit from the composite's, relative to the largest logit or to 1, over all
-            batches that were tried.
+        files: The files written; for a split export the trunk, then the clones in the order of their logits.
+        difference: Largest difference of a logit from the composite's over all tested batches, relative to the largest
+            logit or to 1, whichever is larger.
     """
 
     files: tuple[Path, ...]
@@ -58,26 +58,31 @@ class Exported:
 
     @property
     def n_bytes(self) -> int:
-        """Of all files together."""
+        """Total size of the files."""
         return sum(path.stat().st_size for path in self.files)
 
 
 def export(net: Composite, path: str | Path) -> Exported:
-    """Write a composite with its enabled clones as one file that takes any number of images.
+    """Write a composite with its enabled clones to one file, for any batch size.
 
-    What is written is the fused form, made of copies: the composite stays as it is. The example that the exporter runs
-    is noise. The file is run on 1, 2 and 5 images of noise, and refused unless it gives the composite's logits.
+    Exports a copy in fused form; the composite does not change. The exporter traces noise. The result is run on 1, 2
+    and 5 images of noise, and refused unless its logits are the composite's.
 
     Args:
         net: On the CPU, in float32.
         path: A file `.onnx`, with input `images` and output `logits`, for onnxruntime and others; or `.pt2`, for
-            `torch.export.load`. A file that is there is replaced, whole or not at all.
+            `torch.export.load`. An existing file is replaced atomically.
     Returns:
-        What was written. Names of classes and clones and the networks' fingerprints lie in the file, as JSON: in ONNX
-        under the metadata key `pnc`, in `.pt2` as the extra file `pnc.json`.
+        The file and its largest difference. The file also holds class names, clone names and the networks' fingerprints
+        as JSON: in ONNX under the metadata key `pnc`, in `.pt2` as the extra file `pnc.json`.
     Raises:
-        InputError: `net` is no such composite, the path ends otherwise or cannot be written, or a package is missing.
-        ExportError: it cannot be exported, or the exported form gives other logits; nothing is written then.
+        InputError: `net` is not such a composite, the path has another suffix or cannot be written, or a package is
+            missing.
+        ExportError: it cannot be exported, or the exported form gives other logits; nothing is written.
+
+    >>> made = pnc.export(net, "net.pt2")  # doctest: +SKIP
+    >>> made.difference < 1e-4  # doctest: +SKIP
+    True
     """
     path = check_export_path(path)
     plan = _plan_of(net)
@@ -98,19 +103,22 @@ def export(net: Composite, path: str | Path) -> Exported:
 
 
 def export_split(net: Composite, folder: str | Path) -> Exported:
-    """Write a composite in parts, so that clones come and go where there is no PyTorch: `OnnxComposite` runs them.
+    """Write a composite in parts, so that clones can be attached and detached without PyTorch, by `OnnxComposite`.
 
-    The target becomes `trunk.onnx`, with the tensors that the enabled clones read as outputs beside its logits; each
-    clone becomes a file named after it. The parts are put together, run and compared as `export` does it.
+    The target becomes `trunk.onnx`, whose outputs are its logits and the tensors that the enabled clones read; each
+    clone becomes a file named after it. The assembled parts are run and compared as in `export`.
 
     Args:
         net: On the CPU, in float32.
-        folder: Made if it is not there. Files of the same names are replaced; others, such as clones that were exported
-            before, are left alone, and go on working as long as the trunk gives what they read.
+        folder: Created if missing. Files with the same names are replaced. Others, such as clones exported before, are
+            kept and still work if the new trunk has the tensors that they read.
     Returns:
-        What was written.
+        The files and their largest difference.
     Raises:
         InputError, ExportError: as for `export`.
+
+    >>> [path.name for path in pnc.export_split(net, "parts").files]  # doctest: +SKIP
+    ['trunk.onnx', 'cat_dog.onnx']
     """
     folder = check_export_folder(folder)
     plan = _plan_of(net)
@@ -137,24 +145,22 @@ def export_split(net: Composite, folder: str | Path) -> Exported:
     return Exported(_write_all(folder, parts), difference)
 
 
-# ------------------------------------------------------------------------------------------------------- at the door
+# ------------------------------------------------------------------------------------------------------------- checks
 
 
 def check_export_path(path: str | Path) -> Path:
-    """Check where and as what `export` shall write, before any work.
+    """Check the path of `export` before any work.
 
     Raises:
-        InputError: another ending, no folder, or a package is missing.
+        InputError: the suffix is another, the folder does not exist, or a package is missing.
     """
     path = Path(path)
     if path.suffix in _TORCHSCRIPT:
-        raise InputError(
-            f"path: {path} asks for TorchScript, which is not written: torch has deprecated it; take .pt2 or .onnx"
-        )
+        raise InputError(f"path: {path} asks for TorchScript, which torch has deprecated; use .pt2 or .onnx")
     if path.suffix not in (".onnx", ".pt2"):
         raise InputError(f"path: expected a file that ends in .onnx or .pt2, got {path}")
     if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else "lies in no folder that exists"
+        what = "is a folder" if path.is_dir() else "is not in an existing folder"
         raise InputError(f"path: {path} {what}; give the path of a file in an existing folder")
     if path.suffix == ".onnx":
         check_packages()
@@ -162,10 +168,10 @@ def check_export_path(path: str | Path) -> Path:
 
 
 def check_export_folder(folder: str | Path) -> Path:
-    """Check where `export_split` shall write, before any work.
+    """Check the folder of `export_split` before any work.
 
     Raises:
-        InputError: a file is there, no folder to make it in, or a package is missing.
+        InputError: it is a file, its parent folder does not exist, or a package is missing.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -173,16 +179,15 @@ def check_export_folder(folder: str | Path) -> Path:
     if folder.suffix in (".onnx", ".pt2") and not folder.exists():
         raise InputError(f"folder: {folder} looks like a file; a split export writes several, so give a folder")
     if not folder.absolute().parent.is_dir():
-        raise InputError(f"folder: {folder.parent} does not exist; make it first")
+        raise InputError(f"folder: {folder.parent} does not exist; create it first")
     check_packages()
     return folder
 
 
 def _plan_of(net: Composite) -> Plan:
-    """What the composite runs now, if it can be exported as it is."""
-    if not isinstance(net, Composite):
-        raise InputError(f"net: expected a composite, what pnc.attach gives; got {type(net).__name__}")
-    plan = net._plan
+    """The plan to export, on a copy of the trunk."""
+    check_composite(net)
+    plan = net.now()
     if plan.probe.dtype != torch.float32 or plan.probe.device.type != "cpu":
         raise InputError(
             f"net: expected a composite in float32 on the CPU, got {dtype_name(plan.probe.dtype)} on "
@@ -191,39 +196,39 @@ def _plan_of(net: Composite) -> Plan:
     return replace(plan, trunk=own_copy(plan.trunk))
 
 
-# ------------------------------------------------------------------------------------------- what is given to exporters
+# ------------------------------------------------------------------------------------------------------------ modules
 
 
 class _Whole(nn.Module):
-    """The fused form with the trunk's tensors among its own, so that they become weights of the program, each once."""
+    """The fused form with the trunk registered, so that its tensors become weights of the program, each once."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.fused, self.trunk = FusedComposite(plan), plan.trunk
 
     def forward(self, images: Tensor) -> Tensor:
-        """Give logits (B, K_base + K_new) for images (B, C, H, W)."""
+        """Compute logits (B, K_base + K_new) for images (B, C, H, W)."""
         logits: Tensor = self.fused(images)
         return logits
 
 
 class _Trunk(nn.Module):
-    """The target, up to what clones read of it.
+    """The target, with the tensors that clones read as further outputs.
 
     Attributes:
-        names: Of what it gives: its logits, the tensors that clones start from, the pooled features that heads read.
+        names: Names of the outputs: logits, tensors that clones start from, pooled features that heads read.
     """
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.trunk, self._features = plan.trunk, plan.features
         cuts = list(dict.fromkeys(clone.target_cut.name for clone in plan.clones))
-        self._taps = [place for place, name in enumerate(cuts) if name != INPUT]  # images come as they are
+        self._taps = [place for place, name in enumerate(cuts) if name != INPUT]  # the images are an input of the clone
         taps = [_tap(cuts[place]) for place in self._taps]
         self.names = [LOGITS, *taps, *(_view(cut.name) for cut in plan.features)]
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Give what `names` says for images (B, C, H, W)."""
+        """Compute the tensors of `names` for images (B, C, H, W)."""
         made = self.trunk(images)
         *tensors, logits = (made,) if isinstance(made, Tensor) else made
         first = len(tensors) - len(self._features)
@@ -232,14 +237,14 @@ class _Trunk(nn.Module):
 
 
 class _Part(nn.Module):
-    """One clone: from what it reads of the target to its logits."""
+    """One clone: from the target's tensors that it reads to its logits."""
 
     def __init__(self, branch: Branch, is_calibrated: bool) -> None:
         super().__init__()
         self.branch, self._is_calibrated = branch, is_calibrated
 
     def forward(self, tensor: Tensor, target_features: Tensor, base_logits: Tensor) -> Tensor:
-        """Give logits (B, K_new); arguments as of the branch."""
+        """Compute logits (B, K_new); arguments as for the branch."""
         run = self.branch if self._is_calibrated else self.branch.head_logits
         logits: Tensor = run(tensor, target_features, base_logits)
         return logits
@@ -254,15 +259,15 @@ def _view(name: str) -> str:
 
 
 def _noise(plan: Plan, size: int, seed: int) -> Tensor:
-    """Images that nobody has taken."""
+    """Random images, so that no real one gets into a file."""
     return torch.rand(size, *plan.probe.shape[1:], generator=torch.Generator().manual_seed(seed))
 
 
-# ------------------------------------------------------------------------------------------------------- what is said
+# ----------------------------------------------------------------------------------------------------------- metadata
 
 
 def _facts(kind: Literal["whole", "trunk", "clone"], plan: Plan, target: Fingerprint) -> dict[str, Any]:
-    """What every file says of itself."""
+    """Metadata of every file."""
     n_new = sum(len(clone.classes) for clone in plan.clones)
     return {
         "format": FORMAT,
@@ -276,7 +281,7 @@ def _facts(kind: Literal["whole", "trunk", "clone"], plan: Plan, target: Fingerp
 
 
 def _facts_of(clone: Clone) -> dict[str, Any]:
-    """What is said of one clone."""
+    """Metadata of one clone."""
     return {"name": clone.name, "classes": clone.classes, "source": _named(clone.source)}
 
 
@@ -288,14 +293,14 @@ def _named(one: Fingerprint) -> dict[str, str]:
 
 
 def _file_name(clone: str, taken: Mapping[str, object]) -> str:
-    """A name for a clone's file that every file system takes and no other file has, whatever the case."""
+    """A file name for a clone that is valid on every file system and unique regardless of case."""
     stem = re.sub(r"[^\w.-]+", "_", clone).strip("._")[:100] or "clone"
     names = [f"{stem}.onnx", *(f"{stem}_{number}.onnx" for number in range(2, len(taken) + 2))]
     return next(name for name in names if name.lower() not in {one.lower() for one in taken})
 
 
 def _write_all(folder: Path, parts: Mapping[str, bytes]) -> tuple[Path, ...]:
-    """Write files beside the folder, then put them into it: none is there before all are whole."""
+    """Write all files beside the folder first, then move them in."""
     try:
         with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.pnc-") as name:
             for part, data in parts.items():
@@ -304,7 +309,5 @@ def _write_all(folder: Path, parts: Mapping[str, bytes]) -> tuple[Path, ...]:
             for part in parts:
                 (Path(name) / part).replace(folder / part)
     except OSError as error:
-        raise InputError(
-            f"cannot write {folder}: {error.strerror or error}; choose a folder that is writable"
-        ) from error
+        raise InputError(f"cannot write {folder}: {error.strerror or error}; choose a writable folder") from error
     return tuple(folder / part for part in parts)

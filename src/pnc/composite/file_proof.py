@@ -1,4 +1,4 @@
-"""A clone's file tried on its networks: what `pnc verify` does."""
+"""Verification of a clone file with its networks: what `pnc verify` does."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +17,12 @@ from pnc.foundation.network_state import images_for
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        what: In a word or two.
-        ok: Whether it is as it should be.
-        found: In a sentence.
+        what: Its subject, in a word or two.
+        ok: Whether it passed.
+        found: The finding, in a sentence.
     """
 
     what: str
@@ -37,36 +37,36 @@ def prove(
     *,
     base_classes: Sequence[str] | None = None,
 ) -> tuple[Check, ...]:
-    """Check a clone's file against its networks, attach the clone, compare, detach it, compare again.
+    """Check a clone file against its networks, attach the clone, compare, detach it, compare again.
 
     Args:
         path: The file.
-        target: The network that the clone shall be attached to; it stays as it is.
-        source: The one that the clone was made from; without it nothing can be attached.
-        base_classes: What the target's own file calls its outputs, where it does: the clone's file must call them so.
+        target: The network to attach the clone to; it does not change.
+        source: The network that the clone was made from; without it the clone is not attached.
+        base_classes: Names of the target's outputs, if its own file has them; the clone file must use the same.
     Returns:
-        What was checked, up to the first check that failed.
+        The checks, up to the first that failed.
     Raises:
-        FileFormatError: the file is damaged, no clone's file, or of a newer version of the format.
+        FileFormatError: the file is damaged, not a clone file, or of a newer format version.
         RecordingError: a network cannot be recorded.
     """
     _, manifest = read_clone_file(path)
     n_bytes = Path(path).stat().st_size
-    checks = [Check("file", True, f"whole: {manifest.kind}, {n_bytes:,} bytes, with the digest that it names")]
+    checks = [Check("file", True, f"intact: {manifest.kind}, {n_bytes:,} bytes, digest matches")]
     if base_classes is not None:
-        alike, there = tuple(base_classes) == manifest.base_classes, listed(base_classes)
-        other = f"the file calls the target's outputs {listed(manifest.base_classes)}, here they are {there}"
-        checks.append(Check("names", alike, f"of the target's outputs: {there}" if alike else other))
-        if not alike:
+        agree, own = tuple(base_classes) == manifest.base_classes, listed(base_classes)
+        difference = f"the file calls the target's outputs {listed(manifest.base_classes)}, here they are {own}"
+        checks.append(Check("names", agree, f"of the target's outputs: {own}" if agree else difference))
+        if not agree:
             return tuple(checks)
-    expected, only = {"target": (target, manifest.target), "source": (source, manifest.source)}, manifest.kind == "full"
-    for role, (network, fingerprint) in expected.items():
+    is_full = manifest.kind == "full"
+    for role, network, fingerprint in (("target", target, manifest.target), ("source", source, manifest.source)):
         if network is None:
             return (*checks, Check(role, True, "not given, so the clone was not attached"))
-        difference = first_difference(network, fingerprint, structure_only=role == "source" and only)
-        same = f"the one that the file names, {len(fingerprint.tensors)} tensors"
-        checks.append(Check(role, difference is None, same if difference is None else f"another one: {difference}"))
-        if difference is not None:
+        other = first_difference(network, fingerprint, structure_only=role == "source" and is_full)
+        same = f"matches the file's fingerprint, {len(fingerprint.tensors)} tensors"
+        checks.append(Check(role, other is None, same if other is None else f"another network: {other}"))
+        if other is not None:
             return tuple(checks)
     assert source is not None
     before = snapshot(target, images_for(target, manifest.input_shape, max(PROBE_SIZES)))

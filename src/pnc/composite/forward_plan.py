@@ -1,4 +1,4 @@
-"""What a composite runs, as data: replaced whole whenever clones come and go; and what is attached where."""
+"""The forward pass of a composite as immutable data, replaced whenever its clones change."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -16,26 +16,26 @@ from pnc.foundation.tensor_bits import dtype_name
 from pnc.graph.cut_points import CutPoint
 
 WantedClones = Sequence[str | Collection[str] | None]
-"""For each image of a batch the clones that are wanted: a name, several or none of them, or None for all enabled."""
+"""The clones to run for each image: a name, a collection of names (may be empty), or None for all enabled ones."""
 
 _EXAMPLE = "['pets', ('pets', 'birds'), (), None]"
 
 
 @dataclass(frozen=True)
 class CloneStatus:
-    """One attached clone, as `Composite.status` lists it.
+    """One attached clone, as listed by `Composite.status`.
 
     Attributes:
-        name: By which it is detached.
+        name: Its name.
         classes: Its classes, in the order of its logits.
         target_cut: Name of the target's tensor that it reads.
-        source_cut: Name of the source's tensor that its adapter makes of that.
-        n_macs: Multiply-accumulates that it adds for one image.
+        source_cut: Name of the source's tensor that its adapter replaces.
+        n_macs: Multiply-accumulates that it adds per image.
         n_params: Number of values that it adds.
-        n_bytes: Of the tensors that hold them, as they are now.
+        n_bytes: Size of the tensors that hold them, in their present dtypes.
         density: Share of the prunable MACs of the source's part that was kept.
-        calibrated: Whether `calibrate` has moved its logits.
-        enabled: Whether its logits are given now; not so within `disabled()` or `only()` of others.
+        calibrated: Whether it has calibration scalars.
+        enabled: Whether a call returns its logits now; see `Composite.disabled` and `Composite.only`.
     """
 
     name: str
@@ -51,7 +51,7 @@ class CloneStatus:
 
 
 def status_of(clone: Clone, branch: Branch, enabled: bool) -> CloneStatus:
-    """Sum up a clone and the copy of its branch that is attached."""
+    """Describe a clone and the attached copy of its branch."""
     tensors = [*branch.parameters(), *branch.buffers()]
     return CloneStatus(
         name=clone.name,
@@ -69,28 +69,28 @@ def status_of(clone: Clone, branch: Branch, enabled: bool) -> CloneStatus:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One `with` block in which only the clones of these names are enabled."""
+    """One `with` block in which only the clones with these names are enabled."""
 
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """One forward pass. A call reads one plan, so that it sees all of one set of clones and nothing of another.
+    """One forward pass. A call reads one plan, so it always uses one consistent set of clones.
 
     Attributes:
-        trunk: From images to the target's tensors that the branches read, those that their heads read, and its logits.
-        features: The cuts of those that heads read.
-        taps: For each branch which of the tensors it reads.
-        views: For each branch which of the features its head reads.
-        names: Of the clones that run.
-        branches: Theirs.
-        calibrated: For each of them whether its scalars do anything; where not, they are not looked at.
+        trunk: Maps images to the target's tensors that branches read, then those that heads read, then its logits.
+        features: Cuts of the tensors that heads read.
+        taps: For each branch, the index of the tensor that it reads.
+        views: For each branch, the index of the features that its head reads.
+        names: Names of the clones that run.
+        branches: Their branches.
+        calibrated: For each branch, whether its scalars have any effect; if not, they are skipped.
         classes: Names of all logits.
-        base_priority: Nats that are taken off the new logits.
-        probe: Images like those that the target was recorded with.
-        clones: The clones that run, as values; the branches are their copies.
-        watch: Says whether the target is still what was recorded.
+        base_priority: Nats subtracted from the new logits.
+        probe: The images that the target was recorded with.
+        clones: The clones that run; `branches` are copies of theirs.
+        watch: Detects changes of the target since it was recorded.
     """
 
     trunk: fx.GraphModule
@@ -107,7 +107,7 @@ class Plan:
     watch: TargetWatch
 
     def logits(self, images: Tensor, only: WantedClones | None = None) -> Tensor:
-        """Give logits (B, K_base + K_new) for images (B, C, H, W): `Composite.forward`."""
+        """Compute logits (B, K_base + K_new) for images (B, C, H, W); see `Composite.forward`."""
         rows = [None] * len(self.names) if only is None else self._rows(only, images.shape[0])
         inputs, logits = self._run(images)
         if not self.branches:
@@ -118,13 +118,13 @@ class Plan:
         return torch.cat([logits, *new], 1)
 
     def check_there(self, branches: Sequence[Branch]) -> None:
-        """Raise an `InputError` unless all clones of this set are still those, by their attached branches."""
+        """Raise an `InputError` unless all branches of this plan are still attached."""
         for name, branch in zip(self.names, self.branches, strict=True):
             if not any(branch is other for other in branches):
                 raise InputError(f"net: clone {name!r} was detached, replaced or rescaled meanwhile; calibrate again")
 
     def _new(self, place: int, rows: list[int] | None, *inputs: Tensor) -> Tensor:
-        """New logits (B, K_new) of the clone at one place: -inf but for the given rows, None for all."""
+        """New logits (B, K_new) of the clone at index `place`: -inf except in the given rows; None means all rows."""
         branch = self.branches[place]
         run = branch if self.calibrated[place] else branch.head_logits
         if rows is None:
@@ -136,7 +136,7 @@ class Plan:
         return logits
 
     def _rows(self, only: WantedClones, n_images: int) -> list[list[int] | None]:
-        """For each clone the rows that ask for it, None where all do."""
+        """For each clone the rows that want it; None if all do."""
         if isinstance(only, str) or not isinstance(only, Sequence):
             raise InputError(f"only: expected a list with one entry for each image, such as {_EXAMPLE}; got {only!r}")
         if len(only) != n_images:
@@ -146,7 +146,7 @@ class Plan:
         return [None if len(of_clone) == n_images else of_clone for of_clone in rows]
 
     def _names(self, row: int, entry: str | Collection[str] | None) -> Collection[str]:
-        """The clones that one entry names."""
+        """Names of the clones that one entry wants."""
         names = self.names if entry is None else (entry,) if isinstance(entry, str) else entry
         if not isinstance(names, Collection):
             raise InputError(f"only: row {row}: expected a name, several, or None for all clones; got {entry!r}")
@@ -156,11 +156,11 @@ class Plan:
         return names
 
     def log_odds(self, images: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """Give what calibration starts from: the target's logits, and what the enabled clones say against the base.
+        """Compute the inputs of calibration.
 
         Returns:
-            Logits (B, K_base); and by name of the clone its uncalibrated logits minus the logsumexp of those,
-            (B, K_new), with its features, (B, D_s).
+            The target's logits (B, K_base); and, by name, each enabled clone's uncalibrated logits minus the logsumexp
+            of those, (B, K_new), with its features, (B, D_s).
         """
         inputs, logits = self._run(images)
         level = logits.logsumexp(1, keepdim=True)
@@ -171,7 +171,7 @@ class Plan:
         return logits, found
 
     def _run(self, images: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        """For each branch the tensor and the pooled features that it reads; and the target's logits."""
+        """For each branch the tensor and the pooled features that it reads, and the target's logits."""
         check_like(images, self.probe)
         self.watch.check()
         found = self.trunk(images)
@@ -184,10 +184,10 @@ class Plan:
 
 
 def check_like(images: Tensor, probe: Tensor) -> None:
-    """Refuse images of another size or type than the target was recorded with: it may do other things with these."""
+    """Refuse images of another size or dtype than in the recording, which holds for these only."""
     if images.shape[1:] != probe.shape[1:] or images.dtype != probe.dtype:
         expected, came = (f"{tuple(one.shape[1:])} {dtype_name(one.dtype)}" for one in (probe, images))
         raise InputError(
             f"images: a composite takes images like those that its clones were made with, (B, C, H, W) with {expected} "
-            f"each; got {came}"
+            f"each; got {came}; resize or cast them"
         )

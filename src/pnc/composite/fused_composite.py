@@ -1,14 +1,14 @@
-"""The inference form of a composite: the same logits from fewer operations, for a set of clones that stays as it is.
+"""The inference form of a composite: the same logits from fewer operations, for a fixed set of clones.
 
-What the target computes is left alone, to the bit. In front of and inside the clones, layers that only scale, shift or
-mix channels are folded into their neighbours, and what several clones do alike is done once:
+The target's computation does not change, bit for bit. In the clones, layers that only scale, shift or mix channels are
+folded into their neighbours, and equal work of several clones is merged:
 
-- BatchNorm goes into the convolution or linear layer before it, also where that is the adapter;
-- an adapter goes into the 1x1 convolution or linear layer behind it, where nothing stands between them and the product
-  multiplies less;
-- adapters that read one tensor of the target with one geometry are one convolution;
-- convolutions work channels last, and what follows them writes over their results where nobody else reads these;
-- heads with equally many classes are one batch of matrices, and their mixing weights are folded into these.
+- BatchNorm is folded into the convolution or linear layer before it, which may be the adapter;
+- an adapter is folded into the 1x1 convolution or linear layer after it, if they are adjacent and that saves
+  multiplications;
+- adapters that read the same tensor of the target with the same geometry become one convolution;
+- convolutions run channels-last, and later operations overwrite their results if nothing else reads them;
+- heads with the same number of classes become one batch of matrices, with their mixing weights folded in.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,19 +28,18 @@ from pnc.composite.layer_folding import FoldedPart, folded_part, grows
 from pnc.foundation.errors import InputError, PNCError
 
 TOLERANCE, GPU_TOLERANCE = 1e-4, 1e-2
-"""Largest accepted difference of new logits, relative to the largest, on the probe that every fused form is tried on:
-ten times what other orders of summation make of float32, far below what a wrong rule would. On GPUs products may be
-rounded to eleven bits (TF32)."""
+"""Largest accepted difference of new logits on the probe, relative to the largest: ten times what another order of
+summation causes in float32, and far less than a wrong rule would. GPUs may round products to eleven bits (TF32)."""
 
 MAGNIFYING = 1e4
-"""Weight of a head beyond which rounding alone may make such differences."""
+"""Largest weight of a head above which rounding alone may cause such differences."""
 
 
 class FusedComposite(nn.Module):
-    """What `Composite.fused` gives: base logits bit for bit, new ones up to rounding, from fewer operations.
+    """The result of `Composite.fused`: base logits bit for bit, new ones up to rounding, from fewer operations.
 
-    It shares the target's tensors and has its own of the clones; nothing can be attached to it or taken out. It stays
-    where it was made: move or cast the composite, and fuse that anew.
+    It shares the target's tensors and has its own copies of the clones'. Its set of clones is fixed. It cannot be moved
+    or cast: move or cast the composite, then fuse again.
 
     Attributes:
         classes: Names of all logits.
@@ -53,7 +52,7 @@ class FusedComposite(nn.Module):
         self.classes, self._features = plan.classes, plan.features
         self._like = plan.probe.new_empty(0, *plan.probe.shape[1:])
         self._watch = plan.watch
-        self.__dict__["_trunk"] = plan.trunk  # the target's tensors, not listed among its own, whose flags may be set
+        self.__dict__["_trunk"] = plan.trunk  # unregistered: the target's flags must not be set below
         parts = [folded_part(tap, branch.stitched) for tap, branch in zip(plan.taps, plan.branches, strict=True)]
         self.stems = nn.ModuleList(_stems(parts))
         self.bodies = nn.ModuleList(part.body for part in parts)
@@ -66,7 +65,7 @@ class FusedComposite(nn.Module):
         self._check(plan)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Give logits (B, K_base + K_new) for images (B, C, H, W)."""
+        """Compute logits (B, K_base + K_new) for images (B, C, H, W)."""
         check_like(images, self._like)
         self._watch.check()
         made = self._trunk(images)
@@ -86,13 +85,13 @@ class FusedComposite(nn.Module):
         return torch.cat([logits, *(new[place] for place in range(self._n_clones))], 1)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the flag of the module alone: running statistics must not move."""
+        """Set the module's own flag only, as running statistics must not move."""
         self.training = mode
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         raise InputError(
-            "a fused composite stays where it was made; move or cast the composite itself, then call fused() again"
+            "a fused composite cannot be moved or cast; move or cast the composite itself, then call fused() again"
         )
 
     @torch.no_grad()
@@ -100,19 +99,19 @@ class FusedComposite(nn.Module):
         probe = plan.probe
         n_base = len(self.classes) - sum(len(branch.offset) for branch in plan.branches)
         expected, found = plan.logits(probe)[:, n_base:].float(), self(probe)[:, n_base:].float()
-        if not expected.numel() or probe.element_size() < 4:  # 16 bits round too much to tell
+        if not expected.numel() or probe.element_size() < 4:  # 16-bit rounding would hide an error
             return
         difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
         tolerance = TOLERANCE if probe.device.type == "cpu" else GPU_TOLERANCE
         if not difference <= tolerance * max(scale, 1.0):
             raise PNCError(
                 f"the fused form differs from the composite by {difference:.2g} (largest logit {scale:.2g}); "
-                f"{_cause(plan)}, and use the composite itself meanwhile"
+                f"use the composite itself for now; {_remedy(plan)}"
             )
 
 
-def _cause(plan: Plan) -> str:
-    """What may have made a difference, and what to do: large weights of a head magnify rounding."""
+def _remedy(plan: Plan) -> str:
+    """The likely cause of a difference and what to do: large weights of a head magnify rounding."""
     largest = {
         name: max(float(tensor.abs().max()) for tensor in branch.head.buffers() if tensor.numel())
         for name, branch in zip(plan.names, plan.branches, strict=True)
@@ -120,8 +119,8 @@ def _cause(plan: Plan) -> str:
     name = max(largest, key=lambda one: largest[one])
     if largest[name] > MAGNIFYING:
         return (
-            f"the head of clone {name!r} multiplies by up to {largest[name]:.2g}, which magnifies rounding, as where a "
-            "source says next to nothing of the images; clone it again from a better source"
+            f"the head of clone {name!r} has weights up to {largest[name]:.2g}, which magnify rounding, as happens if "
+            "the source's features hardly vary; clone it again from a better source"
         )
     return "please report the networks"
 
@@ -130,11 +129,11 @@ def _cause(plan: Plan) -> str:
 
 
 class _Stem(nn.Module):
-    """Adapters that read one tensor of the target with one geometry, as one convolution; or those that pass it on.
+    """Adapters that read the same tensor with the same geometry, as one convolution; or several identities.
 
     Attributes:
-        tap: Which of the trunk's tensors it reads.
-        places: Which clones it serves, in the order of its results.
+        tap: Index of the trunk's tensor that it reads.
+        places: Indices of the clones that it serves, in the order of its results.
     """
 
     weight: Tensor
@@ -152,12 +151,12 @@ class _Stem(nn.Module):
         self._channels_last = first.channels_last
         self.register_buffer("weight", torch.cat([part.adapter.weight for part in parts]))
         self.register_buffer("bias", torch.cat([part.adapter.bias for part in parts]))
-        self.adapters = nn.ModuleList(part.adapter for part in parts)  # for their prefix tokens
+        self.adapters = nn.ModuleList(part.adapter for part in parts)  # needed for their prefix tokens
         for part in parts:
             part.adapter.weight = part.adapter.weight.new_empty(0)
 
     def forward(self, tensor: Tensor) -> list[Tensor]:
-        """What each body is given, from the target's tensor."""
+        """Compute the input of each body from the target's tensor."""
         if self._is_identity:
             return [self._laid_out(tensor)] * len(self.places)
         grid, prefix = to_grid(tensor, self._cut)
@@ -176,14 +175,14 @@ class _Stem(nn.Module):
         ]
 
     def _laid_out(self, maps: Tensor) -> Tensor:
-        """Channels last where that pays: with clones that can take it, and more than one image."""
+        """Convert to channels-last if the bodies accept it and there are several images, where it pays."""
         if not self._channels_last or maps.shape[0] == 1:
             return maps
         return maps.contiguous(memory_format=torch.channels_last)
 
 
 def _stems(parts: Sequence[FoldedPart]) -> list[_Stem]:
-    """The fewest stems that serve all clones."""
+    """The smallest set of stems that serves all clones."""
     groups: dict[Any, list[int]] = {}
     for place, part in enumerate(parts):
         adapter = part.adapter
@@ -197,20 +196,20 @@ def _stems(parts: Sequence[FoldedPart]) -> list[_Stem]:
 
 
 class _Heads(nn.Module):
-    """Heads of clones with equally many classes, as one batch; calibration and the base's priority are folded in.
+    """Heads of clones with the same number of classes, as one batch; calibration and base priority are folded in.
 
-    Of each clone, one linear map of both networks' features gives, side by side, the discriminants of the base and of
-    the new classes, the source's own logits, and the sum of the last two that weighs the new classes against each
-    other. The logits of the new classes are then
+    For each clone, one linear map of both networks' features gives the discriminants of the base classes and of the new
+    classes, the source's own logits, and the weighted sum of the last two that ranks the new classes. The logits of the
+    new classes are then
 
         scale * (log_softmax(sum) + w0 * (lse(new) - lse(base)) + w1 * lse(own)) + w2 * level + shift,
 
-    where lse is logsumexp and `level` that of the target's logits: `heads.StackedHead` with its terms collected. What a
-    calibrated clone's features say against its rivals is added to that.
+    where lse is logsumexp and `level` is that of the target's logits: `heads.StackedHead` with its terms collected. For
+    a calibrated clone its term against rivals is added.
 
     Attributes:
-        places: Which clones they are of.
-        view: Which of the features of the target they read.
+        places: Indices of their clones.
+        view: Index of the target's features that they read.
     """
 
     target_weight: Tensor
@@ -250,15 +249,15 @@ class _Heads(nn.Module):
 
 @dataclass(frozen=True)
 class _Rows:
-    """What `_Heads` holds of one clone, with R = K_base + 3 * K_new rows.
+    """The tensors of `_Heads` for one clone, with R = K_base + 3 * K_new rows.
 
     Attributes:
-        target_weight: Of the target's features, (R, D_t).
-        clone_weight: Of the clone's, (R, D_s).
+        target_weight: Weights of the target's features, (R, D_t).
+        clone_weight: Weights of the clone's features, (R, D_s).
         bias: (R,).
         weights: scale, w0, w1 and w2, (4, 1).
         shift: (K_new,).
-        rivals: As in the branch, (none or R + K_new, D_s + 1).
+        rivals: As in the branch, (number of rivals + K_new, D_s + 1), or empty.
     """
 
     target_weight: Tensor
@@ -288,7 +287,7 @@ def _rows(branch: Branch, n_target: int, n_base: int, base_priority: float) -> _
 
 
 def _stacked(branch: Branch, n_target: int, n_base: int) -> StackedHead:
-    """A head as the sum that `StackedHead` is, where it is one of the two terms alone: the other has no weight then."""
+    """The head as a `StackedHead`; if it is only one of the two terms, the other gets weight 0."""
     head, n_new = branch.head, len(branch.offset)
     if isinstance(head, StackedHead):
         return head
@@ -304,7 +303,7 @@ def _stacked(branch: Branch, n_target: int, n_base: int) -> StackedHead:
 
 
 def _heads(plan: Plan) -> list[_Heads]:
-    """One batch for each number of new classes and each of the features that heads read."""
+    """One batch for each pair of a number of new classes and the features that are read."""
     n_base = len(plan.classes) - sum(len(branch.offset) for branch in plan.branches)
     groups: dict[tuple[int, int], list[int]] = {}
     rows = []

@@ -1,4 +1,4 @@
-"""Layers that only scale, shift or mix channels, folded into their neighbours: the same function up to rounding."""
+"""Folding of layers that only scale, shift or mix channels into their neighbours: the same function up to rounding."""
 
 import copy
 import math
@@ -21,19 +21,19 @@ from pnc.graph.nodes import info
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _LANES = 16
-"""Channels that processors take at a time."""
+"""Channels that a processor computes at once."""
 
 
 @dataclass
 class FoldedPart:
-    """One clone on its way to the fused form.
+    """The folded adapter and body of one clone.
 
     Attributes:
-        tap: Which of the trunk's tensors it reads.
-        adapter: Its own copy; `weight` and `bias` may have taken in what comes behind them.
-        stride: Of the adapter's convolution.
+        tap: Index of the trunk's tensor that it reads.
+        adapter: A copy; later layers may be folded into its `weight` and `bias`.
+        stride: Stride of the adapter's convolution.
         body: The source's part.
-        channels_last: Whether it can be given maps that lie channels last.
+        channels_last: Whether it accepts channels-last maps.
     """
 
     tap: int
@@ -44,9 +44,9 @@ class FoldedPart:
 
 
 def folded(module: fx.GraphModule) -> fx.GraphModule:
-    """A recorded network, or a part of one, with every BatchNorm folded into the layer before it, where that can be.
+    """A recorded network, or a part of one, with BatchNorm folded into the layer before it, where possible.
 
-    It shares what is left as it was with `module`, in eval mode.
+    The result is in eval mode and shares unchanged layers with `module`.
     """
     given = next(node for node in module.graph.nodes if node.op == "placeholder")
     facts = info(given)
@@ -58,7 +58,7 @@ def folded(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _fold(body: fx.GraphModule, given: Tensor) -> "_Layers":
-    """Fold norms in place, and give the layers that are left; `given`: a tensor of the kind that the part takes."""
+    """Fold norms in place. Returns the remaining layers; `given` is an example of the input."""
     with torch.no_grad():
         ShapeProp(body).propagate(given)
     layers = _Layers(body)
@@ -70,7 +70,7 @@ def _fold(body: fx.GraphModule, given: Tensor) -> "_Layers":
 
 
 def folded_part(tap: int, stitched: Stitched) -> FoldedPart:
-    """Give a clone's part with all folded that can be; `stitched` keeps its tensors."""
+    """Fold everything possible in a copy of a clone's adapter and body."""
     adapter = copy.deepcopy(stitched.adapter)
     body = flattened(own_copy(cast(fx.GraphModule, stitched.body)))
     cut = adapter.source_cut
@@ -86,7 +86,7 @@ def folded_part(tap: int, stitched: Stitched) -> FoldedPart:
 
 
 def _takes_channels_last(part: FoldedPart) -> bool:
-    """Whether the part has convolutions, and nothing that only takes the usual layout."""
+    """Whether the part has convolutions and runs on channels-last input."""
     given = next(node for node in part.body.graph.nodes if node.op == "placeholder")
     shape = given.meta["tensor_meta"].shape
     if len(shape) != 4 or not any(isinstance(layer, nn.Conv2d) for layer in part.body.modules()):
@@ -95,13 +95,13 @@ def _takes_channels_last(part: FoldedPart) -> bool:
     try:
         with torch.no_grad():
             part.body(tensor.contiguous(memory_format=torch.channels_last))
-    except RuntimeError:  # a view of a map that is written to
+    except RuntimeError:  # a view that needs the usual layout
         return False
     return True
 
 
 class _Layers:
-    """The layers of a graph that may be changed: called by one node, with nothing but their forward."""
+    """The layers of a graph that may be changed: called by one node, without hooks or a replaced `forward`."""
 
     def __init__(self, body: fx.GraphModule) -> None:
         self._body = body
@@ -119,7 +119,7 @@ def _is_norm(layer: nn.Module | None) -> bool:
 
 
 def _fold_norms(body: fx.GraphModule, layers: _Layers) -> None:
-    """Fold every BatchNorm into the layer whose result it alone reads."""
+    """Fold each BatchNorm into the layer before it if nothing else reads that layer's result."""
     for node in list(body.graph.nodes):
         norm = layers.of(node)
         source = node.all_input_nodes[0] if _is_norm(norm) else None
@@ -138,9 +138,9 @@ def _fold_norms(body: fx.GraphModule, layers: _Layers) -> None:
 
 
 def _fold_fills(body: fx.GraphModule, layers: _Layers) -> None:
-    """Let convolutions give the zeros themselves that are filled in behind them for removed channels.
+    """Let convolutions compute the zeros that would be filled in after them for removed channels.
 
-    Where a processor computes these channels anyway, taking `_LANES` at a time, that saves two passes over the map.
+    If the processor computes these channels anyway, `_LANES` at once, that saves two passes over the map.
     """
     for node in list(body.graph.nodes):
         if node.target is not filled:
@@ -172,7 +172,7 @@ def _bypass(node: fx.Node, source: fx.Node) -> None:
 
 
 def _fold_into_adapter(part: FoldedPart, layers: _Layers) -> bool:
-    """Fold the layer behind the adapter into it, where that is linear, alone there, and saves; whether it did."""
+    """Fold the layer after the adapter into it if it is linear, its only reader and that saves work; whether it did."""
     given = next(iter(part.body.graph.nodes))
     adapter, cut = part.adapter, part.adapter.source_cut
     is_plain = (cut.kind == "map" and cut.channel_dim == 1) or cut.kind == "vector"
@@ -191,7 +191,7 @@ def _fold_into_adapter(part: FoldedPart, layers: _Layers) -> bool:
         stride = linear.stride if isinstance(layer, nn.Conv2d) else (1, 1)
         own = linear.weight.double().flatten(1)
         n_inside = weight[0].numel()
-        # Multiplications at each position of the result: of the product, against those of both layers.
+        # Multiplications per output position: the product against both layers.
         if len(own) * n_inside > len(weight) * (n_inside * math.prod(stride) + len(own)):
             return False
         bias = own @ bias + (0 if linear.bias is None else linear.bias.double())
@@ -212,5 +212,5 @@ def _is_pointwise(layer: nn.Module | None) -> bool:
 
 
 def grows(adapter: Adapter) -> bool:
-    """Whether the adapter resizes what it has convolved, and not the other way round."""
+    """Whether the adapter convolves before it resizes, as the source's grid is larger than the target's."""
     return math.prod(grid_size(adapter.source_cut)) > math.prod(grid_size(adapter.target_cut))

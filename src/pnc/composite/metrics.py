@@ -12,17 +12,18 @@ from pnc.foundation.errors import InputError
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """How well base and new classes are told apart, and how much the target's own answers moved.
+class LogitMeasures:
+    """Accuracies on base and new classes, and how far predictions moved from the target's.
 
     Attributes:
         base_accuracy: Accuracy on samples of base classes, in [0, 1], predicting over base and new classes.
-        new_accuracy: The same on samples of the new classes.
+        new_accuracy: Accuracy on samples of new classes, likewise.
         average_accuracy: Mean of both.
         conditional_kl: Mean KL divergence, in nats, from the target's distribution to the composite's distribution
             restricted to the base classes, on base samples.
-        leak: Mean probability given to new classes on base samples.
-        locality_kl: Mean KL divergence, in nats, from the target's distribution to the composite's over all classes.
+        leak: Mean probability of the new classes on base samples, in [0, 1].
+        locality_kl: Mean KL divergence, in nats, from the target's distribution to the composite's over all classes,
+            on base samples.
         base_drop: The target's own accuracy among the base classes minus `base_accuracy`.
     """
 
@@ -35,15 +36,15 @@ class Evaluation:
     base_drop: float
 
 
-def evaluate(logits: Tensor, labels: Tensor, target_logits: Tensor) -> Evaluation:
+def measure_logits(logits: Tensor, labels: Tensor, target_logits: Tensor) -> LogitMeasures:
     """Measure logits over base and new classes against labels and against the target's own logits.
 
     Args:
-        logits: Of the composite or a rival, (N, K_base + K_new).
+        logits: Logits of the composite or a rival, (N, K_base + K_new).
         labels: Class ids, (N,), each in [0, K_base + K_new); at least one base and one new sample.
-        target_logits: Of the target alone on the same samples, (N, K_base).
+        target_logits: Logits of the target alone on the same samples, (N, K_base).
     Raises:
-        InputError: shapes do not belong together, or no base or no new sample is there.
+        InputError: shapes do not match, or there is no base or no new sample.
     """
     n_base = target_logits.shape[1]
     if logits.shape[0] != labels.shape[0] or logits.shape[0] != target_logits.shape[0] or logits.shape[1] <= n_base:
@@ -53,11 +54,11 @@ def evaluate(logits: Tensor, labels: Tensor, target_logits: Tensor) -> Evaluatio
         )
     base = labels < n_base
     if not base.any() or base.all():
-        raise InputError("labels must contain samples of base classes and of new classes; only one kind is there")
+        raise InputError("labels must contain samples of base classes and of new classes; only one kind was given")
     correct = logits.argmax(1) == labels
     base_accuracy, new_accuracy = _mean(correct[base]), _mean(correct[~base])
     own_accuracy = _mean(target_logits[base].argmax(1) == labels[base])
-    return Evaluation(
+    return LogitMeasures(
         base_accuracy=base_accuracy,
         new_accuracy=new_accuracy,
         average_accuracy=(base_accuracy + new_accuracy) / 2,
@@ -89,15 +90,15 @@ def locality_kl(logits: Tensor, target_logits: Tensor) -> float:
 
 
 def leak(logits: Tensor, n_base: int) -> float:
-    """Mean probability that goes to the new classes, columns `n_base` and up of `logits` (N, K_base + K_new)."""
+    """Mean probability of the new classes, columns `n_base` and up of `logits` (N, K_base + K_new)."""
     return _mean(logits.double().softmax(1)[:, n_base:].sum(1))
 
 
 def calibration_error(logits: Tensor, labels: Tensor, n_bins: int = 15) -> float:
-    """Expected calibration error: mean gap between the highest probability and how often it is right.
+    """Expected calibration error: mean gap between confidence and accuracy.
 
-    Samples are put into bins of equal width by their highest probability; a bin's gap is the difference between its
-    accuracy and its mean probability, and weighs as much as it has samples.
+    Samples are binned by confidence, their highest probability, in bins of equal width. A bin's gap is the absolute
+    difference between its accuracy and its mean confidence, weighted by its number of samples.
 
     Args:
         logits: (N, K).
@@ -107,16 +108,16 @@ def calibration_error(logits: Tensor, labels: Tensor, n_bins: int = 15) -> float
     """
     confidence, predicted = logits.double().softmax(1).max(1)
     edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64)[1:-1]
-    places = torch.bucketize(confidence, edges)  # a bin holds its upper edge
+    places = torch.bucketize(confidence, edges)  # a bin includes its upper edge
     gaps = torch.zeros(n_bins, dtype=torch.float64)
     gaps.index_add_(0, places, (predicted == labels).double() - confidence)
     return float(gaps.abs().sum()) / len(labels)
 
 
 def shifted(logits: Tensor, n_base: int, shift: float) -> Tensor:
-    """Logits (N, K_base + K_new) with `shift` added to the new ones: below 0, base classes win more often.
+    """Logits (N, K_base + K_new) with `shift` added to the new ones; below 0 it favours base classes.
 
-    The distribution among the base classes and that among the new ones stay as they are.
+    The distributions among the base classes and among the new classes do not change.
     """
     return torch.cat([logits[:, :n_base], logits[:, n_base:] + shift], 1)
 
@@ -124,7 +125,7 @@ def shifted(logits: Tensor, n_base: int, shift: float) -> Tensor:
 def _kl(target_logits: Tensor, log_probabilities: Tensor) -> float:
     reference = target_logits.double().log_softmax(1)
     per_sample = (reference.exp() * (reference - log_probabilities)).sum(1)
-    return max(0.0, _mean(per_sample))  # rounding of equal distributions may fall below zero
+    return max(0.0, _mean(per_sample))  # rounding may make it negative for equal distributions
 
 
 def _mean(values: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""A composite in onnxruntime, without PyTorch: the trunk and the clones of a split export, which come and go."""
+"""A composite in onnxruntime, without PyTorch: runs a split export, to which clones are attached and detached."""
 
 import importlib
 import json
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from pnc.foundation.errors import FileFormatError, InputError, MismatchError
 
 METADATA_KEY = "pnc"
-"""Key of the ONNX metadata that holds our JSON."""
+"""Key of the ONNX metadata that holds the JSON facts."""
 
 FORMAT = "pnc-export"
-"""Names that JSON."""
+"""Identifies these facts."""
 
 VERSION = 1
-"""Of the format; files of newer ones are refused."""
+"""Version of the format; files with a newer one are refused."""
 
 IMAGES, LOGITS = "images", "logits"
-"""Name of the input of whole networks and trunks, and of the logits that they give."""
+"""Names of the input and of the logits of whole networks and trunks."""
 
 Array = NDArray[Any]
 
@@ -30,12 +30,12 @@ _KEYS = {
     "trunk": ("base_classes", "input_shape", "target", "base_priority"),
     "clone": ("base_classes", "target", "name", "classes"),
 }
-"""What is read of the metadata of each kind of file."""
+"""The facts that are read from each kind of file."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """One file: its session, and what it says of itself."""
+    """One file: its session and its facts."""
 
     session: Any
     facts: Mapping[str, Any]
@@ -44,18 +44,22 @@ class _Part:
 class OnnxComposite:
     """A target and its clones from the files of `export_split`; needs numpy and onnxruntime, not PyTorch.
 
-    A call gives what the composite gave that was exported, to rounding: the target's logits, then each clone's in the
-    order of attachment. A call reads one set of clones, so threads may call while another one attaches or detaches.
+    A call returns the logits of the exported composite, up to rounding: the target's, then each clone's in the order of
+    attachment. Each call reads one set of clones, so other threads may call while one attaches or detaches.
 
     Args:
         trunk: The file `trunk.onnx`, or its bytes.
-        clones: Files of clones, or their bytes, to attach at once.
-        providers: Where onnxruntime computes, in order of preference.
-        options: An `onnxruntime.SessionOptions` for all sessions, such as one that sets the number of threads.
+        clones: Clone files to attach, or their bytes.
+        providers: Execution providers of onnxruntime, in order of preference.
+        options: An `onnxruntime.SessionOptions` for all sessions, for example to set the number of threads.
     Raises:
         InputError: onnxruntime is not installed, or a clone or class is attached already.
-        FileFormatError: a file is not there, or no such part of a split export.
-        MismatchError: a clone belongs to another target.
+        FileFormatError: a file is missing or not such a part of a split export.
+        MismatchError: a clone was exported for another target.
+
+    >>> onnx_net = pnc.OnnxComposite("parts/trunk.onnx", "parts/cat_dog.onnx")  # doctest: +SKIP
+    >>> onnx_net.classes  # doctest: +SKIP
+    ('ant', 'bee', 'cat', 'dog')
     """
 
     def __init__(
@@ -68,15 +72,17 @@ class OnnxComposite:
         self._providers, self._options = list(providers), options
         self._trunk = self._open(trunk, "trunk")
         self._outputs = [output.name for output in self._trunk.session.get_outputs()]
-        self._parts: tuple[_Part, ...] = ()  # replaced whole, never changed: a call reads one of them
+        self._parts: tuple[
+            _Part, ...
+        ] = ()  # replaced, never changed in place, as a call in another thread may be reading it
         self.base_priority: float = self._trunk.facts["base_priority"]
-        """Nats that are taken off all new logits: that of the exported composite at first."""
+        """Nats subtracted from all new logits; initially that of the exported composite."""
         for clone in clones:
             self.attach(clone)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the logits that a call gives now, in order."""
+        """Names of the logits that a call returns now, in order."""
         return *self.base_classes, *(name for part in self._parts for name in part.facts["classes"])
 
     @property
@@ -96,14 +102,14 @@ class OnnxComposite:
         return channels, height, width
 
     def attach(self, clone: str | Path | bytes) -> str:
-        """Attach one more clone.
+        """Attach another clone.
 
         Args:
             clone: A file of `export_split`, or its bytes.
         Returns:
             Its name.
         Raises:
-            FileFormatError, MismatchError, InputError: as for the class; then nothing has changed.
+            FileFormatError, MismatchError, InputError: as for the class; nothing has changed then.
         """
         part = self._open(clone, "clone")
         facts, name = part.facts, part.facts["name"]
@@ -112,32 +118,34 @@ class OnnxComposite:
         lacking = [one.name for one in part.session.get_inputs() if one.name not in (IMAGES, *self._outputs)]
         if lacking:
             raise MismatchError(
-                f"clone {name!r} reads {lacking[0]!r}, which this trunk does not give; use the trunk that was exported "
-                "with it, which serves the other clones too if they were attached"
+                f"clone {name!r} reads {lacking[0]!r}, which this trunk does not output; export all clones together "
+                "and use that trunk"
             )
         if name in self.clones:
             raise InputError(f"clone: one named {name!r} is attached already; detach it first")
         clash = [one for one in facts["classes"] if one in self.classes]
         if clash:
-            raise InputError(f"clone {name!r}: there is a class {clash[0]!r} already; export it with another name")
+            raise InputError(
+                f"clone {name!r}: class {clash[0]!r} is attached already; rename it and export the clone again"
+            )
         self._parts = (*self._parts, part)
         return str(name)
 
     def detach(self, name: str) -> None:
-        """Take a clone out; the logits of the others stay as they are.
+        """Detach a clone; the logits of the others do not change.
 
         Raises:
             InputError: no clone of that name is attached.
         """
         if name not in self.clones:
-            raise InputError(f"name: there is no clone {name!r}; there are {', '.join(self.clones) or 'none'}")
+            raise InputError(f"name: there is no clone {name!r}; attached: {', '.join(self.clones) or 'none'}")
         self._parts = tuple(part for part in self._parts if part.facts["name"] != name)
 
     def __call__(self, images: Array) -> Array:
-        """Give logits (B, K_base + K_new), float32, for images (B, C, H, W), float32.
+        """Compute logits (B, K_base + K_new), float32, for images (B, C, H, W), float32.
 
         Raises:
-            InputError: the images have another shape or type.
+            InputError: the images have another shape or dtype.
         """
         if not isinstance(images, np.ndarray) or images.dtype != np.float32 or images.shape[1:] != self.input_shape:
             came = f"{images.shape} {images.dtype}" if isinstance(images, np.ndarray) else type(images).__name__
@@ -152,7 +160,7 @@ class OnnxComposite:
         return np.concatenate([seen[LOGITS], *(one - np.float32(self.base_priority) for one in new)], 1)
 
     def _open(self, file: str | Path | bytes, kind: str) -> _Part:
-        """Open a file of that kind."""
+        """Open a file and check that it is of that kind."""
         if not isinstance(file, bytes) and not Path(file).is_file():
             raise FileFormatError(f"{kind}: there is no file {file}")
         session = open_session(file, self._providers, self._options)
@@ -160,11 +168,11 @@ class OnnxComposite:
 
 
 def open_session(file: str | Path | bytes, providers: Sequence[str], options: Any = None) -> Any:
-    """Give the onnxruntime session of a file, or of its bytes.
+    """Open an onnxruntime session for a file or its bytes.
 
     Raises:
         InputError: onnxruntime is not installed.
-        FileFormatError: it cannot be read.
+        FileFormatError: onnxruntime cannot read it.
     """
     try:
         runtime = importlib.import_module("onnxruntime")
@@ -172,15 +180,15 @@ def open_session(file: str | Path | bytes, providers: Sequence[str], options: An
         raise InputError('the package onnxruntime is needed for this; pip install "pnc[export]"') from error
     if options is None:
         options = runtime.SessionOptions()
-        options.log_severity_level = 3  # errors: it warns of every constant that it folds
+        options.log_severity_level = 3  # errors only; it warns of every constant that it folds
     try:
         return runtime.InferenceSession(file if isinstance(file, bytes) else str(file), options, list(providers))
-    except Exception as error:  # noqa: BLE001 - the errors of onnxruntime have no base of their own
+    except Exception as error:  # noqa: BLE001 - onnxruntime's errors have no common base class
         raise FileFormatError(f"onnxruntime cannot read {_name(file)}: {str(error).splitlines()[0]}") from error
 
 
 def _facts_of(session: Any, file: str | Path | bytes, kind: str) -> dict[str, Any]:
-    """What a file says of itself, if it is of that kind and has all that is read of it."""
+    """The facts in a file, checked to be of that kind and complete."""
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if text is None:
         raise FileFormatError(f"{kind}: {_name(file)} was not written by pnc.export_split")
@@ -202,4 +210,4 @@ def _facts_of(session: Any, file: str | Path | bytes, kind: str) -> dict[str, An
 
 
 def _name(file: str | Path | bytes) -> str:
-    return f"the {len(file)} bytes that were given" if isinstance(file, bytes) else str(file)
+    return f"the given {len(file)} bytes" if isinstance(file, bytes) else str(file)

@@ -1,4 +1,4 @@
-"""Modules as the bytes of ONNX and `.pt2` files: for any number of images, with no trace of the machine."""
+"""Modules as bytes of ONNX and `.pt2` files, for any batch size and without paths of the machine."""
 
 import importlib
 import io
@@ -17,19 +17,19 @@ from pnc.foundation.errors import ExportError, InputError
 from pnc.foundation.tensor_files import canonical_json
 
 FACTS_FILE = "pnc.json"
-"""Name of the extra file in a `.pt2` that holds what the metadata of an ONNX file holds."""
+"""Name of the extra file in a `.pt2` for the facts that an ONNX file has in its metadata."""
 
 BATCH_SIZES = (1, 2, 5)
-"""Numbers of images at which everything is run that was exported."""
+"""Batch sizes at which every export is tested."""
 
 TOLERANCE = 1e-4
-"""Largest accepted difference of logits, relative to the largest one or to 1: other kernels sum in other orders."""
+"""Largest accepted difference of logits, relative to the largest one or to 1: kernels differ in the order of sums."""
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def check_packages() -> None:
-    """Import what writes and runs ONNX files.
+    """Import the packages that write and run ONNX files.
 
     Raises:
         InputError: a package is missing.
@@ -42,11 +42,11 @@ def check_packages() -> None:
 
 
 def as_program(module: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgram:
-    """Export a module whose inputs all have the batch in front, for any size of it.
+    """Export a module for any batch size; the first axis of every input is the batch.
 
     Args:
-        module: Only its tensors that are registered become weights of the program.
-        example: Two or more samples of each input.
+        module: Its registered tensors become weights of the program.
+        example: One tensor per input, with at least two samples.
     Raises:
         ExportError: torch cannot export it.
     """
@@ -54,12 +54,12 @@ def as_program(module: nn.Module, example: tuple[Tensor, ...]) -> ExportedProgra
         program = torch.export.export(module, example, dynamic_shapes=tuple({0: Dim.DYNAMIC} for _ in example))
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
-            node.meta.pop("stack_trace", None)  # paths of this machine
+            node.meta.pop("stack_trace", None)  # contains paths of this machine
     return program
 
 
 def pt2_bytes(program: ExportedProgram, facts: Mapping[str, Any]) -> bytes:
-    """Write a program as `torch.export.load` reads it; the facts go along as the extra file `FACTS_FILE`."""
+    """Serialize a program for `torch.export.load`, with the facts as extra file `FACTS_FILE`."""
     buffer = io.BytesIO()
     with _reasons("torch.export cannot save it"):
         torch.export.save(program, buffer, extra_files={FACTS_FILE: canonical_json(facts)})
@@ -67,7 +67,7 @@ def pt2_bytes(program: ExportedProgram, facts: Mapping[str, Any]) -> bytes:
 
 
 def pt2_runner(data: bytes) -> Callable[[Tensor], Tensor]:
-    """Give what runs the bytes of a `.pt2` that we have just written: loading those of others can run code."""
+    """Return a function that runs a `.pt2` that we have just written. Loading one of unknown origin can run code."""
     with _reasons("torch.export cannot load what it saved"):
         module = torch.export.load(io.BytesIO(data)).module()
     run: Callable[[Tensor], Tensor] = module
@@ -77,15 +77,15 @@ def pt2_runner(data: bytes) -> Callable[[Tensor], Tensor]:
 def onnx_bytes(
     program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], facts: Mapping[str, Any]
 ) -> bytes:
-    """Write a program as an ONNX model, in the opset that this torch thinks best.
+    """Serialize a program as an ONNX model, in torch's default opset.
 
     Args:
-        program: As `as_program` gives it.
+        program: From `as_program`.
         inputs: Names of its inputs.
         outputs: Names of its outputs.
-        facts: Go into its metadata, as JSON.
+        facts: Stored in its metadata as JSON.
     Raises:
-        ExportError: an operation has no counterpart in ONNX, or the model has more than 2 GB.
+        ExportError: an operation has no counterpart in ONNX, or the model exceeds 2 GB.
     """
     with _reasons("it cannot be written as ONNX"):
         made = torch.onnx.export(
@@ -110,13 +110,13 @@ def onnx_bytes(
 
 
 def _log_sigmoid(values: Any) -> Any:
-    """In ONNX; the exporter's own is the logarithm of the sigmoid, which is -inf below -100."""
+    """logsigmoid for ONNX; the exporter's own takes the logarithm of the sigmoid, which is -inf below -100."""
     operators = importlib.import_module("onnxscript").opset18
     return operators.Neg(operators.Softplus(operators.Neg(values)))
 
 
 def _strip(graph: Any) -> None:
-    """Take off the exporter's notes on where each node comes from: paths of this machine, and half of a small file."""
+    """Remove the exporter's notes on the origin of each node: paths of this machine, half of a small file."""
     for name in ("value_info", "metadata_props", "doc_string"):
         graph.ClearField(name)
     tables = ("node", "input", "output", "initializer")
@@ -129,22 +129,22 @@ def _strip(graph: Any) -> None:
 
 
 def largest_difference(run: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    """Run what was exported, at every one of `BATCH_SIZES`.
+    """Compare an export with the original at each of `BATCH_SIZES`.
 
     Args:
-        run: From images to logits.
-        expected: From images to the logits that there should be.
-        images: As many as the largest batch has.
+        run: The export, from images to logits.
+        expected: The original, from images to logits.
+        images: As many as the largest batch.
     Returns:
         The largest difference of a logit, relative to the largest logit or to 1.
     Raises:
-        ExportError: it fails, or differs by more than `TOLERANCE`.
+        ExportError: the export cannot be run, or differs by more than `TOLERANCE`.
     """
     worst = 0.0
     with torch.no_grad():
         for size in BATCH_SIZES:
             wanted = expected(images[:size])
-            with _reasons(f"what was exported cannot be run on a batch of {size}"):
+            with _reasons(f"the export cannot be run on a batch of {size}"):
                 found = run(images[:size].contiguous())
             if found.shape != wanted.shape:
                 raise _failure(f"on a batch of {size} it gives logits {tuple(found.shape)}, not {tuple(wanted.shape)}")
@@ -160,12 +160,12 @@ def largest_difference(run: Callable[[Tensor], Tensor], expected: Callable[[Tens
 
 @contextmanager
 def _reasons(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong in the exporters into one line, and keep their warnings to themselves."""
+    """Turn any error of the exporters into an `ExportError` of one line, and suppress their warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except Exception as error:  # noqa: BLE001 - operations of the user's choice in three libraries
+    except Exception as error:  # noqa: BLE001 - any operation of the user's network, in three libraries
         while error.__cause__ is not None and isinstance(error.__cause__, Exception):
             error = error.__cause__
         line = next(iter(str(error).strip().splitlines()), "no message")
@@ -174,6 +174,6 @@ def _reasons(what: str) -> Iterator[None]:
 
 def _failure(reason: str) -> ExportError:
     return ExportError(
-        f"net cannot be exported: {reason}; nothing was written. Please report the networks, and run it in PyTorch "
-        "meanwhile"
+        f"net cannot be exported: {reason}; nothing was written. Run it in PyTorch for now, and please report the "
+        "networks"
     )

@@ -1,13 +1,15 @@
-"""A target as a composite runs it: recorded, watched, and cut at the tensors that clones read."""
+"""The target as a composite runs it: recorded, watched, and cut at the tensors that clones read."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 from torch import Tensor, fx, nn
 
+from pnc.clones.branch import Branch
 from pnc.clones.clone import Clone
 from pnc.composite.clone_checks import Places, check_forward, check_places, check_target
 from pnc.composite.direct_calls import called_directly, flattened
+from pnc.composite.forward_plan import Plan
 from pnc.composite.target_watch import TargetWatch
 from pnc.foundation.fingerprints import KnownFingerprint
 from pnc.foundation.network_state import images_for
@@ -17,12 +19,12 @@ from pnc.graph.recording import record, unwrapped
 
 
 class RecordedTarget:
-    """A recording of a target, and what is made of it.
+    """A recording of a target, its watch, and the plans that run it.
 
     Args:
         target: The network.
-        input_shape: Of one of its images.
-        known: Its fingerprint, if that was computed before.
+        input_shape: Shape of one image.
+        known: Caches the target's fingerprint.
     Raises:
         RecordingError: the target cannot be recorded.
     """
@@ -36,20 +38,20 @@ class RecordedTarget:
 
     @property
     def probe(self) -> Tensor:
-        """Images like those that it was recorded with."""
+        """The images that it was recorded with."""
         return self._recording.probe
 
     @cached_property
     def forward_print(self) -> ForwardPrint:
-        """What the target does with its weights."""
+        """Print of the target's forward pass."""
         return forward_print(self._target, self._recording)
 
     def check(self, clones: Iterable[Clone], allow_mismatch: bool) -> None:
-        """Compare the target with what clones were made for.
+        """Compare the target with the one that each clone was made for.
 
         Raises:
-            MismatchError: a clone was made for another target; with `allow_mismatch`, it does not fit to this one. Or
-                the target has changed since it was recorded.
+            MismatchError: a clone was made for another target; with `allow_mismatch`, it does not fit this one. Or the
+                target has changed since it was recorded.
         """
         clones = list(clones)
         self.watch.check()
@@ -59,8 +61,33 @@ class RecordedTarget:
         for clone in clones:
             check_places(self._places, clone)
 
-    def trunk(self, cuts: tuple[str, ...]) -> fx.GraphModule:
-        """The target up to its logits, with the tensors at `cuts`; kept, so that compiled code of it stays of use."""
+    def plan(self, base_classes: tuple[str, ...], pairs: Sequence[tuple[Clone, Branch]], base_priority: float) -> Plan:
+        """Plan the forward pass of the target with some clones.
+
+        Args:
+            base_classes: Names of the target's logits.
+            pairs: Each clone with the composite's copy of its branch, in the order of their logits.
+            base_priority: Nats subtracted from the new logits.
+        """
+        taps, views = [clone.target_cut for clone, _ in pairs], [clone.target_features for clone, _ in pairs]
+        cuts, features = tuple(dict.fromkeys(taps)), tuple(dict.fromkeys(views))
+        return Plan(
+            trunk=self._trunk(tuple(cut.name for cut in (*cuts, *features))),
+            features=features,
+            taps=tuple(map(cuts.index, taps)),
+            views=tuple(map(features.index, views)),
+            names=tuple(clone.name for clone, _ in pairs),
+            branches=tuple(branch for _, branch in pairs),
+            calibrated=tuple(not branch.scalars.is_identity for _, branch in pairs),
+            classes=(*base_classes, *(name for clone, _ in pairs for name in clone.classes)),
+            base_priority=base_priority,
+            clones=tuple(clone for clone, _ in pairs),
+            probe=self.probe,
+            watch=self.watch,
+        )
+
+    def _trunk(self, cuts: tuple[str, ...]) -> fx.GraphModule:
+        """The target up to the tensors at `cuts` and its logits; cached, so that compiled code can be reused."""
         if cuts not in self._trunks:
             self._trunks[cuts] = called_directly(flattened(extract(self._recording, None, [*cuts, LOGITS])))
         return self._trunks[cuts]

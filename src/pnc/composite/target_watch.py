@@ -1,4 +1,4 @@
-"""Whether a target is still made of what its recording was made of: looked at before every call."""
+"""Check before every call that nothing in the target was replaced since it was recorded."""
 
 from itertools import chain, repeat
 from operator import is_
@@ -14,19 +14,19 @@ _UNUSED = frozenset(
     {"training", "inplace", "momentum", "p", "groups", "output_padding", "in_channels", "out_channels", "in_features"}
     | {"out_features", "kernel_size", "num_features", "affine", "track_running_stats", "transposed"}
 )
-"""Attributes of layers that change nothing in eval mode, or not without a weight of another shape."""
+"""Attributes of layers that have no effect in eval mode, or none without a weight of another shape."""
 
 
 class TargetWatch:
-    """The identity of a target's modules, hooks and settings, and of the tensors that its recording uses.
+    """The identities of a target's modules and hooks and of the tensors that its recording uses, and its settings.
 
-    It sees what is replaced: layers, parameters, their memory (`x.data = y`, a cast), hooks, `forward`, and plain
-    settings of the layers that the graph calls (`norm.eps = 1`). What is written in place it need not see, as a
-    recording works on the target's own memory.
+    Detects replaced layers, parameters, parameter memory (`x.data = y`, a cast), hooks, `forward`, and plain settings
+    of the layers that the graph calls (`norm.eps = 1`). Writes in place need no detection, as a recording works on the
+    target's own memory.
 
     Args:
         target: The network, without wrappers.
-        graph: Of its recording.
+        graph: The graph of its recording.
     """
 
     def __init__(self, target: nn.Module, graph: fx.Graph) -> None:
@@ -42,7 +42,7 @@ class TargetWatch:
         called = _called(target, graph)
         self._places = _tensor_places(target, called, graph)
         self._owners, self._keys = [owner for _, owner, _ in self._places], [key for *_, key in self._places]
-        self._tensors = list(map(dict.get, self._owners, self._keys))  # while these live, nothing else has their ids
+        self._tensors = list(map(dict.get, self._owners, self._keys))  # keeping them alive keeps their ids unique
         self._with_memory = [tensor for tensor in self._tensors if _has_memory(tensor)]
         self._memory = list(map(Tensor.data_ptr, self._with_memory))
         self._settings = _settings(called)
@@ -50,7 +50,7 @@ class TargetWatch:
         self._values = list(map(dict.get, self._set, self._set_keys))
 
     def check(self) -> None:
-        """Refuse to go on with a target that is no longer what was recorded.
+        """Refuse a target that has changed since it was recorded.
 
         Raises:
             MismatchError: something was replaced; the message says what.
@@ -58,11 +58,11 @@ class TargetWatch:
         if not torch.compiler.is_compiling() and self.is_changed():
             raise MismatchError(
                 f"the target has changed since its forward pass was recorded: {self.difference()}; "
-                "net.refresh() records it again, or attach the clones anew"
+                "call net.refresh() to record it again, or attach the clones again"
             )
 
     def is_changed(self) -> bool:
-        """Whether something was replaced: in one or two percent of the time that a small network takes for an image."""
+        """Whether something was replaced; takes 1-2% of the time that a small network needs for one image."""
         return (
             not all(map(is_, map(dict.get, self._owners, self._keys), self._tensors))
             or list(map(Tensor.data_ptr, self._with_memory)) != self._memory
@@ -74,7 +74,7 @@ class TargetWatch:
         )
 
     def difference(self) -> str | None:
-        """What was replaced, in words; None for nothing."""
+        """Description of what was replaced; None if nothing was."""
         if not self.is_changed():
             return None
         for (name, owner, key), before in zip(self._places, self._tensors, strict=True):
@@ -83,7 +83,7 @@ class TargetWatch:
         memory = iter(self._memory)
         for (name, _, key), tensor in zip(self._places, self._tensors, strict=True):
             if _has_memory(tensor) and tensor.data_ptr() != next(memory):
-                return f"{name}.{key} has other memory (x.data = y, a cast or a move)".lstrip(".")
+                return f"{name}.{key} has new memory (x.data = y, a cast or a move)".lstrip(".")
         inside = iter(self._inside)
         for (name, kind, table), size in zip(self._full_tables, self._sizes, strict=True):
             before = [next(inside) for _ in range(size)]
@@ -98,7 +98,7 @@ class TargetWatch:
         return next(values.get(key) for other, values, one in self._settings if (other, one) == (name, key))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy has modules of its own, which nobody watches."""
+        """A copy of a composite has its own target and records that, so a copy of its watch watches nothing."""
         return type(self)(nn.Module(), fx.Graph())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -110,7 +110,7 @@ def _watch_nothing() -> TargetWatch:
 
 
 def _called(target: nn.Module, graph: fx.Graph) -> list[tuple[str, nn.Module]]:
-    """The layers that the graph calls, with what is in them, each once and with its name."""
+    """The layers that the graph calls and their submodules, each once, with names."""
     names = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module")
     found: dict[int, tuple[str, nn.Module]] = {}
     for name in names:
@@ -120,7 +120,7 @@ def _called(target: nn.Module, graph: fx.Graph) -> list[tuple[str, nn.Module]]:
 
 
 _Place = tuple[str, dict[str, Any], str]
-"""Name of a layer, one of its dictionaries, and a key of that."""
+"""Name of a layer, one of its dictionaries, and a key in that."""
 
 
 def _tensor_places(target: nn.Module, called: list[tuple[str, nn.Module]], graph: fx.Graph) -> list[_Place]:
@@ -140,7 +140,7 @@ def _tensors_of(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _has_memory(tensor: object) -> TypeGuard[Tensor]:
-    """Whether a tensor says where its memory is; sparse ones and their like do not."""
+    """Whether a tensor has a data pointer; sparse tensors, for example, have none."""
     if not isinstance(tensor, Tensor):
         return False
     try:
@@ -150,7 +150,7 @@ def _has_memory(tensor: object) -> TypeGuard[Tensor]:
 
 
 def _settings(called: list[tuple[str, nn.Module]]) -> list[_Place]:
-    """Plain attributes of layers of torch; those of others may be counters and caches."""
+    """Plain attributes of torch's layers; those of other layers may be counters or caches."""
     plain = bool, int, float, str, tuple
     return [
         (name, part.__dict__, key)

@@ -1,4 +1,4 @@
-"""Proof on demand: is a network still what it was, and are a composite's base logits the target's own bits."""
+"""Verification on demand: that a network is unchanged, and that base logits equal the target's own bits."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,27 +22,26 @@ from pnc.graph.recorder import is_leaf
 from pnc.graph.recording import record
 
 PROBE_SIZES = (1, 3, 4)
-"""Sizes of the batches on which a composite is compared with its target: kernels may depend on them."""
+"""Batch sizes at which a composite is compared with its target: the choice of kernel may depend on them."""
 
 _BATCH = 64
 
-
 UNPROVEN = (
-    "names of classes, position and scores are what the file says: its digest finds accidents, not forgeries, and says "
-    "nothing of who wrote it"
+    "class names, position and scores are taken from the file: its digest detects accidents, not forgeries, and does "
+    "not identify the author"
 )
-"""What no comparison with the networks shows."""
+"""What comparing with the networks cannot show."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was compared, bit for bit, and what was found.
+    """The result of a bit-for-bit comparison.
 
     Attributes:
-        compared: How many of what.
-        differences: In words; empty where all is equal.
-        notes: What is no difference but good to know.
-        unproven: What a comparison cannot show, in words.
+        compared: How many items of each kind were compared.
+        differences: Descriptions of all differences; empty if everything is equal.
+        notes: Remarks that are not differences.
+        unproven: What the comparison cannot show.
     """
 
     compared: Mapping[str, int]
@@ -52,7 +51,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing differs."""
+        """Whether there are no differences."""
         return not self.differences
 
     def __str__(self) -> str:
@@ -60,16 +59,20 @@ class Report:
         notes = [f"note: {note}" for note in self.notes] + [f"not proven: {one}" for one in self.unproven]
         if self.ok:
             return "\n- ".join([f"all equal, bit for bit: {counts}", *notes])
-        return "\n- ".join([f"{len(self.differences)} differences; compared were {counts}", *self.differences, *notes])
+        return "\n- ".join([f"{len(self.differences)} differences; compared: {counts}", *self.differences, *notes])
 
 
 def snapshot(target: nn.Module, images: Tensor | None = None) -> Snapshot:
-    """Copy everything of a network that must not change, for `verify` later: costs one copy of its weights.
+    """Copy everything of a network that must not change, for a later `verify`; costs one copy of its weights.
 
     Args:
         target: Any network.
-        images: A probe batch, as the network takes it: its logits, in eval mode, are kept and compared too. None leaves
-            them out.
+        images: A probe batch in the form that the network takes; its logits in eval mode are stored and compared too.
+            None omits them.
+
+    >>> before = pnc.snapshot(target, torch.rand(4, 1, 8, 8))
+    >>> pnc.verify(target, before).ok
+    True
     """
     check_module(target, "target")
     logits = None if images is None else _logits(target, images)
@@ -78,20 +81,25 @@ def snapshot(target: nn.Module, images: Tensor | None = None) -> Snapshot:
 
 
 def verify(target: nn.Module, before: Snapshot, *, images: Tensor | None = None) -> Report:
-    """Compare a network with what it was: parameters, buffers, gradients, flags, hooks, and the logits of the probe.
+    """Compare a network with a snapshot of it: parameters, buffers, gradients, flags, hooks, logits of the probe.
 
     Args:
         target: The network that `before` was taken of.
         before: From `snapshot`.
-        images: Your own, as the network takes them, (N, C, H, W): its own forward and a recording of it are compared on
-            them too, as a composite runs the recording.
+        images: Images (N, C, H, W) in the form that the network takes, on which a recording of the network, such as a
+            composite runs, is compared with the network itself.
     Returns:
-        A report; `report.ok` says whether all is equal to the last bit.
+        A report; `report.ok` is True if everything is equal bit for bit.
     Raises:
-        InputError: `before` is no snapshot.
+        InputError: `before` is not a snapshot.
+
+    >>> before = pnc.snapshot(target)
+    >>> _ = pnc.attach(target, clone)(torch.rand(5, 1, 8, 8))
+    >>> print(pnc.verify(target, before))
+    all equal, bit for bit: 28 parameters and buffers, 0 gradients, 21 submodules with their flags, 0 hooks
     """
     if not isinstance(before, Snapshot):
-        raise InputError(f"before: expected what pnc.snapshot(target) gave, got {type(before).__name__}")
+        raise InputError(f"before: expected the result of pnc.snapshot(target), got {type(before).__name__}")
     found = differences(target, before)
     compared = {
         "parameters and buffers": len(before.tensors),
@@ -118,15 +126,15 @@ def verify_composite(
     images: Tensor | None = None,
     before: Snapshot | None = None,
 ) -> Report:
-    """Compare a composite's base logits with the target's own, and the target with what its clones were made for.
+    """Compare a composite's base logits with the target's own, and the target with its clones' fingerprints.
 
     Args:
-        composite: Gives the target's logits, then others, (B, K_base + K_new).
-        target: Gives (B, K_base).
-        changed: What of the target was replaced since it was recorded, in words.
-        clones: What is attached.
-        images: Compared too, besides random ones.
-        before: From `snapshot(target)`: compare the target with that too.
+        composite: Returns the target's logits, then others, (B, K_base + K_new).
+        target: Returns (B, K_base).
+        changed: Description of what was replaced in the target since it was recorded; None for nothing.
+        clones: The attached clones.
+        images: Images to compare logits on, in addition to random ones.
+        before: From `snapshot(target)`; if given, the target is compared with it too.
     """
     found = [] if changed is None else [f"the target has changed since it was recorded: {changed}"]
     found += [
@@ -135,7 +143,7 @@ def verify_composite(
         if (difference := first_difference(target, clone.target)) is not None
     ]
     n_logits, shape = 0, clones[0].input_shape if clones else None
-    if changed is None:  # or else the composite refuses every call
+    if changed is None:  # otherwise the composite refuses every call
         probe = None if shape is None else images_for(target, shape, max(PROBE_SIZES))
         batches = [] if probe is None else [probe[:size] for size in PROBE_SIZES]
         n_logits, other = _compared(composite, target, batches)
@@ -154,7 +162,7 @@ def verify_composite(
 
 
 def _compared(composite: nn.Module, target: nn.Module, batches: Iterable[Tensor]) -> tuple[int, list[int]]:
-    """Compare first logits with the target's own: how many were compared, and sizes of the batches that differ."""
+    """Compare base logits with the target's own; returns their number and the sizes of batches that differ."""
     n_logits, other = 0, []
     for batch in batches:
         base = _logits(target, batch)
@@ -165,7 +173,7 @@ def _compared(composite: nn.Module, target: nn.Module, batches: Iterable[Tensor]
 
 
 def _other_forward(target: nn.Module, clones: Sequence[Clone]) -> list[str]:
-    """Where the target's own answers to the test pattern are not those that clones were made for, in words."""
+    """Describe where the target's logits of the test pattern differ from those stored in a clone."""
     found = []
     for clone in clones:
         if clone.target_forward is not None:
@@ -185,18 +193,18 @@ def _notes(target: nn.Module, clones: Sequence[Clone]) -> tuple[str, ...]:
     ]
     if hooked:
         notes.append(
-            f"hooks of {listed(hooked)} ran when the target was recorded: what they compute with tensors is in the "
-            "recording, what else they do is not done when the composite is called"
+            f"hooks of {listed(hooked)} ran when the target was recorded: their tensor operations are in the "
+            "recording, their other effects do not happen when the composite is called"
         )
     unknown = [clone.name for clone in clones if clone.target_forward is None]
     if unknown:
         notes.append(
-            f"the forward pass that {listed(unknown)} was made for is unknown, as its file is of an earlier version"
+            f"the forward pass that {listed(unknown)} was made for is unknown: its file is from an earlier version"
         )
     return tuple(notes)
 
 
 def _logits(network: nn.Module, images: Tensor) -> Tensor:
-    """The network's answer in eval mode; flags and the global random state stay as they were."""
+    """Logits in eval mode; flags and the global random state are restored."""
     with evaluating(network), torch.random.fork_rng([images.device] if images.is_cuda else []):
         return pick_logits(network(images.clone())).detach().clone()

@@ -1,4 +1,4 @@
-"""The support, sample by sample: images with labels, mirror images and folds."""
+"""The support as samples: images with labels, mirror images and cross-validation folds."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ MAX_FOLDS = 5
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """The support in the terms of the composite.
+    """The support with the labels of the composite.
 
     Attributes:
-        images: N images, each made when it is asked for.
-        labels: (N,), places among the target's classes followed by the new ones.
-        groups: (N,), which image each row shows: a flipped copy shares its original's.
-        folds: (N,), ascending: the fold of cross-validation in which the image is held out; all zero, which means no
-            cross-validation, where a new class has a single image.
+        images: N images, read on demand.
+        labels: (N,), indices into the target's classes followed by the new ones.
+        groups: (N,), the number of the image that each row shows: a mirror image has its original's.
+        folds: (N,), ascending: the cross-validation fold in which the image is held out; all zero (no
+            cross-validation) if a new class has a single image.
     """
 
     images: Images
@@ -30,16 +30,16 @@ class Samples:
 
     @property
     def n_folds(self) -> int:
-        """Number of folds; 1 where nothing can be held out."""
+        """Number of folds; 1 if nothing can be held out."""
         return int(self.folds.max()) + 1
 
     def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Fold and images (B, C, H, W), in order, at most `size` at a time and never of two folds."""
+        """Fold and images (B, C, H, W), in order: batches of at most `size` images, each from one fold."""
         for fold, rows in self.rows(size):
             yield fold, self.images[rows]
 
     def rows(self, size: int) -> Iterator[tuple[int, slice]]:
-        """Fold and place of the batches that `batches` gives."""
+        """Fold and rows of each batch of `batches`."""
         start = 0
         for fold, count in enumerate(self.folds.bincount().tolist()):
             for first in range(start, start + count, size):
@@ -47,19 +47,19 @@ class Samples:
             start += count
 
     def select(self, rows: Tensor) -> "Samples":
-        """Keep the given rows, ascending, by number or bool mask."""
+        """Keep some rows, given by ascending number or bool mask."""
         return Samples(self.images.select(rows), self.labels[rows], self.groups[rows], self.folds[rows])
 
     def spread(self, n_images: int, n_base: int) -> Tensor:
-        """Choose images that stand for all, with their copies: of each class and fold the same share.
+        """Choose a representative subset of the images, with their copies: the same share of each class and fold.
 
-        Of every new class one image of each fold is taken at least, so that folds can still be held out.
+        Of every new class, at least one image of each fold is chosen, so that folds can still be held out.
 
         Args:
-            n_images: How many, about.
+            n_images: Approximate number of images.
             n_base: Labels from here on are new classes.
         Returns:
-            Which rows, (N,) bool.
+            Mask of the chosen rows, (N,) bool.
         """
         images, index = self.groups.unique(return_inverse=True)
         labels, folds = torch.empty_like(images), torch.empty_like(images)
@@ -77,14 +77,14 @@ class Samples:
 
 
 def samples_of(store: ImageStore, labels: Tensor, n_base: int, flip: bool, seed: int) -> Samples:
-    """Give the images of a store as samples, with their mirror images if `flip`.
+    """Return the images of a store as samples, with their mirror images if `flip`.
 
     Args:
         store: N images.
-        labels: (N,), places among the target's classes followed by the new ones.
+        labels: (N,), indices into the target's classes followed by the new ones.
         n_base: Labels from here on are new classes.
         flip: Whether mirror images are samples too.
-        seed: Of the folds.
+        seed: Seed of the folds.
     """
     groups = torch.arange(len(labels))
     folds, mirrored = _folds(labels, n_base, seed), torch.zeros(len(labels), dtype=torch.bool)
@@ -96,15 +96,15 @@ def samples_of(store: ImageStore, labels: Tensor, n_base: int, flip: bool, seed:
 
 
 def _folds(labels: Tensor, n_base: int, seed: int) -> Tensor:
-    """Folds of cross-validation, (N,), in which every class has the same share, as far as its number allows.
+    """Stratified cross-validation folds, (N,).
 
-    Without any fold there are still images of every new class, and of some base class: so there are as many folds as
-    the smallest new class has images, or all base classes together, and at most `MAX_FOLDS`.
+    With any one fold held out, images of every new class and of some base class remain: there are as many folds as
+    images in the smallest new class, or in all base classes together, and at most `MAX_FOLDS`.
     """
     generator = torch.Generator().manual_seed(seed)
     counts = labels.bincount()
-    of_kinds = [*counts[n_base:].tolist(), int(counts[:n_base].sum())]
-    n_folds = min(MAX_FOLDS, *(count for count in of_kinds if count))
+    needed = [*counts[n_base:].tolist(), int(counts[:n_base].sum())]
+    n_folds = min(MAX_FOLDS, *(count for count in needed if count))
     folds, start = torch.zeros_like(labels), 0
     for label in counts.nonzero().flatten():
         members = (labels == label).nonzero().flatten()

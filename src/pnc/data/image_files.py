@@ -1,4 +1,4 @@
-"""Image files decoded to pixels, by Pillow: which formats, upright, of one size, and one error whatever is in them."""
+"""Image files decoded to pixels of one size by Pillow, turned upright, with one error for any bad file."""
 
 import importlib
 import io
@@ -19,7 +19,9 @@ from pnc.foundation.class_names import listed
 from pnc.foundation.errors import InputError
 from pnc.foundation.file_writing import checked_path, path_text
 
-_PIL_MODES = {1: "L", 3: "RGB"}
+PIL_MODES = {1: "L", 3: "RGB"}
+"""Pillow's mode for each number of channels."""
+
 _GREY_MODES = frozenset({"1", "L", "LA", "La"})
 _ORIENTATION = 0x0112  # the EXIF tag; values from 5 swap width and height
 _TURNS = {
@@ -32,19 +34,19 @@ _TURNS = {
     8: "ROTATE_90",
 }
 _ONLY_IDENTIFIED = frozenset({"BUFR", "GRIB", "HDF5", "MPEG"})
-"""Formats that Pillow knows by their first bytes and cannot decode."""
+"""Formats that Pillow identifies but cannot decode."""
 
-# What decoders raise for files that are no image, damaged, cut short or too large: anything that bytes can lead to.
+# Everything that decoders raise for files that are not images, damaged, truncated or too large.
 _DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, EOFError),
     *(RuntimeError, MemoryError, struct.error, zlib.error),
-    Warning,  # of Pillow's, where the caller makes errors of warnings
+    Warning,  # from Pillow, if the caller turns warnings into errors
 )
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Suffixes, in small letters, of the formats that Pillow can decode."""
+    """The suffixes, in lower case, of the formats that Pillow can decode."""
     pillow = required("PIL.Image", "data")
     pillow.init()
     readable = pillow.OPEN.keys() - _ONLY_IDENTIFIED
@@ -52,20 +54,20 @@ def image_suffixes() -> frozenset[str]:
 
 
 def load_images(paths: Sequence[str | Path], input_shape: Sequence[int]) -> Tensor:
-    """Read image files as a network takes them.
+    """Read image files in the shape that a network takes.
 
     Args:
-        paths: Files; any sizes.
-        input_shape: (C, H, W), with 1 or 3 channels. Images are cropped at their centre to that ratio and resized.
+        paths: Image files of any size.
+        input_shape: (C, H, W), with 1 or 3 channels. Images are cropped at their centre to this ratio and resized.
 
     Returns:
         (N, C, H, W), uint8.
 
     Raises:
-        InputError: a file is not there or no image, or C is neither 1 nor 3.
+        InputError: a file does not exist or is not an image, or C is neither 1 nor 3.
     """
     channels, height, width = input_shape
-    if channels not in _PIL_MODES:
+    if channels not in PIL_MODES:
         raise InputError(f"input_shape: image files have 1 or 3 channels, this network takes {channels}; pass tensors")
     missing = [path_text(path) for path in paths if not checked_path(path, "images").is_file()]
     if missing or not paths:
@@ -77,11 +79,11 @@ def read_file(path: Path, argument: str = "spec") -> bytes:
     """Read a regular file.
 
     Raises:
-        InputError: it is none, or cannot be read.
+        InputError: it is not a regular file, or cannot be read.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a FIFO would be waited for, a device has no end
-            raise InputError(f"{argument}: {path_text(path)} is no regular file; remove or replace it")
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a FIFO would block, a device might never end
+            raise InputError(f"{argument}: {path_text(path)} is not a regular file; remove or replace it")
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"{argument}: {path_text(path)} cannot be read: {error.strerror or error}") from error
@@ -90,63 +92,80 @@ def read_file(path: Path, argument: str = "spec") -> bytes:
 def decode(
     encoded: Sequence[bytes], names: Sequence[str], channels: int | None, size: tuple[int, int] | None
 ) -> Tensor:
-    """Decode image files to uint8 (N, C, H, W); the headers first, because they decide on what is not given.
+    """Decode image files to uint8 (N, C, H, W); their headers decide what is not given.
 
-    An image that its EXIF data says to turn is turned; where these are damaged it stays as it lies. Of a file with
-    several pictures the first is taken.
+    Images are turned upright by their EXIF data; images with damaged EXIF data are not turned. Of a file with several
+    pictures the first is used.
 
     Args:
-        encoded: The files' bytes.
-        names: What to call each in a message.
-        channels: 1 or 3; None takes what most images have.
-        size: (width, height); None takes the one that all images have.
+        encoded: The bytes of each file.
+        names: What messages call each file.
+        channels: 1 or 3; None for that of most images.
+        size: (width, height); None for the one size that all images have.
     """
-    ops, pillow = required("PIL.ImageOps", "data"), required("PIL.Image", "data")
+    pillow = required("PIL.Image", "data")
     headers = [_opened(content, name) for content, name in zip(encoded, names, strict=True)]
     if not headers:
-        raise InputError("spec: the data has no row")
+        raise InputError("spec: the data has no rows")
     if channels is None:
         channels = 1 if sum(image.mode in _GREY_MODES for image in headers) > len(headers) / 2 else 3
-    turned = [_orientation(image) for image in headers]
-    sizes = {image.size[:: -1 if turn >= 5 else 1] for image, turn in zip(headers, turned, strict=True)}
+    turns = [_orientation(image) for image in headers]
+    sizes = {image.size[:: -1 if turn >= 5 else 1] for image, turn in zip(headers, turns, strict=True)}
     if size is None and len(sizes) > 1:
         some = listed([f"{width}x{height}" for width, height in sorted(sizes)], 3)
-        raise InputError(f"spec: the images have different sizes ({some}); choose one, as in ?size=64")
+        raise InputError(f"spec: the images have different sizes ({some}); choose one, for example ?size=64")
     width, height = size or next(iter(sizes))
     pixels = np.empty((len(headers), height, width, channels), dtype=np.uint8)
-    for index, (image, turn) in enumerate(zip(headers, turned, strict=True)):
+    for index, (image, turn) in enumerate(zip(headers, turns, strict=True)):
         with image_errors(names[index]):
             upright = image.transpose(pillow.Transpose[_TURNS[turn]]) if turn != 1 else image
-            upright = upright.convert(_PIL_MODES[channels])
-            if upright.size != (width, height):
-                upright = ops.fit(upright, (width, height), method=pillow.Resampling.BILINEAR)
-            pixels[index] = np.asarray(upright).reshape(height, width, channels)
-        image.close()  # frees its pixels, which have any size
+            pixels[index] = fitted_pixels(upright, channels, (width, height))
+        image.close()  # frees its pixels, which may be many
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def _opened(content: bytes, name: str) -> Any:
     with image_errors(name):
         image = required("PIL.Image", "data").open(io.BytesIO(content))
-    if image.mode == "F" or image.mode.startswith("I"):
-        raise InputError(f"spec: {name} has more than 8 bits per channel (mode {image.mode}); convert it first")
+    check_depth(image, f"spec: {name}")
     return image
 
 
+def check_depth(image: Any, name: str) -> None:
+    """Raise an `InputError` if a Pillow image has more than 8 bits per channel; its message begins with `name`."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise InputError(f"{name} has more than 8 bits per channel (mode {image.mode}); convert it first")
+
+
+def fitted_pixels(image: Any, channels: int, size: tuple[int, int]) -> Any:
+    """The pixels of an upright Pillow image, cropped at its centre and resized: an array (H, W, channels), uint8.
+
+    Args:
+        image: The image.
+        channels: 1 or 3.
+        size: (width, height).
+    """
+    ops, pillow = required("PIL.ImageOps", "data"), required("PIL.Image", "data")
+    image = image.convert(PIL_MODES[channels])
+    if image.size != size:
+        image = ops.fit(image, size, method=pillow.Resampling.BILINEAR)
+    return np.asarray(image).reshape(size[1], size[0], channels)
+
+
 def _orientation(image: Any) -> int:
-    """How an image is to be turned, 1 to 8 as in EXIF; 1, as it lies, where nothing readable says so."""
+    """The EXIF orientation of an image, 1 to 8; 1, upright, if there is no readable one."""
     if image.format == "TIFF" or "exif" not in image.info:
-        return 1  # Pillow turns TIFF files itself; asking a PNG without EXIF for it would decode the image
+        return 1  # Pillow turns TIFF files itself; asking for the EXIF data of a PNG without any would decode the image
     try:
         turn = image.getexif().get(_ORIENTATION, 1)
-    except _DECODING_ERRORS:  # broken EXIF, which decoding needs nothing of
+    except _DECODING_ERRORS:  # damaged EXIF data do not prevent decoding
         return 1
     return turn if type(turn) is int and turn in _TURNS else 1
 
 
 @contextmanager
 def image_errors(name: str) -> Iterator[None]:
-    """Turn what decoding an image may raise into one line that calls it by `name`."""
+    """Turn any error of decoding an image into one `InputError`, which calls the image `name`."""
     pillow = required("PIL.Image", "data")
     try:
         yield
@@ -154,11 +173,16 @@ def image_errors(name: str) -> Iterator[None]:
         raise InputError(f"spec: {name} is too large to be opened safely ({error}); shrink it, or remove it") from error
     except _DECODING_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"spec: {name} is no readable image ({reason:.200}); remove or replace it") from error
+        raise InputError(f"spec: {name} is not a readable image ({reason:.200}); remove or replace it") from error
 
 
-def required(module: str, extra: str) -> Any:
+def required(module: str, extra: str, argument: str = "spec") -> Any:
     """Import a module of an optional package.
+
+    Args:
+        module: Its name.
+        extra: The extra of pnc that installs it.
+        argument: What the message begins with.
 
     Raises:
         InputError: it is not installed.
@@ -167,4 +191,4 @@ def required(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        raise InputError(f'spec: the package {package} is needed for this; pip install "pnc[{extra}]"') from error
+        raise InputError(f'{argument}: the package {package} is needed for this; pip install "pnc[{extra}]"') from error

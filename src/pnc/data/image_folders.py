@@ -1,4 +1,4 @@
-"""Folders of image files, a folder for each class: every file is read or counted among those that are not."""
+"""Folders of image files, one folder per class; every file is either listed as an image or counted as skipped."""
 
 import os
 from collections import Counter
@@ -12,13 +12,13 @@ from pnc.foundation.class_names import listed
 from pnc.foundation.errors import InputError
 from pnc.foundation.file_writing import checked_path, path_text
 
-_OF_SYSTEMS = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
-"""Files that systems put into folders; they are nobody's images."""
+_SYSTEM_FILES = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+"""Files that operating systems put into folders; they are not counted."""
 
 
 @dataclass
 class Skipped:
-    """What was passed over, counted by reason."""
+    """What was skipped, counted by reason."""
 
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -28,7 +28,7 @@ class Skipped:
 
     @property
     def text(self) -> str:
-        """In words; empty where there is nothing."""
+        """The counts in words; empty if nothing was skipped."""
         return listed([f"{count} {reason}" for reason, count in sorted(self.counts.items())], 6) if self.counts else ""
 
 
@@ -38,8 +38,8 @@ class FolderFiles:
 
     Attributes:
         classes: Names of the folders, sorted.
-        files: Class and path of each, sorted.
-        skipped: What else is there, in words.
+        files: Class and path of each file, sorted.
+        skipped: What was skipped, in words.
     """
 
     classes: tuple[str, ...]
@@ -48,9 +48,9 @@ class FolderFiles:
 
 
 def list_folder(body: str, split: Split, options: Mapping[str, str]) -> FolderFiles:
-    """List the images below ROOT/SPLIT/CLASS/ or, where no folder is named like a split, below ROOT/CLASS/.
+    """List the images below ROOT/SPLIT/CLASS/ or, if no folder is named like a split, below ROOT/CLASS/.
 
-    Links to folders are followed, each folder once within a class.
+    Links to folders are followed; within a class each folder is read once.
 
     Raises:
         InputError: no such folder, no folder for the split, a folder that cannot be read, or no image.
@@ -66,16 +66,16 @@ def list_folder(body: str, split: Split, options: Mapping[str, str]) -> FolderFi
 
 
 def _split_folder(root: Path, split: Split, options: Mapping[str, str]) -> Path:
-    """The folder of a split; the root itself where no folder is one of a split: those hold folders of classes."""
-    there = [
+    """The folder of a split; the root itself if it has none. A folder is a split only if it contains folders."""
+    names = [
         folder.name for folder in _folders(root) if split in options or other(split) in options or _folders(folder)
     ]
-    name = find(split, options, there, path_text(root))
+    name = find(split, options, names, path_text(root))
     if name is not None:
         return root / name
-    if split in options or find(other(split), options, there, path_text(root)) is not None:
+    if split in options or find(other(split), options, names, path_text(root)) is not None:
         raise InputError(
-            f"spec: {path_text(root)} has no folder for the split {split}; say {split}=NAME (it has {listed(there)})"
+            f"spec: {path_text(root)} has no folder for the split {split}; give {split}=NAME (it has {listed(names)})"
         )
     return root
 
@@ -89,8 +89,8 @@ def _listed(root: Path) -> FolderFiles:
             skipped.add("hidden folder")
     files = [(number, file) for number, folder in enumerate(folders) for file in _images(folder, skipped)]
     if not files:
-        passed = f"; passed over: {skipped.text}" if skipped.text else ""
-        raise InputError(f"spec: no image in {path_text(root)}/CLASS/; expected one folder of images per class{passed}")
+        found = f"; skipped: {skipped.text}" if skipped.text else ""
+        raise InputError(f"spec: no image in {path_text(root)}/CLASS/; expected one folder of images per class{found}")
     return FolderFiles(tuple(folder.name for folder in folders), tuple(files), skipped.text)
 
 
@@ -99,7 +99,7 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _images(folder: Path, skipped: Skipped) -> list[Path]:
-    """The images in a folder and below, sorted; whatever else is there is counted."""
+    """The images in a folder and below, sorted; all other files are counted."""
     found = []
     for path in _files(folder, set(), skipped):
         if path.suffix.lower() in image_suffixes() and not path.name.startswith(".") and path.is_file():
@@ -110,7 +110,7 @@ def _images(folder: Path, skipped: Skipped) -> list[Path]:
 
 
 def _files(folder: Path, seen: set[tuple[int, int]], skipped: Skipped) -> Iterator[Path]:
-    """All that is no folder, also behind links to folders; a folder that was there before ends a loop."""
+    """All files below a folder, following links; a folder that was read already is skipped, which ends loops."""
     place = folder.stat()
     if (place.st_dev, place.st_ino) in seen:
         skipped.add("linked folder that was read already")
@@ -127,13 +127,13 @@ def _files(folder: Path, seen: set[tuple[int, int]], skipped: Skipped) -> Iterat
 
 
 def _count(path: Path, skipped: Skipped, where: str) -> None:
-    """Count a file that is not read, by what it is."""
-    if path.name in _OF_SYSTEMS:
+    """Count a skipped file by its kind."""
+    if path.name in _SYSTEM_FILES:
         return
     if path.is_symlink() and not path.exists():
-        skipped.add(f"link that leads nowhere{where}")
+        skipped.add(f"broken link{where}")
     elif not path.is_file():
-        skipped.add(f"that is no regular file{where}")
+        skipped.add(f"not a regular file{where}")
     elif path.name.startswith("."):
         skipped.add(f"hidden file{where}")
     else:

@@ -1,4 +1,4 @@
-"""Unlabelled images from whatever holds them: files, folders, Pillow images, arrays and tensors."""
+"""Unlabelled images from files, folders, Pillow images, arrays and tensors."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,14 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pnc.data.image_files import image_errors, image_suffixes, load_images
+from pnc.data.image_files import (
+    PIL_MODES,
+    check_depth,
+    fitted_pixels,
+    image_errors,
+    image_suffixes,
+    load_images,
+    required,
+)
 from pnc.data.image_set import ImageSet, images_as_float
 from pnc.data.normalization import Normalization
 from pnc.data.support import Support
 from pnc.foundation.errors import InputError
 from pnc.foundation.file_writing import checked_path, path_text
-
-_MODES = {1: "L", 3: "RGB"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +32,7 @@ class ImageInput:
 
     Attributes:
         content: A path, a Pillow image, or a tensor (C, H, W).
-        path: Of its file, as it was given or found; None where it has none.
+        path: The path of its file, as given or found; None if there is none.
     """
 
     content: Any
@@ -37,11 +43,11 @@ def find_images(images: Any) -> list[ImageInput]:
     """List images without reading them.
 
     Args:
-        images: The path of a file, or of a folder: all images in it and below, sorted by path; a Pillow image; an array
-            (H, W) or (H, W, C), uint8, as Pillow and OpenCV (after BGR to RGB) give them, or (N, H, W, C); a tensor
-            (C, H, W) or (N, C, H, W); an ImageSet or a Support; or a sequence of any of these.
+        images: The path of a file; the path of a folder, for all images in it and below, sorted by path; a Pillow
+            image; a uint8 array (H, W), (H, W, C) or (N, H, W, C), as from Pillow or OpenCV (after BGR to RGB); a
+            tensor (C, H, W) or (N, C, H, W); an ImageSet or a Support; or a sequence of any of these.
     Raises:
-        InputError: there is no such file or folder, a folder has no image, no image is given, or something else is.
+        InputError: there is no such file or folder, a folder has no image, nothing is given, or it is of another type.
     """
     found = list(_found(images))
     if not found:
@@ -91,11 +97,11 @@ def _files(path: Path) -> Sequence[Path]:
 def read_images(
     images: Sequence[ImageInput], input_shape: Sequence[int], normalization: Normalization | None = None
 ) -> Tensor:
-    """Read images as a network takes them.
+    """Read images in the shape and the normalization that a network takes.
 
-    Files, Pillow images and arrays are turned upright, cropped at their centre to the ratio of the network's images and
-    resized, as `pnc predict` does it, and normalized. Of tensors only those of type uint8 are: they are divided by 255
-    first. Floating-point ones are taken as they are.
+    Files, Pillow images and arrays are turned upright, cropped at their centre to the ratio of the network's images,
+    resized and normalized, as in `pnc predict`. Tensors of type uint8 are divided by 255 and normalized; floating-point
+    tensors are used unchanged.
 
     Args:
         images: From `find_images`.
@@ -104,8 +110,8 @@ def read_images(
     Returns:
         (N, C, H, W), float32.
     Raises:
-        InputError: a file is no readable image, a tensor has another shape, or C is neither 1 nor 3 while an image is
-            no tensor.
+        InputError: a file is not a readable image, a tensor has another shape, or C is neither 1 nor 3 and an image is
+            not a tensor.
     """
     return torch.stack([_read(one, tuple(input_shape), normalization) for one in images])
 
@@ -130,23 +136,19 @@ def _read(image: ImageInput, input_shape: tuple[int, ...], normalization: Normal
 
 
 def _fitted(image: Any, input_shape: tuple[int, ...]) -> Tensor:
-    """A Pillow image as `load_images` gives a file, (1, C, H, W), uint8."""
-    from PIL import Image, ImageOps
-
+    """A Pillow image in the form in which `load_images` returns a file, (1, C, H, W), uint8."""
     channels, height, width = input_shape
-    if channels not in _MODES:
+    if channels not in PIL_MODES:
         raise InputError(f"images: Pillow images and arrays have 1 or 3 channels, this network takes {channels}")
-    if image.mode == "F" or image.mode.startswith("I"):
-        raise InputError(f"images: an image has more than 8 bits per channel (mode {image.mode}); convert it first")
+    check_depth(image, "images: an image")
     with image_errors(getattr(image, "filename", None) or "an image"):
-        upright = ImageOps.exif_transpose(image).convert(_MODES[channels])
-        if upright.size != (width, height):
-            upright = ImageOps.fit(upright, (width, height), method=Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(upright).reshape(height, width, channels)).permute(2, 0, 1)[None]
+        upright = required("PIL.ImageOps", "data", "images").exif_transpose(image)
+        pixels = np.array(fitted_pixels(upright, channels, (width, height)))  # a copy, which torch may write to
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
 def _is_pillow(image: Any) -> bool:
-    pillow = sys.modules.get("PIL.Image")  # where it was not loaded, nobody has an image of it
+    pillow = sys.modules.get("PIL.Image")  # if it is not loaded, there cannot be an image of it
     return pillow is not None and isinstance(image, pillow.Image)
 
 
@@ -154,10 +156,7 @@ def _pillow_image(array: np.ndarray[Any, Any]) -> Any:
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))):
         raise InputError(
             f"images: expected arrays (H, W) or (H, W, C) of type uint8, got {array.dtype} {array.shape}; "
-            "what the network takes as it is must be a tensor"
+            "pass images that are ready for the network as tensors"
         )
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise InputError('images: the package PIL is needed for arrays; pip install "pnc[data]"') from error
-    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+    pillow = required("PIL.Image", "data", "images")
+    return pillow.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)

@@ -1,7 +1,7 @@
-"""The range of values that a network says its images have, as `pnc.Preprocessed` does, and images held against it.
+"""The range of values that a network, such as `pnc.Preprocessed`, declares for its images, and the check against it.
 
-A network says so by an attribute `image_range`, a pair of numbers. It counts where the network is the outermost one, or
-the first in an `nn.Sequential`: what stands in front of it may change values.
+A network declares it in an attribute `image_range`, a pair of numbers. It is used only if the network is the outermost
+one or the first in an `nn.Sequential`, because a module in front of it may change the values.
 """
 
 from collections.abc import Iterator
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from pnc.foundation.errors import InputError
 
 _UNCHECKED: ContextVar[bool] = ContextVar("unchecked", default=False)
-_SLACK = 1e-3  # of the range: resizing in floating point leaves it by so much at most
+_SLACK = 1e-3  # share of the range by which resizing in floating point may leave it
 
 
 def image_range(module: nn.Module) -> tuple[float, float] | None:
-    """The smallest and largest value that a network's images may have; None where it does not say."""
+    """The smallest and largest value that a network's images may have; None if it does not declare any."""
     found = getattr(module, "image_range", None)
     if isinstance(found, tuple):
         return found
     if isinstance(module, nn.Sequential) and len(module):
         return image_range(module[0])
-    for wrapped in ("_orig_mod", "module"):  # of torch.compile and of DataParallel
+    for wrapped in ("_orig_mod", "module"):  # torch.compile and DataParallel
         inner = module._modules.get(wrapped) if isinstance(module, nn.Module) else None
         if inner is not None and (wrapped != "module" or len(module._modules) == 1):
             return image_range(inner)
@@ -32,15 +32,15 @@ def image_range(module: nn.Module) -> tuple[float, float] | None:
 
 
 def check_range(values: tuple[float, float], module: nn.Module, role: str, argument: str) -> None:
-    """Refuse images outside of the range that a network says.
+    """Refuse images outside of the range that a network declares.
 
     Args:
-        values: The smallest and the largest value that came.
+        values: The smallest and the largest value of the images.
         module: The network.
-        role: What messages call it.
+        role: What messages call the network.
         argument: What messages call the images.
     Raises:
-        InputError: the message says how images come into the range.
+        InputError: the message says how to bring images into the range.
     """
     taken = image_range(module)
     if taken is None or len(values) != 2:
@@ -58,7 +58,7 @@ def check_range(values: tuple[float, float], module: nn.Module, role: str, argum
 
 @contextmanager
 def values_unchecked() -> Iterator[None]:
-    """Within the block, in this thread, networks are run on noise, which has any values."""
+    """Turn off `check_values` within the block, in this thread: for running networks on noise."""
     token = _UNCHECKED.set(True)
     try:
         yield
@@ -67,17 +67,17 @@ def values_unchecked() -> Iterator[None]:
 
 
 def check_values(images: Tensor, module: nn.Module, role: str) -> None:
-    """Refuse a batch outside of the range that a network says, where reading the values costs next to nothing.
+    """Refuse a batch outside of the range that a network declares, if its values can be read cheaply.
 
-    Not looked at are images on other devices than the CPU, which a call would have to wait for, and calls that are
-    being compiled, exported, traced or recorded, in which values must not be read.
+    Images on other devices than the CPU are not checked, as the call would have to wait for them; nor are calls that
+    are being compiled, exported, traced or recorded, in which values must not be read.
 
     Raises:
         InputError: as `check_range`.
     """
     if image_range(module) is None or images.device.type != "cpu" or not images.numel():
         return
-    if not images.is_floating_point():  # of a type that is refused by itself
+    if not images.is_floating_point():  # the network refuses such types itself
         return
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() or type(images) not in (Tensor, nn.Parameter):
         return

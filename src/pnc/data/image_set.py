@@ -1,4 +1,4 @@
-"""Labelled images of one size, and choices of them."""
+"""Labelled images of one size, and how to select from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +19,15 @@ class ImageSet:
 
     Attributes:
         images: (N, C, H, W), uint8 in [0, 255] or floating point in [0, 1].
-        labels: (N,), int64, each a place in `classes`.
+        labels: (N,), int64, each an index into `classes`.
         classes: Class names, all different; a class may have no image.
 
     Raises:
         InputError: a shape, dtype or value is not as above.
-        ClassNameError: a class name is empty or comes twice.
+        ClassNameError: a class name is empty or appears twice.
+
+    >>> ImageSet(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 1]), ("cat", "dog"))
+    ImageSet(3 images 1x8x8, 2 classes: cat, dog)
     """
 
     images: Tensor
@@ -38,7 +41,7 @@ class ImageSet:
             low, high = self.images.min().item(), self.images.max().item()
             raise InputError(
                 f"images: floating-point pixels must lie in [0, 1], these lie in [{low:.3g}, {high:.3g}]; "
-                "pass them before any normalisation (networks hold their own)"
+                "pass them before any normalisation (networks do their own)"
             )
         check_labels(self.labels, len(self.images), len(self.classes))
 
@@ -61,7 +64,7 @@ class ImageSet:
 
 
 def images_as_float(images: Tensor) -> Tensor:
-    """Return images as float32 in [0, 1]: uint8 divided by 255, floating point converted."""
+    """Return images as float32: uint8 is divided by 255, floating point is converted."""
     if images.dtype == torch.uint8:
         return images.float().div_(255)
     return images.float()
@@ -73,9 +76,9 @@ def select(data: ImageSet, indices: Tensor) -> ImageSet:
 
 
 def relabel(data: ImageSet, classes: Sequence[str]) -> ImageSet:
-    """Return the same images with labels that are places in `classes`, matched by name.
+    """Return the same images with labels that are indices into `classes`, matched by name.
 
-    `classes` may reorder the names or add others, but must hold every class that has images.
+    `classes` may reorder the names or add others, but must contain every class that has images.
 
     Raises:
         ClassNameError: a class that has images is missing from `classes`.
@@ -85,14 +88,14 @@ def relabel(data: ImageSet, classes: Sequence[str]) -> ImageSet:
     missing = [name for name, count in data.counts().items() if count and name not in place]
     if missing:
         raise ClassNameError(
-            f"classes: {listed(missing)} missing, which the data has images of; add it or use class_subset"
+            f"classes: {listed(missing)} missing, but the data has images of it; add it or use class_subset"
         )
     new_ids = torch.tensor([place.get(name, -1) for name in data.classes])
     return ImageSet(data.images, new_ids[data.labels], classes)
 
 
 def class_subset(data: ImageSet, classes: Sequence[str]) -> ImageSet:
-    """Return the images of some classes, in their order in `data`, labelled by their place in `classes`.
+    """Return the images of some classes, in their order in `data`, labelled by their index in `classes`.
 
     Raises:
         ClassNameError: a name is unknown or given twice.
@@ -115,10 +118,10 @@ def sample_per_class(
     """Return `n_samples` images of every class (None: all), grouped by class in the order of `data.classes`.
 
     Args:
-        data: Where to take them from.
+        data: The images to choose from.
         n_samples: Images per class, at least 1.
-        pick: The first or last of each class, or a draw without replacement.
-        generator: Randomness of the draw; needed for "random" unless all are taken.
+        pick: The first or last images of each class, or a draw without replacement.
+        generator: Random generator of the draw; needed for "random" unless all images are taken.
 
     Raises:
         InputError: a class has fewer images than that; the message says how many it has.
@@ -152,12 +155,12 @@ def draw_images(
     n_base: int | None,
     generator: torch.Generator,
 ) -> ImageSet:
-    """Draw a support: `n_new` images per new class and `n_base` per base class, without replacement, as they are.
+    """Draw `n_new` images per new class and `n_base` per base class without replacement, in their own dtype.
 
-    None takes all images of a class; an `n_base` of 0 none, and then the data need not know the base classes. The
-    samples are grouped by class, base classes first, and `classes` is base_classes + new_classes in any case. With
-    equally seeded generators the new classes' samples do not depend on `n_base`, and fewer of a class are the first
-    ones of more.
+    None takes all images of a class. An `n_base` of 0 takes none; the data then need not have the base classes. The
+    images are grouped by class, base classes first, and `classes` is always base_classes + new_classes. With equally
+    seeded generators, the images of the new classes do not depend on `n_base`, and a smaller draw of a class is the
+    beginning of a larger one.
 
     Raises:
         ClassNameError: a class is unknown, given twice, or both new and base.
@@ -175,7 +178,7 @@ def draw_images(
 
 
 def check_labels(labels: Tensor, n_images: int, n_classes: int) -> None:
-    """Raise an `InputError` unless labels are ids of so many classes, one for each image."""
+    """Raise an `InputError` unless `labels` has one id below `n_classes` for each image."""
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (n_images,):
         came = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise InputError(f"labels: expected one int64 id per image, shape ({n_images},), got {came}")

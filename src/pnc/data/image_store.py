@@ -1,4 +1,4 @@
-"""Images of a support, kept as they came: in memory as far as a bound allows, in a temporary file beyond it."""
+"""Images of a support, kept in their own dtype: in memory up to a limit, in a temporary file beyond it."""
 
 import math
 import tempfile
@@ -13,17 +13,17 @@ from torch import Tensor
 from pnc.foundation.errors import InputError
 
 BLOCK_BYTES = 2**24
-"""Images that come one by one are put together to blocks of about this size."""
+"""Single images are combined into blocks of about this size."""
 GIB = 2**30
 MAX_IMAGE = 1 << 24
-"""Values that one image may have where a file says its size: 3x2048x2048 and more."""
+"""Maximum number of values in an image whose shape comes from a file: more than 3x2048x2048."""
 MEMORY = GIB
-"""What a job may keep of a support where nothing else is said, in bytes; see `pnc.clone`."""
+"""Default limit, in bytes, on the memory that a job uses for copies of a support's images; see `pnc.clone`."""
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Images that lie together: `tensor`, or from byte `offset` of the file on."""
+    """Consecutive images: in `tensor`, or in the file from byte `offset` on."""
 
     start: int
     size: int
@@ -33,13 +33,13 @@ class _Block:
 
 
 class ImageStore:
-    """Images of one shape, read by number; what does not fit into memory goes to a temporary file.
+    """Images of one shape, read by number; images that do not fit into memory go to a temporary file.
 
-    uint8 stays uint8 until it is read, other images are kept as float32 (half precision as it is). The file has no name
-    where the system allows that, is read without being mapped into memory, and goes with the store.
+    uint8 and half-precision images are kept in their dtype, all others as float32. The file has no name if the system
+    allows that, is not mapped into memory, and is removed with the store.
 
     Args:
-        memory: Bytes that the images which are copied into the store may take in memory.
+        memory: Maximum size, in bytes, of the images copied into memory.
         argument: What messages call the images.
     """
 
@@ -57,27 +57,27 @@ class ImageStore:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one image, (C, H, W)."""
+        """Shape of one image, (C, H, W)."""
         assert self._shape is not None, "an empty store has no shape"
         return self._shape
 
     @property
     def value_range(self) -> tuple[float, float]:
-        """The smallest and the largest value of the images that came in floating point; (0, 1) where none did."""
+        """The smallest and the largest value of all floating-point images; (0, 1) if there are none."""
         return (0.0, 1.0) if self._low > self._high else (self._low, self._high)
 
     def keep(self, images: Tensor) -> None:
-        """Add images (B, C, H, W) that lie in memory anyway: uint8 and float32 are not copied.
+        """Add images (B, C, H, W) that are in memory anyway: uint8 and float32 are not copied.
 
         Raises:
-            InputError: they are no images, not finite, or of another shape than those before.
+            InputError: they are not images, not finite, or of another shape than earlier ones.
         """
         images = self._checked(images)
         self._flush()
         self._append(images)
 
     def add(self, images: Tensor) -> None:
-        """Add images (B, C, H, W) that come in passing.
+        """Add a copy of images (B, C, H, W).
 
         Raises:
             InputError: as `keep`.
@@ -91,7 +91,7 @@ class ImageStore:
             self._flush()
 
     def read(self, rows: Tensor) -> Tensor:
-        """The images of these numbers, (B, C, H, W), float32 in [0, 1] where they came as uint8."""
+        """The images of these numbers, (B, C, H, W), float32; uint8 images are divided by 255."""
         self._flush()
         out = torch.empty(len(rows), *self.shape)
         of_block = torch.searchsorted(torch.tensor([block.start for block in self._blocks]), rows, right=True) - 1
@@ -102,7 +102,7 @@ class ImageStore:
         return out
 
     def close(self) -> None:
-        """Remove the temporary file, if there is one; its images are gone then."""
+        """Remove the temporary file, if there is one, with its images."""
         if self._file is not None:
             self._file.close()
 
@@ -123,7 +123,7 @@ class ImageStore:
         return images.detach().cpu() if images.dtype in small else images.detach().cpu().float()
 
     def _flush(self) -> None:
-        """Make a block of what is pending, in memory or, with all earlier copies, in the file."""
+        """Make one block of the pending images: in memory, or in the file if the limit is reached."""
         if not self._pending:
             return
         images = torch.cat(self._pending)
@@ -141,7 +141,7 @@ class ImageStore:
         return images
 
     def _write(self, images: Tensor) -> int:
-        """Write images to the end of the file; where they begin."""
+        """Append images to the file, and return the offset of the first one."""
         if self._file is None:
             self._file = tempfile.TemporaryFile(prefix="pnc-", buffering=0)  # noqa: SIM115 - closed with the store
             weakref.finalize(self, self._file.close)
@@ -171,9 +171,9 @@ def check_images(images: Tensor, argument: str, first: int = 0) -> None:
     Args:
         images: Anything.
         argument: What messages call it.
-        first: Number of its first image, for messages.
+        first: Number of the first image, for messages.
     Raises:
-        InputError: it is not.
+        InputError: it is not such a tensor.
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or 0 in images.shape:
         came = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -189,12 +189,12 @@ def check_images(images: Tensor, argument: str, first: int = 0) -> None:
 
 
 class Images:
-    """A choice of the images of a store, some of them mirrored; every image is made when it is asked for.
+    """A selection of a store's images, some of them mirrored; images are read on demand.
 
     Args:
-        store: Where they are.
+        store: The store.
         rows: Numbers in the store, (N,).
-        mirrored: Which ones are shown in a mirror, (N,) bool.
+        mirrored: Which images are mirrored, (N,) bool.
     """
 
     def __init__(self, store: ImageStore, rows: Tensor, mirrored: Tensor) -> None:
@@ -204,7 +204,7 @@ class Images:
         return len(self._rows)
 
     def __getitem__(self, rows: Tensor | slice) -> Tensor:
-        """The images at some places, by number, bool mask or slice, (B, C, H, W), float32."""
+        """Some of the images, by number, bool mask or slice, (B, C, H, W), float32."""
         images, mirrored = self._store.read(self._rows[rows]), self._mirrored[rows]
         if mirrored.any():
             images[mirrored] = images[mirrored].flip(3)
@@ -212,22 +212,22 @@ class Images:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one image, (C, H, W)."""
+        """Shape of one image, (C, H, W)."""
         return self._store.shape
 
     @property
     def n_bytes(self) -> int:
-        """What one of them takes, as it is read."""
+        """Size of one image, as float32, in bytes."""
         channels, height, width = self.shape
         return 4 * channels * height * width
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """All of them in order, at most `size` at a time."""
+        """All images in order, at most `size` at a time."""
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
     def select(self, rows: Tensor) -> "Images":
-        """The choice of some of them, by number or bool mask."""
+        """A selection of these images, by number or bool mask."""
         return Images(self._store, self._rows[rows], self._mirrored[rows])
 
     def close(self) -> None:
@@ -240,7 +240,7 @@ def _n_bytes(images: Tensor) -> int:
 
 
 def _as_bytes(images: Tensor) -> Any:
-    """The memory of a tensor, as an array of bytes."""
+    """The memory of a tensor as an array of bytes."""
     return images.contiguous().view(torch.uint8).numpy()
 
 
@@ -249,14 +249,14 @@ def _read_into(file: IO[bytes], into: memoryview) -> None:
     while done < len(into):
         got = file.readinto(into[done:])  # type: ignore[attr-defined]
         if not got:
-            raise InputError("support: the temporary file with its images is cut short; is the disk full?")
+            raise InputError("support: the temporary file with its images is truncated; is the disk full?")
         done += got
 
 
 def to_device(images: Tensor, device: torch.device) -> Tensor:
-    """Images (B, C, H, W) where a network takes them, in channels_last, in which narrow networks run a quarter faster.
+    """Move images (B, C, H, W) to a device, in channels_last: narrow networks run a quarter faster on it.
 
-    On their way to a GPU they are pinned, so that nothing waits for the copy.
+    For a GPU they are pinned first, so that the copy is asynchronous.
     """
     images = images.contiguous(memory_format=torch.channels_last)
     return images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else images.to(device)

@@ -1,4 +1,4 @@
-"""Tables of images, as parquet files hold them: whose columns they are, shard by shard, and what their cells hold."""
+"""Tables of images, as in parquet files: their shards, their image and label columns, and the content of cells."""
 
 import json
 import os
@@ -26,9 +26,9 @@ class Columns:
 
     Attributes:
         images: Bytes of the image files.
-        labels: What the label column holds.
-        names: Class names that ids are places in; None where the table names none.
-        rows: What to call each row in a message.
+        labels: Values of the label column.
+        names: Class names that label ids index; None if the table has none.
+        rows: What messages call each row.
     """
 
     images: list[bytes]
@@ -39,10 +39,10 @@ class Columns:
 
 # --------------------------------------------------------------------------------------------------- which files
 def split_files(body: str, split: Split, options: Mapping[str, str]) -> tuple[list[Path], list[str]]:
-    """The parquet files of a split, and the names of files that look like it and are not read.
+    """The parquet files of a split, and the names of similar files that are not read.
 
     Raises:
-        InputError: there are none, a shard of "-of-N" is missing, or several series of shards are there.
+        InputError: there are none, a shard of "-of-N" is missing, or there are several series of shards.
     """
     path = checked_path(body, "spec")
     if not path.exists():
@@ -50,31 +50,29 @@ def split_files(body: str, split: Split, options: Mapping[str, str]) -> tuple[li
     if not path.is_dir():
         return [path], []
     try:
-        there = sorted(entry for entry in path.iterdir() if entry.suffix.lower() == ".parquet")
+        candidates = sorted(entry for entry in path.iterdir() if entry.suffix.lower() == ".parquet")
     except OSError as error:
         raise InputError(f"spec: {path_text(path)} cannot be read: {error.strerror or error}") from error
     for word in words_of(split, options):
-        whole = [file for file in there if file.stem.casefold() == word.casefold()]
-        shards = [file for file in there if file.name.casefold().startswith(f"{word}-".casefold())]
+        whole = [file for file in candidates if file.stem.casefold() == word.casefold()]
+        shards = [file for file in candidates if file.name.casefold().startswith(f"{word}-".casefold())]
         numbered = [file for file in shards if _SHARD.fullmatch(file.name[len(word) :])]
         found = [whole, numbered, [] if numbered else shards]
         kinds = [files for files in found if files]
         if len(kinds) > 1 or len(whole) > 1:
             some = listed([file.name for files in kinds for file in files], 4)
-            raise InputError(
-                f"spec: {path_text(path)} has {some}; which of them are meant? say {split}=NAME, or move one"
-            )
+            raise InputError(f"spec: {path_text(path)} has {some}; choose with {split}=NAME, or move one")
         if kinds:
             _check_complete(numbered, word)
             return kinds[0], [file.name for file in shards if numbered and file not in numbered]
-    names = listed([file.name for file in there])
+    names = listed([file.name for file in candidates])
     raise InputError(
-        f"spec: no {split}.parquet in {path_text(path)}, which has {names}; say {split}=NAME for NAME.parquet"
+        f"spec: no {split}.parquet in {path_text(path)}, which has {names}; give {split}=NAME for NAME.parquet"
     )
 
 
 def _check_complete(shards: Sequence[Path], word: str) -> None:
-    """Refuse shards of which one is missing, twice there, or of another series."""
+    """Refuse shards if one is missing, duplicated, or from another series."""
     found = [match.groups() for shard in shards if (match := _SHARD.fullmatch(shard.name[len(word) :]))]
     totals = sorted({int(total) for _, total in found})
     if len(totals) > 1:
@@ -84,29 +82,29 @@ def _check_complete(shards: Sequence[Path], word: str) -> None:
     numbers = sorted(int(number) for number, _ in found)
     missing = sorted(set(range(min(totals[0], 100_000))) - set(numbers))
     if missing or len(numbers) != totals[0]:
-        what = f"number {missing[0]} is missing" if missing else "a number is there twice, or too high"
+        what = f"number {missing[0]} is missing" if missing else "a number appears twice, or is too high"
         raise InputError(
-            f"spec: {len(numbers)} shards of {word} are there, their names say {totals[0]}: {what}; get the whole set"
+            f"spec: there are {len(numbers)} shards of {word}, their names say {totals[0]}: {what}; get the whole set"
         )
 
 
 # --------------------------------------------------------------------------------------------------- one file
 def read_parquet(path: Path, options: Mapping[str, str], base: Path | None, of: str = "") -> Columns:
-    """Read the image and the label column of a parquet file, whoever wrote it.
+    """Read the image and the label column of a parquet file from any program.
 
-    Columns are found by the types that `datasets` wrote into the file or, where it did not, by those of parquet:
-    images are structs with a field "bytes" or columns of bytes.
+    Columns are found by the types that `datasets` wrote into the file or, without these, by those of parquet: images
+    are structs with a field "bytes", or columns of bytes.
 
     Args:
         path: The file.
         options: "image" and "label" name the columns.
-        base: The folder that cells may name files in; None refuses cells that hold a path alone.
-        of: What messages put behind the number of a row.
+        base: The folder in which cells may name files; None refuses cells with only a path.
+        of: What messages add to the number of a row.
     Raises:
-        InputError: it cannot be read, the columns are in doubt, or class names come twice.
+        InputError: the file cannot be read, the columns are ambiguous, or a class name appears twice.
     """
     if not path.is_file():
-        raise InputError(f"spec: {path_text(path)} is no regular file")
+        raise InputError(f"spec: {path_text(path)} is not a regular file")
     parquet, pyarrow = required("pyarrow.parquet", "data"), required("pyarrow", "data")
     try:
         with parquet.ParquetFile(path) as file:
@@ -125,7 +123,7 @@ def read_parquet(path: Path, options: Mapping[str, str], base: Path | None, of: 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a column may be: images (for sure, or because of its type), class ids (then `names` are theirs)."""
+    """What a column may contain: images (declared, or possible by its type), or class ids (with their `names`)."""
 
     is_image: bool = False
     may_be_image: bool = False
@@ -148,69 +146,70 @@ def _kinds(schema: Any, path: Path) -> dict[str, Kind]:
     found = {}
     for column in schema:
         feature = features.get(column.name)
-        said = feature if isinstance(feature, dict) else {}
-        names = said.get("names") if said.get("_type") == "ClassLabel" else None
+        declared = feature if isinstance(feature, dict) else {}
+        names = declared.get("names") if declared.get("_type") == "ClassLabel" else None
         found[column.name] = Kind(
-            said.get("_type") == "Image", may_be_image(column.type), None if names is None else _names(names, path)
+            declared.get("_type") == "Image", may_be_image(column.type), None if names is None else _names(names, path)
         )
     return found
 
 
 def _features(schema: Any, path: Path) -> Mapping[str, Any]:
-    """The types that `datasets` wrote into a file, {} where it did not."""
+    """The types that `datasets` wrote into a file; {} if there are none."""
     text = (schema.metadata or {}).get(b"huggingface")
     if text is None:
         return {}
     try:
         features = json.loads(text)["info"]["features"]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise InputError(f"spec: {path_text(path)} says of its columns what is no JSON of `datasets`") from error
+        raise InputError(f"spec: {path_text(path)} has column types that are not the JSON of `datasets`") from error
     return features if isinstance(features, dict) else {}
 
 
 def _names(names: Any, path: Path) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise InputError(f"spec: the class names of {path_text(path)} are no texts")
+        raise InputError(f"spec: the class names of {path_text(path)} are not text")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(
-            f"spec: {path_text(path)} has several classes named {listed(twice, 3)}; write it anew with a name for each"
+            f"spec: {path_text(path)} has several classes named {listed(twice, 3)}; give each class its own name"
         )
     return tuple(names)
 
 
 def column_of(role: str, kinds: Mapping[str, Kind], options: Mapping[str, str]) -> str:
-    """Return the column asked for; else the one named `role` or "fine_`role`"; else the only one whose type fits."""
-    there = list(kinds)
+    """Return the column given in `options`; else the one named `role` or "fine_`role`"; else the only one that fits."""
+    columns = list(kinds)
     found = [name for name, kind in kinds.items() if (kind.is_image if role == "image" else kind.names is not None)]
-    possible = [name for name in there if kinds[name].may_be_image]
+    possible = [name for name in columns if kinds[name].may_be_image]
     if role in options:
-        if options[role] not in there:
-            raise InputError(f"spec: {unknown_name(options[role], there, 'column')}")
+        if options[role] not in columns:
+            raise InputError(f"spec: {unknown_name(options[role], columns, 'column')}")
         if role == "image" and options[role] not in {*found, *possible}:
             some = listed(found or possible)
-            raise InputError(f"spec: the column {options[role]} holds no images; those that do are {some}")
+            raise InputError(f"spec: the column {options[role]} has no images; the columns with images are {some}")
         return options[role]
     if role == "image" and not found:
         found = possible
     for name in (role, f"fine_{role}"):
-        if name in found or (name == role == "label" and name in there):
+        if name in found or (name == role == "label" and name in columns):
             return name
     if len(found) != 1:
-        raise InputError(f"spec: the {role} could be {listed(found)} of the columns {listed(there)}; say {role}=COLUMN")
+        some, every = listed(found), listed(columns)
+        raise InputError(f"spec: the {role} could be {some} of the columns {every}; choose with {role}=COLUMN")
     return found[0]
 
 
 # --------------------------------------------------------------------------------------------------- cells and labels
 def encoded_image(cell: Any, row: str, base: Path | None) -> bytes:
-    """The bytes of an image file, from a cell: bytes, or an object with bytes or, where that is allowed, a path.
+    """The bytes of an image file in a cell: bytes, or an object with bytes or, if allowed, a path.
 
     Args:
-        cell: What the column holds; None gives no bytes.
+        cell: The cell's content; None gives no bytes.
         row: What messages call it.
-        base: The folder that a path must lie in; None allows no path.
+        base: The folder that must contain the path; None allows no paths.
     Raises:
-        InputError: a path that is not allowed, leads out of the folder, or to no regular file.
+        InputError: a path is not allowed, is outside of the folder, or is not a regular file.
     """
     if cell is None or isinstance(cell, bytes):
         return cell or b""
@@ -220,8 +219,8 @@ def encoded_image(cell: Any, row: str, base: Path | None) -> bytes:
         return content or b""
     if base is None:
         raise InputError(
-            f"spec: {row} is a path alone ({path_text(path)}), and a file from elsewhere could name any file of this "
-            "machine; say ?paths=yes to read paths within the data's own folder, or write the images into the file"
+            f"spec: {row} is only a path ({path_text(path)}), and a file from elsewhere could name any file of this "
+            "machine; use ?paths=yes to read paths within the data's own folder, or write the images into the file"
         )
     root = os.path.realpath(base)
     place = os.path.realpath(checked_path(Path(root, path), "spec"))
@@ -231,10 +230,10 @@ def encoded_image(cell: Any, row: str, base: Path | None) -> bytes:
 
 
 def joined_labels(tables: Sequence[Columns]) -> tuple[Tensor, tuple[str, ...]]:
-    """The labels of tables, and the class names that they are places in; ids of each table mean its own names.
+    """The labels of several tables, and the class names that they index; ids of each table mean its own names.
 
     Raises:
-        InputError: a label is missing or neither id nor text, or only some of the tables have class names.
+        InputError: a label is missing, or is neither an id nor text, or only some of the tables have class names.
     """
     if all(table.names is None for table in tables):
         return _label_ids([value for table in tables for value in table.labels])
@@ -261,7 +260,7 @@ def joined_labels(tables: Sequence[Columns]) -> tuple[Tensor, tuple[str, ...]]:
 def _label_ids(values: Sequence[Any]) -> tuple[Tensor, tuple[str, ...]]:
     if not (all(isinstance(value, str) for value in values) or all(type(value) is int for value in values)):
         raise InputError(
-            "spec: the labels must be ClassLabel, whole numbers or text; say label=COLUMN for another column"
+            "spec: the labels must be ClassLabel, whole numbers or text; give label=COLUMN for another column"
         )
     kinds = sorted(set(values))
     place = {kind: index for index, kind in enumerate(kinds)}

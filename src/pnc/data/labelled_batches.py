@@ -1,4 +1,4 @@
-"""Images with labels out of pairs, datasets and loaders of any making: batch by batch, and the names of their ids."""
+"""Labelled images read batch by batch from pairs, dictionaries, datasets and loaders, and the names of their ids."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,14 +13,14 @@ from pnc.foundation.errors import InputError
 
 IMAGE_KEYS = ("image", "images", "img", "pixel_values")
 LABEL_KEYS = ("label", "labels", "fine_label")
-_OF_PAIRS = "of a list of pairs make (torch.stack([image for image, _ in pairs]), [label for _, label in pairs])"
+_FROM_PAIRS = "turn a list of pairs into (torch.stack([image for image, _ in pairs]), [label for _, label in pairs])"
 
 
 def batches(data: Any) -> Iterator[tuple[Tensor, list[Any]]]:
-    """Images (B, C, H, W) and their labels, of a pair, a dictionary, a dataset or a loader.
+    """Images (B, C, H, W) and their labels, from a pair, a dictionary, a dataset or a loader.
 
     Raises:
-        InputError: it is something else, or holds what is no image or no label.
+        InputError: `data` is something else, or contains something other than images and labels.
     """
     if isinstance(data, DataLoader):
         for images, labels in map(_pair, data):
@@ -35,7 +35,7 @@ def batches(data: Any) -> Iterator[tuple[Tensor, list[Any]]]:
         kind = f"{type(data).__module__.partition('.')[0]}.{type(data).__name__}".removeprefix("builtins.")
         hint = ""
         if isinstance(data, tuple | list) and data and _is_sample(data[0]):
-            hint = f"; {_OF_PAIRS}"
+            hint = f"; {_FROM_PAIRS}"
         elif hasattr(data, "with_format"):
             hint = "; pass torch.utils.data.DataLoader(data.with_format('torch'), batch_size=64)"
         raise InputError(
@@ -45,7 +45,7 @@ def batches(data: Any) -> Iterator[tuple[Tensor, list[Any]]]:
 
 
 def _is_sample(item: Any) -> bool:
-    """Whether something is a pair (image, label) itself, so that what holds it is a list of samples."""
+    """Whether an item is a pair (image, label), so that the list that contains it is a list of samples."""
     if not isinstance(item, tuple | list) or len(item) != 2:
         return False
     label = item[1]
@@ -65,8 +65,9 @@ def _pair(item: Any) -> tuple[Any, Any]:
         found = [[key for key in keys if key in item] for keys in (IMAGE_KEYS, LABEL_KEYS)]
         if any(len(keys) != 1 for keys in found):
             raise InputError(
-                f"support: of a dictionary one of the keys {', '.join(IMAGE_KEYS)} and one of {', '.join(LABEL_KEYS)} "
-                f"is read, got {listed([str(key) for key in item], 6)}; give pairs (item[KEY], item[KEY])"
+                f"support: a dictionary must have one of the keys {', '.join(IMAGE_KEYS)} and one of the keys "
+                f"{', '.join(LABEL_KEYS)}, got {listed([str(key) for key in item], 6)}; give pairs "
+                "(item[KEY], item[KEY])"
             )
         return item[found[0][0]], item[found[1][0]]
     if not isinstance(item, tuple | list) or len(item) != 2:
@@ -75,7 +76,7 @@ def _pair(item: Any) -> tuple[Any, Any]:
 
 
 def _image_batch(images: Any) -> Tensor:
-    """Images as one tensor, of one tensor or of a list of them."""
+    """One tensor of images, from a tensor or a list of tensors."""
     if isinstance(images, tuple | list) and images and all(isinstance(image, Tensor) for image in images):
         shapes = sorted({str(tuple(image.shape)) for image in images})
         if len(shapes) > 1:
@@ -91,32 +92,32 @@ def _image_tensor(image: Any) -> Tensor:
         return image.detach().cpu()
     kind = type(image).__name__
     if _is_sample(image):
-        way_out = _OF_PAIRS
+        way_out = _FROM_PAIRS
     elif hasattr(image, "getpixel"):
         way_out = (
             "add transform=torchvision.transforms.ToTensor(), or torchvision.transforms.functional.to_tensor(image)"
         )
-        kind = "an image of Pillow"
+        kind = "a Pillow image"
     elif isinstance(image, np.ndarray):
-        way_out = "torch.from_numpy(images), and .permute(0, 3, 1, 2) where the channels come last"
+        way_out = "use torch.from_numpy(images), and .permute(0, 3, 1, 2) if the channels come last"
     else:
-        way_out = "add a transform that makes one"
+        way_out = "add a transform that returns one"
     raise InputError(f"support: images must be tensors, got {kind}; {way_out}")
 
 
 def _label_list(labels: Any) -> list[Any]:
     if isinstance(labels, str | Mapping) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0:
         raise InputError(
-            f"support: expected a sequence of labels beside the images, one for each; got {type(labels).__name__}"
+            f"support: expected a sequence of labels with the images, one for each; got {type(labels).__name__}"
         )
     return list(labels)
 
 
 def label_column(labels: list[Any]) -> tuple[Tensor | list[str], int | None]:
-    """Labels as ids, (N,), or as names; and the number of columns where they came as rows with a single one.
+    """Labels as ids, (N,), or as names; and the number of columns if they were one-hot rows.
 
     Raises:
-        InputError: they are neither.
+        InputError: they are none of these.
     """
     values = [label.item() if isinstance(label, Tensor | np.generic) and label.ndim == 0 else label for label in labels]
     if values and all(isinstance(value, Tensor | np.ndarray) and value.ndim == 1 for value in values):
@@ -125,7 +126,7 @@ def label_column(labels: list[Any]) -> tuple[Tensor | list[str], int | None]:
     ids = [value for value in values if isinstance(value, int)]
     if len(ids) == len(values):
         if any(not -(2**63) <= value < 2**63 for value in ids):
-            raise InputError("support: labels must be ids of 63 bits")
+            raise InputError("support: label ids must fit in int64")
         return torch.tensor(ids, dtype=torch.int64), None
     if len(names) == len(values):
         return names, None
@@ -136,7 +137,7 @@ def label_column(labels: list[Any]) -> tuple[Tensor | list[str], int | None]:
 
 
 def _from_rows(rows: Sequence[Any]) -> tuple[Tensor, int]:
-    """The ids of labels that are rows of zeros with a single one."""
+    """The ids of labels that are one-hot rows."""
     sizes = {len(row) for row in rows}
     if len(sizes) == 1 and (n_columns := sizes.pop()) > 1:
         matrix = torch.stack([torch.as_tensor(row) for row in rows])
@@ -144,18 +145,18 @@ def _from_rows(rows: Sequence[Any]) -> tuple[Tensor, int]:
             return matrix.long().argmax(1), n_columns
     raise InputError(
         "support: labels that are rows must be zeros with a single one; give one id for each image, such as "
-        "labels.argmax(1), or labels.flatten() for a single column"
+        "labels.argmax(1), or labels.flatten() if there is one column"
     )
 
 
 def own_names(data: Any) -> tuple[str, ...] | None:
-    """The names that ids of a dataset mean, of one at the bottom of a loader, of subsets or of joined datasets.
+    """The class names that a dataset knows for its ids, also through loaders, subsets and concatenated datasets.
 
-    They are its `classes`, or those of the label among its `features`, as data sets of `datasets` have them. What is no
-    collection, such as a number of classes, is passed over.
+    They are its `classes`, or those of the label in its `features`, as in data sets of `datasets`. A `classes` that is
+    not a collection, such as a number of classes, is ignored.
 
     Raises:
-        InputError: joined datasets have different ones, or `classes` holds something else than names.
+        InputError: concatenated datasets have different names, or `classes` contains something other than names.
     """
     while isinstance(data, DataLoader | Subset):
         data = data.dataset
@@ -164,7 +165,7 @@ def own_names(data: Any) -> tuple[str, ...] | None:
         if len(found) > 1:
             raise InputError(
                 "support: the joined datasets do not have the same classes, so an id means different ones; "
-                "let them give class names as labels"
+                "make them return class names as labels"
             )
         return found.pop() if found else None
     classes = getattr(data, "classes", None)
@@ -178,7 +179,7 @@ def own_names(data: Any) -> tuple[str, ...] | None:
     if not values or not (isinstance(classes, Mapping) or all(isinstance(value, str) for value in values)):
         came = type(values[0]).__name__ if values else "nothing"
         raise InputError(
-            f"support: the attribute `classes` of {type(data).__name__} says what ids mean, and holds {came}, not "
-            "names; set it to a list of names, or let the dataset give class names as labels"
+            f"support: the attribute `classes` of {type(data).__name__} must name the ids, but contains {came}, not "
+            "names; set it to a list of names, or make the dataset return class names as labels"
         )
     return check_class_names(classes, f"support: the attribute `classes` of {type(data).__name__}")

@@ -1,4 +1,4 @@
-"""Normalization of images: the mean and the standard deviation that a network's own loader takes off."""
+"""Normalization of images by a network's loader, with a mean and a standard deviation."""
 
 import math
 from collections.abc import Sequence
@@ -39,10 +39,10 @@ class Normalization:
             object.__setattr__(self, name, values[0] if len(values) == 1 else values)
 
     def per_channel(self, n_channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each of so many channels.
+        """The means and the standard deviations of `n_channels` channels.
 
         Raises:
-            InputError: there are numbers for another number of channels.
+            InputError: there are values for another number of channels.
         """
         found = []
         for name, value in (("mean", self.mean), ("std", self.std)):
@@ -60,7 +60,7 @@ class Normalization:
         return (images - mean) / std
 
     def undo(self, images: Tensor) -> Tensor:
-        """Give back images in [0, 1] from normalized ones, (B, C, H, W), up to rounding."""
+        """Return normalized images (B, C, H, W) to [0, 1], up to rounding."""
         mean, std = self._columns(images)
         return images * std + mean
 

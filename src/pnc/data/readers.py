@@ -1,4 +1,4 @@
-"""Data specs: labelled images from digits, parquet files, image folders and the hub, by one line of text."""
+"""Data specs: labelled images from digits, parquet files, image folders or the hub, named by one line of text."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,35 +31,38 @@ __all__ = ["Split", "load_data", "load_images"]
 
 
 def load_data(spec: str, split: Split = "train") -> ImageSet:
-    """Read labelled images from a data spec; the order is the same each time.
+    """Read labelled images from a data spec, always in the same order.
 
     Specs:
-        - ``digits``: scikit-learn's 1,797 handwritten digits, (1, 8, 8) in [0, 1]. Of each class the images number
-          3, 7, 11, ... in scikit-learn's order are the test split (a quarter), the others the training split.
-        - ``parquet:PATH``: A folder with train.parquet and test.parquet (or shards train-*.parquet, all of them), or
-          one file, which is read whole whatever the split. Shards are matched by the class names that each has.
-        - ``folder:PATH``: PATH/train/CLASS/* and PATH/test/CLASS/*, or PATH/CLASS/*, which is read whole. Every format
-          that Pillow decodes is read, links to folders are followed; of what is not read a `PNCWarning` gives numbers.
-        - ``hf:NAME`` or ``hf:NAME@CONFIG``: a data set of the hub, or a local folder that `datasets` can load.
+        - ``digits``: scikit-learn's 1,797 handwritten digits, (1, 8, 8) in [0, 1]. Images 3, 7, 11, ... of each class,
+          in scikit-learn's order, are the test split (a quarter); the others are the training split.
+        - ``parquet:PATH``: A folder with train.parquet and test.parquet (or complete shards train-*.parquet), or one
+          file, which is read whole for either split. Shards are matched by their class names.
+        - ``folder:PATH``: PATH/train/CLASS/* and PATH/test/CLASS/*, or PATH/CLASS/*, which is read whole. All formats
+          that Pillow decodes are read, links to folders are followed; a `PNCWarning` counts the files not read.
+        - ``hf:NAME`` or ``hf:NAME@CONFIG``: A data set of the hub, or a local folder that `datasets` can load.
 
     Options, as in ``folder:photos?size=32&channels=3``:
-        - ``size``: Images are cropped at their centre to a square and resized to it.
-        - ``channels``: 1 or 3; without it what most images are, 3 where there are as many of both.
-        - ``train``, ``test``: How the data names this split. Without them the common words serve, in any case: "train",
+        - ``size``: Crop images at their centre to a square and resize them to this size.
+        - ``channels``: 1 or 3; by default that of most images, 3 in a tie.
+        - ``train``, ``test``: What the data calls this split. By default the common words, in any case: "train",
           "training"; "test", "testing", "validation", "valid", "val".
-        - ``image``, ``label`` (parquet, hf): The columns; without them they are found by their type.
-        - ``paths`` (parquet, hf): "yes" reads images that a cell names by path, within the data's own folder only.
+        - ``image``, ``label`` (parquet, hf): The columns; by default they are found by their type.
+        - ``paths`` (parquet, hf): "yes" reads images that a cell names by path, only within the data's own folder.
 
     Raises:
-        InputError: an unknown spec or option, a path, split, shard or column that is not there, a damaged image, images
-            of several sizes without ``size``, or a missing package (the message names the extra to install).
+        InputError: an unknown spec or option, a missing path, split, shard or column, a damaged image, images of
+            several sizes without ``size``, or a missing package (the message names the extra to install).
+
+    >>> load_data("digits", "test")
+    ImageSet(445 images 1x8x8, 10 classes: 0, 1, 2, 3, 4, 5, 6, 7, ... (10))
     """
     scheme, body, options = split_spec(spec, "spec")
     if not scheme:
         scheme, body = body, ""
     if scheme not in _READERS:
         usages = [reader.usage for reader in _READERS.values()]
-        raise InputError(f"spec: {spec!r} is of no known kind; expected one of {listed(usages)}")
+        raise InputError(f"spec: {spec!r} is of an unknown kind; expected one of {listed(usages)}")
     reader = _READERS[scheme]
     if bool(body) != (":" in reader.usage):
         raise InputError(f"spec: expected {reader.usage}, got {spec!r}")
@@ -87,7 +90,7 @@ def _read_folder(body: str, split: Split, options: Mapping[str, str]) -> ImageSe
     found = list_folder(body, split, options)
     encoded, names = [read_file(file) for _, file in found.files], [str(file) for _, file in found.files]
     images = _decoded(encoded, names, options)
-    _say_skipped(body, found.skipped)
+    _warn_of_skipped(body, found.skipped)
     return ImageSet(images, torch.tensor([class_id for class_id, _ in found.files]), found.classes)
 
 
@@ -95,10 +98,9 @@ def _read_parquet(body: str, split: Split, options: Mapping[str, str]) -> ImageS
     files, others = split_files(body, split, options)
     root = Path(body)
     base = (root if root.is_dir() else root.parent) if _paths_allowed(options) else None
-    one = len(files) == 1
-    tables = [read_parquet(file, options, base, "" if one else f" of {file.name}") for file in files]
+    tables = [read_parquet(file, options, base, "" if len(files) == 1 else f" of {file.name}") for file in files]
     found = _from_tables(tables, options)
-    _say_skipped(body, f"files beside the shards: {listed(others, 3)}" if others else "")
+    _warn_of_skipped(body, f"files beside the shards: {listed(others, 3)}" if others else "")
     return found
 
 
@@ -112,10 +114,10 @@ def _read_hub(body: str, split: Split, options: Mapping[str, str]) -> ImageSet:
     datasets = required("datasets", "data")
     name, _, config = body.partition("@")
     with _load_errors(body):
-        there = datasets.get_dataset_split_names(name, config or None)
-    wanted = find(split, options, there, f"hf:{body}")
+        splits = datasets.get_dataset_split_names(name, config or None)
+    wanted = find(split, options, splits, f"hf:{body}")
     if wanted is None:
-        raise InputError(f"spec: hf:{body} has no split {split}, it has {listed(there)}; say {split}=NAME")
+        raise InputError(f"spec: hf:{body} has no split {split}, it has {listed(splits)}; give {split}=NAME")
     with _load_errors(body):
         table = datasets.load_dataset(name, config or None, split=wanted)
     base = Path(name) if Path(name).is_dir() else Path(datasets.config.HF_CACHE_HOME)
@@ -151,9 +153,9 @@ def _load_errors(body: str) -> Iterator[None]:
         raise InputError(f"spec: hf:{body} cannot be loaded: {error}") from error
 
 
-def _say_skipped(body: str, skipped: str) -> None:
+def _warn_of_skipped(body: str, skipped: str) -> None:
     if skipped:
-        warnings.warn(f"data: of {body} not read: {skipped}", PNCWarning, stacklevel=5)
+        warnings.warn(f"data: not read in {body}: {skipped}", PNCWarning, stacklevel=5)
 
 
 def _decoded(encoded: Sequence[bytes], names: Sequence[str], options: Mapping[str, str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""How data calls its splits: the words for training and test, in any case, as folders and as names of files."""
+"""Names of splits in folders and file names: the common words for training and test, in any case."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -11,32 +11,32 @@ WORDS: Mapping[Split, Sequence[str]] = {
     "train": ("train", "training"),
     "test": ("test", "testing", "validation", "valid", "val"),
 }
-"""Of each split, best first."""
+"""The words for each split, the preferred one first."""
 
 
 def other(split: Split) -> Split:
-    """The split that is not this one."""
+    """The other of the two splits."""
     return "test" if split == "train" else "train"
 
 
 def words_of(split: Split, options: Mapping[str, str]) -> Sequence[str]:
-    """How a split may be called: as the option of its name says, else by the common words."""
+    """The possible names of a split: the one given in its option, else the common words."""
     return (options[split],) if split in options else WORDS[split]
 
 
-def find(split: Split, options: Mapping[str, str], there: Sequence[str], where: str) -> str | None:
-    """Return what a split is called among some names, in any case; None where none is it.
+def find(split: Split, options: Mapping[str, str], names: Sequence[str], where: str) -> str | None:
+    """Return the name in `names` that means a split, in any case; None if there is none.
 
     Raises:
-        InputError: several names differ by case alone.
+        InputError: several such names differ only in case.
     """
     for word in words_of(split, options):
-        if split in options and word in there:
+        if split in options and word in names:
             return word
-        found = [name for name in there if name.casefold() == word.casefold()]
+        found = [name for name in names if name.casefold() == word.casefold()]
         if len(found) > 1:
             raise InputError(
-                f"spec: {where} has {' and '.join(sorted(found))}; say which is meant as {split}=NAME, or rename one"
+                f"spec: {where} has {' and '.join(sorted(found))}; choose with {split}=NAME, or rename one"
             )
         if found:
             return found[0]

@@ -1,4 +1,4 @@
-"""The few labelled samples that a clone is made from, out of whatever holds them."""
+"""The few labelled samples that a clone is made from, read from any common container."""
 
 import hashlib
 import sys
@@ -23,8 +23,11 @@ class Support:
 
     Attributes:
         images: (N, C, H, W), float32, as the networks take them.
-        labels: (N,), int64, each a place in `names`.
+        labels: (N,), int64, each an index into `names`.
         names: Class names, all different; a class may have no sample.
+
+    >>> Support(torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 1]), ("cat", "dog"))
+    Support(3 images 1x8x8 of 2 classes, cat, dog)
     """
 
     images: Tensor
@@ -45,22 +48,22 @@ class Support:
 
 
 def as_support(data: Any, names: Sequence[str] | Mapping[Any, Any] | None = None) -> Support:
-    """Turn whatever holds labelled samples into a `Support`; the global random state stays as it was.
+    """Read labelled samples from any common container into a `Support`; the global random state does not change.
 
     Args:
-        data: A `Support`; an `ImageSet`; a pair (images, labels); a `Dataset` of such pairs, one sample each; or a
-            `DataLoader` of batches of them. In place of pairs, dictionaries serve that have one of the keys of
-            `IMAGE_KEYS` and one of `LABEL_KEYS`, as data sets of `datasets` give them. Images are tensors, (C, H, W)
-            each, uint8 (divided by 255) or floating point (taken as they are), in a batch or in a list. Labels are
-            class names, or ids, or ids as rows with a single one.
-        names: Class names. With ids it gives the name of each id, unless the data knows its names itself (a `Support`,
-            an `ImageSet`, a dataset with `classes`, or with `features` that name them). With class names as labels it
-            says which there are and in which order; without it they are those that occur, sorted.
+        data: A `Support`; an `ImageSet`; a pair (images, labels); a `Dataset` of single samples (image, label); or a
+            `DataLoader` of batches of them. Instead of a pair, a dictionary may be given that has one of the keys in
+            `IMAGE_KEYS` and one of those in `LABEL_KEYS`, as in data sets of `datasets`. Images are tensors (C, H, W),
+            uint8 (divided by 255) or floating point (used unchanged), in a batch or a list. Labels are class names,
+            ids, or one-hot rows.
+        names: Class names. If labels are ids, the name of each id, unless the data has names itself (a `Support`, an
+            `ImageSet`, a dataset with `classes` or with `features` that name them). If labels are class names, the
+            classes in order; by default all that occur, sorted.
 
     Raises:
-        InputError: no samples, samples of several shapes, NaN or infinite values, ids out of range or without names,
-            another kind of data.
-        ClassNameError: a label is not among `names`, or `names` has a name twice.
+        InputError: there are no samples, they have several shapes, NaN or infinite values, ids out of range or without
+            names, or `data` is of another type.
+        ClassNameError: a label is not in `names`, or `names` has a name twice.
     """
     if isinstance(data, Support):
         return data
@@ -74,11 +77,11 @@ def as_support(data: Any, names: Sequence[str] | Mapping[Any, Any] | None = None
 
 @dataclass(frozen=True, eq=False)
 class StoredSupport:
-    """A support whose images may be too many for memory; made by `stored_support`.
+    """A support whose images may not fit into memory; made by `stored_support`.
 
     Attributes:
-        images: Its N images.
-        labels: (N,), int64, each a place in `names`.
+        images: The N images.
+        labels: (N,), int64, each an index into `names`.
         names: Class names, all different; a class may have no sample.
     """
 
@@ -88,12 +91,12 @@ class StoredSupport:
 
 
 def stored_support(data: Any, names: Sequence[str] | Mapping[Any, Any] | None, memory: int) -> StoredSupport:
-    """Read labelled samples once, and keep their images in memory or, beyond a bound, in a temporary file.
+    """Read labelled samples once, and keep their images in memory or, beyond a limit, in a temporary file.
 
     Args:
-        data: As for `as_support`. What a Dataset or a DataLoader gives is copied; other images stay where they are.
+        data: As for `as_support`. Images from a Dataset or a DataLoader are copied; others stay where they are.
         names: As for `as_support`.
-        memory: Bytes that copies may take in memory.
+        memory: Maximum size, in bytes, of copies in memory.
     Raises:
         InputError, ClassNameError: as `as_support`.
     """
@@ -115,17 +118,17 @@ def stored_support(data: Any, names: Sequence[str] | Mapping[Any, Any] | None, m
 
 
 def _named(data: Any, labels: list[Any], names: Any) -> tuple[Tensor, tuple[str, ...]]:
-    """The labels as ids, (N,), and the names that these are places in."""
+    """The labels as ids, (N,), and the class names that they index."""
     column, n_columns = label_column(labels)
     if not isinstance(column, Tensor):
-        there = sorted(set(column))
-        known = check_class_names(there if names is None else names, "names")
-        place = dict(zip(there, class_ids(there, known, "labels"), strict=True))
+        used = sorted(set(column))
+        known = check_class_names(used if names is None else names, "names")
+        place = dict(zip(used, class_ids(used, known, "labels"), strict=True))
         return torch.tensor([place[label] for label in column]), known
     own = own_names(data)
     names = names if own is None else own
     if names is None:
-        raise InputError("names: the labels are ids; give the name of each id as names=[...], or names as labels")
+        raise InputError("names: the labels are ids; give names=[...], the name of each id, or class names as labels")
     known = check_class_names(names, "names" if own is None else "support: classes of the dataset")
     if n_columns is not None and n_columns != len(known):
         raise InputError(
@@ -140,10 +143,10 @@ def as_images(data: Any, argument: str, like: Tensor) -> Tensor:
 
     Args:
         data: A tensor of images, uint8 (divided by 255) or floating point, or an `ImageSet`.
-        argument: What the message of an error calls it.
+        argument: What messages call it.
         like: Images whose shape they must have.
     Raises:
-        InputError: they are no images, none, or of another shape.
+        InputError: they are not images, are empty, or have another shape.
     """
     images = data.images if isinstance(data, ImageSet) else data
     check_images(images, argument)
@@ -161,21 +164,26 @@ def draw_support(
     n_base: int | None,
     generator: torch.Generator,
 ) -> Support:
-    """Draw a support as `draw_images` does, as float32."""
+    """Draw a support: `n_new` images per new class and `n_base` per base class, like `draw_images`, as float32.
+
+    >>> data = ImageSet(torch.rand(6, 1, 8, 8), torch.tensor([0, 0, 1, 1, 2, 2]), ("cat", "dog", "cow"))
+    >>> draw_support(data, ["cow"], ["cat", "dog"], n_new=2, n_base=1, generator=torch.Generator().manual_seed(0))
+    Support(4 images 1x8x8 of 3 classes, cat, dog, cow)
+    """
     drawn = draw_images(data, new_classes, base_classes, n_new, n_base, generator)
     return Support(images_as_float(drawn.images), drawn.labels, drawn.classes)
 
 
 def doubts(store: ImageStore, labels: Tensor, names: Sequence[str]) -> list[str]:
-    """What of labelled images no head can learn from, in words with figures; empty where there is nothing.
+    """Describe, with numbers, images that no head can learn from; empty if there are none.
 
-    Looked for are images that are all equal, in a class or altogether, images of zeros alone, and images that are given
-    under two classes.
+    These are images that are all equal, in a class or altogether, images that are all zeros, and images that appear in
+    two classes.
 
     Args:
         store: N images.
-        labels: (N,), places in `names`.
-        names: Of the classes.
+        labels: (N,), indices into `names`.
+        names: Class names.
     """
     digests: list[bytes] = []
     black = torch.zeros(len(labels), dtype=torch.bool)
@@ -202,5 +210,5 @@ def doubts(store: ImageStore, labels: Tensor, names: Sequence[str]) -> list[str]
     if pairs:
         one, other = (f"{row} ({names[int(labels[row])]})" for row in pairs[0])
         number = "one image is" if len(pairs) == 1 else f"{len(pairs)} images are"
-        found.append(f"{number} given under two classes, such as numbers {one} and {other}")
+        found.append(f"{number} in two classes, such as numbers {one} and {other}")
     return found

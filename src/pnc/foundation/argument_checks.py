@@ -1,4 +1,4 @@
-"""Arguments of several functions checked: one clear error each."""
+"""Checks of arguments that several functions share: one clear error each."""
 
 import difflib
 import math
@@ -11,28 +11,28 @@ from torch import nn
 from pnc.foundation.errors import InputError
 
 MAX_THREADS = 1024
-"""More than any machine has use for; torch fails in many ways where it is asked for millions."""
+"""More than any machine can use; torch fails in many ways if asked for millions."""
 
 
 def check_module(value: object, argument: str) -> None:
-    """Refuse what is no network, such as the `LoadedModel` around one."""
+    """Raise an `InputError` unless `value` is a network; a `LoadedModel`, for example, only wraps one."""
     if not isinstance(value, nn.Module):
         hint = "; give its .module" if hasattr(value, "module") else ""
         raise InputError(f"{argument}: expected a torch.nn.Module, got {type(value).__name__}{hint}")
 
 
 def check_whole(value: object, argument: str, least: int) -> None:
-    """Refuse what is no whole number of 63 bits from `least` on."""
+    """Raise an `InputError` unless `value` is a whole number from `least` to 2**63 - 1."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
         most = " and below 2**63" if isinstance(value, int) and value >= 2**63 else ""
         raise InputError(f"{argument}: expected a whole number, at least {least}{most}; got {came(value)}")
 
 
 def check_share(value: object, argument: str, of: str, or_else: str = "") -> None:
-    """Refuse what is no number in (0, 1]; a percentage is told from other mistakes.
+    """Raise an `InputError` unless `value` is a number in (0, 1]; the message recognizes percentages.
 
     Args:
-        value: What was given.
+        value: The value given.
         argument: Its name.
         of: What it is a share of, for the message.
         or_else: Other values that the argument may have, for the message: " or 'auto'".
@@ -46,13 +46,13 @@ def check_share(value: object, argument: str, of: str, or_else: str = "") -> Non
 
 
 def check_flag(value: object, argument: str) -> None:
-    """Refuse what is neither True nor False: 0.5 and "no" would count as True."""
+    """Raise an `InputError` unless `value` is True or False: 0.5 and "no" would count as True."""
     if not isinstance(value, bool):
         raise InputError(f"{argument}: expected True or False; got {came(value)}")
 
 
 def check_choice(value: object, argument: str, choices: Sequence[str]) -> None:
-    """Refuse what is none of `choices`, and name the one that is like it."""
+    """Raise an `InputError` unless `value` is one of `choices`; the message suggests the most similar one."""
     if isinstance(value, str) and value in choices:
         return
     close = difflib.get_close_matches(value.lower(), choices, n=1) if isinstance(value, str) else []
@@ -61,26 +61,21 @@ def check_choice(value: object, argument: str, choices: Sequence[str]) -> None:
 
 
 def check_finite(value: object, argument: str) -> None:
-    """Refuse what is no finite number."""
+    """Raise an `InputError` unless `value` is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or _is_huge(value) or not math.isfinite(value):
         raise InputError(f"{argument}: expected a finite number; got {came(value)}")
 
 
 def usable_device(name: object) -> torch.device:
-    """Return the device of that name if it can be used here.
+    """Return the device `name` if it can be used here.
 
     Raises:
-        InputError: there is no such device; the message says what else it may be called.
+        InputError: it cannot; the message gives torch's name for it, if it has one.
     """
     try:
         device: torch.device = torch.device(name)  # type: ignore[call-overload]
         torch.zeros(1, device=device).item()  # "meta" fails only here
-    except (
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-        TypeError,
-    ) as error:  # what torch raises for missing ones
+    except (RuntimeError, AssertionError, TypeError) as error:  # what torch raises for missing devices
         reason, called = str(error).splitlines()[0], _DEVICES.get(str(name).lower())
         reason = reason if called is None else f"torch calls it {called}"
         there = "cpu or cuda" if torch.cuda.is_available() else "cpu"
@@ -92,10 +87,10 @@ _DEVICES = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "amd": "cuda", "met
 
 
 def came(value: object) -> str:
-    """What was given, for a message: on one line and not long, whatever it is."""
+    """Describe a value for a message: on one line, and short."""
     return "a number of hundreds of digits" if _is_huge(value) else " ".join(f"{value!r:.100}".split())
 
 
 def _is_huge(value: object) -> TypeGuard[int]:
-    """Whether it is a whole number that has no float, and maybe no text either: Python writes 4300 digits at most."""
+    """Whether it is an integer too large for a float, and perhaps for text: Python prints at most 4300 digits."""
     return isinstance(value, int) and value.bit_length() > 1000

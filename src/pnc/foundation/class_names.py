@@ -11,23 +11,23 @@ from typing import Any
 from pnc.foundation.errors import ClassNameError
 
 MAX_TEXT = 1000
-"""Characters that a name or another text in a file may have."""
+"""Maximum length, in characters, of a name or other text in a file."""
 
 
 def is_name(value: object) -> bool:
-    """Whether a file can hold it as a name: printable text, not empty and not too long."""
+    """Whether a file can hold `value` as a name: printable text, not empty, at most `MAX_TEXT` characters."""
     return isinstance(value, str) and 1 <= len(value) <= MAX_TEXT and value.isprintable()
 
 
 def check_class_names(names: Iterable[str] | Mapping[Any, Any], argument: str) -> tuple[str, ...]:
-    """Return names in order as a tuple, checked: one at least, non-empty strings, all different.
+    """Return the names as a tuple, after checking that there is at least one and all are different non-empty strings.
 
-    A mapping is read by its ids, whatever its order: {id: name}, as `id2label` of transformers (ids also as text, as
-    JSON has them), or {name: id}, as `class_to_idx` of torchvision.
+    A mapping is sorted by its ids: {id: name}, like `id2label` of transformers (ids may be text, as in JSON), or
+    {name: id}, like `class_to_idx` of torchvision.
 
     Raises:
-        ClassNameError: they are not so, a set (which has no order), or a mapping whose ids are not 0, 1, 2, ...; the
-            message names `argument`.
+        ClassNameError: a check fails, or `names` is a set (which has no order) or a mapping whose ids are not
+            0, 1, 2, ...; the message names `argument`.
     """
     if isinstance(names, Mapping):
         names = _by_id(names, argument)
@@ -69,7 +69,7 @@ def _by_id(mapping: Mapping[Any, Any], argument: str) -> list[Any]:
     if found != list(range(len(pairs))):
         twice = [number for number, count in Counter(found).items() if count > 1]
         missing = [number for number in range(len(pairs)) if number not in set(found)]
-        reason = f"{twice[0]} is there twice" if twice else f"{missing[0]} is missing"
+        reason = f"{twice[0]} appears twice" if twice else f"{missing[0]} is missing"
         raise ClassNameError(f"{argument}: the ids of {len(pairs)} classes are 0 to {len(pairs) - 1}; {reason}")
     return [name for _, name in sorted(pairs, key=lambda pair: pair[0])]
 
@@ -79,10 +79,10 @@ def _is_id(value: object) -> bool:
 
 
 def class_ids(names: Iterable[str], known: Sequence[str], argument: str = "classes") -> list[int]:
-    """Return the place of each name within `known`, in the order of `names`.
+    """Return the index of each name in `known`, in the order of `names`.
 
     Raises:
-        ClassNameError: a name is given twice or unknown; the message lists what exists.
+        ClassNameError: a name is given twice or is unknown; the message lists the known ones.
     """
     place = {name: index for index, name in enumerate(known)}
     names = check_class_names(names, argument)
@@ -93,14 +93,14 @@ def class_ids(names: Iterable[str], known: Sequence[str], argument: str = "class
 
 
 def parse_classes(text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """Read a list of classes as it is written on the command line.
+    """Parse a list of classes from the command line.
 
-    Items are separated by commas. An item is a name of `known`, which may hold commas itself; or, where no name reads
-    like that, an index or a range of indices into `known`, both ends included. Where a name is a whole number, numbers
-    and ranges mean names, never indices: among the classes 5 to 9, "4" is unknown and not the last one.
+    Items are separated by commas. An item is a name in `known`, which may itself contain commas, or else an index or a
+    range of indices into `known`, both ends included. If any name is a whole number, numbers and ranges mean names,
+    never indices: among the classes 5 to 9, "4" is unknown, not the last class.
 
     Raises:
-        ClassNameError: an item is neither, a class comes twice, or the list is empty; the message lists what exists.
+        ClassNameError: an item is neither, a class is given twice, or the list is empty; the message lists the classes.
 
     >>> parse_classes("0-1,dog", ["cat", "cow", "dog"])
     ('cat', 'cow', 'dog')
@@ -123,7 +123,7 @@ def parse_classes(text: str, known: Sequence[str]) -> tuple[str, ...]:
 
 
 def _span(item: str, first: int, last: int, known: Sequence[str]) -> Sequence[str]:
-    """Return the classes from the one numbered `first` to the one numbered `last`; `item` is how that was written."""
+    """Return the classes from number `first` to number `last`; `item` is the text that they were parsed from."""
     if any(name.isdecimal() for name in known):
         wanted = [str(number) for number in range(first, min(last, first + len(known)) + 1)] or [item]
         missing = [name for name in wanted if name not in known]
@@ -132,19 +132,19 @@ def _span(item: str, first: int, last: int, known: Sequence[str]) -> Sequence[st
         return wanted
     if not first <= last < len(known):
         raise ClassNameError(
-            f"classes: {item!r} is no range within 0-{len(known) - 1}; the classes are {listed(known)}"
+            f"classes: {item!r} is not a range within 0-{len(known) - 1}; the classes are {listed(known)}"
         )
     return known[first : last + 1]
 
 
 def unknown_name(name: str, known: Sequence[str], what: str = "class") -> str:
-    """Say that there is no such name, which one is like it, and which ones there are."""
+    """The message for an unknown name: the most similar name, and all known ones."""
     close = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"there is no {what} {name!r}{hint}; there are {listed(known)}"
 
 
 def listed(names: Sequence[str], limit: int = 20) -> str:
-    """Join names for a message; of more than `limit` the first ones and the number of all."""
+    """Join names for a message; if there are more than `limit`, only the first ones and the total number."""
     more = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more if names else "none"

@@ -1,12 +1,12 @@
-"""Every error that `pnc` raises on purpose: each names the argument, what was expected, what came, and the way out."""
+"""Every error that `pnc` raises on purpose: each names the argument, what was expected, what it got, and a way out."""
 
 
 class PNCError(Exception):
-    """Base of all errors of this package; the command line turns one into one line and exit code 2."""
+    """Base of all errors of this package; the command line prints it as one line and exits with code 2."""
 
 
 class InputError(PNCError, ValueError):
-    """An argument has a value that the function cannot take."""
+    """An argument has a value that the function does not accept."""
 
 
 class ClassNameError(PNCError, ValueError):
@@ -14,11 +14,11 @@ class ClassNameError(PNCError, ValueError):
 
 
 class RecordingError(PNCError, RuntimeError):
-    """A network cannot be recorded exactly; the message says which operation stands in the way."""
+    """A network cannot be recorded exactly; the message names the operation that prevents it."""
 
 
 class FileFormatError(PNCError, ValueError):
-    """A file is damaged, not of the expected format, or of a newer version of it."""
+    """A file is damaged, in another format, or written by a newer version."""
 
 
 class MismatchError(PNCError, ValueError):
@@ -26,8 +26,8 @@ class MismatchError(PNCError, ValueError):
 
 
 class PNCWarning(UserWarning):
-    """Something that a caller should know and that stops nothing; the command line turns one into one line."""
+    """Something that the caller should know but that stops nothing; the command line prints it as one line."""
 
 
 class ExportError(PNCError, RuntimeError):
-    """A composite cannot be exported, or what was exported does not give its logits; nothing was written."""
+    """A composite cannot be exported, or the exported program does not reproduce its logits; no file was written."""

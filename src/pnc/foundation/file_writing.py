@@ -1,7 +1,7 @@
-"""Files written whole or not at all, in place of regular files only; paths that cannot be looked up are refused.
+"""Atomic writing of files: a file is written completely or not at all, and only regular files are replaced.
 
-The new content goes to a temporary file beside the old one, which then takes its name. So a reader sees the old file or
-the new one. Nothing but a regular file is ever replaced: renaming over a device, a FIFO or a socket would remove it.
+The new content goes to a temporary file beside the old one and is renamed over it, so that a reader sees either the old
+file or the new one. Devices, FIFOs and sockets are refused: renaming over them would remove them.
 """
 
 import glob
@@ -18,11 +18,11 @@ from pnc.foundation.errors import InputError
 
 try:
     import fcntl
-except ImportError:  # Windows, where leftovers of a killed process are not told from files at work, and stay
+except ImportError:  # Windows: leftovers of a killed process look like files being written, and stay
     fcntl = None  # type: ignore[assignment]
 
 _MAX_NAME = 200
-"""Bytes of a name that its temporary file repeats: with what is added, file systems take 255."""
+"""Longest name, in bytes, that its temporary file repeats: with the additions, file systems allow 255."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -30,22 +30,22 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
-    stat.S_IFLNK: "a link that leads nowhere",
+    stat.S_IFLNK: "a broken link",
 }
 
 
 def checked_path(path: str | Path, argument: str) -> Path:
-    """Return a path that can be looked up, whether something is there or not.
+    """Return `path` after checking that it can be looked up; it need not exist.
 
     Raises:
-        InputError: it is longer than the system allows, holds NUL, leads through a folder that may not be entered, or
-            is no path at all; the message begins with `argument`.
+        InputError: it is longer than the system allows, contains NUL, leads through a folder without access, or is not
+            a path; the message begins with `argument`.
     """
     try:
         made = Path(path)
         made.lstat()
     except (FileNotFoundError, NotADirectoryError):
-        pass  # nothing is there, which is for the caller to judge
+        pass  # it does not exist: the caller decides whether that matters
     except TypeError as error:
         raise InputError(f"{argument}: expected a path, got {type(path).__name__}") from error
     except (OSError, ValueError) as error:
@@ -56,17 +56,17 @@ def checked_path(path: str | Path, argument: str) -> Path:
 
 
 def path_text(path: str | Path) -> str:
-    """Write a path for a message: long ones shortened, characters that a terminal would obey escaped."""
+    """Format a path for a message: shortened if long, with control characters escaped."""
     text = str(path)
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"
 
 
 def check_place(path: str | Path, argument: str = "path") -> Path:
-    """Check that a file can be put at `path`, and return where it really goes: links are followed.
+    """Check that a file may be written at `path`, and return the real path: links are followed.
 
     Raises:
-        InputError: something that is no regular file is there, or the path cannot be looked up.
+        InputError: the path exists and is not a regular file, or cannot be looked up.
     """
     given = checked_path(path, argument)
     place = Path(os.path.realpath(given))
@@ -77,7 +77,7 @@ def check_place(path: str | Path, argument: str = "path") -> Path:
     except OSError as error:
         raise InputError(f"{argument}: cannot write {path_text(given)}: {_reason(error)}; take another path") from error
     if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
+        kind = _KINDS.get(stat.S_IFMT(mode), "not a regular file")
         hint = (
             "give the path of a file in it"
             if stat.S_ISDIR(mode)
@@ -88,16 +88,16 @@ def check_place(path: str | Path, argument: str = "path") -> Path:
 
 
 def write_file(path: str | Path, data: bytes | str) -> None:
-    """Write `data` to `path` through a temporary file beside it: a reader sees the old file or the new one, whole.
+    """Write `data` to `path` through a temporary file beside it: a reader sees the whole old file or the whole new one.
 
-    A link is followed: the file that it leads to is replaced, and the link stays. A file that is replaced keeps its
-    permissions (and its group, or the group loses them); a new one gets what the process gives new files. A process
-    that is killed while it writes leaves its temporary file, ``.NAME.pnc-*``; the next write to the same path removes
-    it.
+    Links are followed: the file that a link points to is replaced, and the link stays. A replaced file keeps its
+    permissions and its group (if the group cannot be kept, group permissions are dropped); a new file gets the
+    process's default permissions. A process that is killed while writing leaves its temporary file, ``.NAME.pnc-*``;
+    the next write to the same path removes it.
 
     Raises:
-        InputError: the folder does not exist or cannot be written to, or something else than a regular file is there;
-            nothing is left behind.
+        InputError: the folder does not exist or is not writable, or the path exists and is not a regular file; nothing
+            is left behind.
     """
     place = check_place(path)
     raw = data.encode() if isinstance(data, str) else data
@@ -111,8 +111,8 @@ def write_file(path: str | Path, data: bytes | str) -> None:
                 _take_over(file.fileno(), temporary, old)
             os.fsync(file.fileno())
             if fcntl is None:
-                file.close()  # Windows renames closed files only
-            check_place(path)  # what came there meanwhile is not replaced either
+                file.close()  # Windows renames only closed files
+            check_place(path)  # something else may have been put there meanwhile
             temporary.replace(place)
     except OSError as error:
         raise InputError(
@@ -121,21 +121,21 @@ def write_file(path: str | Path, data: bytes | str) -> None:
 
 
 def _take_over(descriptor: int, temporary: Path, old: os.stat_result) -> None:
-    """Give a new file the group and the permissions of the one that it replaces."""
+    """Give a new file the group and the permissions of the file that it replaces."""
     mode = stat.S_IMODE(old.st_mode) & 0o777
     if hasattr(os, "fchown") and os.fstat(descriptor).st_gid != old.st_gid:
         try:
             os.fchown(descriptor, -1, old.st_gid)
         except PermissionError:
-            mode &= ~0o070  # they were meant for another group
+            mode &= ~0o070  # these were for another group
     temporary.chmod(mode)
 
 
 @contextmanager
 def _temporary(path: Path, mode: int) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new file beside `path`, open for writing and locked for as long as its owner lives; gone afterwards.
+    """A new file beside `path`, open for writing and locked while its process lives; removed after the block.
 
-    The system takes the process's umask off `mode`: reading the umask would change it for other threads.
+    The system applies the process's umask to `mode`: reading the umask here would change it for other threads.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     while True:
@@ -146,7 +146,7 @@ def _temporary(path: Path, mode: int) -> Iterator[tuple[BinaryIO, Path]]:
             continue
         if fcntl is None or not _locked(descriptor) or temporary.exists():
             break
-        os.close(descriptor)  # another process took it for a leftover before it was locked
+        os.close(descriptor)  # another process removed it as a leftover before it was locked
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file, temporary
@@ -155,9 +155,9 @@ def _temporary(path: Path, mode: int) -> Iterator[tuple[BinaryIO, Path]]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove temporary files of processes that were killed while they wrote `path`: those that nobody locks.
+    """Remove the temporary files of processes that were killed while writing `path`: those that nobody has locked.
 
-    What has such a name and is no regular file, or belongs to somebody else, was not left by us and stays.
+    Anything of such a name that is not a regular file, or belongs to another user, is not ours and stays.
     """
     if fcntl is None:
         return
@@ -166,7 +166,7 @@ def _remove_leftovers(path: Path) -> None:
             if not stat.S_ISREG(leftover.lstat().st_mode):
                 continue
             descriptor = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:  # its owner was quicker, or it is not ours to open
+        except OSError:  # already removed, or not ours to open
             continue
         try:
             if stat.S_ISREG(os.fstat(descriptor).st_mode) and _locked(descriptor, wait=False):
@@ -178,12 +178,12 @@ def _remove_leftovers(path: Path) -> None:
 def _unlink(leftover: Path) -> None:
     try:
         leftover.unlink(missing_ok=True)
-    except PermissionError:  # somebody else's, in a folder where each may remove only his own
+    except PermissionError:  # another user's file in a sticky folder
         return
 
 
 def _locked(descriptor: int, wait: bool = True) -> bool:
-    """Try to lock an open file; False where another process keeps it locked, or the file system knows no locks."""
+    """Try to lock an open file; False if another process holds the lock, or the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:

@@ -1,4 +1,4 @@
-"""Fingerprints, which name a network's architecture and weights and say where two networks begin to differ."""
+"""Fingerprints, which identify a network's architecture and weights and show where two networks first differ."""
 
 import hashlib
 import zlib
@@ -13,16 +13,16 @@ from pnc.foundation.tensor_bits import DTYPES, as_bytes, dtype_name, value_diges
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Names the structure and the weights of one network: the entries of its state dict, in the order of sorted names.
+    """Identifies the structure and the weights of one network: the entries of its state dict, sorted by name.
 
     It does not depend on device, memory format, version of torch, or wrappers such as `DataParallel` and
     `torch.compile`. All digests are the first hex digits of SHA-256.
 
     Attributes:
-        structure: Of names, dtypes and shapes, 32 digits.
-        weights: Of the structure and all values, 32 digits.
-        tensors: For each entry 4 digits of its name, 4 of its dtype and shape, 8 of its values: these only say where
-            two networks begin to differ.
+        structure: Digest of names, dtypes and shapes, 32 digits.
+        weights: Digest of the structure and all values, 32 digits.
+        tensors: For each entry, 4 digits of its name, 4 of its dtype and shape, 8 of its values; used only to show
+            where two networks first differ.
     """
 
     structure: str
@@ -45,26 +45,26 @@ def fingerprint(module: nn.Module) -> Fingerprint:
 
 
 class KnownFingerprint:
-    """The fingerprint of one network, computed anew only where something speaks for a change of its tensors.
+    """Caches the fingerprint of one network, and recomputes it only if its tensors seem to have changed.
 
-    Compared are their memory, torch's count of changes in place, and a checksum of their bytes in order, which also
-    sees what was written past that count.
+    It compares their memory addresses, torch's counts of in-place changes, and a checksum of their bytes, which also
+    detects changes that torch does not count.
     """
 
     def __init__(self) -> None:
-        self._seen: tuple[object, ...] | None = None
-        self._found: Fingerprint | None = None
+        self._states: tuple[object, ...] | None = None
+        self._fingerprint: Fingerprint | None = None
 
     def of(self, module: nn.Module) -> Fingerprint:
-        """Give the fingerprint of a network, the same one each time."""
-        seen = tuple(_trace(name, tensor) for name, tensor in plain_state(module).items())
-        if self._found is None or seen != self._seen:
-            self._found, self._seen = fingerprint(module), seen
-        return self._found
+        """Return the fingerprint of the network, which must be the same one at every call."""
+        states = tuple(_tensor_state(name, tensor) for name, tensor in plain_state(module).items())
+        if self._fingerprint is None or states != self._states:
+            self._fingerprint, self._states = fingerprint(module), states
+        return self._fingerprint
 
 
-def _trace(name: str, tensor: Tensor) -> tuple[object, ...]:
-    """What changes with a tensor, at the cost of reading it once."""
+def _tensor_state(name: str, tensor: Tensor) -> tuple[object, ...]:
+    """A key that changes whenever the tensor does, at the cost of reading it once."""
     version = None if tensor.is_inference() else tensor._version
     checksum = zlib.crc32(as_bytes(tensor).cpu().numpy().data)
     return name, tensor.dtype, tuple(tensor.shape), tensor.data_ptr(), version, checksum
@@ -73,13 +73,13 @@ def _trace(name: str, tensor: Tensor) -> tuple[object, ...]:
 def first_difference(
     module: nn.Module, expected: Fingerprint, found: Fingerprint | None = None, *, structure_only: bool = False
 ) -> str | None:
-    """Say in words where `module` first departs from `expected`; None where it does not.
+    """Describe where `module` first differs from `expected`; None if it does not.
 
     Args:
         module: A network.
         expected: Fingerprint of the network that it should be.
-        found: Its own fingerprint, if that was just computed.
-        structure_only: Let the values differ.
+        found: Its own fingerprint, if already computed.
+        structure_only: Ignore the values.
     """
     found = found or fingerprint(module)
     if found == expected or (structure_only and found.structure == expected.structure):
@@ -93,19 +93,19 @@ def first_difference(
 
 
 def _first_in_structure(state: Mapping[str, Tensor], found: Fingerprint, expected: Fingerprint) -> str:
-    """Say which entry is the first that only one of two networks has, or has in another dtype or shape."""
+    """Describe the first entry that only one of the two networks has, or whose dtype or shape differs."""
     theirs = expected.tensors
     previous = ""
     for index, (name, ours) in enumerate(zip(state, found.tensors, strict=True)):
         if index == len(theirs) or (ours[:4] != theirs[index][:4] and _is_later(theirs[index], found.tensors[index:])):
             return f"{name!r} is a tensor that it should not have"
         if ours[:4] != theirs[index][:4]:
-            return f"a tensor is missing {f'behind {previous!r}' if previous else 'in front'}, where it has {name!r}"
+            return f"a tensor is missing {f'after {previous!r}' if previous else 'at the start'}, before {name!r}"
         if ours[4:8] != theirs[index][4:8]:
             return _other_dtype_or_shape(name, state[name], theirs[index][4:8])
         previous = name
     if len(theirs) > len(state):
-        return f"{len(theirs) - len(state)} tensors are missing {f'behind {previous!r}' if previous else ''}".rstrip()
+        return f"{len(theirs) - len(state)} tensors are missing {f'after {previous!r}' if previous else ''}".rstrip()
     return "names, dtypes or shapes differ"
 
 
@@ -114,15 +114,15 @@ def _is_later(entry: str, entries: Sequence[str]) -> bool:
 
 
 def _other_dtype_or_shape(name: str, tensor: Tensor, expected: str) -> str:
-    """Say which of the two differs: the dtype can be found by trying, as there are few."""
+    """Describe which of the two differs; the expected dtype is found by trying all of them."""
     for dtype in DTYPES:
         if _hex(_structure_text(dtype, tensor.shape), 4) == expected:
             return f"{name!r} is {dtype_name(tensor.dtype)}, expected {dtype_name(dtype)}"
-    return f"{name!r} has the shape {tuple(tensor.shape)} in {dtype_name(tensor.dtype)}, expected another one"
+    return f"{name!r} has another shape than expected; it is {tuple(tensor.shape)} in {dtype_name(tensor.dtype)}"
 
 
 def plain_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict, sorted by name, with the names that it has outside of wrappers."""
+    """The state dict, sorted by name, with the names that its entries have without wrappers."""
     wrapped = {
         f"{name}.{child}".lstrip(".")
         for name, part in module.named_modules(remove_duplicate=False)
@@ -137,7 +137,7 @@ def _wrapped_child(module: nn.Module) -> str | None:
         return "module"
     if "_orig_mod" in module._modules:  # what torch.compile returns
         return "_orig_mod"
-    wraps: str | None = getattr(type(module), "WRAPS", None)  # ours that only choose what a network gives
+    wraps: str | None = getattr(type(module), "WRAPS", None)  # our own wrappers, such as `Output`
     return wraps if wraps in module._modules else None
 
 

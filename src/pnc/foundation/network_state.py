@@ -1,4 +1,4 @@
-"""What is not ours stays as it was: guards, snapshots that prove it, and fingerprints that name a network's weights."""
+"""Leaving a network as it was: guards around computations, and snapshots that prove it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Compute as if torch had its defaults: no autocast, no inference mode, float32, whatever the caller has set."""
+    """Compute with torch's defaults, whatever the caller has set: no autocast, no inference mode, float32."""
     default = torch.get_default_dtype()
     if default != torch.float32:
         torch.set_default_dtype(torch.float32)
@@ -33,7 +33,7 @@ def undisturbed() -> Iterator[None]:
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Run `modules` in eval mode without gradients; every submodule's training flag comes back, also after an error."""
+    """Run `modules` in eval mode without gradients, then restore every training flag, also after an error."""
     flags = [(submodule, submodule.training) for module in modules for submodule in module.modules()]
     try:
         for module in modules:
@@ -46,9 +46,10 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 def like_images(module: nn.Module) -> Tensor:
-    """An empty tensor of the device and type that `module` takes images in: of its first real floating-point tensor.
+    """An empty tensor with the device and dtype in which `module` takes images.
 
-    Its first parameter may be of integers or complex numbers; without any of floats images are float32.
+    These are the ones of its first floating-point tensor, as the first parameter may be integer or complex; float32 if
+    there is none.
     """
     tensors = [*module.parameters(), *module.buffers()]
     first = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
@@ -58,24 +59,24 @@ def like_images(module: nn.Module) -> Tensor:
 
 
 def images_for(module: nn.Module, shape: tuple[int, ...], n_images: int = 2) -> Tensor:
-    """Random images (n_images, C, H, W) in [0, 1) that `module` takes, the same ones each time."""
+    """Random images (n_images, C, H, W) in [0, 1) for `module`; the same values at every call."""
     images = torch.rand(n_images, *shape, generator=torch.Generator().manual_seed(0))
     return images.to(like_images(module))
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything of a module that must not change: copies of its tensors, their flags and gradients, submodules, hooks.
+    """Everything about a module that must not change: its tensors with flags and gradients, its submodules and hooks.
 
     Attributes:
-        tensors: Copies of all parameters and buffers, also those that no state dict holds.
-        layouts: Device and memory format of each.
-        requires_grad: The flag of each.
-        gradients: Copies of their gradients.
+        tensors: Copies of all parameters and buffers, including those that are not in the state dict.
+        layouts: Device and memory format of each tensor.
+        requires_grad: The flag of each tensor.
+        gradients: A copy of each tensor's gradient.
         submodules: Type and training flag of each submodule.
         hooks: The hooks of each submodule, in order.
-        images: A probe batch; None where answers are not compared.
-        logits: What the module answered to it, in eval mode.
+        images: A probe batch; None if logits are not compared.
+        logits: The module's logits for it, in eval mode.
     """
 
     tensors: Mapping[str, Tensor]
@@ -89,7 +90,7 @@ class Snapshot:
 
 
 def take_snapshot(module: nn.Module) -> Snapshot:
-    """Copy the state of `module` that `differences` compares later: costs one copy of its weights."""
+    """Copy the state of `module` for a later call of `differences`; it takes the memory of one copy of the weights."""
     tensors = dict(_named_tensors(module))
     submodules = dict(module.named_modules(remove_duplicate=False))
     return Snapshot(
@@ -103,7 +104,7 @@ def take_snapshot(module: nn.Module) -> Snapshot:
 
 
 def differences(module: nn.Module, before: Snapshot) -> list[str]:
-    """List in words what of `module` is no longer as in `before`; an empty list means equal to the last bit."""
+    """Describe everything about `module` that differs from `before`; an empty list means equal to the last bit."""
     found = []
     tensors = dict(_named_tensors(module))
     for name in sorted(before.tensors.keys() | tensors.keys()):

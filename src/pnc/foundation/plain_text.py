@@ -1,4 +1,4 @@
-"""Values as text for people: names and what they are, on one screen."""
+"""Values formatted as text for people."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ MAX_NAMES = 8
 
 
 def facts_text(title: str, facts: Mapping[str, str]) -> str:
-    """A title, and below it one name and value a line; a long value goes on below itself.
+    """A title, followed by one line for each name and value; long values are wrapped.
 
     >>> print(facts_text("Clone", {"name": "cats", "density": "0.5"}))
     Clone
@@ -25,7 +25,7 @@ def facts_text(title: str, facts: Mapping[str, str]) -> str:
 
 
 def few_names(names: Sequence[str], limit: int = MAX_NAMES) -> str:
-    """The first names, and how many there are in all.
+    """The first names, and the total number if some are left out.
 
     >>> few_names(["a", "b", "c"], 2)
     'a, b, ... (3)'

@@ -1,13 +1,13 @@
-"""Locks of one process: the child of a fork has them free."""
+"""Locks that are free again in the child of a fork."""
 
 import os
 import threading
 
 
 class ProcessLock:
-    """A lock that one thread may take several times.
+    """A reentrant lock that a child of `os.fork` gets unlocked.
 
-    A child of `os.fork` has none of the other threads, one of which may hold the lock and will never release it there.
+    The child does not have the parent's other threads: a lock held by one of them would never be released.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""Several processes that make one clone together: who does what, and how results are put together.
+"""Several processes that make one clone together: who does what, and how results are combined.
 
-Every process is called with the same arguments and goes through the same steps. Batches of the support are dealt out in
-turn; sums and features are then exchanged, and what follows from them is computed by every process for itself.
+Every process is called with the same arguments and takes the same steps. The batches of the support are dealt out in
+turn, the processes exchange sums and features, and each computes the rest itself.
 """
 
 import importlib
@@ -21,11 +21,11 @@ from pnc.foundation.errors import InputError
 
 @dataclass(frozen=True)
 class Team:
-    """The processes that share a job, seen by one of them.
+    """The processes that share a job, as seen by one of them.
 
     Attributes:
         rank: Number of this process.
-        size: How many there are.
+        size: Number of processes.
     """
 
     rank: int = 0
@@ -33,19 +33,19 @@ class Team:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and the screen."""
+        """Whether this is the process that writes files and output."""
         return self.rank == 0
 
     def is_mine(self, number: int) -> bool:
-        """Whether this process takes piece `number` of the work."""
+        """Whether this process does piece `number` of the work."""
         return number % self.size == self.rank
 
     def agree(self, tensor: Tensor) -> bool:
-        """Whether all processes have the same numbers."""
+        """Whether all processes hold equal tensors."""
         return torch.equal(self.least(tensor), -self.least(-tensor))
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of all processes' tensors, the same to the bit for each."""
+        """The sum of all processes' tensors, bit-identical in every process."""
         if self.size == 1:
             return tensor
         total = _to_backend(tensor).clone()
@@ -53,7 +53,7 @@ class Team:
         return total.to(tensor.device)
 
     def least(self, tensor: Tensor) -> Tensor:
-        """The smallest of all processes' tensors, place by place."""
+        """The elementwise minimum of all processes' tensors."""
         if self.size == 1:
             return tensor
         found = _to_backend(tensor).clone()
@@ -61,14 +61,14 @@ class Team:
         return found.to(tensor.device)
 
     def gather(self, rows: Tensor, places: Tensor, n_rows: int) -> Tensor:
-        """Put together the rows that each process made.
+        """Combine the rows that the processes computed.
 
         Args:
-            rows: This process's, (n, ...); of one shape and dtype in all processes but for n.
-            places: Where they belong, (n,).
-            n_rows: How many all processes have together.
+            rows: This process's rows, (n, ...); shape and dtype are the same in all processes, except n.
+            places: Their indices among all rows, (n,).
+            n_rows: Number of rows of all processes together.
         Returns:
-            All rows in their places, (n_rows, ...), on the device of `rows`.
+            All rows in order, (n_rows, ...), on the device of `rows`.
         """
         if self.size == 1:
             return rows
@@ -77,20 +77,20 @@ class Team:
         return self.sum(whole)
 
     def part(self, n: int) -> slice:
-        """This process's part of n rows that lie in a row."""
+        """This process's share of n consecutive rows."""
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
     def sum_with_gradient(self, tensor: Tensor) -> Tensor:
-        """As `sum`; the gradient of what any process makes of it comes back to every process."""
+        """Like `sum`, but differentiable: every process receives the sum of all processes' gradients."""
         if self.size == 1:
             return tensor
         total: Tensor = _Sum.apply(tensor, self)  # type: ignore[no-untyped-call]
         return total
 
     def whole(self, part: Tensor, n: int) -> Tensor:
-        """All n rows, of which every process has its `part`; each is to make the same loss of them.
+        """All n rows, of which every process holds its `part`; every process must compute the same loss from them.
 
-        The gradient for this process's own rows comes back to it, once.
+        Each process receives the gradient of its own rows, counted once.
         """
         if self.size == 1:
             return part
@@ -98,7 +98,7 @@ class Team:
         return rows
 
     def sum_gradients(self, leaves: Iterable[Tensor]) -> None:
-        """Put the gradients of all processes' parts together; a leaf without any is passed over, in all of them."""
+        """Sum the gradients of all processes; leaves without a gradient, which must be the same in all, are skipped."""
         for leaf in leaves:
             if self.size > 1 and leaf.grad is not None:
                 leaf.grad = self.sum(leaf.grad)
@@ -113,10 +113,10 @@ def launched() -> bool:
 
 
 def _from_environment(name: str, default: int, least: int) -> int:
-    """A whole number that launchers set.
+    """A whole number that the launcher set in the environment.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not a whole number of at least `least`.
     """
     text = os.environ.get(name, str(default))
     if not text.isascii() or not text.isdecimal() or len(text) > 6 or int(text) < least:
@@ -128,17 +128,17 @@ def _from_environment(name: str, default: int, least: int) -> int:
 
 
 def join(device: torch.device | str = "cpu") -> tuple[Team, torch.device]:
-    """Meet the other processes of this launch; in a process that was started alone there are none.
+    """Join the other processes of this launch; a process that was started alone is a team of one.
 
-    Where `torch.distributed` has been set up already, that is what is used; otherwise `accelerate` sets it up.
+    `torch.distributed` is used if it has been set up; otherwise `accelerate` sets it up.
 
     Args:
-        device: Where to compute. "cuda" becomes the device of this process's own.
+        device: Where to compute. "cuda" becomes this process's own device.
     Returns:
         The team, and the device for this process.
     Raises:
-        InputError: the device cannot be used here; there are several processes, and `accelerate` is not installed, or
-            what they were launched with is no number.
+        InputError: the device cannot be used here; or there are several processes, and `accelerate` is not installed or
+            a launcher's environment variable is not a number.
     """
     device = usable_device(device)
     if not launched() and not (dist.is_available() and dist.is_initialized()):
@@ -154,7 +154,7 @@ def join(device: torch.device | str = "cpu") -> tuple[Team, torch.device]:
             accelerate.PartialState(cpu=device.type == "cpu")
         except (ValueError, KeyError, RuntimeError) as error:
             raise InputError(
-                f"the processes cannot meet: {error}; start them with torchrun or accelerate launch"
+                f"the processes cannot connect: {error}; start them with torchrun or accelerate launch"
             ) from error
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", _from_environment("LOCAL_RANK", 0, 0))
@@ -163,15 +163,15 @@ def join(device: torch.device | str = "cpu") -> tuple[Team, torch.device]:
 
 
 def launched_precision() -> Literal["float32", "bfloat16"]:
-    """What `accelerate launch --mixed_precision` or accelerate's own configuration asks for; float32 by default.
+    """The precision that `accelerate launch --mixed_precision` or accelerate's configuration sets; float32 by default.
 
     Raises:
-        InputError: it is another than bf16.
+        InputError: it is neither "no" nor "bf16".
     """
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # that is how its launcher hands it on
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by its launcher
     if asked not in ("no", "bf16"):
         raise InputError(
-            f"mixed_precision: accelerate was launched with {asked!r}, which needs losses scaled; launch with "
+            f"mixed_precision: accelerate was launched with {asked!r}, which needs loss scaling; launch with "
             "--mixed_precision bf16 or no"
         )
     return "bfloat16" if asked == "bf16" else "float32"
@@ -179,17 +179,22 @@ def launched_precision() -> Literal["float32", "bfloat16"]:
 
 @contextmanager
 def joined(device: torch.device | str = "cpu") -> Iterator[tuple[Team, torch.device]]:
-    """As `join`, for the length of a block; what was not set up before is parted from at its end."""
-    there = dist.is_available() and dist.is_initialized()
+    """Like `join`, for the length of a block; a process group that was set up here is destroyed at its end.
+
+    >>> with joined("cpu") as (team, device):
+    ...     print(team, device)
+    Team(rank=0, size=1) cpu
+    """
+    was_set_up = dist.is_available() and dist.is_initialized()
     try:
         yield join(device)
     finally:
-        if not there and dist.is_available() and dist.is_initialized():
+        if not was_set_up and dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _to_backend(tensor: Tensor) -> Tensor:
-    """The tensor where the processes exchange tensors: on the GPU if they do so over NCCL."""
+    """The tensor on the device that the backend exchanges tensors on: the GPU for NCCL."""
     return tensor.detach().cuda() if dist.get_backend() == "nccl" else tensor.detach().cpu()
 
 

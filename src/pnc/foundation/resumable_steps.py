@@ -1,4 +1,4 @@
-"""The results of a job's long steps, kept in a file, so that a job that was killed goes on where it was."""
+"""The results of a job's long steps, kept in a file so that a killed job resumes where it stopped."""
 
 import copy
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ Result = Mapping[str, Tensor]
 
 
 class Steps:
-    """Results of long steps by name. Every `keep` writes the file anew, whole or not at all.
+    """Results of long steps by name. Every `keep` rewrites the file, completely or not at all.
 
     Args:
-        path: The file; one that was written for something else is replaced. None keeps nothing.
-        identity: Of all that decides the results.
-        team: Of it the main process writes; all must be able to read.
+        path: The file; the steps of another job are replaced. None keeps nothing.
+        identity: Digest of everything that determines the results.
+        team: Its main process writes; all processes must be able to read.
     Raises:
-        InputError: there is something else than such a file at `path`.
+        InputError: `path` is another kind of file.
         FileFormatError: the file is damaged.
     """
 
@@ -35,26 +35,26 @@ class Steps:
         if path is None:
             return
         check_steps_path(path)
-        there = path.exists()
-        if there:
+        exists = path.exists()
+        if exists:
             tensors, facts = read_tensors(path)
             if facts.get("format") != FORMAT:
                 raise InputError(
-                    f"resume: {path} holds {facts.get('format')!r}, no steps of a clone; take another path"
+                    f"resume: {path} holds {facts.get('format')!r}, not the steps of a clone; choose another path"
                 )
             if facts.get("identity") == identity:
                 self._found = _steps(path, tensors, facts.get("steps"))
-        if not team.agree(torch.tensor([len(self._found), there])):
-            self._found = {}  # not all processes see the file
+        if not team.agree(torch.tensor([len(self._found), exists])):
+            self._found = {}  # not all processes see the same file
 
     def at(self, place: str) -> "Steps":
-        """The same steps, with names that are told from those at other places."""
+        """The same steps, with every name prefixed by `place`."""
         own = copy.copy(self)
         own._place = f"{place}: "
         return own
 
     def get(self, name: str) -> Result | None:
-        """What was kept under a name before; None where nothing was."""
+        """The result kept under `name`; None if there is none."""
         return self._found.get(self._place + name)
 
     def keep(self, name: str, result: Result) -> None:
@@ -68,16 +68,16 @@ class Steps:
             write_tensors(self._path, tensors, facts)
 
     def finish(self) -> None:
-        """Remove the file: nothing is left to go on with."""
+        """Remove the file: the job is done."""
         if self._path is not None and self._team.is_main:
             self._path.unlink(missing_ok=True)
 
 
 def check_steps_path(path: object) -> None:
-    """Refuse a path that no steps can be kept at, before any work.
+    """Check, before any work, that steps can be kept at `path`.
 
     Raises:
-        InputError: it is no path, has another suffix, its folder does not exist, or it is a folder itself.
+        InputError: it is not a path, has another suffix, is a folder, or its folder does not exist.
     """
     if not isinstance(path, str | Path):
         raise InputError(f"resume: expected a path that ends in .safetensors, got {type(path).__name__}")
@@ -86,18 +86,18 @@ def check_steps_path(path: object) -> None:
         raise InputError(f"resume: expected a path that ends in .safetensors, got {path}")
     check_place(path, "resume")
     if not path.parent.is_dir():
-        raise InputError(f"resume: there is no folder {path.parent}; make it first")
+        raise InputError(f"resume: there is no folder {path.parent}; create it first")
 
 
 def _steps(path: Path, tensors: Mapping[str, Tensor], names: object) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a file by step, each of which the file names."""
+    """Group the tensors of a file by step; `names` are the steps that its metadata lists."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise FileFormatError(f"resume: the metadata of {path} is damaged: it has no list of steps; remove the file")
     found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for name, tensor in tensors.items():
         step, _, key = name.rpartition("/")
         if step not in found:
-            raise FileFormatError(f"resume: {path} is damaged: {name[:80]!r} is of no step it names; remove the file")
+            raise FileFormatError(f"resume: {path} is damaged: {name[:80]!r} is in no listed step; remove the file")
         found[step][key] = tensor
     return found
 

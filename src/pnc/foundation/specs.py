@@ -1,13 +1,13 @@
-"""Specs: `kind:body?option=value`, as data sets and networks are named on the command line."""
+"""Specs, `scheme:body?option=value`, which name data sets and networks on the command line."""
 
 from pnc.foundation.errors import InputError
 
 
 def split_spec(spec: str, argument: str) -> tuple[str, str, dict[str, str]]:
-    """Split `SCHEME:BODY?key=value&key=value` into (scheme, body, options); the scheme is "" where there is none.
+    """Split `SCHEME:BODY?key=value&key=value` into (scheme, body, options); the scheme is "" if there is none.
 
     Raises:
-        InputError: an option is not of that form or comes twice.
+        InputError: an option has another form or is given twice.
 
     >>> split_spec("folder:photos?size=32", "spec")
     ('folder', 'photos', {'size': '32'})
@@ -20,6 +20,6 @@ def split_spec(spec: str, argument: str) -> tuple[str, str, dict[str, str]]:
     for item in filter(None, query.split("&")):
         key, equals, value = item.partition("=")
         if not equals or not key or not value or key in options:
-            raise InputError(f"{argument}: {item!r} in {spec!r} is no option of the form key=value given once")
+            raise InputError(f"{argument}: {item!r} in {spec!r} must be an option of the form key=value, given once")
         options[key] = value
     return scheme, body, options

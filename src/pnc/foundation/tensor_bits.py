@@ -1,4 +1,4 @@
-"""Values of tensors bit by bit: compared, read as bytes, named by type, digested."""
+"""Tensors as bits: comparison, bytes, names of dtypes, digests."""
 
 import hashlib
 import os
@@ -12,28 +12,27 @@ DTYPES = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float64),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
-"""Types of values that files hold, and that fingerprints can name where they differ."""
-
+"""Dtypes that files may hold, and that fingerprints can name if they differ."""
 
 _BYTES_FOR_THREADS = 1 << 24
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors have the same shape, dtype and bits; unlike `torch.equal`, NaN equals the same NaN."""
+    """Whether two tensors have the same shape, dtype and bits; unlike `torch.equal`, a NaN equals the same NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(as_bytes(a), as_bytes(b.to(a.device)))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Name a dtype as in "float32"."""
+    """The name of a dtype, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 def value_digests(tensors: Sequence[Tensor]) -> list[str]:
-    """SHA-256 of the bytes of each tensor, row by row whatever its memory format, little-endian; 64 hex digits.
+    """SHA-256 of each tensor's bytes, 64 hex digits: little-endian, row by row whatever the memory format.
 
-    Large ones are digested by several threads, as hashing releases Python's lock.
+    Many bytes are hashed in several threads, as hashing releases Python's lock.
     """
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors) < _BYTES_FOR_THREADS:
         return [_value_digest(tensor) for tensor in tensors]
@@ -49,7 +48,7 @@ def value_digests(tensors: Sequence[Tensor]) -> list[str]:
             digests[place] = _value_digest(tensors[place])
 
     with ThreadPoolExecutor(n_threads) as pool:
-        list(pool.map(digest, shares))  # a task for each tensor would cost more than most tensors
+        list(pool.map(digest, shares))  # one task per tensor would cost more than hashing most tensors
     return digests
 
 
@@ -58,5 +57,5 @@ def _value_digest(tensor: Tensor) -> str:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor in the order of its indices, (n_bytes,) uint8; shares its memory where that is possible."""
+    """The bytes of a tensor in index order, (n_bytes,) uint8; shares its memory if possible."""
     return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)

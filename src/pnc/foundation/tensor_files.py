@@ -1,8 +1,8 @@
-"""Our own files: safetensors with one metadata key that holds canonical JSON, written whole or not at all.
+"""Our own files: safetensors with canonical JSON under one metadata key, written completely or not at all.
 
-Reading trusts nothing: every size is checked against the file's own before memory is taken, types are those of a list,
-JSON is limited in length and depth, and a digest covers all that a file says. So any bytes give what was written or
-one `FileFormatError`.
+Reading trusts nothing: every size is checked against the file's size before memory is allocated, only listed dtypes are
+accepted, JSON is limited in length and depth, and a digest covers the whole content. So reading any bytes gives either
+what was written or one `FileFormatError`.
 """
 
 import hashlib
@@ -25,29 +25,29 @@ from pnc.foundation.errors import FileFormatError, InputError, PNCError
 from pnc.foundation.file_writing import path_text, write_file
 from pnc.foundation.tensor_bits import DTYPES, as_bytes, dtype_name, value_digests
 
-METADATA_KEY = "pnc"  # one key only: several are written in hash order, and equal inputs would give unequal bytes
+METADATA_KEY = "pnc"  # only one: several keys are written in hash order, so equal inputs would give different bytes
 DIGEST_KEY = "digest"
-"""Key of the metadata for the digest of tensors and metadata; added by `write_tensors`, taken off by `read_tensors`."""
+"""Metadata key for the digest of tensors and metadata; added by `write_tensors`, removed by `read_tensors`."""
 
 MAX_HEADER = 1 << 21
-"""Bytes that the header of a file may have: enough for 20,000 tensors."""
+"""Maximum size of a file's header, in bytes: enough for 20,000 tensors."""
 
 MAX_DEPTH = 16
-"""How deep lists and objects of a header may be nested."""
+"""Maximum nesting of lists and objects in a header."""
 
 _MAX_DIMS, _MAX_NUMEL = 8, 1 << 40
 _MANY_BYTES, _HOLES = 1 << 28, 64
-"""From this size on, a file must hold at least one byte in so many: file systems keep long holes for nothing."""
+"""Files from `_MANY_BYTES` on must hold data for at least one byte in `_HOLES`: holes cost nothing on disk."""
 
 _CODES = ("F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8", "U8", "BOOL")
 DTYPE_OF = dict(zip(_CODES, DTYPES, strict=True))
-"""Types by their codes in safetensors."""
+"""Dtypes by their codes in safetensors."""
 
 _CODE_OF = dict(zip(DTYPES, _CODES, strict=True))
 
 
 def canonical_json(value: Any) -> str:
-    """Write `value` as JSON with sorted keys and no spaces: equal values give equal text."""
+    """Serialize `value` as JSON with sorted keys and no spaces: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
@@ -56,8 +56,8 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     """Write a safetensors file whose metadata key `pnc` holds `metadata` and a digest; equal inputs give equal bytes.
 
     Raises:
-        InputError: as `write_file`; also where a tensor has a type that files do not hold, or the names and metadata
-            are longer than a reader accepts.
+        InputError: as `write_file`; also if a tensor has a dtype that files do not hold, or names and metadata are
+            longer than `read_tensors` accepts.
     """
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in sorted(tensors.items())}
     for name, tensor in plain.items():
@@ -73,17 +73,17 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
-    """SHA-256, 64 hex digits, of everything that a file says: names, types, shapes and values of tensors, metadata."""
+    """SHA-256, 64 hex digits, of a file's whole content: names, dtypes, shapes and values of tensors, and metadata."""
     known = {name: tensors[name] for name in sorted(tensors)}
     values = value_digests(list(known.values()))
     listed = [[name, _CODE_OF[t.dtype], list(t.shape), v] for (name, t), v in zip(known.items(), values, strict=True)]
-    said = {key: value for key, value in metadata.items() if key != DIGEST_KEY}
-    return hashlib.sha256(canonical_json([said, listed]).encode()).hexdigest()
+    rest = {key: value for key, value in metadata.items() if key != DIGEST_KEY}
+    return hashlib.sha256(canonical_json([rest, listed]).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 Check = Callable[[Mapping[str, Tensor], dict[str, Any]], None]
-"""Called before any value is read, with the tensors on the meta device and the metadata, digest included."""
+"""Called before any value is read, with the tensors on the meta device and the metadata including the digest."""
 
 
 def read_tensors(path: str | Path, check: Check | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -91,7 +91,7 @@ def read_tensors(path: str | Path, check: Check | None = None) -> tuple[dict[str
 
     Args:
         path: The file.
-        check: Raises where names, types, shapes or metadata are not what the caller can use: before memory is taken.
+        check: Raises if the caller cannot use the names, dtypes, shapes or metadata: before memory is allocated.
     Raises:
         FileFormatError: no such file, not safetensors, damaged, larger than memory, or without our metadata.
     """
@@ -100,30 +100,28 @@ def read_tensors(path: str | Path, check: Check | None = None) -> tuple[dict[str
 
 
 def read_sealed(path: str | Path, check: Check | None = None) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
-    """Read as `read_tensors` does, and return the digest too, which is right; None where the file has none."""
+    """Like `read_tensors`, but also return the verified digest; None if the file has none."""
     path = Path(path)
     with ExitStack() as stack:
         with _file_errors(path):
             if not stat.S_ISREG(path.stat().st_mode):
-                _refuse(path, "it is no regular file")
+                _refuse(path, "it is not a regular file")
             file = stack.enter_context(path.open("rb"))
             entries, metadata, n_before = _read_header(path, file)
-        if check is not None:  # whose errors are not the file's
+        if check is not None:  # outside of `_file_errors`: its errors are the caller's
             check({e.name: torch.empty(e.shape, dtype=e.dtype, device="meta") for e in entries}, metadata)
         with _file_errors(path):
             _refuse_holes(path, file)
             tensors = {entry.name: _read_tensor(path, file, entry, n_before) for entry in entries}
     digest = metadata.pop(DIGEST_KEY, None)
     if digest is not None and digest != _digest(tensors, metadata):
-        raise FileFormatError(
-            f"{path} is damaged: its content does not give the digest that it names; copy or make it again"
-        )
+        raise FileFormatError(f"{path} is damaged: its content does not match its digest; copy or create it again")
     return dict(sorted(tensors.items())), metadata, digest
 
 
 @contextmanager
 def _file_errors(path: Path) -> Iterator[None]:
-    """Within the block, an error of the system is a `FileFormatError` that names the file."""
+    """Turn the system's errors within the block into a `FileFormatError` that names the file."""
     try:
         yield
     except PNCError:
@@ -136,7 +134,7 @@ def _file_errors(path: Path) -> Iterator[None]:
 
 
 def _refuse_holes(path: Path, file: BinaryIO) -> None:
-    """Refuse a large file that is nearly all holes: it takes memory and time for nothing but zeros."""
+    """Refuse a large file that is nearly all holes: reading it would take memory and time for nothing but zeros."""
     size, seek_data = os.fstat(file.fileno()).st_size, getattr(os, "SEEK_DATA", None)
     if size < _MANY_BYTES or seek_data is None:
         return
@@ -146,17 +144,17 @@ def _refuse_holes(path: Path, file: BinaryIO) -> None:
         try:
             start = os.lseek(file.fileno(), place, seek_data)
             place = os.lseek(file.fileno(), start, os.SEEK_HOLE)
-        except OSError:  # nothing but a hole from here on
+        except OSError:  # the rest is a hole
             break
         n_data += place - start
-    os.lseek(file.fileno(), before, os.SEEK_SET)  # where the buffer believes it to be
+    os.lseek(file.fileno(), before, os.SEEK_SET)  # where the buffered reader expects it
     if n_data < size // _HOLES:
         _refuse(path, f"it has {size} bytes, but holds only {n_data}")
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor as the header names it; `start` and `stop` are bytes behind the header."""
+    """One tensor as the header describes it; `start` and `stop` are byte offsets from the end of the header."""
 
     name: str
     dtype: torch.dtype
@@ -166,12 +164,12 @@ class _Entry:
 
 
 def _read_header(path: Path, file: BinaryIO) -> tuple[list[_Entry], dict[str, Any], int]:
-    """The tensors in the order of their bytes, the metadata, and where the bytes begin: all sizes fit to the file's."""
+    """The tensors in file order, the metadata, and the offset of the first tensor; all sizes fit the file's size."""
     size = os.fstat(file.fileno()).st_size
     first = file.read(8)
     n_header = int.from_bytes(first, "little")
     if len(first) < 8 or n_header > size - 8:
-        _refuse(path, f"it has {size} bytes, less than it says")
+        _refuse(path, f"it has {size} bytes, fewer than its header needs")
     if n_header > MAX_HEADER:
         _refuse(path, f"its header has {n_header} bytes, more than {MAX_HEADER}")
     header = _parse_json(path, file.read(n_header), "header")
@@ -180,7 +178,7 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[list[_Entry], dict[str, An
     reached = 0
     for entry in entries:
         if entry.start != reached:
-            _refuse(path, f"the bytes of {shortened(entry.name)} do not follow those before them")
+            _refuse(path, f"the bytes of {shortened(entry.name)} do not follow those of the tensor before")
         reached = entry.stop
     if reached != size - 8 - n_header:
         _refuse(path, f"its tensors have {reached} bytes, the file has {size - 8 - n_header} for them")
@@ -192,13 +190,13 @@ def _entry(path: Path, name: str, facts: Any) -> _Entry:
         _refuse(path, f"the entry of {shortened(name)} is {shortened(facts)}")
     dtype = DTYPE_OF.get(facts["dtype"]) if isinstance(facts["dtype"], str) else None
     if dtype is None:
-        _refuse(path, f"{shortened(name)} has values of the type {shortened(facts['dtype'])}")
+        _refuse(path, f"{shortened(name)} has the dtype {shortened(facts['dtype'])}")
     shape, offsets = facts["shape"], facts["data_offsets"]
     if not _are_sizes(shape) or len(shape) > _MAX_DIMS or math.prod(filter(None, shape)) > _MAX_NUMEL:
         _refuse(path, f"{shortened(name)} has the shape {shortened(shape)}")
     n_bytes = math.prod(shape) * dtype.itemsize
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != n_bytes:
-        _refuse(path, f"{shortened(name)} has {n_bytes} bytes, which do not lie at {shortened(offsets)}")
+        _refuse(path, f"{shortened(name)} has {n_bytes} bytes, but its offsets are {shortened(offsets)}")
     return _Entry(name, dtype, tuple(shape), *offsets)
 
 
@@ -209,10 +207,10 @@ def _are_sizes(values: Any) -> bool:
 def _read_tensor(path: Path, file: BinaryIO, entry: _Entry, n_before: int) -> Tensor:
     try:
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
-    except RuntimeError as error:  # what torch raises where there is not enough memory
+    except RuntimeError as error:  # what torch raises if there is not enough memory
         n_bytes = math.prod(entry.shape) * entry.dtype.itemsize
         raise FileFormatError(
-            f"{path} cannot be read: {shortened(entry.name)} takes {n_bytes} bytes, more memory than there is"
+            f"{path} cannot be read: {shortened(entry.name)} takes {n_bytes} bytes, more than the memory available"
         ) from error
     raw = as_bytes(tensor)
     file.seek(n_before + entry.start)
@@ -226,12 +224,12 @@ def _read_tensor(path: Path, file: BinaryIO, entry: _Entry, n_before: int) -> Te
 def _parse_metadata(path: Path, metadata: Any) -> dict[str, Any]:
     text = metadata.get(METADATA_KEY) if isinstance(metadata, dict) else None
     if not isinstance(text, str):
-        raise FileFormatError(f"{path} has no metadata of pnc: it holds weights only, made by another program")
+        raise FileFormatError(f"{path} has no metadata of pnc: it holds only weights, written by another program")
     return _parse_json(path, text, "metadata")
 
 
 def _parse_json(path: Path, text: str | bytes, what: str) -> dict[str, Any]:
-    """An object from JSON: each key once, all numbers finite, and of limited depth."""
+    """Parse a JSON object with unique keys, finite numbers and limited depth."""
     try:
         value = json.loads(
             text.decode() if isinstance(text, bytes) else text,
@@ -256,14 +254,14 @@ def _parse_json(path: Path, text: str | bytes, what: str) -> dict[str, Any]:
 def _with_keys_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key appears twice")
     return found
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is no finite number")
+        raise ValueError(f"{text[:20]} is not a finite number")
     return value
 
 
@@ -275,4 +273,4 @@ def _is_deeper(value: Any, limit: int) -> bool:
 
 
 def _refuse(path: Path, reason: str) -> Never:
-    raise FileFormatError(f"{path} is not a whole safetensors file ({reason}); copy or make it again")
+    raise FileFormatError(f"{path} is not a complete safetensors file ({reason}); copy or create it again")

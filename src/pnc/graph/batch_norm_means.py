@@ -12,11 +12,11 @@ from pnc.graph.recording import Recording
 
 @dataclass(frozen=True, eq=False)
 class RememberedMean:
-    """The running mean that a BatchNorm layer has of its input.
+    """A BatchNorm layer's running mean of its input.
 
     Attributes:
-        cut: Its input: a map (B, C, H, W) or a vector (B, C). Usually not a cut point, because other tensors bypass it.
-        mean: Over training images and positions, (C,), float32 on the CPU.
+        cut: The input: a map (B, C, H, W) or a vector (B, C). Usually not a cut point, because other tensors bypass it.
+        mean: Mean over training images and positions, (C,), float32 on the CPU.
     """
 
     cut: CutPoint

@@ -11,12 +11,12 @@ from pnc.graph.recording import Recording
 from pnc.graph.subgraphs import costs_before
 
 LARGE_GAP = 0.2
-"""Share of a network without a cut point that is worth reporting."""
+"""Smallest share of a network without a cut point that is reported."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Neighbouring cut points, or the last one and the output: the network cannot be split between them.
+    """Two consecutive cut points, or the last one and the output: the network cannot be cut between them.
 
     Attributes:
         share: Share of the network's MACs between them.
@@ -49,9 +49,9 @@ def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...
     """The cut points worth trying, from the input to the deepest one before the head's features.
 
     Of cuts without multiply-accumulates between them (convolution, norm, activation, dropout, pooling to a smaller map)
-    only the last is kept: it saves most at no cost. The input stays, and so does the last tensor with more than one
-    position if positions are pooled away afterwards; the pooled tensor is kept too, unless it is equivalent to the
-    head's features. Of the remaining cuts, `limit` are chosen, spread evenly over the depth in MACs.
+    only the last is kept: it saves most at no cost. The input is always kept. If positions are pooled away, so are the
+    last tensor with more than one position and the pooled tensor, unless that is equivalent to the head's features. Of
+    the remaining cuts, `limit` are chosen, spread evenly over the depth in MACs.
 
     Raises:
         InputError: `limit` is below 2, or the network's head is not found (`find_head`).
@@ -68,10 +68,10 @@ def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...
 
 
 def _chain_ends(chain: Sequence[CutPoint], is_last: bool) -> list[CutPoint]:
-    """The cuts to keep among those of the same cost; `is_last`: the head's features are among them.
+    """The cuts to keep among cuts of the same cost; `is_last`: the head's features are among them.
 
-    A map is preferred to the same values as tokens or as a vector, because it shows which positions are neighbours; and
-    a map before padding is preferred to the padded one, whose border an adapter could not reproduce.
+    A map is preferred to the same values as tokens or a vector, because it shows which positions are neighbours. A map
+    before padding is preferred to the padded map, whose border an adapter could not reproduce.
     """
     spatial = [cut for cut in chain if not cut.is_pooled]
     pooled = [cut for cut in chain if cut.is_pooled and not is_last][-1:]
@@ -84,7 +84,7 @@ def _chain_ends(chain: Sequence[CutPoint], is_last: bool) -> list[CutPoint]:
 
 
 def _spread(cuts: Sequence[CutPoint], limit: int) -> tuple[CutPoint, ...]:
-    """At most `limit` of the cuts, including the first and the last, nearest to even steps in MACs."""
+    """At most `limit` of the cuts, including the first and the last, closest to even steps in MACs."""
     if len(cuts) <= limit:
         return tuple(cuts)
     chosen = {0, len(cuts) - 1}

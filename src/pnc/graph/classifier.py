@@ -14,15 +14,15 @@ from pnc.graph.subgraphs import costs_before, needs_of
 
 @dataclass(frozen=True, eq=False)
 class ClassifierLayer:
-    """What turns features into logits.
+    """The layer that turns features into logits.
 
     Attributes:
-        features: Input of the last linear layer. A vector, or a map or tokens if the head pools afterwards; see
+        features: Input of the last linear layer: a vector, or a map or tokens if the head pools afterwards; see
             `find_head` for heads of several layers.
-        module: Qualified name of that layer; None if there are several or it is not a module.
+        module: Qualified name of the layer; None if there are several or it is not a module.
         n_features: Number of channels of the features.
         weight: (K, n_features); None unless logits = mean of the features over their positions @ weight.T + bias.
-        bias: (K,); None if `weight` is None, or the layer has none.
+        bias: (K,); None if `weight` is None, or the layer has no bias.
     """
 
     features: CutPoint
@@ -35,10 +35,10 @@ class ClassifierLayer:
 def find_head(recording: Recording) -> ClassifierLayer:
     """Find the layer that computes the logits, and the features that it reads.
 
-    Walks from the logits back to the last operations with multiply-accumulates. If that is one layer, its input is the
-    features. If there are several (a distilled ViT averages two heads), the features are the deepest cut point without
-    such an operation between it and them. If there is none (heads on several branches or stages), the logits replace
-    the features.
+    The search goes from the logits back to the last operations with multiply-accumulates. If that is one layer, its
+    input is the features. If there are several (a distilled ViT averages two heads), the features are the deepest cut
+    point before them without such an operation in between. If there is none (heads on several branches or stages), the
+    logits take the place of the features.
 
     Raises:
         InputError: the network has no operation with multiply-accumulates; the message lists the deepest cut points.
@@ -67,7 +67,7 @@ def _head(recording: Recording, features: CutPoint, module: str | None) -> Class
 
 
 def _last_layers(recording: Recording) -> list[fx.Node]:
-    """The operations with multiply-accumulates that reach the output without passing another."""
+    """The operations with multiply-accumulates from which the output is reached without passing another one."""
     needs = needs_of(recording.module.graph)
     found: list[fx.Node] = []
     seen: set[fx.Node] = set()
@@ -84,7 +84,7 @@ def _last_layers(recording: Recording) -> list[fx.Node]:
 
 
 def _affine_map(recording: Recording, features: CutPoint, module: str | None) -> tuple[Tensor | None, Tensor | None]:
-    """The layer's weight and bias if logits = mean features @ weight.T + bias, tested on noise; else (None, None)."""
+    """The layer's weight and bias if logits = mean features @ weight.T + bias (tested on noise); else (None, None)."""
     layer = None if module is None else recording.module.get_submodule(module)
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     if not isinstance(weight, Tensor) or weight.numel() != recording.n_classes * features.n_channels:
@@ -96,6 +96,6 @@ def _affine_map(recording: Recording, features: CutPoint, module: str | None) ->
     expected = nn.functional.linear(pooled, weight, bias)
     with torch.no_grad():
         found = extract(recording, features, [LOGITS])(noise)
-    # The order of summation differs: rounding grows with the square root of the number of terms.
+    # The order of summation differs: the rounding error grows with the square root of the number of terms.
     tolerance = 8 * torch.finfo(weight.dtype).eps * features.n_channels**0.5 * expected.abs().max()
     return (weight, bias) if (found - expected).abs().max() <= tolerance else (None, None)

@@ -1,4 +1,4 @@
-"""Where a network can be cut in two: cut points as data, the classifier's head, and the parts themselves."""
+"""Where a network can be cut in two: its cut points, and the parts between them as modules."""
 
 import math
 from collections.abc import Sequence
@@ -14,31 +14,31 @@ from pnc.graph.subgraphs import costs_before, dominators, subgraph
 from pnc.graph.tensor_axes import channel_dims, prefix_tokens
 
 INPUT = "input"
-"""Name of the cut point in front of everything."""
+"""Name of the cut point before the first operation."""
 
 LOGITS = "logits"
-"""Names the network's output in `extract`."""
-
+"""Name of the network's output in `extract`."""
 
 _KINDS: dict[int, Literal["map", "tokens", "vector"]] = {2: "vector", 3: "tokens", 4: "map"}
 
 
 @dataclass(frozen=True)
 class CutPoint:
-    """A tensor through which everything passes on its way from the input to the logits.
+    """A tensor through which every path from the input to the logits passes.
 
     Attributes:
-        name: Name of the node that makes it (the last one of a chain in place), `INPUT` for the network's input.
-        index: Order from the input, 0 for the input.
-        scope: Qualified name of the module in whose forward it was made.
-        kind: "map": (B, C, H, W), or (B, H, W, C) where `channel_dim` is 3; "tokens": (B, N, D), or (B, D, N) where
+        name: Name of the node that computes it (the last one of a chain of in-place operations); `INPUT` for the
+            network's input.
+        index: Order from the input, which is 0.
+        scope: Qualified name of the module in whose forward it is computed.
+        kind: "map": (B, C, H, W), or (B, H, W, C) if `channel_dim` is 3; "tokens": (B, N, D), or (B, D, N) if
             `channel_dim` is 1; "vector": (B, D).
-        shape: Without batch.
-        channel_dim: Dimension of the channels, batch counted.
-        n_prefix_tokens: Class, distillation or register tokens in front of the tokens of the image; 0 where they are
-            alone.
-        n_macs: Of the part before the cut, per sample.
-        n_params: Of the part before the cut.
+        shape: Shape without the batch.
+        channel_dim: Dimension of the channels, counting the batch.
+        n_prefix_tokens: Number of class, distillation or register tokens before the image's tokens; 0 if there are no
+            image tokens.
+        n_macs: Multiply-accumulates of the part before the cut, per sample.
+        n_params: Parameters of the part before the cut.
     """
 
     name: str
@@ -63,27 +63,25 @@ class CutPoint:
 
     @property
     def is_pooled(self) -> bool:
-        """Whether there is one position only, so that it is as good as a vector."""
+        """Whether there is only one position, which makes it equivalent to a vector."""
         return self.size == self.n_channels
 
     def is_alike(self, other: "CutPoint") -> bool:
-        """Whether both tensors are read in the same way, so that one could stand for the other."""
+        """Whether both tensors have the same shape and meaning of dims, so that one could replace the other."""
         keys = ("kind", "shape", "channel_dim", "n_prefix_tokens")
         return all(getattr(self, key) == getattr(other, key) for key in keys)
 
     def is_same_place(self, other: "CutPoint") -> bool:
-        """Whether both are the same tensor, read in the same way; costs and order do not matter."""
+        """Whether both are the same tensor with the same meaning of dims; costs and order are ignored."""
         return self.name == other.name and self.is_alike(other)
 
 
 # ----------------------------------------------------------------------------------------------------------- cut points
-
-
 def cut_points(recording: Recording) -> tuple[CutPoint, ...]:
-    """Every cut point of a recorded network, from its input on.
+    """All cut points of a recorded network, in order from its input.
 
-    Only tensors with the batch in front and 2 to 4 dimensions count, those with 4 only in the proportions of the
-    image (attention scores, for example, are no map).
+    These have the batch first and 2 to 4 dimensions; with 4 they must have the image's proportions (attention scores,
+    for example, are not a map).
     """
     nodes = dominators(recording.module.graph)
     dims, prefixes = channel_dims(recording), prefix_tokens(recording.module.graph)
@@ -96,7 +94,7 @@ def cut_points(recording: Recording) -> tuple[CutPoint, ...]:
             continue
         n_prefix_tokens = prefixes.get(node, 0) if kind == "tokens" else 0
         if kind == "tokens" and n_prefix_tokens == shape[3 - channel_dim]:
-            n_prefix_tokens = 0  # class tokens alone are a grid of their own
+            n_prefix_tokens = 0  # class tokens alone form a grid
         name = INPUT if node.op == "placeholder" else node.name
         found.append(
             CutPoint(name, len(found), info(node).scope, kind, shape[1:], channel_dim, n_prefix_tokens, *costs)
@@ -105,29 +103,24 @@ def cut_points(recording: Recording) -> tuple[CutPoint, ...]:
 
 
 def _is_map(shape: Sequence[int], channel_dim: int, input_shape: Sequence[int]) -> bool:
-    """Whether height and width were shrunk alike, to within rounding."""
+    """Whether height and width were reduced by the same factor, up to rounding."""
     height, width = (size for dim, size in enumerate(shape) if dim not in (0, channel_dim))
     ratio = (input_shape[1] / height) / (input_shape[2] / width)
     return 2 / 3 <= ratio <= 3 / 2
 
 
-# ----------------------------------------------------------------------------------------------------------------- head
-
-
-# ------------------------------------------------------------------------------------------------------------ the parts
-
-
+# ---------------------------------------------------------------------------------------------------------------- parts
 def extract(recording: Recording, start: CutPoint | None, outputs: Sequence[str | CutPoint]) -> fx.GraphModule:
     """A part of the network as a module over the same weights, in eval mode.
 
-    Works at any batch size. The tensor that it is given is never written to; a tensor handed out is copied where the
-    network goes on to write to it.
+    It works at any batch size and never writes to its input; an output is copied if the network writes to it later.
 
     Args:
+        recording: The network.
         start: The cut point whose tensor the part takes; None for the network's input.
-        outputs: Cut points, names of nodes, or `LOGITS`. One gives a tensor, several a tuple in this order.
+        outputs: Cut points, names of nodes, or `LOGITS`. The part returns a tensor for one output, a tuple for several.
     Raises:
-        InputError: an unknown name, no output, or one that `start` does not determine.
+        InputError: a name is unknown, there is no output, or `start` does not determine an output.
     """
     if not outputs:
         raise InputError("outputs: expected at least one cut point, node name or LOGITS, got none")

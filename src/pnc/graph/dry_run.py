@@ -1,4 +1,4 @@
-"""A network run without values: the shapes of all that it computes, at the cost of neither memory nor arithmetic."""
+"""A run of a network without values, which finds the shapes of all its tensors without memory or arithmetic."""
 
 import copy
 from typing import Any
@@ -12,15 +12,15 @@ from pnc.foundation.network_state import undisturbed
 
 
 def shapes_without_values(module: nn.Module, input_shape: tuple[int, ...]) -> set[tuple[int, ...]] | None:
-    """Shapes, without batch, of the images and of every tensor that a network makes of them, in eval mode.
+    """Shapes, without batch, of the images and of every tensor that a network computes from them, in eval mode.
 
-    The network runs on the meta device, as a copy without weights; it stays as it is.
+    A copy of the network without weights runs on the meta device; the network itself is not changed.
 
     Args:
         module: A network.
         input_shape: (C, H, W) of the images.
     Returns:
-        The shapes; None where the network cannot run like this, because it reads values, for one.
+        The shapes; None if the network cannot run like this, for example because it reads values.
     """
     tensors = [*module.parameters(), *module.buffers()]
     emptied: dict[int, Any] = {id(tensor): _emptied(tensor) for tensor in tensors}
@@ -31,7 +31,7 @@ def shapes_without_values(module: nn.Module, input_shape: tuple[int, ...]) -> se
             images = torch.empty(_BATCH, *input_shape, device="meta")
             with seen:
                 twin(images)
-    except Exception:  # noqa: BLE001 - networks of others, on tensors without values: this says nothing about them
+    except Exception:  # noqa: BLE001 - any network may fail on tensors without values, which does not make it wrong
         return None
     return {tuple(input_shape), *seen.found}
 
@@ -45,13 +45,13 @@ def _emptied(tensor: Tensor) -> Tensor:
 
 
 class _Shapes(TorchDispatchMode):
-    """Collects the shapes of what operations give."""
+    """Collects the shapes of the results of all operations."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: set[tuple[int, ...]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        self.found |= {tuple(one.shape[1:]) for one in tree_leaves(made) if isinstance(one, Tensor) and one.dim()}
-        return made
+        out = func(*args, **(kwargs or {}))
+        self.found |= {tuple(one.shape[1:]) for one in tree_leaves(out) if isinstance(one, Tensor) and one.dim()}
+        return out

@@ -1,7 +1,7 @@
-"""Forward prints: what a network does with its weights, as a digest of its recorded graph and a few answers.
+"""Forward prints, which identify a network's forward pass: a digest of its recorded graph, and logits of a pattern.
 
-A fingerprint names the weights and nothing of the forward pass: another activation, epsilon or order of outputs leaves
-it as it is. The answers decide; the digest says where two forward passes differ.
+A fingerprint covers the weights but not the forward pass: another activation, epsilon or order of outputs does not
+change it. The logits decide whether two forward passes are the same; the digest shows where they differ.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from pnc.graph.recording import Recording
 N_ANSWERS, N_IMAGES = 16, 3
 MAX_OPERATIONS = 4000
 CLOSE, FAR = 1e-4, 1e-2
-"""Differences of answers, relative to the largest, that are still of one function: where the graphs differ, and where
-they are equal, so that only rounding can be the cause: on GPUs products may be rounded to eleven bits (TF32)."""
+"""Largest relative differences of answers between equal functions: if the graphs differ, and if they are equal, when
+only rounding can be the cause (GPUs may round products to eleven bits, TF32)."""
 
 _EVAL_ONLY = frozenset({"training", "inplace", "momentum", "p"})
 _PLAIN = bool, int, float, complex, str, type(None)
@@ -31,13 +31,13 @@ _PLAIN = bool, int, float, complex, str, type(None)
 
 @dataclass(frozen=True)
 class ForwardPrint:
-    """What a network does.
+    """Identifies what a network does.
 
     Attributes:
-        operations: For each operation of the graph its name and four hex digits of all there is to say of it: settings,
-            constants, and which results and weights it takes; `relu:0a1b`. Empty for graphs that are too long.
-        digest: Of all of them, 32 hex digits. Nothing in it depends on names of nodes.
-        answers: Logits of a fixed pattern, (3, K), or, of many classes, sixteen weighted sums of them; row by row.
+        operations: For each operation of the graph, its name and four hex digits of its description (settings,
+            constants, inputs and weights), such as `relu:0a1b`. Empty for graphs of more than `MAX_OPERATIONS`.
+        digest: Digest of all descriptions, 32 hex digits, independent of the names of nodes.
+        answers: Logits of a fixed pattern, (3, K), row by row; for many classes, sixteen weighted sums of each row.
     """
 
     operations: tuple[str, ...]
@@ -50,8 +50,8 @@ class ForwardDifference:
     """How a network's forward pass differs from the expected one.
 
     Attributes:
-        text: In words.
-        is_other: Whether it is another function, or only written in another way.
+        text: The difference in words.
+        is_other: Whether it is another function, not just other code for the same function.
     """
 
     text: str
@@ -69,12 +69,12 @@ def forward_print(model: nn.Module, recording: Recording) -> ForwardPrint:
 def forward_difference(
     found: ForwardPrint, expected: ForwardPrint, *, weights: bool = True
 ) -> ForwardDifference | None:
-    """Compare two forward prints; None where they are of one function, written in one way.
+    """Compare two forward prints; None if function and graph are the same.
 
     Args:
-        found: Of the network at hand.
-        expected: Of the one that it should be.
-        weights: Whether both have the same weights; otherwise their answers say nothing, and graphs must be equal.
+        found: Print of the given network.
+        expected: Print of the network that it should be.
+        weights: Whether both have the same weights; otherwise answers cannot be compared, and graphs must be equal.
     """
     where = None if found.digest == expected.digest else _first_difference(found, expected)
     if not weights:
@@ -110,9 +110,7 @@ def _first_difference(found: ForwardPrint, expected: ForwardPrint) -> str:
     return "the graph differs"
 
 
-# ------------------------------------------------------------------------------------------------------------ the graph
-
-
+# ---------------------------------------------------------------------------------------------------------------- graph
 def _lines(model: nn.Module, recording: Recording) -> list[tuple[str, str]]:
     """Name and full description of each operation, in the order of the graph."""
     places = _places(model)
@@ -133,7 +131,7 @@ def _sizes(node: fx.Node) -> str:
 
 
 def _described(node: fx.Node, module: fx.GraphModule, places: dict[Any, int]) -> tuple[str, str]:
-    """Name of an operation, and what it is made of beside its arguments."""
+    """Name of an operation, and the description of its module or tensor."""
     if node.op == "call_module":
         layer = module.get_submodule(str(node.target))
         parts = [f"{type(part).__name__} {_settings(part)}" for part in layer.modules()]
@@ -181,7 +179,7 @@ def _constant(value: Any, numbers: dict[fx.Node, int]) -> Any:
 
 
 def _places(model: nn.Module) -> dict[Any, int]:
-    """Place in the fingerprint of every tensor that it names, by memory."""
+    """Index in the fingerprint of each of its tensors, by memory."""
     found: dict[Any, int] = {}
     for place, tensor in enumerate(plain_state(model).values()):
         found.setdefault(_memory(tensor), place)
@@ -193,7 +191,7 @@ def _memory(tensor: Tensor) -> Any:
 
 
 def _tensor(tensor: Tensor, places: dict[Any, int]) -> str:
-    """A tensor that the fingerprint names, by its place there; another one by its values, to three digits."""
+    """A tensor in the fingerprint by its index there; any other tensor by its values, to three digits."""
     place = places.get(_memory(tensor))
     if place is not None:
         return f"#{place}"
@@ -206,11 +204,9 @@ def _tensor(tensor: Tensor, places: dict[Any, int]) -> str:
     return f"{list(tensor.shape)} {dtype_name(tensor.dtype)} {_hex(text, 16)}"
 
 
-# ---------------------------------------------------------------------------------------------------------- the answers
-
-
+# -------------------------------------------------------------------------------------------------------------- answers
 def pattern_images(shape: tuple[int, ...]) -> Tensor:
-    """Images (3, C, H, W) in [0, 1], the same bits everywhere: fine and coarse noise, and a noisy slope."""
+    """Images (3, C, H, W) in [0, 1], bit-identical on every machine: fine and coarse noise, and a noisy slope."""
     n_channels, height, width = shape
     numbers = torch.arange(n_channels * height * width).reshape(shape)
     fine = _noise(numbers)
@@ -222,14 +218,14 @@ def pattern_images(shape: tuple[int, ...]) -> Tensor:
 
 
 def _noise(numbers: Tensor) -> Tensor:
-    """Multiples of 2^-16 in [0, 1) that look random, one for each whole number."""
+    """Pseudorandom multiples of 2^-16 in [0, 1), one for each whole number."""
     mixed = (numbers + 1) * 2654435761 % 4294967296
     mixed = (mixed ^ (mixed >> 15)) * 1103515245 % 4294967296
     return ((mixed ^ (mixed >> 13)) % 65536).float() / 65536
 
 
 def answers_of(logits: Tensor) -> tuple[float, ...]:
-    """What a forward print keeps of the logits of the pattern, (3, K)."""
+    """The answers of a forward print, from the logits of the pattern, (3, K)."""
     kept = logits.detach().double().cpu().nan_to_num()
     if kept.shape[1] > N_ANSWERS:
         numbers = torch.arange(kept.shape[1] * N_ANSWERS).reshape(-1, N_ANSWERS)

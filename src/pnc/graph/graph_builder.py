@@ -1,4 +1,4 @@
-"""Builds one `torch.fx` graph over the network's own memory from two tapes of the network."""
+"""Builds one `torch.fx` graph over a network's own memory from two tapes of the network."""
 
 import collections
 import operator
@@ -18,7 +18,7 @@ from pnc.graph.operation_tape import Op, Ref, Tape
 
 
 def merge(network: nn.Module, first: Tape, second: Tape) -> fx.Graph:
-    """Merge two tapes of a network, recorded at `BATCH_SIZES`, into one graph; operations unused by logits are dropped.
+    """Merge two tapes of a network, recorded at `BATCH_SIZES`, into one graph of the operations that the logits need.
 
     Raises:
         RecordingError: the tapes differ in more than integers that are multiples of the batch size, or the network
@@ -52,13 +52,13 @@ def _check_alike(first: Tape, second: Tape) -> None:
     for name, constant in first.constants.items():
         if not same_bits(constant, second.constants[name]):
             raise RecordingError(
-                "the network uses a tensor that was created outside PyTorch's sight and changes between runs "
+                "the network uses a tensor that was created outside of PyTorch and changes between runs "
                 f"(numpy, a C++ extension, TorchScript or another thread?), of shape {tuple(constant.shape)}"
             )
 
 
 def _dependencies(ops: Sequence[Op]) -> list[list[int]]:
-    """For each operation those whose data it needs: its arguments, and later writes to their memory."""
+    """For each operation, the ones whose data it needs: its arguments, and later writes to their memory."""
     writers: dict[int, int] = {}
     dependencies = []
     for i, op in enumerate(ops):
@@ -127,7 +127,7 @@ class _GraphBuilder:
         self._nodes[index] = node
 
     def _target(self, op: Op) -> Any:
-        # `view` needs the memory layout of the recorded run, but a part of the network may get another input.
+        # `view` needs the memory layout of the recorded run, but a part of the network may get an input of another one.
         if op.target == "view" and op.kind == "call_method" and not op.kwargs and not op.holds & self._written:
             return "view" if isinstance(op.args[1], torch.dtype) else "reshape"
         return op.target
@@ -180,7 +180,7 @@ def _shown(value: Any) -> str:
 
 
 def _node_name(op: Op) -> str:
-    """A stable, readable name; `input` and `logits` are reserved for the network's ends."""
+    """A stable, readable name; `input` and `logits` are reserved for the network's input and output."""
     name = operation_name(op.target).strip("_")
     if op.kind in ("call_function", "call_method") and op.scope:
         name = f"{op.scope}_{name}"
@@ -192,7 +192,7 @@ def _node_name(op: Op) -> str:
 
 
 def bind(network: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor]) -> fx.GraphModule:
-    """A module of the graph with shallow copies of the network's leaves and aliases of its tensors.
+    """The graph as a module with shallow copies of the network's leaf modules and aliases of its tensors.
 
     See `Recording.module`.
     """
@@ -208,7 +208,7 @@ def bind(network: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor]) -
 
 
 def eval_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
-    """A module of the graph over the attributes of `root`, in eval mode."""
+    """The graph as a module over the attributes of `root`, in eval mode."""
     module = RecordedModule(root, graph)
     for part in module.modules():
         part.training = False
@@ -223,11 +223,11 @@ class _Twins:
         self._tensors: dict[int, Tensor] = {}
 
     def tensor(self, tensor: Tensor) -> Tensor:
-        """The same memory as another object, with its own gradient."""
+        """Another tensor object over the same memory, with its own gradient."""
         if id(tensor) not in self._tensors:
             alias = tensor.detach()
             if isinstance(tensor, nn.Parameter):
-                # Not simply False: even without gradients, `matmul` chooses its kernel, and so the bits, by this flag.
+                # Not always False: even without gradients, `matmul` chooses its kernel, and so the bits, by this flag.
                 alias = nn.Parameter(alias, requires_grad=tensor.requires_grad and not tensor.is_inference())
             self._tensors[id(tensor)] = alias
         return self._tensors[id(tensor)]
@@ -255,7 +255,7 @@ class _Twins:
 
 
 def _find(network: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer with a qualified name."""
+    """The parameter or buffer of a qualified name."""
     owner, _, attribute = name.rpartition(".")
     tensor = getattr(network.get_submodule(owner), attribute)
     assert isinstance(tensor, Tensor)

@@ -1,4 +1,4 @@
-"""Graphs as modules that can be pickled: they are rebuilt node by node."""
+"""Graph modules that can be pickled, because they are rebuilt node by node."""
 
 import pkgutil
 from collections.abc import Callable
@@ -17,7 +17,7 @@ class RecordedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         kept = {name: value for name, value in self.__dict__.items() if name in _KEPT}
-        places: dict[fx.Node, Any] = {node: _Place(place) for place, node in enumerate(self.graph.nodes)}
+        places: dict[fx.Node, Any] = {node: _NodeIndex(index) for index, node in enumerate(self.graph.nodes)}
         nodes = [
             _Node(
                 node.op,
@@ -36,15 +36,15 @@ _KEPT = "training", "_parameters", "_buffers", "_non_persistent_buffers_set", "_
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Stands for the node at a place in the graph."""
+class _NodeIndex:
+    """Stands for the node of this index in the graph."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class _Node:
-    """A node, with `_Place` for the nodes among its arguments, and of its facts those that a recording knows."""
+    """A node, with `_NodeIndex` for the nodes in its arguments, and only the metadata of pnc."""
 
     op: str
     name: str
@@ -56,7 +56,7 @@ class _Node:
 
 @dataclass(frozen=True)
 class _Named:
-    """A function of torch, which pickle does not always find under the name that it has."""
+    """A function of torch by its path: pickle does not always find it under its own name."""
 
     path: str
 
@@ -76,7 +76,7 @@ def _rebuilt(kept: dict[str, Any], nodes: list[_Node]) -> RecordedModule:
     made: list[fx.Node] = []
 
     def found(value: Any) -> Any:
-        return made[value.index] if isinstance(value, _Place) else value
+        return made[value.index] if isinstance(value, _NodeIndex) else value
 
     for one in nodes:
         target: str | Callable[..., Any] = one.target
@@ -90,6 +90,6 @@ def _rebuilt(kept: dict[str, Any], nodes: list[_Node]) -> RecordedModule:
     root.__dict__.update(kept)
     module = RecordedModule(root, graph)
     flags = {name: part.training for name, part in root.named_modules()}
-    for name, part in module.named_modules():  # the modules that only hold others are new
+    for name, part in module.named_modules():  # modules that only contain others are new
         part.training = flags[name]
     return module

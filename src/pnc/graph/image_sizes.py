@@ -1,4 +1,4 @@
-"""Sizes that depend on the values of the images: which dims of an operation's results have one."""
+"""Sizes that depend on the values of the images: which dims of an operation's results have such a size."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -11,13 +11,13 @@ from torch.utils import _pytree
 from pnc.graph.operation_tape import tensors_in
 
 Dims = frozenset[int]
-"""Dims of one tensor whose sizes depend on the images' values."""
+"""Open dims of a tensor: those whose sizes depend on the images' values."""
 
 NONE: Dims = frozenset()
 SIZE_READS = frozenset(
     {"shape", "size", "numel", "nelement", "__len__", "stride", "nbytes", "is_same_size", "storage", "untyped_storage"}
 )
-"""Reads of a tensor's sizes, by the name of the attribute, method or function."""
+"""Names of attributes, methods and functions that read a tensor's sizes."""
 
 _SPLITS = frozenset({"unbind", "split", "split_with_sizes", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit"})
 _SCALARS_FILL = frozenset({"full", "full_like", "new_full", "select", "roll", "narrow"})
@@ -25,12 +25,12 @@ _GROWTH = 7
 
 
 def all_dims(tensor: Tensor) -> Dims:
-    """Every dim."""
+    """All dims of a tensor."""
     return frozenset(range(tensor.dim()))
 
 
 def dims_read(name: str, args: Sequence[Any], tensor: Tensor) -> Dims:
-    """The dims of `tensor` whose sizes a call of one of `SIZE_READS` tells."""
+    """The dims of `tensor` whose sizes a call of one of `SIZE_READS` reads."""
     if name == "__len__":
         return frozenset({0})
     if name == "size" and len(args) > 1 and type(args[1]) is int:
@@ -39,7 +39,7 @@ def dims_read(name: str, args: Sequence[Any], tensor: Tensor) -> Dims:
 
 
 def keeps_sizes(name: str, args: Sequence[Any]) -> bool:
-    """Whether the shape of a result stays the same whatever the scalar tensors among the arguments hold."""
+    """Whether the shape of a result does not depend on the values of scalar tensors in the arguments."""
     if name != "__getitem__":
         return name in _SCALARS_FILL
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
@@ -47,7 +47,7 @@ def keeps_sizes(name: str, args: Sequence[Any]) -> bool:
 
 
 def deciding_tensors(kernel: Any, args: Sequence[Any]) -> list[Tensor]:
-    """The arguments of a kernel whose values decide the shape of its result."""
+    """The arguments of a kernel whose values determine the shape of its result."""
     packet = kernel._overloadpacket
     if packet is torch.ops.aten.index:
         return [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
@@ -57,7 +57,7 @@ def deciding_tensors(kernel: Any, args: Sequence[Any]) -> list[Tensor]:
 
 
 def open_dims(kernel: Any, args: Sequence[Any], out: Tensor) -> Dims:
-    """The dims that a kernel's values decide of its result: for masks as indices the one in their place."""
+    """The dims of a kernel's result whose sizes its values determine: for masks as indices, the dim in their place."""
     packet = kernel._overloadpacket
     if packet in (torch.ops.aten.nonzero, torch.ops.aten.repeat_interleave):
         return frozenset({0})
@@ -65,7 +65,7 @@ def open_dims(kernel: Any, args: Sequence[Any], out: Tensor) -> Dims:
         return all_dims(out)
     given, indices = args[0], args[1]
     places = [place for place, index in enumerate(indices) if index is not None]
-    if places[-1] - places[0] >= len(places):  # with a slice between the masks: the result's dims change places
+    if places[-1] - places[0] >= len(places):  # a slice between the masks changes the order of the result's dims
         return all_dims(out)
     masks = [index for index in indices if index is not None and index.dtype in (torch.bool, torch.uint8)]
     n_used = len(indices) + sum(mask.dim() - 1 for mask in masks)
@@ -82,10 +82,10 @@ def followed(
 ) -> list[Dims] | None:
     """Find which dims of an operation's results follow the open dims of its arguments, by trying other sizes.
 
-    The operation runs on tensors without values, with every open size changed: equal ones alike.
+    The operation runs on tensors without values, in which every open size is changed by the same amount.
 
     Returns:
-        The dims for each result; None where it gives another number of results, or cannot be run without values.
+        The dims for each result; None if the number of results changes, or the operation cannot run without values.
     """
 
     def other(tensor: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ def followed(
                 run = copy.deepcopy(module).to("meta")
             new_args, new_kwargs = _pytree.tree_map_only(Tensor, other, (args, kwargs))
             found = tensors_in(run(*new_args, **new_kwargs))
-    except Exception:  # noqa: BLE001 - operations of the user's choice, which nobody wrote for tensors without values
+    except Exception:  # noqa: BLE001 - any operation, which may not support tensors without values
         return None
     if len(found) != len(made) or any(a.dim() != b.dim() for a, b in zip(found, made, strict=True)):
         return None
@@ -113,11 +113,11 @@ def followed(
 
 
 def counts_parts(name: str, args: Sequence[Any], kwargs: Any, dims_of: Callable[[Tensor], Dims]) -> bool:
-    """Whether an operation gives as many tensors as an open size says: what reads their number reads that size."""
+    """Whether the number of an operation's results is an open size, so that reading the number reads that size."""
     if name not in _SPLITS or not isinstance(args[0], Tensor):
         return False
     position = 1 if name == "unbind" else 2
     default = {"hsplit": min(1, args[0].dim() - 1), "vsplit": 0, "dsplit": 2}.get(name, 0)
     dim = args[position] if len(args) > position else kwargs.get("dim", default)
-    is_fixed = name == "tensor_split"  # it gives as many parts as it is asked for, empty ones too
+    is_fixed = name == "tensor_split"  # it returns the requested number of parts, even empty ones
     return not is_fixed and dim % args[0].dim() in dims_of(args[0])

@@ -1,4 +1,4 @@
-"""The logits among what a network gives."""
+"""Picks the logits from a network's output."""
 
 from collections.abc import Mapping
 
@@ -9,10 +9,10 @@ from pnc.graph.operation_tape import parts, tensors_in
 
 
 def pick_logits(out: object) -> Tensor:
-    """The logits in what a network's forward returned: a tensor, `.logits`, ["logits"], or the only tensor (B, K).
+    """The logits in a network's output: the tensor itself, `.logits`, ["logits"], or the only tensor (B, K).
 
     Raises:
-        RecordingError: there are none of shape (B, K), or several tensors could be the logits.
+        RecordingError: no tensor has the shape (B, K), or several could be the logits.
     """
     logits = getattr(out, "logits", None)
     if logits is None and isinstance(out, Mapping):
@@ -23,7 +23,7 @@ def pick_logits(out: object) -> Tensor:
         if len(fitting) > 1:
             shapes = ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in fitting.items())
             raise RecordingError(
-                f"the network gives several tensors that could be the logits ({shapes}); choose one with "
+                f"the network returns several tensors that could be the logits ({shapes}); choose one with "
                 f"pnc.Output(network, output={next(iter(fitting))})"
             )
         logits = next(iter((fitting or found).values()), None)
@@ -31,7 +31,7 @@ def pick_logits(out: object) -> Tensor:
         what = type(out).__name__
         if isinstance(logits, Tensor):
             what = f"a tensor {tuple(logits.shape)} of {logits.dtype}"
-        raise RecordingError(f"the network must give logits (B, K), but gives {what}")
+        raise RecordingError(f"the network must return logits (B, K), but returns {what}")
     return logits
 
 
@@ -40,7 +40,7 @@ def _may_be_logits(tensor: Tensor) -> bool:
 
 
 def _named_tensors(out: object) -> dict[str, Tensor]:
-    """The tensors of an output, by what `output=` calls the part that they are in; those of one part by their place."""
+    """The tensors of an output, each by the value of `output=` that would choose it."""
     found: dict[str, Tensor] = {}
     for key, value in parts(out) or [(0, out)]:
         inside = tensors_in(value)

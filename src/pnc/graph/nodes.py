@@ -1,4 +1,4 @@
-"""What a node of a recorded graph says: its operation, its arguments, its shape."""
+"""Facts about the nodes of a recorded graph: operation, arguments, shape, costs."""
 
 import math
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from torch.fx.node import map_arg
 
 
 def describe(node: fx.Node) -> str:
-    """A node in words, for reasons."""
+    """Name a node in a message."""
     return f"{family(node)} ({node.name})"
 
 
 def family(node: fx.Node) -> str:
-    """Name of a call without the marks of in-place and operator variants: `__iadd__`, `add_` -> `add`."""
+    """The name of a call without the affixes of in-place and operator variants: `__iadd__`, `add_` -> `add`."""
     if node.target is getattr:
         return f".{node.args[1]}"
     name = operation_name(node.target).strip("_")
@@ -38,23 +38,23 @@ _ALIASES = {
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """Argument of a call, given by position or by name."""
+    """An argument of a call, whether given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def shape_of(node: object) -> tuple[int, ...]:
-    """Shape at batch size 2; () for anything that is no node with a single tensor result."""
+    """Shape at batch size 2; () for anything but a node with a single tensor as its result."""
     return (info(node).shape or ()) if isinstance(node, fx.Node) else ()
 
 
 def batch_dims(node: fx.Node) -> tuple[int, ...]:
-    """Dims whose size follows the batch."""
+    """Dims whose size depends on the batch size."""
     sizes = zip(info(node).shape or (), info(node).shape3 or (), strict=True)
     return tuple(d for d, (a, b) in enumerate(sizes) if a != b)
 
 
 def scalar_value(node: fx.Node) -> Any:
-    """Value at batch size 2 of a node that follows the batch: the batch size itself, or a multiple of it."""
+    """Value at batch size 2 of a node whose result is the batch size or a multiple of it."""
     if node.op == "call_method":
         return BATCH_SIZES[0]
     function: Callable[..., Any] = node.target  # type: ignore[assignment]
@@ -62,11 +62,11 @@ def scalar_value(node: fx.Node) -> Any:
 
 
 def constant_sources(node: fx.Node) -> list[fx.Node] | None:
-    """The tensors of the network that a constant in the graph is made of, if it could stand in their place.
+    """The tensors of the network that a constant in the graph is computed from, if it could replace them.
 
     Returns:
-        The `get_attr` nodes; None for what depends on the input or the batch size, takes a module to compute, or has
-        more entries than it is made of.
+        The `get_attr` nodes; None if the node depends on the input or the batch size, is computed by a module, or has
+        more entries than these tensors.
     """
     if info(node).from_input:
         return None
@@ -85,24 +85,24 @@ def constant_sources(node: fx.Node) -> list[fx.Node] | None:
 
 
 BATCH_SIZES = (2, 3)
-"""The two batch sizes at which a network is recorded; an integer that follows the batch is a multiple of both."""
+"""The two batch sizes at which a network is recorded."""
 
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """What is known about a node of a recorded graph; kept as `node.meta["pnc"]`, also in extracted graphs.
+    """What is known about a node of a recorded graph; stored in `node.meta["pnc"]`, also in extracted graphs.
 
     Attributes:
-        shape: Shape of its result at batch size 2, batch included; None unless the result is a single tensor.
+        shape: Shape of its result at batch size 2, including the batch; None unless the result is a single tensor.
         shape3: The same at batch size 3.
-        dtype: Type of that tensor.
-        is_tensor: Its result holds at least one tensor. The others are integers that follow the batch size.
-        from_input: Its content depends on the network's input (not only on the batch size).
+        dtype: Dtype of that tensor.
+        is_tensor: Whether its result contains a tensor; otherwise it is an integer that depends on the batch size.
+        from_input: Whether its result depends on the network's input, not only on the batch size.
         scope: Qualified name of the module in whose forward it ran ("" for the network itself).
-        n_macs: Multiply-accumulate operations per sample.
-        n_params: Parameters that it is the first to use.
-        after: Names of nodes that must have run before, beyond its arguments: the last writers of what it reads.
-        holds: Storages of its result, as numbers that mean the same within one recording.
+        n_macs: Multiply-accumulates per sample.
+        n_params: Number of parameters that it is the first to use.
+        after: Names of nodes, other than its arguments, that must run first: the last writers to the memory it reads.
+        holds: Storages of its result, as numbers that are valid within one recording.
         writes: Storages whose content it changes.
     """
 
@@ -125,5 +125,5 @@ def info(node: fx.Node) -> NodeInfo:
 
 
 def operation_name(target: Any) -> str:
-    """What people call an operation: a function's or method's name, or the qualified name of a module or tensor."""
+    """The readable name of an operation: that of a function or method, or the qualified name of a module or tensor."""
     return target if isinstance(target, str) else str(getattr(target, "__name__", target))

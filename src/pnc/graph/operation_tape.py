@@ -1,6 +1,6 @@
-"""What one run of a network did, as data: a tape of tensor operations, and the writer that makes it.
+"""One run of a network as data: a tape of tensor operations, and the writer that makes it.
 
-Tensors in the arguments of an operation become references to the operations that made them; those that no operation
+Tensors in the arguments of an operation become references to the operations that made them; tensors that no operation
 made are the network's own, or constants.
 """
 
@@ -35,9 +35,20 @@ class Ref:
 class Op:
     """One operation of a run.
 
-    `reads`, `writes` and `holds` are the storages (numbered per run) of its tensor arguments, of those whose content
-    it changed, and of its results; a view holds the storage of its base. `flops` counts the whole batch. `open_dims`
-    are those dims of its result whose sizes depend on the images' values.
+    Attributes:
+        kind: Kind of its node in the graph.
+        target: What it calls or reads, as in `torch.fx`.
+        args: Positional arguments, with a `Ref` for each tensor.
+        kwargs: Keyword arguments, likewise.
+        scope: Qualified name of the module in whose forward it ran.
+        reads: Storages of its tensor arguments, numbered per run.
+        writes: Storages whose content it changed.
+        holds: Storages of its results; a view has the storage of its base.
+        shape: Shape of its result, if that is a single tensor.
+        dtype: Dtype of that tensor.
+        is_tensor: Whether its result contains a tensor.
+        flops: Floating-point operations for the whole batch.
+        open_dims: Dims of its result whose sizes depend on the images' values.
     """
 
     kind: OperationKind
@@ -57,7 +68,7 @@ class Op:
 
 @dataclass
 class Tape:
-    """The operations of one run, and the tensors that it used but neither made nor found among its parameters."""
+    """The operations of one run, and the tensors it used that are neither results of operations nor the network's."""
 
     ops: list[Op] = field(default_factory=list)
     constants: dict[str, Tensor] = field(default_factory=dict)
@@ -89,7 +100,7 @@ def parts(value: object) -> list[tuple[Any, Any]]:
 
 
 def is_plain(value: object) -> bool:
-    """Whether a graph can hold the value as an argument."""
+    """Whether a graph can have the value as an argument."""
     if isinstance(value, (Tensor, np.generic, *_ATOMS)):
         return True
     if isinstance(value, (slice, tuple, list, dict)):
@@ -98,27 +109,25 @@ def is_plain(value: object) -> bool:
 
 
 def strange_types(value: object) -> str:
-    """What a graph cannot hold in a value, by type."""
+    """The types within a value that cannot be arguments in a graph."""
     strange = [part for _, part in parts(value) if not is_plain(part)]
     names = [strange_types(part) if parts(part) else type(part).__name__ for part in strange]
     return ", ".join(names) or type(value).__name__
 
 
-# -------------------------------------------------------------------------------------------------------- the writer
-
-
+# ------------------------------------------------------------------------------------------------------------- writer
 class _Memory:
-    """Numbers the storages of tensors, and knows which operation made a tensor; keeps neither alive."""
+    """Numbers the storages of tensors, and finds the operation that made a tensor; keeps neither alive."""
 
     def __init__(self) -> None:
-        # A weak reference keeps the (empty) storage object and so its address, which is never used for another one.
+        # The weak reference keeps the (empty) storage object, so that its address is not reused.
         self._storages: dict[int, tuple[int, StorageWeakRef]] = {}
         self._tensors: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._makers: dict[int, Ref] = {}
         self._aliases: dict[tuple[object, ...], Ref] = {}
 
     def storage(self, tensor: Tensor, scope: str) -> int:
-        """The number of a tensor's storage; `scope` says in errors where it appeared."""
+        """The number of a tensor's storage; `scope` is where it appeared, for messages."""
         known = self._tensors.get(id(tensor))
         if known is not None and known[0]() is tensor:
             return known[1]
@@ -131,7 +140,7 @@ class _Memory:
             ) from error
         number = self._storages.setdefault(reference.cdata, (len(self._storages), reference))[0]
         self._tensors[id(tensor)] = (weakref.ref(tensor), number)
-        self._makers.pop(id(tensor), None)  # of a tensor that is gone
+        self._makers.pop(id(tensor), None)  # of an earlier tensor with this id
         return number
 
     def known(self, tensor: Tensor) -> int | None:
@@ -146,11 +155,11 @@ class _Memory:
         return None if seen is None else seen[0]
 
     def add(self, tensor: Tensor, storage: int, ref: Ref) -> None:
-        """An operation has made a tensor, or handed it out again."""
+        """Note that an operation has returned a tensor."""
         self._makers[id(tensor)] = self._aliases[self._alias(tensor, storage)] = ref
 
     def maker(self, tensor: Tensor, storage: int) -> Ref | None:
-        """The operation that made a tensor, or, as autograd functions do, another object for the same memory."""
+        """The operation that made a tensor, or an equal view of its memory (autograd functions return new objects)."""
         return self._makers.get(id(tensor)) or self._aliases.get(self._alias(tensor, storage))
 
     @staticmethod
@@ -162,7 +171,7 @@ class TapeWriter:
     """Appends operations to a `Tape`, with the facts about their tensors.
 
     Args:
-        network: Whose parameters and buffers the tape names.
+        network: The network whose parameters and buffers the tape names.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -191,7 +200,7 @@ class TapeWriter:
         return not storages.isdisjoint(self._from_input)
 
     def is_fixed(self, tensor: Tensor) -> bool:
-        """Whether a tensor is known, and its content is the same for all images."""
+        """Whether a tensor is known and its content does not depend on the images."""
         if id(tensor) in self._owned:
             return True
         number = self._memory.known(tensor)
@@ -204,14 +213,14 @@ class TapeWriter:
         return frozenset() if maker is None else self.tape.ops[maker.index].open_dims
 
     def set_open_dims(self, tensor: Tensor, dims: frozenset[int]) -> None:
-        """Note them for a tensor that the last operation made."""
+        """Set the open dims of a tensor that the last operation made."""
         number = self._memory.known(tensor)
         maker = None if number is None else self._memory.maker(tensor, number)
         if maker is not None:
             self.tape.ops[maker.index].open_dims = dims
 
     def append(self, op: Op, out: object) -> Ref:
-        """Append an operation with the facts about its result, and remember which tensors it made."""
+        """Append an operation with the facts about its result, and note which tensors it made."""
         tensors = tensors_in(out)
         op.holds, op.is_tensor = self.storages(tensors, op.scope), bool(tensors)
         self.tape.ops.append(op)
@@ -226,7 +235,7 @@ class TapeWriter:
         return ref
 
     def _append_parts(self, out: object, whole: Ref, scope: str) -> None:
-        """One further operation for each part that holds tensors, so that later operations can refer to it."""
+        """Append one operation for each part that contains tensors, so that later operations can refer to it."""
         target: Any = operator.getitem if isinstance(out, (tuple, list, Mapping)) else getattr
         reads = self.tape.ops[whole.index].holds
         for key, part in parts(out):
@@ -234,12 +243,12 @@ class TapeWriter:
                 self.append(Op("call_function", target, (whole, key), {}, scope, reads), part)
 
     def ref(self, value: Any, scope: str) -> Any:
-        """An argument with its tensors replaced by `Ref`, and with nothing in it but what a graph can hold."""
+        """An argument with its tensors replaced by `Ref`, and other values by what a graph can have as arguments."""
         if isinstance(value, Tensor):
             return self._tensor_ref(value, scope)
         if isinstance(value, np.generic):
             return value.item()
-        if isinstance(value, enum.Enum):  # one that is a string or a number as well
+        if isinstance(value, enum.Enum):  # one that is also a string or a number
             return value.value
         if isinstance(value, slice):
             return slice(self.ref(value.start, scope), self.ref(value.stop, scope), self.ref(value.step, scope))

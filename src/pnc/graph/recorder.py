@@ -1,9 +1,9 @@
-"""What a network does, written down while it runs.
+"""Records the operations of a network while it runs.
 
-The network's own Python code runs, so whatever it does on its way (keyword arguments, dataclasses, loops over blocks,
-shape arithmetic) cannot confuse the recorder; only tensor operations and calls of leaf modules reach the tape. Shape
-reads do not: they are plain integers by then, and the ones that follow the batch are found by comparing two runs. Where
-a size depends on the values of the images (`x[mask]`, `x.nonzero()`), reading it counts as reading a value.
+The network's own Python code runs, so its control flow (keyword arguments, dataclasses, loops over blocks, shape
+arithmetic) cannot confuse the recorder; only tensor operations and calls of leaf modules reach the tape. Sizes that the
+code reads are plain integers; those that depend on the batch size are found by comparing two runs. If a size depends on
+the values of the images (`x[mask]`, `x.nonzero()`), reading it counts as reading a value.
 """
 
 import contextlib
@@ -53,10 +53,9 @@ _METHODS: dict[Any, str] = {
 def is_leaf(module: nn.Module) -> bool:
     """Whether calls of a module are recorded as one operation.
 
-    True for the layers of `torch.nn`, for BatchNorm-like layers of any library (so that their switch between batch
-    and running statistics stays alive) and for modules without children. Containers are opened, as are
-    `nn.TransformerEncoder` and its like; `nn.TransformerEncoderLayer` is not, because its fused kernel gives other
-    bits than its parts.
+    True for the layers of `torch.nn`, for BatchNorm-like layers of any library (so that they still switch between batch
+    and running statistics) and for modules without children. Containers are opened, including `nn.TransformerEncoder`
+    and similar ones; `nn.TransformerEncoderLayer` is not, because its fused kernel gives other bits than its parts.
     """
     if isinstance(module, _CONTAINERS):
         return False
@@ -67,11 +66,11 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 class _Kernels(TorchDispatchMode):
-    """Sees every kernel that runs inside: adds up floating point operations, and reports reads and open sizes.
+    """Sees every kernel within the block: counts floating-point operations, and reports reads and open sizes.
 
-    Reported are scalars that are read, and results whose shape depends on values, or may, as nobody can tell.
+    It reports scalars that are read, and results whose shape depends, or may depend, on values.
 
-    Not `torch.utils.flop_counter.FlopCounterMode`: that one hooks every module call of the process, also in other
+    `torch.utils.flop_counter.FlopCounterMode` does not fit: it hooks every module call of the process, also in other
     threads, and does not know the CPU's fused attention.
     """
 
@@ -82,7 +81,7 @@ class _Kernels(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # or else PyTorch imports its compiler for our sake, which takes seconds
+        return False  # otherwise PyTorch imports its compiler, which takes seconds
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -115,17 +114,17 @@ class Recorder(TorchFunctionMode):
         self._scopes = [""]
         self._paused = False
         self._kernels = _Kernels(self._note_read, self._note_open)
-        self._opened: list[_Opened] = []  # what kernels of this operation made: shapes, and their open dims
-        self._strange = False  # whether one of them is nobody's but the user's
+        self._opened: list[_Opened] = []  # results of this operation's kernels: shapes, and their open dims
+        self._has_custom_kernel = False  # whether one of these kernels is from another library
         self._autocast = False
 
     @property
     def tape(self) -> Tape:
-        """What was written down so far."""
+        """What has been recorded so far."""
         return self._writer.tape
 
     def run(self, x: Tensor, pick_logits: Callable[[object], Tensor]) -> Tensor:
-        """Run the network on `x`, note what it does, and return its logits."""
+        """Run the network on `x`, record what it does, and return its logits."""
         self._autocast = torch.is_autocast_enabled(x.device.type)
         self._writer.add_input(x)
         with self._calls_seen(), self._kernels, self:
@@ -136,12 +135,12 @@ class Recorder(TorchFunctionMode):
 
     @contextlib.contextmanager
     def _calls_seen(self) -> Iterator[None]:
-        """See the calls of the network's modules, in this thread alone; no other module is touched.
+        """Intercept the calls of the network's modules, only in this thread; no other module is touched.
 
-        By the attribute where `Module.compile` keeps what is called in place of the forward.
+        This uses the attribute in which `Module.compile` stores the function to call instead of the forward.
         """
         thread, modules = threading.get_ident(), list(self._network.modules())
-        before = [module.__dict__.get(_CALLED, self) for module in modules]  # self stands for none
+        before = [module.__dict__.get(_CALLED, self) for module in modules]  # self stands for a missing entry
 
         def seen(module: nn.Module) -> Callable[..., Any]:
             otherwise: Callable[..., Any] = module._compiled_call_impl or module._call_impl
@@ -149,7 +148,7 @@ class Recorder(TorchFunctionMode):
             def call(*args: Any, **kwargs: Any) -> Any:
                 if threading.get_ident() != thread:
                     return otherwise(*args, **kwargs)
-                # Not what `module.compile()` put there, which would run out of our sight.
+                # Not the function of `module.compile()`, whose operations could not be seen.
                 return module._call_impl(*args, **kwargs) if self._paused else self._call(module, args, kwargs)
 
             return call
@@ -170,7 +169,7 @@ class Recorder(TorchFunctionMode):
         forward: Callable[..., Any] = module._call_impl
         self._scopes.append(name)
         try:
-            # A leaf that has been given other weights or hooks for this call is opened, as a graph could not tell.
+            # A leaf that gets other weights or hooks for this call is opened, as a graph could not express that.
             as_before = self._looks.get(id(module)) == _look(module)
             if module is self._network or not as_before or not is_plain((args, kwargs)):
                 return forward(*args, **kwargs)
@@ -189,8 +188,8 @@ class Recorder(TorchFunctionMode):
             return self._execute("call_function", getattr, func, args, kwargs, (args[0], func.__self__.__name__))
         if name == "set_" or (name == "__set__" and func.__self__.__name__ == "data"):
             raise RecordingError(
-                f"{self._scopes[-1] or 'the network'} gives a tensor another memory (x.data = y, x.set_(y)), which a "
-                "graph cannot hold; compute a new tensor instead"
+                f"{self._scopes[-1] or 'the network'} gives a tensor other memory (x.data = y, x.set_(y)), which a "
+                "graph cannot express; compute a new tensor instead"
             )
         if func in _METHODS:
             return self._execute("call_method", _METHODS[func], func, args, kwargs)
@@ -205,18 +204,18 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any],
         noted_args: tuple[Any, ...] | None = None,
     ) -> Any:
-        """Run an operation, and append it to the tape unless all it did was to look at a tensor.
+        """Run an operation, and append it to the tape unless it only read something of a tensor.
 
-        `noted_args` are the positional arguments for the tape, where they differ from those of the call.
+        `noted_args` are the positional arguments for the tape, if they differ from those of the call.
         """
-        self._paused = True  # neither what runs inside nor what is asked about its tensors are the network's operations
+        self._paused = True  # neither inner operations nor our own reads of tensors are the network's operations
         try:
             inputs, scope = tensors_in((args, kwargs)), self._scopes[-1]
             versions = [_version(tensor) for tensor in inputs]
             reads = self._writer.storages(inputs, scope)
             known = {id(tensor): (tuple(tensor.shape), self._writer.open_dims(tensor)) for tensor in inputs}
             flops = self._kernels.flops
-            self._opened, self._strange = [], False
+            self._opened, self._has_custom_kernel = [], False
             out = run(*args, **kwargs)
             n_flops, made = self._kernels.flops - flops, tensors_in(out)
             written = [t for t, version in zip(inputs, versions, strict=True) if _version(t) != version]
@@ -227,12 +226,12 @@ class Recorder(TorchFunctionMode):
             if not is_plain(noted):
                 if written or self._writer.depends_on_input(reads):
                     raise RecordingError(
-                        f"{self._where(target)} takes an argument that a graph cannot hold: {strange_types(noted)}"
+                        f"{self._where(target)} takes an argument that a graph cannot have: {strange_types(noted)}"
                     )
                 return out  # such as torch.tensor(numpy array): a constant, if anything uses it
             self._check_context(inputs, target)
             if kind == "call_module" and isinstance(out, Tensor) and not written and any(out is t for t in inputs):
-                out = out.view_as(out)  # dropout hands its argument on: another object tells before from after
+                out = out.view_as(out)  # dropout returns its argument: a new object tells before from after
                 made = [out]
             opened = self._open_dims(target, run, args, kwargs, known, made)
             refs: tuple[Any, Any] = self._writer.ref(noted, scope)
@@ -253,7 +252,7 @@ class Recorder(TorchFunctionMode):
         reads: frozenset[int],
         makes_tensors: bool,
     ) -> None:
-        """Note whether an operation tells the network's code values of the images, or sizes that depend on them."""
+        """Note whether an operation gives the network's code values of the images, or sizes that depend on them."""
         (args, kwargs), name = noted, operation_name(target)
         if not makes_tensors and name in _DATA_READS and self._writer.depends_on_input(reads):
             self.data_reads.append(self._where(target))
@@ -274,19 +273,21 @@ class Recorder(TorchFunctionMode):
         known: dict[int, tuple[tuple[int, ...], Dims]],
         made: Sequence[Tensor],
     ) -> list[Dims]:
-        """For each result of an operation that just ran the dims whose sizes depend on the images' values.
+        """For each result of an operation that just ran, the dims whose sizes depend on the images' values.
 
         Args:
-            target: As on the tape.
-            run: What ran, on `args` and `kwargs`.
-            known: By id of each tensor among its arguments, the shape and open dims that this had before.
+            target: Its target on the tape.
+            run: The function that ran, on `args` and `kwargs`.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            known: Shape and open dims, before the run, of each tensor in its arguments, by id.
             made: Its results.
         """
         opened = self._opened
         if image_sizes.keeps_sizes(operation_name(target), args):
             opened = [one for one in opened if one is not _SCALAR]
         has_open = any(dims for _, dims in known.values())
-        if not opened and not has_open and not self._strange:
+        if not opened and not has_open and not self._has_custom_kernel:
             return [image_sizes.NONE] * len(made)
 
         def dims_of(tensor: Tensor) -> Dims:
@@ -322,7 +323,7 @@ class Recorder(TorchFunctionMode):
             )
 
     def _note_read(self, tensor: Tensor) -> None:
-        """A value is looked at: by compiled code, such as a TorchScript function, or inside an operation."""
+        """A value is read: by compiled code, such as a TorchScript function, or within an operation."""
         if self._paused:
             if not self._writer.is_fixed(tensor):
                 self._opened.append(_SCALAR)  # as in x[:n], where n is a tensor
@@ -330,9 +331,9 @@ class Recorder(TorchFunctionMode):
             self.data_reads.append(f"compiled code in {self._scopes[-1] or 'the network'}")
 
     def _note_open(self, kernel: Any, args: Sequence[Any], out: Any) -> None:
-        """A kernel has made something whose shape depends on values, or one of another library, which may have."""
+        """A kernel has made a result whose shape depends on values, or it is from another library and may have."""
         if kernel.namespace not in _NAMESPACES:
-            self._strange = True
+            self._has_custom_kernel = True
             return
         deciding = image_sizes.deciding_tensors(kernel, args)
         if all(self._writer.is_fixed(tensor) for tensor in deciding):
@@ -347,11 +348,11 @@ class Recorder(TorchFunctionMode):
 
 
 def _look(module: nn.Module) -> tuple[object, ...]:
-    """By which weights and hooks a call of a module goes."""
+    """The weights and hooks that a call of a module uses."""
     tensors = [*module._parameters.values(), *module._buffers.values()]
     return (*map(id, tensors), *module._forward_hooks, *module._forward_pre_hooks)
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor's memory was written to (parameters made under `inference_mode` do not count it)."""
+    """How often a tensor's memory was written to (0 for parameters made under `inference_mode`, which do not count)."""
     return 0 if tensor.is_inference() else tensor._version

@@ -1,8 +1,8 @@
-"""Read any classifier: `record` turns a network into a graph over its own weights, verified bit for bit.
+"""Records a classifier: `record` turns a network into a graph over its own weights, verified bit for bit.
 
-A recording runs the network's real forward at two batch sizes (`recorder.py`), merges the two tapes into one
-`torch.fx` graph (`graph_builder.py`), and compares graph and network on fresh images at two further batch sizes. What
-cannot be reproduced exactly is refused with the reason.
+It runs the network's real forward at two batch sizes (`recorder.py`), merges the two tapes into one `torch.fx` graph
+(`graph_builder.py`), and compares graph and network on new images at two other batch sizes. A network that cannot be
+reproduced exactly is refused with the reason.
 """
 
 import contextlib
@@ -30,24 +30,24 @@ from pnc.graph.subgraphs import dominators, part
 
 __all__ = ["BATCH_SIZES", "NodeInfo", "Recording", "info", "record", "unwrapped"]
 
-_PROBE_SIZE = 4  # other than both batch sizes; not prime, so that a rounded half of the batch shows too
-_LOCK = ProcessLock()  # a recording changes flags and attributes of its network for a while: one at a time
+_PROBE_SIZE = 4  # differs from both batch sizes, and is even, so that code that rounds half the batch shows too
+_LOCK = ProcessLock()  # recording temporarily changes flags and attributes of the network: one at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """A network written as a graph.
+    """A network as a graph.
 
     Attributes:
-        module: The network's eval-mode forward, from one image batch to logits (B, K). It has its own module objects,
-            in eval mode, and its own parameter objects over the network's own memory: it costs no memory and follows
-            changes of the network's weights, while flags, gradients, hooks and moves to another device stay apart.
-            (Only operations that write in place reach the network, such as BatchNorm's in train mode; an optimizer
-            must work on a deep copy.) Each node carries a `NodeInfo`.
+        module: The network's eval-mode forward, from a batch of images to logits (B, K). It has its own module objects,
+            in eval mode, and its own parameter objects over the network's memory: it needs no memory and follows
+            changes of the network's weights, while flags, gradients, hooks and moves to another device are separate.
+            (In-place writes, such as BatchNorm's in train mode, do reach the network; an optimizer must work on a deep
+            copy.) Each node has a `NodeInfo`.
         input_shape: Shape of one image, without batch.
         n_classes: K.
-        probe: Fresh images on which graph and network were compared, (4, C, H, W).
-        probe_logits: The network's own answer to them, (4, K).
+        probe: New images on which graph and network were compared, (4, C, H, W).
+        probe_logits: The network's own logits for them, (4, K).
     """
 
     module: fx.GraphModule
@@ -64,7 +64,7 @@ class Recording:
 
     @property
     def output(self) -> fx.Node:
-        """The node that makes the logits."""
+        """The node that computes the logits."""
         return self.module.graph.output_node().all_input_nodes[0]
 
 
@@ -72,17 +72,17 @@ class Recording:
 def record(model: nn.Module, example: Tensor) -> Recording:
     """Record a classifier as a graph that gives the same bits.
 
-    The network runs several times in eval mode, without gradients. Afterwards it is as it was: weights, buffers,
-    flags, hooks, cached values, and the global random state. `DataParallel` and `torch.compile` wrappers are taken
-    off; what is recorded of compiled code is its eager definition.
+    The network runs several times in eval mode, without gradients. Afterwards everything is as before: weights,
+    buffers, flags, hooks, cached values, and the global random state. `DataParallel` and `torch.compile` wrappers are
+    removed; of compiled code, the eager definition is recorded.
 
     Args:
         model: A network that maps images to logits (B, K), or to an object, mapping or tuple with them.
-        example: Images as the network takes them, (B, C, H, W), floating point, any B >= 1; shape, type, device and
-            memory format count, as do mean and spread.
+        example: Images for the network, (B, C, H, W), floating point, any B >= 1. Their shape, dtype, device and memory
+            format matter, and so do their mean and spread.
 
     Raises:
-        InputError: `example` is no batch of images.
+        InputError: `example` is not a batch of images.
         RecordingError: the network fails on the example, or cannot be reproduced exactly; the message says why.
     """
     network = unwrapped(model)
@@ -100,7 +100,7 @@ def record(model: nn.Module, example: Tensor) -> Recording:
         changed: list[str] = []
         try:
             with _in_eval_mode(network, state):
-                single = _run_single(network, probe)  # first, so that lazy caches are filled when both tapes are made
+                single = _run_single(network, probe)  # first, so that lazy caches are filled before the tapes are made
                 tapes = [_tape(network, _rows(example, size)) for size in BATCH_SIZES]
                 module = bind(network, merge(network, *tapes), tapes[0].constants)
                 logits = _run(network, probe)
@@ -113,11 +113,11 @@ def record(model: nn.Module, example: Tensor) -> Recording:
     return recording
 
 
-# --------------------------------------------------------------------------------------- the given network, untouched
+# -------------------------------------------------------------------------------------- leaving the network unchanged
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network without the wrappers of `DataParallel` and `torch.compile`; a recording names the layers of this."""
+    """The network without wrappers of `DataParallel` and `torch.compile`; a recording uses its names of layers."""
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -138,13 +138,13 @@ def _check(network: nn.Module, example: Tensor) -> None:
     scripted = [name or "the network" for name, m in network.named_modules() if isinstance(m, torch.jit.ScriptModule)]
     if scripted:
         raise RecordingError(
-            f"TorchScript cannot be recorded ({scripted[0]} is a ScriptModule); give the network from before "
+            f"TorchScript cannot be recorded ({scripted[0]} is a ScriptModule); give the network without "
             "torch.jit.script or torch.jit.trace"
         )
 
 
 class _State:
-    """Everything of a network that its forward could change, with the values, to be put back."""
+    """A copy of everything in a network that its forward could change, to restore it."""
 
     def __init__(self, network: nn.Module) -> None:
         self._containers = [(container, _content(container)) for container in _containers_of(network)]
@@ -155,9 +155,9 @@ class _State:
         ]
 
     def restore(self, parameters: bool = True) -> list[str]:
-        """Put back what differs, and touch nothing else; return the names of the tensors whose values had changed."""
+        """Restore what differs, and touch nothing else; return the names of the tensors whose values had changed."""
         for container, content in self._containers:
-            if container or content:  # most hold nothing
+            if container or content:  # most are empty
                 _put_back(container, content)
         for parameter, requires_grad, gradient, saved in self._gradients:
             _put_back_gradient(parameter, requires_grad, gradient, saved)
@@ -165,7 +165,7 @@ class _State:
         for name, tensor, values in self._tensors:
             if isinstance(tensor, nn.Parameter) and not parameters:
                 continue
-            # The first comparison is fast, the second knows NaN.
+            # The first comparison is fast, the second treats equal NaN as equal.
             if not torch.equal(tensor, values) and not same_bits(tensor, values):
                 changed.append(name)
                 with torch.no_grad():
@@ -176,7 +176,7 @@ class _State:
 def _put_back_gradient(
     parameter: nn.Parameter, requires_grad: bool, gradient: Tensor | None, saved: Tensor | None
 ) -> None:
-    """Give a parameter its former flag and gradient: the same object, with its former values."""
+    """Restore a parameter's flag and gradient: the same object, with its former values."""
     if parameter.requires_grad != requires_grad:
         parameter.requires_grad_(requires_grad)
     if parameter.grad is not gradient:
@@ -187,7 +187,7 @@ def _put_back_gradient(
 
 
 def _containers_of(network: nn.Module) -> list[Any]:
-    """The attributes of all modules, and every dictionary, list and set that can be reached through such from there."""
+    """The attributes of all modules, and all dictionaries, lists and sets nested in them."""
     found: dict[int, Any] = {}
     todo: list[Any] = [module.__dict__ for module in network.modules()]
     while todo:
@@ -200,13 +200,13 @@ def _containers_of(network: nn.Module) -> list[Any]:
 
 
 def _content(container: Any) -> Any:
-    """What is in a dictionary, list or set now."""
+    """A shallow copy of a dictionary, list or set."""
     kind: Any = next(kind for kind in (dict, list, set) if isinstance(container, kind))
     return kind(container)
 
 
 def _put_back(container: Any, content: Any) -> None:
-    """Give a dictionary, list or set its former content; entries that are the same objects are left alone."""
+    """Restore the content of a dictionary, list or set; entries that are still the same objects are not touched."""
     if isinstance(container, dict):
         for key in [key for key in container if key not in content]:
             del container[key]
@@ -223,7 +223,7 @@ def _put_back(container: Any, content: Any) -> None:
 
 @contextlib.contextmanager
 def _in_eval_mode(network: nn.Module, state: _State) -> Iterator[None]:
-    """Eval mode by the flags alone, as a network's own `train` may do more; at the end all but weights is put back."""
+    """Set eval mode by the flags only, as a network's own `train` may do more; at the end restore all but weights."""
     try:
         for module in network.modules():
             if module.training:
@@ -245,7 +245,7 @@ def _random_state(device: torch.device) -> Iterator[None]:
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Run compiled functions as plain Python; without the compiler loaded there are none, and loading takes seconds."""
+    """Run compiled functions as plain Python. If the compiler is not loaded, there are none (loading takes seconds)."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
@@ -253,12 +253,12 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
 
 
 def _rows(example: Tensor, size: int) -> Tensor:
-    """A batch of the wanted size out of the example's images, repeated where they are too few."""
+    """A batch of `size` images from the example, repeated if there are too few."""
     return _laid_out(example.detach()[torch.arange(size, device=example.device) % len(example)], example)
 
 
 def _fresh_images(example: Tensor) -> Tensor:
-    """Noise with the example's mean and spread per channel, in its type and memory format."""
+    """Noise with the example's mean and spread per channel, in its dtype and memory format."""
     images = example.detach().double()
     mean = images.mean((0, 2, 3), keepdim=True)
     spread = images.std((0, 2, 3), keepdim=True, correction=0).clamp_min(1e-3)
@@ -268,7 +268,7 @@ def _fresh_images(example: Tensor) -> Tensor:
 
 
 def _laid_out(images: Tensor, example: Tensor) -> Tensor:
-    """The images in the memory format of the example: kernels, and so bits, depend on it."""
+    """The images in the memory format of the example, on which kernels, and so bits, depend."""
     channels_last = example.is_contiguous(memory_format=torch.channels_last) and not example.is_contiguous()
     return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
@@ -290,7 +290,7 @@ def _reason(error: Exception) -> str:
 
 
 def _run_single(network: nn.Module, images: Tensor) -> Tensor | None:
-    """The logits of the first image alone; None for a network that takes only more (some squeeze the batch away)."""
+    """The logits of the first image alone; None for networks that need several images (some squeeze the batch)."""
     try:
         return _run(network, images[:1])
     except RecordingError:
@@ -307,7 +307,7 @@ def _tape(network: nn.Module, x: Tensor) -> Tape:
             "so its path may differ from image to image"
         )
     if logits.shape[0] != x.shape[0]:
-        raise RecordingError(f"the network gives {logits.shape[0]} rows of logits for {x.shape[0]} images")
+        raise RecordingError(f"the network returns {logits.shape[0]} rows of logits for {x.shape[0]} images")
     return recorder.tape
 
 
@@ -315,7 +315,7 @@ def _tape(network: nn.Module, x: Tensor) -> Tape:
 
 
 def _verify(network: nn.Module, state: _State, recording: Recording, single: Tensor | None) -> None:
-    """Compare graph and network; where they differ, say whether the network differs from itself."""
+    """Compare graph and network; if they differ, check whether the network is deterministic."""
     try:
         _check_recording(recording, single)
     except RecordingError:
@@ -323,14 +323,14 @@ def _verify(network: nn.Module, state: _State, recording: Recording, single: Ten
         with _in_eval_mode(network, state):
             if not same_bits(_run(network, recording.probe), recording.probe_logits):
                 raise RecordingError(
-                    "the network gives two answers to the same images in eval mode: it draws random numbers or keeps a "
-                    "state between calls"
+                    "the network gives different logits for the same images in eval mode: it draws random numbers or "
+                    "keeps state between calls"
                 ) from None
         raise
 
 
 def _check_recording(recording: Recording, single: Tensor | None) -> None:
-    """Compare graph and network on the probe; on its first image as prefix and suffix of the cut in the middle."""
+    """Compare graph and network on the probe, and on its first image as prefix and suffix of the middle cut."""
     module, probe, logits = recording.module, recording.probe, recording.probe_logits
     _compare(_output(module, module.graph, probe.clone()), logits, "its recording")
     if single is not None:
@@ -345,10 +345,10 @@ def _check_recording(recording: Recording, single: Tensor | None) -> None:
 
 
 def _output(module: fx.GraphModule, graph: fx.Graph, x: Tensor) -> Tensor:
-    """What a graph over the module's layers gives; a failure shows that the graph does not fit this batch size."""
+    """The output of a graph over the module's layers; a failure means that the graph does not fit this batch size."""
     try:
-        out: Tensor = fx.Interpreter(module, graph=graph).run(x)  # for one run quicker than making code of the graph
-    except Exception as error:  # noqa: BLE001 - operations of the user's choice
+        out: Tensor = fx.Interpreter(module, graph=graph).run(x)  # for one run faster than compiling the graph to code
+    except Exception as error:  # noqa: BLE001 - any operation may raise anything
         raise RecordingError(
             f"the network is not reproduced by its recording, which fails at batch size {len(x)}: {_reason(error)}"
         ) from error
@@ -362,6 +362,6 @@ def _compare(found: Tensor, expected: Tensor, what: str) -> None:
     if found.shape == expected.shape:
         difference = f"a largest difference of {(found - expected).abs().max().item():.3g}"
     raise RecordingError(
-        f"the network is not reproduced by {what}: {difference} on fresh images; its output depends on something that "
-        "a recording does not see, such as the batch size, the values of the images or code outside PyTorch"
+        f"the network is not reproduced by {what}: {difference} on new images; its output depends on something that a "
+        "recording does not see, such as the batch size, the values of the images or code outside of PyTorch"
     )

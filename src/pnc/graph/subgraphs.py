@@ -1,4 +1,4 @@
-"""Parts of a recorded graph: nodes that everything passes through, and the sub-network between given nodes."""
+"""Parts of a recorded graph: nodes that every path passes through, and the sub-network between given nodes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from pnc.graph.nodes import BATCH_SIZES, NodeInfo, info
 
 
 def needs_of(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node the nodes whose data it needs: its arguments, and later writes to their memory."""
+    """For each node, the nodes whose data it needs: its arguments, and later writes to their memory."""
     names = {node.name: node for node in graph.nodes}
     return {n: [*n.all_input_nodes, *(names[name] for name in info(n).after)] for n in graph.nodes}
 
@@ -32,7 +32,7 @@ def needed_for(outputs: Sequence[fx.Node], start: fx.Node | None = None) -> set[
 def dominators(graph: fx.Graph) -> list[fx.Node]:
     """Nodes that every path from the input to the output passes through, the input first.
 
-    Each holds one floating-point tensor whose first dim is the batch. The output's own tensor is not among them.
+    Each is one floating-point tensor whose first dim is the batch. The logits are not among them.
     """
     needs = {
         n: [d for d in before if info(d).from_input] for n, before in needs_of(graph).items() if info(n).from_input
@@ -44,7 +44,7 @@ def dominators(graph: fx.Graph) -> list[fx.Node]:
         for other in before:
             last_use[position[other]] = max(last_use[position[other]], position[node])
     found, reach = [], 0
-    for i, node in enumerate(order[:-2]):  # the last two: the logits and the output
+    for i, node in enumerate(order[:-2]):  # the last two are the logits and the output
         if reach <= i and _is_batch(info(node)):
             found.append(node)
         reach = max(reach, last_use[i])
@@ -59,7 +59,7 @@ def _is_batch(facts: NodeInfo) -> bool:
 
 
 def costs_before(cuts: Sequence[fx.Node]) -> list[tuple[int, int]]:
-    """(n_macs, n_params) of the part up to each of some dominators, given in graph order; MACs are per sample."""
+    """(n_macs, n_params) of the part before each of some dominators, given in graph order; MACs are per sample."""
     needs = needs_of(cuts[0].graph)
     found: set[fx.Node] = set()
     n_macs, n_params, costs = 0, 0, []
@@ -87,9 +87,8 @@ def subgraph(module: fx.GraphModule, start: fx.Node, outputs: Sequence[fx.Node])
 def part(graph: fx.Graph, start: fx.Node, outputs: Sequence[fx.Node]) -> fx.Graph:
     """The part of a recorded graph that computes `outputs` from `start`, as a separate graph.
 
-    One output is returned as a tensor, several as a tuple. The tensor given for `start` is never written to, and an
-    output that a later operation writes to is copied first. Integers that depend on the batch size are read from the
-    given tensor.
+    It returns one output as a tensor, several as a tuple. It never writes to its input, and copies an output before a
+    later operation writes to it. Integers that depend on the batch size are read from its input.
 
     Raises:
         InputError: an output cannot be computed from `start` alone.

@@ -1,4 +1,4 @@
-"""The meaning of dims in a recorded network: where channels lie, and which tokens do not come from the image."""
+"""The meaning of dims in a recorded network: which one is the channels, and which tokens are not the image's."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,7 @@ _CONVOLUTIONS = ("conv1d", "conv2d", "conv_transpose2d")
 
 
 def channel_dims(recording: Recording) -> dict[fx.Node, int]:
-    """Channel dim of each tensor, derived from the layers that define it; tensors with an unknown one are left out."""
+    """Channel dim of each tensor, derived from the layers that define it; tensors without a known one are left out."""
     nodes = [n for n in recording.module.graph.nodes if info(n).from_input and info(n).shape is not None]
     modules = dict(recording.module.named_modules(remove_duplicate=False))
     dims = {recording.input: 1}
@@ -22,7 +22,7 @@ def channel_dims(recording: Recording) -> dict[fx.Node, int]:
         dim = defined if defined is not None else next((d for d in carried if d is not None), None)
         if dim is not None:
             dims[node] = dim
-    for node in reversed(nodes):  # if no layer before a tensor defines its dim, a layer that reads it may
+    for node in reversed(nodes):  # if no layer before a tensor defines its dim, one that reads it may
         read_by = [d for user in node.users if (d := _defined_channel_dim(modules, user)) is not None]
         if node not in dims and read_by:
             dims[node] = read_by[0]
@@ -47,7 +47,7 @@ def _carried(
     if not shape or before is None or dim is None:
         return None
     name, numbers = operation_name(node.target), _numbers(node.args[1:]) or _numbers(tuple(node.kwargs.values()))
-    if node.op == "call_module":  # torchvision's Permute is a module with the order in `dims`
+    if node.op == "call_module":  # torchvision's Permute has its order in `dims`
         numbers = _numbers(getattr(modules[name], "dims", None))
     if len(numbers) == len(shape) and (name == "permute" or node.op == "call_module"):
         return [number % len(shape) for number in numbers].index(dim)
@@ -62,7 +62,7 @@ def _carried(
 
 
 def _numbers(args: object) -> list[int]:
-    """The integers in the arguments, given one by one or as a tuple."""
+    """The integers in arguments, whether given one by one or as a tuple."""
     if isinstance(args, int):
         return [args]
     return [n for part in args for n in _numbers(part)] if isinstance(args, (tuple, list)) else []
@@ -77,7 +77,7 @@ def prefix_tokens(graph: fx.Graph) -> dict[fx.Node, int]:
             continue
         name, first = operation_name(node.target), node.args[0] if node.args else None
         if not info(node).from_input:
-            counts[node] = shape[1]  # class tokens, if they are concatenated with others later
+            counts[node] = shape[1]  # class tokens, if concatenated with others later
         elif name in ("cat", "concat", "concatenate") and isinstance(first, (tuple, list)):
             counts[node] = _leading_tokens(first, counts)
         elif name in ("getitem", "__getitem__") and isinstance(first, fx.Node):
@@ -89,7 +89,7 @@ def prefix_tokens(graph: fx.Graph) -> dict[fx.Node, int]:
 
 
 def _leading_tokens(parts: Sequence[object], counts: dict[fx.Node, int]) -> int:
-    """Prefix tokens of concatenated parts: those of the first, and of the next if the first has only such tokens."""
+    """Prefix tokens of concatenated parts: those of the first part, and of the next if it has only prefix tokens."""
     total = 0
     for part in parts:
         if not isinstance(part, fx.Node) or part not in counts:
@@ -101,7 +101,7 @@ def _leading_tokens(parts: Sequence[object], counts: dict[fx.Node, int]) -> int:
 
 
 def _sliced_tokens(index: object, count: int, n_tokens: int) -> int:
-    """Number of the first `count` of `n_tokens` tokens that an index expression keeps."""
+    """How many of the first `count` of `n_tokens` tokens an index expression keeps."""
     tokens = index[1] if isinstance(index, (tuple, list)) and len(index) > 1 else slice(None)
     if not isinstance(tokens, slice) or not all(isinstance(n, int | None) for n in (tokens.start, tokens.stop)):
         return 0

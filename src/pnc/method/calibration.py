@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pnc.clones.branch import Scalars, against_rivals
-from pnc.composite.composite import Composite
+from pnc.composite.composite import Composite, check_composite
 from pnc.composite.forward_plan import Plan
 from pnc.data.image_set import images_as_float
 from pnc.data.support import Support, as_images, as_support
@@ -164,9 +164,13 @@ def calibrate(net: Composite, support: Any, *, background: Any = None, batch_siz
         InputError: `net` is not a composite, no clone is enabled, a new class has no sample, the background is empty
             or of another shape, or another thread detached or replaced a clone meanwhile.
         ClassNameError: the support has samples of a class that the composite does not know.
+
+    >>> net = pnc.attach(target, clone)
+    >>> found = pnc.calibrate(net, support)
+    >>> found.loss_after < found.loss_before
+    True
     """
-    if not isinstance(net, Composite):
-        raise InputError(f"net: expected a composite, as returned by pnc.attach; got {type(net).__name__}")
+    check_composite(net)
     check_whole(batch_size, "batch_size", 1)
     plan = net.now()  # one set of clones for the whole fit: other threads may change the composite
     names, base = plan.classes, net.base_classes

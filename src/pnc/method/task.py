@@ -255,6 +255,9 @@ def prepare_task(
             has no images, or images of another shape.
         ClassNameError: a class is unknown, given twice, or already known to the target.
         RecordingError: a network cannot be recorded.
+
+    >>> pnc.prepare_task(source, target, support, classes=["cat", "dog"], **names).new_classes
+    ('cat', 'dog')
     """
     if source is target:
         raise InputError("source and target are the same object; load the network twice if this is meant")

@@ -1,4 +1,4 @@
-"""Programs of `torch.export` as networks."""
+"""Exported programs of `torch.export` as networks."""
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -8,7 +8,7 @@ from pnc.graph.graph_modules import RecordedModule
 
 
 def from_exported(program: ExportedProgram) -> nn.Module:
-    """Unwrap an exported program into a network that can be a source or a target.
+    """Turn an exported program into a network that can be a source or a target.
 
     Neither this function nor ``load_model`` opens files of exported programs: `torch.export.load` unpickles their
     content (constants, example inputs, weights of older files, with ``weights_only=False``), calls functions by name
@@ -20,11 +20,17 @@ def from_exported(program: ExportedProgram) -> nn.Module:
             ``torch.export.export(net.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))``.
 
     Returns:
-        A network over the program's own parameters and buffers. Its mode is fixed at export: `train` and `eval` change
-        nothing.
+        A network over the program's own parameters and buffers. Its mode is fixed at export: `train` and `eval` have no
+        effect.
 
     Raises:
-        InputError: not an exported program, another number or shape of inputs, or a fixed number of images.
+        InputError: `program` is not an exported program, has other inputs, or takes a fixed number of images.
+
+    >>> import torch
+    >>> net, images = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.rand(3, 1, 2, 2)
+    >>> program = torch.export.export(net.eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    >>> from_exported(program)(torch.rand(5, 1, 2, 2)).shape
+    torch.Size([5, 2])
     """
     if not isinstance(program, ExportedProgram):
         raise InputError(
@@ -43,5 +49,5 @@ def from_exported(program: ExportedProgram) -> nn.Module:
             'dynamic_shapes=({0: torch.export.Dim("batch")},)'
         )
     unwrapped = program.module()
-    assert isinstance(unwrapped, fx.GraphModule)  # of every program
-    return RecordedModule(unwrapped, unwrapped.graph).eval()  # wrapped again: train() and eval() of `unwrapped` raise
+    assert isinstance(unwrapped, fx.GraphModule)  # true of every program
+    return RecordedModule(unwrapped, unwrapped.graph).eval()  # train() and eval() of `unwrapped` itself raise

@@ -98,6 +98,9 @@ def load_model(
             unknown classes or input shape, or a network that does not take images of that shape.
         FileFormatError: a file that is damaged, of another format, or of a newer version of it.
         MismatchError: weights that do not fit the network, or another number of outputs than of classes.
+
+    >>> load_model("zoo:cnn?width=0.25", classes=["cat", "dog"], input_shape=(1, 8, 8)).classes
+    ('cat', 'dog')
     """
     path = Path(spec) if spec.endswith(".safetensors") else None
     if path is None and weights is None:

@@ -1,4 +1,4 @@
-"""Which of a network's outputs are the logits."""
+"""A network of which one output is chosen as the logits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +10,14 @@ from pnc.foundation.errors import InputError
 
 
 class Output(nn.Module):
-    """A network of which one output is taken for the logits, where several tensors could be.
+    """A network of which one output is chosen as the logits, for networks that return several tensors.
 
-    Give it where a network is wanted, as a source or a target: `pnc.Output(network, output=-1)`. Its fingerprint is
-    that of the network; the file of a clone remembers which output was chosen by the answers that it gave.
+    Use it as a source or a target in place of the network: `pnc.Output(network, output=-1)`. Its fingerprint is that of
+    the network; a clone's file recognizes another choice of output by the logits.
 
     Args:
-        network: Gives a tuple, list, mapping or object of tensors. It becomes a submodule, as it is.
-        output: Index in a tuple or list, key of a mapping, or name of an attribute; a tuple of such for nested outputs.
+        network: Returns a tuple, list, mapping or object of tensors. It becomes a submodule, unchanged.
+        output: Index in a tuple or list, key of a mapping, or name of an attribute; a tuple of these if nested.
     Raises:
         InputError: `output` is none of these. When called: the network's output has no such part.
 
@@ -28,26 +28,26 @@ class Output(nn.Module):
     """
 
     WRAPS = "network"
-    """Name of the submodule that fingerprints name in its place."""
+    """Name of the submodule whose fingerprint counts."""
 
     def __init__(self, network: nn.Module, output: int | str | tuple[int | str, ...]) -> None:
         super().__init__()
         check_module(network, "network")
         steps = output if isinstance(output, tuple) else (output,)
         if not steps or not all(isinstance(step, int | str) and not isinstance(step, bool) for step in steps):
-            raise InputError(f"output: expected an index, a key, or a tuple of such; got {output!r}")
+            raise InputError(f"output: expected an index, a key, or a tuple of these; got {output!r}")
         self.network, self.output = network, steps
         self.training = network.training
 
     def forward(self, images: Tensor) -> Any:
-        """Give the chosen output of the network for images (B, C, H, W)."""
+        """Return the chosen output of the network for images (B, C, H, W)."""
         out = self.network(images)
         for step in self.output:
             out = _part(out, step)
         return out
 
     def extra_repr(self) -> str:
-        """Name what is taken."""
+        """Show the chosen output."""
         return f"output={self.output[0] if len(self.output) == 1 else self.output!r}"
 
 
@@ -60,7 +60,7 @@ def _part(out: Any, step: int | str) -> Any:
             return out[step]
     elif isinstance(out, tuple | list) and isinstance(step, int) and -len(out) <= step < len(out):
         return out[step]
-    there = f"the keys {', '.join(map(repr, out))}" if isinstance(out, Mapping) else f"a {type(out).__name__}"
+    came = f"the keys {', '.join(map(repr, out))}" if isinstance(out, Mapping) else f"a {type(out).__name__}"
     if isinstance(out, tuple | list):
-        there += f" of {len(out)}"
-    raise InputError(f"output: the network gives {there}, which has no part {step!r}; choose another one")
+        came += f" of {len(out)}"
+    raise InputError(f"output: the network returns {came}, without a part {step!r}; choose another one")

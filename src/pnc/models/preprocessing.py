@@ -1,4 +1,4 @@
-"""What a network wants done to its images, as a part of the network: colours, size, normalisation."""
+"""A network's preprocessing as a part of the network: colours, size, normalisation."""
 
 import math
 from collections.abc import Sequence
@@ -17,43 +17,42 @@ from pnc.models.reference_networks import Shape
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
-_LUMA = (0.299, 0.587, 0.114)  # of ITU-R BT.601, as pillow turns colour to grey
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in pillow
 
 
 class Preprocessed(nn.Module):
-    """A network with its own preprocessing in front: takes images in [0, 1], (B, C, H, W), of any size, grey or colour.
+    """A network with its preprocessing, which takes images in [0, 1], (B, C, H, W), of any size, grey or colour.
 
-    Two networks that are wrapped like this take the same images, whatever each was trained on. In this order, and each
-    step only where it changes something:
+    Two networks that are wrapped like this take the same images, whatever each was trained on. The steps are, in this
+    order and each only if it changes something:
 
-    1. Colour to grey by the luma weights of ITU-R BT.601, as pillow does.
-    2. The whole image resized to the network's height and width; nothing is cropped. Bilinear and bicubic are those of
-       pillow: with antialiasing when shrinking. Bicubic results are clamped to [0, 1].
+    1. Colour to grey with the luma weights of ITU-R BT.601, as in pillow.
+    2. Resize the whole image, without cropping, to the network's height and width. Bilinear and bicubic are as in
+       pillow, with antialiasing when shrinking. Bicubic results are clamped to [0, 1].
     3. Grey to colour: three equal channels.
-    4. Red and blue swapped, for networks that take blue first.
+    4. Swap red and blue, for networks that take blue first.
     5. (images - mean) / std for each channel.
 
-    With `given` the images are not in [0, 1]: another network's loader has normalized them, and that is undone first.
-    So a target stays as it is in production, with its own loader, and the source alone is wrapped:
-    ``Preprocessed(source, (3, 128, 128), mean, std, given=Normalization(target_mean, target_std))``. Where that leaves
-    nothing to do, as both are normalized alike and neither colours nor size change, images pass as they are.
+    With `given`, the images are not in [0, 1] but normalized by another network's loader, which is undone first. So a
+    target in production keeps its own loader, and only the source is wrapped:
+    ``Preprocessed(source, (3, 128, 128), mean, std, given=Normalization(target_mean, target_std))``. If both
+    normalizations are equal and neither colours nor size change, images pass unchanged.
 
-    Mean, standard deviation and the rest are in the state dict, and so in the fingerprint: a clone is refused where a
-    network comes with another preprocessing than the one that it was made with.
+    Mean, standard deviation and the other settings are in the state dict, and so in the fingerprint: a clone is refused
+    for a network with another preprocessing than the one it was made with.
 
     Args:
-        network: Maps what it was trained on, (B, *input_shape), to logits. It becomes a submodule, as it is.
+        network: Maps the images it was trained on, (B, *input_shape), to logits. It becomes a submodule, unchanged.
         input_shape: (C, H, W) that the network takes.
         mean: One number, or one for each channel, in units of images in [0, 1].
-        std: Likewise; above 0. Pixels from 0 to 255, for example, are what a network gets by ``std=1 / 255``.
+        std: Likewise; above 0. For example, ``std=1 / 255`` gives the network pixels from 0 to 255.
         interpolation: "nearest", "bilinear" or "bicubic".
         blue_first: The network takes channels in the order blue, green, red.
-        given: How the images that come were normalized, if they were; numbers for each channel are for the channels
-            that come.
+        given: How the input images are already normalized, if they are, with values for their own channels.
 
     Raises:
-        InputError: an argument is not as above. When called: images whose channels are neither the network's number
-            nor 1 or 3 where it takes 3 or 1, or nor those that `given` has numbers for.
+        InputError: an argument is not as above. When called: the number of channels is not the network's (or 1 or 3,
+            for a network that takes 3 or 1), or not that of `given`.
 
     >>> wrapped = Preprocessed(nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 2)), (3, 4, 4), mean=0.5, std=0.25)
     >>> wrapped(torch.rand(5, 1, 8, 8)).shape
@@ -91,19 +90,19 @@ class Preprocessed(nn.Module):
         if given is not None and not isinstance(given, Normalization):
             raise InputError(f"given: expected pnc.Normalization(mean, std), got {type(given).__name__}")
         if given is not None:
-            self.image_range = None  # what another loader's interpolation leaves beyond black and white is as good
+            self.image_range = None  # another loader's interpolation may overshoot the range a little
         self._alike = given is not None and _same(given, means, stds)
         like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
         self.register_buffer("mean", _column(means, like) if any(means) else None)
         self.register_buffer("std", _column(stds, like) if set(stds) != {1.0} else None)
         for name, values in (("given_mean", given and given.mean), ("given_std", given and given.std)):
-            # Absent where nothing is given: then the state dict, and so the fingerprint, is as it always was.
+            # Absent without `given`, so that the state dict, and so the fingerprint, is as in earlier versions.
             self.register_buffer(name, None if given is None else _column(_numbers(values), like))
         facts = [*self.input_shape, known.index(interpolation), int(blue_first)]
-        self.register_buffer("pipeline", torch.tensor(facts, device=like.device))  # for the fingerprint alone
+        self.register_buffer("pipeline", torch.tensor(facts, device=like.device))  # only for the fingerprint
 
     def forward(self, images: Tensor) -> Any:
-        """Give what the network gives for images (B, C, H, W), in [0, 1] or normalized as `given` says."""
+        """Return the network's output for images (B, C, H, W), in [0, 1] or normalized as in `given`."""
         n_channels, *size = self.input_shape
         n_given = images.shape[1]
         if self._alike and list(images.shape[1:]) == [n_channels, *size] and not self.blue_first:
@@ -111,7 +110,7 @@ class Preprocessed(nn.Module):
         if self.given_mean is not None and self.given_std is not None:
             images = self._undone(images, self.given_mean, self.given_std)
         if n_given != n_channels and {n_given, n_channels} != {1, 3}:
-            raise InputError(f"images: of {n_given} channels cannot be made the {n_channels} that the network takes")
+            raise InputError(f"images: {n_given} channels cannot be turned into the network's {n_channels}")
         if n_given > n_channels:
             red, green, blue = images[:, 0:1], images[:, 1:2], images[:, 2:3]
             images = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
@@ -130,7 +129,7 @@ class Preprocessed(nn.Module):
     def _undone(self, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         if len(mean) not in (1, images.shape[1]) or len(std) not in (1, images.shape[1]):
             raise InputError(
-                f"images: of {images.shape[1]} channels, but given= says how {max(len(mean), len(std))} are normalized"
+                f"images: they have {images.shape[1]} channels, but given= normalizes {max(len(mean), len(std))}"
             )
         return images * std + mean
 
@@ -145,7 +144,7 @@ def checked_shape(input_shape: Sequence[int]) -> Shape:
     """Return `input_shape` as (C, H, W).
 
     Raises:
-        InputError: it is not three positive whole numbers, or more values than `MAX_IMAGE`.
+        InputError: it is not three positive whole numbers, or images would have more than `MAX_IMAGE` values.
     """
     if len(input_shape) != 3 or any(type(size) is not int or size < 1 for size in input_shape):
         raise InputError(
@@ -153,14 +152,14 @@ def checked_shape(input_shape: Sequence[int]) -> Shape:
         )
     if math.prod(input_shape) > MAX_IMAGE:
         raise InputError(
-            f"input_shape: {shortened(tuple(input_shape))} has {math.prod(input_shape):.3g} values; images may have "
+            f"input_shape: {shortened(tuple(input_shape))} has {math.prod(input_shape):.3g} values; the maximum is "
             f"{MAX_IMAGE}"
         )
     return input_shape[0], input_shape[1], input_shape[2]
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """Write a shape for a message.
+    """Format a shape for a message.
 
     >>> shape_text((3, 32, 32))
     '3x32x32'
@@ -169,7 +168,7 @@ def shape_text(shape: Sequence[int]) -> str:
 
 
 def _same(given: Normalization, means: Sequence[float], stds: Sequence[float]) -> bool:
-    """Whether images were normalized as the network wants it, channel by channel."""
+    """Whether the given normalization equals the network's own, channel by channel."""
     pairs = ((_numbers(given.mean), means), (_numbers(given.std), stds))
     return all(tuple(own) in (tuple(wanted), tuple(wanted)[:1] * (len(set(wanted)) == 1)) for own, wanted in pairs)
 

@@ -1,4 +1,4 @@
-"""Networks that functions of the user's own return: errors of that code are one line."""
+"""Networks from the user's own functions; any error in that code becomes one line."""
 
 import importlib
 import importlib.util
@@ -18,9 +18,9 @@ def python_function(name: str, spec: str) -> Callable[[], Any]:
 
     Args:
         name: MODULE:FUNCTION or FILE.py:FUNCTION.
-        spec: The whole of it, for messages.
+        spec: The whole spec, for messages.
     Raises:
-        InputError: there is none, or importing it fails.
+        InputError: there is no such function, or importing it fails.
     """
     place, _, name = name.rpartition(":")
     if not place or (place.startswith(".") and not place.endswith(".py")):
@@ -32,22 +32,22 @@ def python_function(name: str, spec: str) -> Callable[[], Any]:
         inspect.signature(function).bind()
     except TypeError as error:
         raise InputError(f"model: {name} in {place}: {error}; give a function that takes no arguments") from error
-    except ValueError:  # a function in C without a signature: the call will show
+    except ValueError:  # a C function without a signature: the call will show
         pass
     found: Callable[[], Any] = function
     return found
 
 
 def called(function: Callable[[], Any], spec: str) -> nn.Module:
-    """Call a function for its network.
+    """Call a function and return its network.
 
     Raises:
-        InputError: it raises, or returns something else.
+        InputError: the function raises an error, or returns something other than a network.
     """
     try:
         network = function()
     except Exception as error:
-        raise InputError(f"model: {spec} raised {_told(error)}") from error
+        raise InputError(f"model: {spec} raised {_error_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise InputError(f"model: {spec} returned {type(network).__name__}; expected a torch.nn.Module")
     return network
@@ -66,10 +66,10 @@ def _imported(place: str) -> ModuleType:
             f"model: cannot import {place}: {error}; give an importable module, or the path of a .py file"
         ) from error
     except Exception as error:
-        raise InputError(f"model: cannot import {place}: it raised {_told(error)}") from error
+        raise InputError(f"model: cannot import {place}: it raised {_error_line(error)}") from error
     return module
 
 
-def _told(error: Exception) -> str:
-    """What an error of somebody else's code says, on one line."""
+def _error_line(error: Exception) -> str:
+    """An error of the user's code on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]

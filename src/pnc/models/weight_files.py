@@ -1,4 +1,4 @@
-"""Files of weights: those that pnc writes, and the state dicts of others, read without running code."""
+"""Files of weights, from pnc and from other programs, read without running code."""
 
 import pickle
 import re
@@ -26,25 +26,25 @@ FORMAT = "pnc-network"
 VERSION = 1
 
 CheckFile = Callable[[Mapping[str, Tensor], Mapping[str, Any]], None]
-"""Called before the values of a file are read, with its tensors on the meta device and its facts."""
+"""Called before the values of a file are read, with its tensors on the meta device and its metadata."""
 
-_COMPILED = "_orig_mod."  # of torch.compile, at any depth
-_PARALLEL = "module."  # of DataParallel and its like
-_AVERAGED = "n_averaged"  # a count that torch's AveragedModel keeps beside the weights
+_COMPILED = "_orig_mod."  # torch.compile, at any depth
+_PARALLEL = "module."  # DataParallel and similar wrappers
+_AVERAGED = "n_averaged"  # a count that torch's AveragedModel stores with the weights
 _STATE_KEYS = ("state_dict", "model_state_dict", "model")
 _COUNTS = "num_batches_tracked"
 
 _OTHER_FILES = (
-    (rb"version https://git-lfs", "a pointer of git-lfs, which stands for a file not fetched yet; run `git lfs pull`"),
+    (rb"version https://git-lfs", "a git-lfs pointer to a file that is not fetched yet; run `git lfs pull`"),
     (rb"(?i)\s*<(!doctype|html|head|\?xml|!--)", "a web page; download the file itself, not the page that shows it"),
     (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!", "a compressed file; unpack it first"),
-    (rb"\x89HDF", "an HDF5 file, as of Keras; save the network's state dict with PyTorch"),
+    (rb"\x89HDF", "an HDF5 file, such as Keras writes; save the network's state dict with PyTorch"),
     (rb"GGUF", "a GGUF file; save the network's state dict with PyTorch"),
-    (rb"\s*[\[{]", "a text in JSON; give the file of weights that it belongs to"),
+    (rb"\s*[\[{]", "JSON text; give the file of weights that it belongs to"),
 )
-"""How files begin that people give for weights, and what they are."""
+"""How files begin that are often mistaken for weights, and what they are."""
 
-# What torch.load raises for damaged files: anything that bytes can lead to.
+# Everything that torch.load raises for damaged files.
 _LOADING_ERRORS = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, OSError),
     *(ImportError, AssertionError, ArithmeticError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile),
@@ -56,12 +56,12 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy `tensors` into the parameters and buffers of `module`.
 
     BatchNorm's counts of batches may be missing: old checkpoints lack them, and in eval mode nothing reads them.
-    A tensor that the network has under several names need be there under one only.
+    A tensor that the network has under several names may be given under one of them.
 
     Raises:
-        MismatchError: other names, shapes or kinds of numbers; the message gives the first of each. `module` is then as
-            before.
-        InputError: a tensor holds NaN or infinity where the network has none. `module` is then as before.
+        MismatchError: names, shapes or kinds of numbers differ; the message gives the first of each. `module` is not
+            changed.
+        InputError: a tensor has NaN or infinity where the network has none. `module` is not changed.
     """
     check_fit(module, tensors)
     state = _state(module)
@@ -71,15 +71,18 @@ def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if tensor.is_floating_point() and not _is_finite(tensor) and (_has_nan(tensor) or _is_finite(state[name][1]))
     ]
     if broken:
-        what = "NaN: the training that made them failed"
+        what = "NaN: their training failed"
         if not any(_has_nan(tensors[name]) for name in broken):
-            what = "infinity, as float16 makes of values above 65504"
-        raise InputError(f"weights: {listed(broken, 3)} hold {what}; take other ones")
+            what = "infinity, which float16 makes of values above 65504"
+        raise InputError(f"weights: {listed(broken, 3)} contain {what}; use other weights")
     module.load_state_dict({state[name][0]: tensor for name, tensor in tensors.items()}, strict=False)
 
 
 def check_fit(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Raise a `MismatchError` unless tensors, also those on the meta device, have names and shapes of a network's."""
+    """Raise a `MismatchError` unless the tensors, which may be on the meta device, have the network's names and shapes.
+
+    Kinds of numbers must agree as well: floating point, whole or complex.
+    """
     state = _state(module)
     places: dict[object, list[str]] = {}
     for name, (_, tensor) in state.items():
@@ -109,19 +112,19 @@ def check_fit(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         given = [name for name in names if name in tensors and not tensors[name].is_meta]
         if len(given) > 1 and not all(torch.equal(tensors[given[0]], tensors[name]) for name in given[1:]):
             raise MismatchError(
-                f"weights: {listed(given, 3)} are one tensor of the network and several in the file, of other values; "
-                "check the spec and the file"
+                f"weights: {listed(given, 3)} are one tensor in the network, but differ in the file; check the spec "
+                "and the file"
             )
 
 
 def _state(module: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """Own name and tensor of each entry of a state dict, by the name without wrappers."""
+    """Name and tensor of each entry of a state dict, by its name without wrappers."""
     own = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
     return {plain: (name, own[name]) for plain, name in _plain_names(list(own)).items()}
 
 
 def _place(tensor: Tensor) -> object:
-    """Equal for tensors that are one and the same memory; different for all others."""
+    """A key that is equal for tensors over the same memory, and different for all others."""
     if tensor.is_meta or not tensor.numel():
         return id(tensor)
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
@@ -143,15 +146,15 @@ def _has_nan(tensor: Tensor) -> bool:
 
 # --------------------------------------------------------------------------------------------------- out of a file
 def read_weights(path: Path, check: CheckFile | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors, and the facts of a file of our own ({} for others).
+    """Read tensors, and the metadata of a file of our own ({} for others).
 
     Args:
-        path: Safetensors, or what `torch.save` wrote.
-        check: Raises where a file's tensors are not what the caller can use: before their values are read. It is not
-            called for files of `torch.save`, which show their tensors by being read only.
+        path: A file of safetensors or of `torch.save`.
+        check: Raises if the caller cannot use the file's tensors, before their values are read. It is not called for
+            files of `torch.save`, whose tensors are known only after reading.
     Raises:
         InputError: there is no such file.
-        FileFormatError: a file that is damaged, of another format, or of a newer version of it.
+        FileFormatError: the file is damaged, in another format, or written by a newer version.
     """
     if not checked_path(path, "weights").is_file():
         raise InputError(f"weights: there is no file {path_text(path)}")
@@ -160,7 +163,7 @@ def read_weights(path: Path, check: CheckFile | None = None) -> tuple[dict[str, 
             head = file.read(512)
     except OSError as error:
         raise InputError(f"weights: {path_text(path)} cannot be read: {error.strerror or error}") from error
-    is_safetensors = head[8:9] == b"{"  # behind the length of the header, whose bytes may look like anything
+    is_safetensors = head[8:9] == b"{"  # after the length of the header, whose bytes may have any values
     other = next((words for beginning, words in _OTHER_FILES if not is_safetensors and re.match(beginning, head)), None)
     is_checkpoint = not is_safetensors and head.startswith((b"PK", b"\x80"))  # a zip archive or a pickle
     if other is None and path.suffix == ".safetensors" and is_checkpoint:
@@ -175,51 +178,51 @@ def read_weights(path: Path, check: CheckFile | None = None) -> tuple[dict[str, 
 
 
 def _read_safetensors(path: Path, check: CheckFile | None) -> dict[str, Tensor] | None:
-    """The tensors of somebody else's file, with those that it leaves out because others are the same; None for ours."""
-    with _whole(path), safe_open(path, framework="pt", device="cpu") as file:
+    """The tensors of another program's file, including those it stores only once for several names; None for ours."""
+    with _file_errors(path), safe_open(path, framework="pt", device="cpu") as file:
         facts = file.metadata() or {}
         if METADATA_KEY in facts:
             return None
         shapes = {name: _on_meta(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118 (no mapping)
     same = {name: kept for name, kept in facts.items() if kept in shapes and name not in shapes}
     plain = {short: same.get(name, name) for short, name in _plain_names([*shapes, *same]).items()}
-    if check is not None:  # whose errors are not the file's
+    if check is not None:  # outside of `_file_errors`: its errors are the caller's
         check({short: shapes[name] for short, name in plain.items()}, {})
-    with _whole(path), safe_open(path, framework="pt", device="cpu") as file:
+    with _file_errors(path), safe_open(path, framework="pt", device="cpu") as file:
         tensors = {name: file.get_tensor(name) for name in shapes}
     return {short: tensors[name] for short, name in plain.items()}
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[None]:
+def _file_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: not enough memory
-        raise FileFormatError(f"weights: {path} is not a whole safetensors file ({error}); copy it again") from error
+        raise FileFormatError(f"weights: {path} is not a complete safetensors file ({error}); copy it again") from error
 
 
 def _on_meta(one: Any) -> Tensor:
-    """A tensor like a slice of a file; types that our own files do not hold are for the reading to judge."""
+    """A tensor on the meta device for a slice of a file; dtypes that our own files do not hold count as float32."""
     return torch.empty(one.get_shape(), dtype=DTYPE_OF.get(one.get_dtype(), torch.float32), device="meta")
 
 
 def _check_own(path: Path, check: CheckFile | None, shapes: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Check what a file of our own says of itself, then what the caller wants of it."""
+    """Check the metadata of a file of our own, then call the caller's check."""
     if facts.get("format") != FORMAT:
         raise FileFormatError(
-            f"weights: {path} holds {facts.get('format')!r:.80}, no network; give a file that pretrain wrote"
+            f"weights: {path} holds {facts.get('format')!r:.80}, not a network; give a file written by pretrain"
         )
     if facts.get("version") != VERSION:
         raise FileFormatError(
-            f"weights: {path} is of format version {facts.get('version')!r:.80}, this pnc reads {VERSION}; "
+            f"weights: {path} has format version {facts.get('version')!r:.80}, this pnc reads {VERSION}; "
             "use a matching pnc"
         )
     classes, shape = facts.get("classes"), facts.get("input_shape")
     fine = isinstance(facts.get("model"), str) and isinstance(classes, list) and isinstance(shape, list)
     if not fine or not all(isinstance(name, str) for name in classes or ()):
-        raise FileFormatError(f"weights: the metadata of {path} is damaged; make the file again")
+        raise FileFormatError(f"weights: the metadata of {path} is damaged; create the file again")
     if not isinstance(facts.get(DIGEST_KEY), str):
-        raise FileFormatError(f"weights: the metadata of {path} names no digest of the content; make the file again")
+        raise FileFormatError(f"weights: the metadata of {path} has no digest of the content; create the file again")
     if check is not None:
         check(shapes, facts)
 
@@ -229,7 +232,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except _LOADING_ERRORS as error:
         raise FileFormatError(
-            f"weights: {path} is no checkpoint of tensors alone ({_reason(path, error)}); "
+            f"weights: {path} is not a checkpoint of only tensors ({_reason(path, error)}); "
             "save model.state_dict() as safetensors"
         ) from error
     for key in _STATE_KEYS:
@@ -237,7 +240,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise FileFormatError(
-            f"weights: {path} holds no state dict; save model.state_dict(), or a dict with it under 'state_dict'"
+            f"weights: {path} has no state dict; save model.state_dict(), or a dict with it under 'state_dict'"
         )
     wrong = [
         name
@@ -245,24 +248,24 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or value.layout != torch.strided or value.is_quantized
     ]
     if wrong:
-        raise FileFormatError(f"weights: {path} holds {wrong[0]!r:.80}, which is no plain tensor with a name")
+        raise FileFormatError(f"weights: {path} holds {wrong[0]!r:.80}, which is not a plain tensor with a name")
     return dict(state)
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Why torch cannot read a file, in our words: torch's advice is to run the code in it."""
+    """Why torch cannot read a file, without torch's own advice, which is to run the code in it."""
     text = str(error)
     if not path.stat().st_size:
         return "it is empty"
     if found := re.search(r"GLOBAL ([\w.]+)", text):
-        return f"beside tensors it holds {found[1]}, and reading that could run code"
+        return f"it also contains {found[1]}, and reading that could run code"
     if "TorchScript" in text:
         return "it is a TorchScript archive"
-    return "it is damaged, or nothing that torch.save wrote"
+    return "it is damaged, or not written by torch.save"
 
 
 def _plain_names(names: list[str]) -> dict[str, str]:
-    """Names by what they are without the prefixes of wrappers, in whatever order these were put around the network."""
+    """Each name by its plain form, without the prefixes of wrappers, in whatever order these wrap the network."""
     plain = {name.replace(_COMPILED, ""): name for name in names}
     while plain:
         kept = {name: own for name, own in plain.items() if name != _AVERAGED}

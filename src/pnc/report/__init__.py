@@ -1,1 +1,1 @@
-"""What is told to others: a page on what clones do and cost, and model cards. Start with `page`."""
+"""Reports for readers: an HTML page on what clones do and cost, and model cards. Start with `page`."""

@@ -1,4 +1,4 @@
-"""Confusion matrices before and after, with the images behind their cells as small pictures."""
+"""Confusion matrices before and after attaching, with the images of their cells as small pictures."""
 
 import base64
 import io
@@ -12,17 +12,17 @@ from pnc.composite.evaluation import Answers
 from pnc.data.image_set import images_as_float
 
 MAX_CLASSES = 30
-"""Rows of a matrix at most: beyond that, base classes of which little changed are put together."""
+"""Largest number of rows; beyond that, the base classes that changed least are merged."""
 
 PER_CELL, MAX_IMAGES, MAX_BYTES = 6, 400, 400_000
-"""Pictures of one cell, and of all cells together, in number and in bytes of base64."""
+"""Limits: pictures per cell, pictures of all cells, and their bytes as base64."""
 
 _SIDE, _LOSSLESS = 64, 16
 
 
 @dataclass(frozen=True)
 class Cell:
-    """So many images of one class that were taken for another; `images` are keys of `Confusion.pictures`."""
+    """Images of one class predicted as another: their count, share of the row, and keys of `Confusion.pictures`."""
 
     count: int
     strength: float
@@ -31,15 +31,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Confusion:
-    """Matrices with a row for each true and a column for each answered class.
+    """Matrices with one row per true class and one column per predicted class.
 
     Attributes:
-        names: Of rows and columns.
-        n_base: How many of them are base classes; the others are new.
-        before: What the target alone answers.
-        after: What the composite answers.
-        difference: After minus before, with the strength of each colour in [-1, 1].
-        pictures: Data URIs by the number of the image.
+        names: Names of rows and columns.
+        n_base: Number of base classes among them, which come first.
+        before: Predictions of the target alone.
+        after: Predictions of the composite.
+        difference: After minus before, as counts and as shares of the row in [-1, 1].
+        pictures: Data URIs by index of the image.
     """
 
     names: tuple[str, ...]
@@ -51,7 +51,7 @@ class Confusion:
 
 
 def confusion(found: Answers) -> Confusion:
-    """Count which class was taken for which, by the target alone and by the composite, and choose pictures to show."""
+    """Count the predictions of the target alone and of the composite, and choose pictures to show."""
     n_base, n_classes = found.target_logits.shape[1], len(found.classes)
     answers = [found.target_logits.argmax(1), found.logits.argmax(1)]
     counts = [_counts(found.labels, answer, n_classes) for answer in answers]
@@ -79,7 +79,7 @@ def _counts(labels: Tensor, answers: Tensor, n_classes: int) -> Tensor:
 
 def _groups(found: Answers, change: Tensor, n_base: int) -> list[tuple[str, list[int]]]:
     """Rows of the matrices: (name, classes), base classes first."""
-    there = [index for index, name in enumerate(found.classes) if name in found.there]
+    there = [index for index, name in enumerate(found.classes) if name in found.seen]
     shown = there if len(there) < len(found.classes) or len(there) > MAX_CLASSES else [*range(len(found.classes))]
     moved = change.abs().sum(1) + change.abs().sum(0)
     ordered = sorted(shown, key=lambda index: (index < n_base, -int(moved[index]), index))
@@ -97,7 +97,7 @@ def _groups(found: Answers, change: Tensor, n_base: int) -> list[tuple[str, list
 def _pictures(
     found: Answers, labels: Tensor, answers: list[Tensor]
 ) -> tuple[list[dict[tuple[int, int], tuple[int, ...]]], dict[int, str]]:
-    """For each matrix the images of its cells, wrong answers of the composite first, as long as there is room."""
+    """Choose images for the cells of each matrix; errors of the composite come first, until the limits are reached."""
     confidence = [logits.double().softmax(1).max(1).values for logits in (found.target_logits, found.logits)]
     wanted: list[tuple[bool, int, int, int, list[int]]] = []
     for matrix in (1, 0):
@@ -119,13 +119,13 @@ def _pictures(
 
 
 def _range_of(images: Tensor) -> tuple[float, float]:
-    """What is black and what is white: 0 and 1, or, where a loader has normalized the images, their extremes."""
+    """Values of black and white: 0 and 1, or the extremes of the images if these were normalized."""
     low, high = float(images.min()), float(images.max())
     return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
 
 
 def _data_uri(image: Tensor) -> str:
-    """A picture of an image (C, H, W) in [0, 1], at most `_SIDE` high and wide."""
+    """A picture of an image (C, H, W) in [0, 1], at most `_SIDE` pixels high and wide."""
     from PIL import Image
 
     pixels = (image if image.shape[0] == 3 else image[:1]).mul(255).round().clamp(0, 255).to(torch.uint8).cpu()

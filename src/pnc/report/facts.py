@@ -1,4 +1,4 @@
-"""What a report says, as plain values: measured on labelled images, and read from the clones."""
+"""The contents of a report as plain values: measured on labelled images and read from the clones."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 
 from pnc.clones.clone import Clone
+from pnc.composite.batched_logits import logits_of
 from pnc.composite.composite import Composite
 from pnc.composite.evaluation import Answers, EvaluationReport, answers, report_of
 from pnc.composite.metrics import calibration_error, leak, shifted
-from pnc.composite.prediction import predict
 from pnc.graph.nodes import info
 from pnc.graph.recording import record
 
 N_BINS = 10
-"""Of confidence, in the picture of calibration."""
+"""Bins of confidence in the picture of calibration."""
 
 SHIFTS = tuple(step / 2 for step in range(-16, 7))
-"""Nats that are added to the new logits, for the curve of leak against accuracy."""
+"""Nats added to the new logits, for the curve of leak against accuracy."""
 
 _N_IMAGES = 64
-"""On which it is tried whether the composite without clones gives the target's bits."""
+"""Number of images on which the composite without clones is compared with the target."""
 
 
 @dataclass(frozen=True)
 class CostRow:
-    """One row of the costs: multiply-accumulates for one image, values held, and bytes of the file, if known."""
+    """One row of the costs: multiply-accumulates per image, stored values, and bytes of the file, if known."""
 
     what: str
     n_macs: int
@@ -38,22 +38,22 @@ class CostRow:
 
 @dataclass(frozen=True)
 class ClonePicture:
-    """One clone beside its networks, lengths in multiply-accumulates for one image.
+    """One clone and its networks; lengths are multiply-accumulates per image.
 
     Attributes:
-        name: Of the clone.
+        name: Name of the clone.
         classes: Its classes.
-        target_cut: Name of the tensor at which it leaves the target.
-        source_cut: Name of the one at which it enters the source.
-        target_macs: Of the target.
-        target_cut_macs: Of the target's part before the cut.
-        source_macs: Of the source.
-        source_cut_macs: Of the source's part before the cut.
-        adapter_macs: Of the adapter, which makes the source's tensor of the target's.
-        kept: Share of the source's part behind the cut that the clone computes.
-        channels: Kept and all channels by layer of that part; empty where all are kept.
+        target_cut: Name of the tensor where it leaves the target.
+        source_cut: Name of the tensor where it enters the source.
+        target_macs: The whole target.
+        target_cut_macs: The target before the cut.
+        source_macs: The whole source.
+        source_cut_macs: The source before the cut.
+        adapter_macs: The adapter from the target's tensor to the source's.
+        kept: Share of the source after the cut that the clone computes.
+        channels: Layer, kept channels and all channels of that part; empty if all are kept.
         front: (added MACs as a share of the source's, accuracy, whether it was chosen), cheapest first; may be empty.
-        recipe: How it was made.
+        recipe: The clone's recipe.
     """
 
     name: str
@@ -73,7 +73,7 @@ class ClonePicture:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One class: how many images it has, and which share is recognised; `before` is None for new classes."""
+    """One class: its number of images, and its accuracy before and after; `before` is None for new classes."""
 
     name: str
     clone: str | None
@@ -84,10 +84,10 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class Reliability:
-    """How often answers of some confidence are right: bins of equal width, empty ones left out.
+    """Accuracy by confidence, in bins of equal width without the empty ones.
 
     Attributes:
-        whose: In words.
+        whose: Whose predictions these are, in words.
         points: Mean confidence and accuracy of each bin.
         error: Expected calibration error.
     """
@@ -102,15 +102,15 @@ class Facts:
     """Everything that a report shows.
 
     Attributes:
-        answers: What composite and target say on the images.
-        evaluation: What `pnc.evaluate` gives.
+        answers: Logits of composite and target on the images.
+        evaluation: The report of `pnc.evaluate`.
         clones: The enabled clones.
         class_rows: All classes that have images, in the order of the logits.
-        trade: (accuracy on new classes, leak) while new logits are shifted.
-        trade_now: The same as they are.
-        reliabilities: Of the target alone and of the composite.
-        costs: Of the target, of each clone, of all together, and of whole networks side by side.
-        verified: What was tried, and whether it held.
+        trade: (accuracy on new classes, leak) for each of `SHIFTS`.
+        trade_now: The same without a shift.
+        reliabilities: Reliability of the target alone and of the composite.
+        costs: Costs of the target, of each clone, of the composite, and of all networks side by side.
+        verified: Each claim that was checked, and whether it held.
     """
 
     answers: Answers
@@ -130,8 +130,8 @@ def collect_facts(net: Composite, data: Any, files: Sequence[str | Path] = (), b
     Args:
         net: With at least one clone enabled.
         data: As for `pnc.evaluate`.
-        files: The clones' files, in their order, for their sizes; or none.
-        batch_size: Images at a time.
+        files: The clones' files, in order, for their sizes; may be empty.
+        batch_size: Images per batch.
     Raises:
         InputError, ClassNameError: as `pnc.evaluate`.
     """
@@ -188,7 +188,7 @@ def _picture(clone: Clone, target_macs: int) -> ClonePicture:
 
 
 def _front(recipe: Mapping[str, Any]) -> tuple[tuple[float, float, bool], ...]:
-    """The points that the clone was chosen from, where its recipe says so."""
+    """The candidates that the clone was chosen from, if its recipe lists them."""
     listed, points = recipe.get("front"), []
     for one in listed if isinstance(listed, list | tuple) else ():
         if isinstance(one, Mapping) and isinstance(one.get("macs_share"), int | float):
@@ -255,11 +255,14 @@ def _verified(
     report = net.verify()
     few = found.images[:_N_IMAGES]
     with net.disabled():
-        alone = torch.equal(predict(net, few, batch_size), found.target_logits[: len(few)])
+        alone = torch.equal(logits_of(net, few, batch_size), found.target_logits[: len(few)])
     return (
-        (f"The target's own logits are the same bits on {evaluation.n_images:,} images", evaluation.base_logits_equal),
-        (f"Without its clones the composite gives the target's bits on {len(few)} images", alone),
-        ("The target is the one that the clones were made for, and random images get the same bits", report.ok),
+        (
+            f"Base logits equal the target's own on {evaluation.n_images:,} images, bit for bit",
+            evaluation.base_logits_equal,
+        ),
+        (f"Without its clones the composite gives the target's logits on {len(few)} images, bit for bit", alone),
+        ("The target is the one that the clones were made for, and base logits are equal on random images", report.ok),
     )
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a report, by matplotlib: as SVG whose text is text and follows the page's colours, or as PNG."""
+"""The pictures of a report, drawn by matplotlib: as SVG with real text in the page's colours, or as PNG."""
 
 import io
 import re
@@ -9,13 +9,13 @@ from pnc.foundation.errors import InputError
 from pnc.report.facts import ClonePicture, Reliability
 
 BLUE, ORANGE = "#3f83d8", "#d9772b"
-"""The target and the source, on light pages and on dark ones."""
+"""Colours of target and source, for light and dark pages."""
 
 _INK = "#123456"
-"""Stands for the colour of the page's text while a picture is drawn."""
+"""Placeholder for the colour of the page's text while a picture is drawn."""
 
 _WIDE = 4.8
-"""Inches; the narrowest screens show text of these pictures at three quarters of its size."""
+"""Width in inches; the narrowest screens show the text at three quarters of its size."""
 
 Draw = Callable[[Any], None]
 
@@ -33,12 +33,12 @@ def check_drawing() -> None:
 
 
 def svg_of(draw: Draw, height: float, label: str) -> str:
-    """Draw a picture to be put into a page.
+    """Draw a picture as SVG for a page.
 
     Args:
-        draw: Fills the axes that it is given.
-        height: In inches.
-        label: What it shows, for those who do not see it.
+        draw: Draws on the given axes.
+        height: Height in inches.
+        label: What it shows, for readers who cannot see it.
     """
     data = _drawn(draw, height, "svg", _INK, label)
     text = data.decode()
@@ -52,7 +52,7 @@ def svg_of(draw: Draw, height: float, label: str) -> str:
 
 
 def png_of(draw: Draw, height: float) -> bytes:
-    """Draw a picture for a document: dark on white; arguments as `svg_of`."""
+    """Draw a picture as PNG for a document, dark on white; arguments as for `svg_of`."""
     return _drawn(draw, height, "png", "#222222", "png")
 
 
@@ -73,8 +73,8 @@ def _drawn(draw: Draw, height: float, kind: str, ink: str, salt: str) -> bytes:
         "legend.frameon": False,
         "legend.fontsize": 11,
         "svg.fonttype": "none",
-        "svg.hashsalt": salt,  # ids within a page differ from picture to picture, and are the same each time
-        "text.parse_math": False,  # names of classes and layers are no formulas
+        "svg.hashsalt": salt,  # ids are reproducible, and unique on a page
+        "text.parse_math": False,  # names of classes and layers are not formulas
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(_WIDE, height), layout="constrained")
@@ -86,7 +86,7 @@ def _drawn(draw: Draw, height: float, kind: str, ink: str, salt: str) -> bytes:
 
 
 def draw_networks(axes: Any, clone: ClonePicture) -> None:
-    """Draw target, source and adapter as bars to scale, and what the clone takes of the source."""
+    """Draw target, source and adapter as bars to scale, and the part of the source that the clone runs."""
     longest = max(clone.target_macs, clone.source_macs, clone.adapter_macs, 1)
     target, source = clone.target_macs / longest, clone.source_macs / longest
     leaves, enters = clone.target_cut_macs / longest, clone.source_cut_macs / longest
@@ -104,7 +104,7 @@ def draw_networks(axes: Any, clone: ClonePicture) -> None:
     axes.plot([leaves, leaves], [2.1, 2.9], color=_ink_of(axes), linewidth=1.4)
     axes.text(0, 3.05, f"target: {amount(clone.target_macs)} multiply-accumulates", va="bottom")
     share = clone.kept * (clone.source_macs - clone.source_cut_macs) / max(clone.source_macs, 1)
-    runs = f"{share:.0%}" if share >= 0.005 else "next to nothing"
+    runs = f"{share:.0%}" if share >= 0.005 else "less than 1%"
     axes.text(0, -0.05, f"source: {amount(clone.source_macs)}; the clone runs {runs} of it", va="top")
     if clone.adapter_macs:
         axes.barh(-1.2, clone.adapter_macs / longest, height=0.35, left=0, color=ORANGE, align="center", alpha=0.6)
@@ -112,16 +112,16 @@ def draw_networks(axes: Any, clone: ClonePicture) -> None:
 
 
 def networks_height(clone: ClonePicture) -> float:
-    """Inches of the picture of `draw_networks`."""
+    """Height of the picture of `draw_networks`, in inches."""
     return 2.6 if clone.adapter_macs else 2.0
 
 
 def draw_front(axes: Any, clone: ClonePicture) -> None:
-    """Draw accuracy against cost of the points that a clone was chosen from."""
+    """Draw accuracy against cost of the candidates that a clone was chosen from."""
     costs, scores, chosen = zip(*clone.front, strict=True)
-    axes.plot(costs, scores, "o-", color=BLUE, label="possible clones", markersize=5)
+    axes.plot(costs, scores, "o-", color=BLUE, label="candidates", markersize=5)
     own = [(cost, score) for cost, score, this in zip(costs, scores, chosen, strict=True) if this]
-    axes.plot(*zip(*own, strict=True), "o", color=ORANGE, label="this one", markersize=9)
+    axes.plot(*zip(*own, strict=True), "o", color=ORANGE, label="chosen", markersize=9)
     axes.set(xlabel="added MACs, share of the source's", ylabel="held-out accuracy")
     axes.set_xlim(left=0)
     axes.grid()
@@ -129,27 +129,27 @@ def draw_front(axes: Any, clone: ClonePicture) -> None:
 
 
 def draw_trade(axes: Any, curve: tuple[tuple[float, float], ...], now: tuple[float, float]) -> None:
-    """Draw leak against accuracy on new classes while the new logits are shifted."""
-    axes.plot(*zip(*curve, strict=True), "-", color=BLUE, label="new logits raised or lowered")
-    axes.plot(*now, "o", color=ORANGE, label="as it is", markersize=9)
+    """Draw leak against accuracy on new classes for shifts of the new logits."""
+    axes.plot(*zip(*curve, strict=True), "-", color=BLUE, label="new logits shifted")
+    axes.plot(*now, "o", color=ORANGE, label="no shift", markersize=9)
     axes.set(xlabel="accuracy on new classes", ylabel="leak of base classes")
     axes.grid()
     axes.legend(loc="upper left")
 
 
 def draw_reliability(axes: Any, reliabilities: tuple[Reliability, ...]) -> None:
-    """Draw how often answers are right against how sure they are."""
+    """Draw accuracy against confidence."""
     axes.plot([0, 1], [0, 1], "--", color=_ink_of(axes), alpha=0.4, linewidth=1)
     for one, colour in zip(reliabilities, (BLUE, ORANGE), strict=True):
         axes.plot(*zip(*one.points, strict=True), "o-", color=colour, label=one.whose, markersize=5)
-    axes.set(xlabel="confidence", ylabel="share of right answers", xlim=(-0.03, 1.03), ylim=(-0.05, 1.3))
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(-0.03, 1.03), ylim=(-0.05, 1.3))
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     axes.grid()
     axes.legend(loc="upper left")
 
 
 def amount(number: float) -> str:
-    """Write a large number short.
+    """Abbreviate a large number.
 
     >>> amount(40_813_184), amount(512), amount(4_600_000_000)
     ('40.8 M', '512', '4.6 G')

@@ -1,4 +1,4 @@
-"""Clones as folders and repositories of a model hub: the file and its card."""
+"""Clones as folders and as repositories of a model hub: the clone file and its model card."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,19 +27,22 @@ def save_pretrained(
     evaluation: EvaluationReport | None = None,
     dataset: str | None = None,
 ) -> None:
-    """Save a clone with a model card: a folder that `from_pretrained` reads and a model hub understands.
+    """Save a clone with a model card in a folder for `from_pretrained` or a model hub.
 
     Args:
-        clone: What to save, as `clone.safetensors`.
-        folder: Made where it is not there; its `README.md` and `clone.safetensors` are replaced.
+        clone: The clone, saved as `clone.safetensors`.
+        folder: Created if missing; its `README.md` and `clone.safetensors` are replaced.
         kind: As in `pnc.save`.
-        base_models: IDs of the target and of the source on the hub, such as "timm/resnet18.a1_in1k", as far as they are
-            there.
+        base_models: IDs of the target and of the source on the hub, if they are there, such as "timm/resnet18.a1_in1k".
         licence: Identifier, such as "mit".
-        evaluation: From `pnc.evaluate`: its accuracies go into the card.
-        dataset: Name of the images that it was measured on; needed with `evaluation`.
+        evaluation: From `pnc.evaluate`; its accuracies are put into the card.
+        dataset: Name of the images that were measured; required with `evaluation`.
     Raises:
-        InputError: `evaluation` comes without `dataset`, or the folder cannot be written.
+        InputError: `evaluation` is given without `dataset`, or the folder cannot be written.
+
+    >>> pnc.save_pretrained(clone, "more-pets")
+    >>> pnc.from_pretrained("more-pets", source=source).classes
+    ('cat', 'dog')
     """
     _check(clone, evaluation, dataset)
     card = model_card(clone, kind, Path(folder).name, base_models, licence, evaluation, dataset)
@@ -61,17 +64,17 @@ def push_to_hub(
     """Upload a clone with a model card to the Hugging Face hub; it needs the extra `hub`.
 
     Args:
-        clone: What to upload.
-        repository: "OWNER/NAME"; made where it is not there.
-        kind: As in `save_pretrained`, like the four that follow.
+        clone: The clone.
+        repository: "OWNER/NAME"; created if missing.
+        kind: As in `save_pretrained`, like the next four arguments.
         base_models: IDs of target and source.
         licence: Identifier.
         evaluation: From `pnc.evaluate`.
-        dataset: Name of the images that it was measured on.
-        private: Whether a new repository is; None for the default of its owner.
-        token: Of access; None takes the one that `hf auth login` keeps.
+        dataset: Name of the images that were measured.
+        private: Whether a new repository is private; None for the owner's default.
+        token: Access token; None takes the one stored by `hf auth login`.
     Returns:
-        The address of the commit.
+        The URL of the commit.
     Raises:
         InputError: as `save_pretrained`, or the hub refuses or cannot be reached.
     """
@@ -98,22 +101,22 @@ def from_pretrained(
     """Load a clone from a folder of `save_pretrained` or from the Hugging Face hub.
 
     Args:
-        name: A folder, or the "OWNER/NAME" of a repository: its file is downloaded once, into the hub library's own
-            cache. Where both could be meant, the folder is.
+        name: A folder, or the "OWNER/NAME" of a repository, whose file is downloaded once, into the hub library's own
+            cache. An existing folder takes precedence.
         source: As in `pnc.load`.
-        revision: Branch, tag or commit of a repository; None for its newest state.
-        token: Of access to a private repository.
+        revision: Branch, tag or commit of a repository; None for the latest.
+        token: Access token for a private repository.
     Raises:
-        InputError: there is no such folder or repository, it holds no clone, or the hub cannot be reached; `revision`
+        InputError: there is no such folder or repository, it has no clone, or the hub cannot be reached; or `revision`
             or `token` is given for a folder.
         MismatchError, FileFormatError: as `pnc.load`.
     """
     folder = Path(name)
     if folder.is_dir():
         if revision is not None or token is not None:
-            raise InputError(f"name: {name} is a folder; leave out revision and token, or give OWNER/NAME of the hub")
+            raise InputError(f"name: {name} is a folder; leave out revision and token, or give OWNER/NAME on the hub")
         if not (folder / FILE).is_file():
-            raise InputError(f"name: the folder {name} has no {FILE}; expected what save_pretrained wrote")
+            raise InputError(f"name: the folder {name} has no {FILE}; expected a folder from save_pretrained")
         return load(folder / FILE, source=source)
     hub = _hub()
     with _hub_errors(hub, str(name)):
@@ -123,16 +126,16 @@ def from_pretrained(
 
 def _check(clone: Clone, evaluation: EvaluationReport | None, dataset: str | None) -> None:
     if not isinstance(clone, Clone):
-        raise InputError(f"clone: expected what pnc.clone or pnc.load gives, got {type(clone).__name__}")
+        raise InputError(f"clone: expected a clone from pnc.clone or pnc.load, got {type(clone).__name__}")
     if evaluation is not None and dataset is None:
-        raise InputError("dataset: evaluation needs the name of the images that it was measured on; give dataset=")
+        raise InputError("dataset: evaluation needs the name of the images that were measured; give dataset=")
 
 
 def _write(clone: Clone, folder: Path, kind: FileKind, card: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"folder: cannot make {folder}: {error.strerror}; choose another one") from error
+        raise InputError(f"folder: cannot create {folder}: {error.strerror}; choose another one") from error
     save(clone, folder / FILE, kind)
     write_file(folder / "README.md", card)
 
@@ -147,24 +150,24 @@ def _hub() -> Any:
 
 @contextmanager
 def _hub_errors(hub: Any, repository: str) -> Iterator[None]:
-    """Turn what the hub library raises into one line."""
+    """Turn errors of the hub library into an `InputError` of one line."""
     errors = hub.errors
-    network_error = errors.HfHubHTTPError.__bases__[0]  # of the client that this version of the library uses
+    network_error = errors.HfHubHTTPError.__bases__[0]  # depends on the client that this version of the library uses
     try:
         yield
     except errors.GatedRepoError as error:
-        raise InputError(f"name: {repository} asks for your consent on the hub first; then give token=") from error
+        raise InputError(f"name: {repository} is gated: accept its terms on the hub, then give token=") from error
     except errors.RevisionNotFoundError as error:
         raise InputError(f"revision: {repository} has no such branch, tag or commit") from error
     except errors.RepositoryNotFoundError as error:
-        reason = "there is no such folder, nor such a repository on the hub that you may read"
+        reason = "there is no such folder, and no such repository on the hub that you may read"
         raise InputError(f"name: {repository}: {reason}; check the name, or give token=") from error
     except errors.LocalEntryNotFoundError as error:
         reason = f"there is no such folder, no {FILE} of it in the cache, and the hub cannot be reached"
         raise InputError(f"name: {repository}: {reason}; connect, or give a folder") from error
     except errors.EntryNotFoundError as error:
-        raise InputError(f"name: {repository} has no {FILE}, so it is no clone of pnc") from error
+        raise InputError(f"name: {repository} has no {FILE}, so it is not a clone of pnc") from error
     except errors.HFValidationError as error:
         raise InputError(f"name: {repository} is neither a folder nor an OWNER/NAME of the hub") from error
-    except (OSError, ValueError, network_error) as error:  # whatever else the hub answers or the network does
+    except (OSError, ValueError, network_error) as error:  # other errors of the hub or the network
         raise InputError(f"name: {repository}: the hub failed: {' '.join(str(error).split())[:300]}") from error

@@ -1,4 +1,4 @@
-"""A clone's model card: Markdown for people, with front matter that model hubs read."""
+"""A clone's model card: Markdown with front matter for model hubs."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,14 +8,14 @@ from pnc.clones.clone import Clone
 from pnc.composite.evaluation import EvaluationReport
 
 FILE = "clone.safetensors"
-"""What a clone's file is called in its folder or repository."""
+"""Name of the clone file in its folder or repository."""
 
 _MEASURES = {
     "average_accuracy": "accuracy, mean of base and new classes",
     "base_accuracy": "accuracy on base classes",
     "new_accuracy": "accuracy on new classes",
-    "base_drop": "what base classes lost",
-    "leak": "leak: probability that base images give to new classes",
+    "base_drop": "accuracy lost by base classes",
+    "leak": "leak: mean probability of new classes on base images",
 }
 
 
@@ -31,13 +31,13 @@ def model_card(
     """Write the card of a clone.
 
     Args:
-        clone: What it is about.
-        kind: "thin" or "full", as it is saved.
-        repository: Where it will be: the ID or the folder that `from_pretrained` is given in the example.
-        base_models: IDs of target and source on the hub, as far as they are there.
-        licence: Identifier, such as "mit"; None leaves it out.
+        clone: The clone.
+        kind: "thin" or "full", the kind of its file.
+        repository: The ID or folder to give to `from_pretrained` in the example.
+        base_models: IDs of target and source on the hub, if they are there.
+        licence: Identifier, such as "mit"; None omits it.
         evaluation: From `pnc.evaluate`.
-        dataset: Name of the images that it was measured on.
+        dataset: Name of the images that were measured.
     """
     front = _front_matter(clone, base_models, licence, evaluation, dataset)
     lines = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items())
@@ -52,7 +52,7 @@ def _front_matter(
     evaluation: EvaluationReport | None,
     dataset: str | None,
 ) -> dict[str, Any]:
-    """The values, each JSON, which is YAML too."""
+    """The front matter; its values are written as JSON, which is also YAML."""
     facts: dict[str, Any] = {
         "library_name": "pnc",
         "pipeline_tag": "image-classification",
@@ -79,8 +79,7 @@ def _front_matter(
 
 def _text(clone: Clone, kind: str, repository: str, base_models: Sequence[str]) -> list[str]:
     recipe = clone.recipe
-    holds, needs = "holds what it needs of the source", "needs the source's weights beside it"
-    weights = holds if kind == "full" else needs
+    weights = "includes the weights of the source" if kind == "full" else "needs the weights of the source"
     made_for = f" Made for {' and '.join(base_models)}." if base_models else ""
     facts: Mapping[str, str] = {
         "new classes": ", ".join(clone.classes),
@@ -99,13 +98,13 @@ def _text(clone: Clone, kind: str, repository: str, base_models: Sequence[str]) 
     return [
         f"# {_cell(clone.name)}",
         f"A clone of `pnc` (partial network cloning): it gives a trained classifier {len(clone.classes)} more "
-        f"{'class' if len(clone.classes) == 1 else 'classes'} and changes none of its bits. The file {weights}."
+        f"{'class' if len(clone.classes) == 1 else 'classes'} without changing it, bit for bit. The file {weights}."
         f"{made_for}",
         f"```python\nimport pnc\n\nclone = {call}\nnet = pnc.attach(target, clone)\nprint(net.classes)\n"
         'for one in pnc.predict(net, "photos/"):\n    print(one)\nnet.detach(clone.name)  # exact\n```',
         f"| | |\n|---|---|\n{table}",
-        "It is refused for another target, and for another source, than those of these fingerprints. Where base and "
-        "new classes look alike, images of base classes leak to new ones.",
+        "It is refused for a target or source with other fingerprints. If base and new classes look alike, images of "
+        "base classes leak to new ones.",
     ]
 
 
@@ -122,7 +121,7 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that Markdown shows as it is, also in a table."""
+    """Escape text for Markdown, including tables."""
     for sign in "\\`*_[]<>|":
         text = text.replace(sign, f"\\{sign}")
     return text

@@ -1,4 +1,4 @@
-"""The report as one page of HTML that needs nothing else: no script, no font, no other file."""
+"""The report as one self-contained HTML page, without scripts, fonts or other files."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -35,22 +35,24 @@ def write_report(
     png: str | Path | None = None,
     batch_size: int = 64,
 ) -> None:
-    """Measure a composite and write a report on it: one page of HTML, below 1 MB, to open, keep or send.
+    """Measure a composite and write a report on it: one self-contained HTML page below 1 MB.
 
-    It shows where the clones leave the target and enter their sources, to scale; what they keep; which class is taken
-    for which, before and after, with the images; accuracy of each class, leak, calibration and costs; what was
-    verified; and how to use the files. It needs the extra `report`.
+    It shows where the clones leave the target and enter their sources, to scale; the kept channels; confusion matrices
+    before and after, with images; accuracy of each class, leak, calibration and costs; what was verified; and how to
+    use the files. It needs the extra `report`.
 
     Args:
-        net: What `pnc.attach` gives, with at least one clone enabled.
-        data: Labelled images that nothing was made from, as for `pnc.evaluate`.
+        net: As returned by `pnc.attach`, with at least one clone enabled.
+        data: Held-out labelled images, as for `pnc.evaluate`.
         path: The file; an existing one is replaced.
-        files: The files of the enabled clones, in their order: the page names them and says how large they are.
-        png: A folder, made where it is not there, for the pictures as PNG files too; None for none.
-        batch_size: Images at a time.
+        files: The files of the enabled clones, in order; the page shows their names and sizes.
+        png: A folder for the pictures as PNG files too, created if missing; None for none.
+        batch_size: Images per batch.
     Raises:
-        InputError, ClassNameError: as `pnc.evaluate`; InputError also where a package is missing, the number of files
-            is not that of the clones, or a file cannot be written.
+        InputError, ClassNameError: as `pnc.evaluate`; InputError also if a package is missing, the number of files
+            differs from that of the clones, or a file cannot be written.
+
+    >>> pnc.write_report(net, support, "report.html")  # doctest: +SKIP
     """
     check_report()
     facts = collect_facts(net, data, files, batch_size)
@@ -78,18 +80,18 @@ def check_report() -> None:
 
 
 def _pictures(facts: Facts) -> dict[str, tuple[Draw, float, str]]:
-    """By name how each picture is drawn, its height in inches and what it shows."""
+    """By name: how each picture is drawn, its height in inches and its label."""
     found: dict[str, tuple[Draw, float, str]] = {}
     for number, clone in enumerate(facts.clones, 1):
-        says = f"The target and the source of clone {clone.name} to scale, and what the clone takes of them"
+        says = f"The target and the source of clone {clone.name} to scale, and the parts that the clone uses"
         found[f"networks_{number}"] = (partial(draw_networks, clone=clone), networks_height(clone), says)
         if clone.front:
-            says = f"Accuracy against cost of what clone {clone.name} was chosen from"
+            says = f"Accuracy against cost of the candidates for clone {clone.name}"
             found[f"front_{number}"] = (partial(draw_front, clone=clone), 3.2, says)
     trade = partial(draw_trade, curve=facts.trade, now=facts.trade_now)
     found["leak"] = (trade, 3.2, "Leak of base classes against accuracy on new classes")
     reliability = partial(draw_reliability, reliabilities=facts.reliabilities)
-    found["calibration"] = (reliability, 3.2, "How often answers are right against how sure they are")
+    found["calibration"] = (reliability, 3.2, "Accuracy against confidence")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Networks run on many images."""
+"""Networks run on many images, batch by batch."""
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +8,13 @@ from pnc.data.image_store import to_device
 from pnc.foundation.network_state import evaluating, like_images
 
 
-def predict(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
+def logits_of(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
     """Run a network in eval mode, batch by batch.
 
     Args:
-        model: On any device, of any floating type; the images follow it.
+        model: On any device, in any floating-point dtype; the images are moved and cast to match.
         images: (N, C, H, W), uint8 or floating point.
-        batch_size: Images at a time.
+        batch_size: Images per batch.
     Returns:
         Logits (N, K) on the CPU.
     """
