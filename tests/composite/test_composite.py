@@ -141,8 +141,8 @@ def test_images_that_the_target_may_treat_otherwise_are_refused(change, came):
 
 def test_arguments_that_are_not_networks_or_clones_are_refused():
     clone = clone_of(("5", "6"))
-    with pytest.raises(InputError, match=r"target: expected a torch.nn.Module, got LoadedModel; give its .module"):
-        pnc.attach(pair().target, clone)
+    with pytest.raises(InputError, match="target: expected a torch.nn.Module, got OrderedDict"):
+        pnc.attach(target().state_dict(), clone)
     with pytest.raises(InputError, match="clones: expected what pnc.clone or pnc.load returns, one by one; got list"):
         pnc.attach(target(), [clone])
     with pytest.raises(InputError, match="net: expected a composite"):

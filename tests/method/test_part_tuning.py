@@ -37,7 +37,7 @@ def distance(task, fitted, part):
 
 @pytest.mark.parametrize("tune", ["weights", "low-rank"])
 def test_a_tuned_part_is_closer_to_the_source_and_reproducible(tune, monkeypatch):
-    monkeypatch.setattr(part_tuning, "N_STEPS", 60)
+    monkeypatch.setattr(part_tuning, "N_STEPS", 30)
     task, fitted, part = thinned()
     before, state = take_snapshot(pair().source.module), torch.get_rng_state()
     reports = []
@@ -47,7 +47,7 @@ def test_a_tuned_part_is_closer_to_the_source_and_reproducible(tune, monkeypatch
         assert torch.equal(tensor, two.part.module.state_dict()[name])
     assert differences(pair().source.module, before) == []
     assert torch.equal(torch.get_rng_state(), state)
-    assert reports[:60] == [("tuning the part", step, 60) for step in range(1, 61)]
+    assert reports[:30] == [("tuning the part", step, 30) for step in range(1, 31)]
     assert (one.part.deltas.rank.numel() > 0) == (tune == "low-rank")
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import pnc
 from handmade import Network, make_branch
-from pnc.composite.fused_composite import MAGNIFYING, _cause
+from pnc.composite.fused_composite import MAGNIFYING, _remedy
 from pnc.foundation.errors import InputError
 
 
@@ -55,9 +55,9 @@ def test_the_fused_form_blames_a_head_that_magnifies():
     class Plan:
         names, branches = ("pets",), (branch,)
 
-    assert _cause(Plan) == "please report the networks"
+    assert _remedy(Plan) == "please report the networks"
     next(branch.head.buffers()).fill_(2 * MAGNIFYING)
-    assert "head of clone 'pets' multiplies by up to 2e+04, which magnifies rounding" in _cause(Plan)
+    assert "head of clone 'pets' multiplies by up to 2e+04, which magnifies rounding" in _remedy(Plan)
 
 
 class Complex(nn.Module):

@@ -4,7 +4,6 @@ A `thin` file leaves out the source's weights; loading it takes them from the so
 fingerprint. A `full` file includes the kept weights; loading it needs only a network of the source's architecture.
 """
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,14 +12,23 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from pnc.channels.channel_masks import ChannelMasks
-from pnc.channels.channel_spaces import channel_spaces
-from pnc.channels.compaction import compact, own_copy
-from pnc.clones.adapter import Adapter, Stitched
-from pnc.clones.branch import Branch
+from pnc.clones.adapter import Stitched
+from pnc.clones.branch_rebuilding import (
+    BODY,
+    CALIBRATION,
+    HEAD,
+    MASKS,
+    body_names,
+    check_head,
+    check_image_size,
+    described,
+    empty_branch,
+    fitted_tensors,
+    rebuilt_adapter,
+    rebuilt_body,
+)
 from pnc.clones.clone import Clone, check_file_name
-from pnc.clones.deltas import DTYPES, Deltas, check_fit, deltas_in, merge
-from pnc.clones.heads import DiscriminantHead, Head, SourceHead, StackedHead
+from pnc.clones.deltas import DTYPES, deltas_in
 from pnc.clones.manifest import FileKind, Manifest, read_manifest
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import FileFormatError, InputError, MismatchError, PNCWarning
@@ -28,19 +36,11 @@ from pnc.foundation.fingerprints import fingerprint, first_difference
 from pnc.foundation.network_state import images_for
 from pnc.foundation.tensor_bits import dtype_name
 from pnc.foundation.tensor_files import DIGEST_KEY, read_sealed, write_tensors
-from pnc.graph.classifier import find_head
-from pnc.graph.cut_points import CutPoint, cut_points, extract
-from pnc.graph.dry_run import shapes_without_values
 from pnc.graph.forward_prints import ForwardPrint, forward_difference, forward_print
-from pnc.graph.recording import Recording, record
+from pnc.graph.recording import record
 
 __all__ = ["FileKind", "inspect", "load", "read_clone_file", "save"]
 
-_STATISTICS = ("running_mean", "running_var")
-_ADAPTER, _HEAD, _BODY, _CALIBRATION, _MASKS = "adapter.", "head.", "body.", "calibration.", "masks"
-_LARGE_IMAGE = 1 << 18
-"""Images with more values than this, about 3x295x295, are tried in a dry run before the source is recorded."""
-_RIVALS = f"{_CALIBRATION}rivals"
 _DELTAS = "deltas."
 
 
@@ -63,14 +63,14 @@ def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
     if kind not in get_args(FileKind):
         raise InputError(f"kind: expected {' or '.join(get_args(FileKind))}, got {kind!r}")
     check_file_name(path)
-    tensors = {name: _short(name, tensor) for name, tensor in _fitted(clone.branch).items() if tensor.numel()}
+    tensors = {name: _short(name, tensor) for name, tensor in fitted_tensors(clone.branch).items() if tensor.numel()}
     if clone.branch.scalars.is_identity:  # a file without scalars means the same
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_CALIBRATION)}
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(CALIBRATION)}
     if clone.masks is not None:
-        tensors[_MASKS] = torch.frombuffer(bytearray(clone.masks.to_bytes()), dtype=torch.uint8)
+        tensors[MASKS] = torch.frombuffer(bytearray(clone.masks.to_bytes()), dtype=torch.uint8)
     if clone.deltas is not None:
         tensors |= {f"{_DELTAS}{name}": tensor for name, tensor in clone.deltas.tensors.items()}
-    tensors |= {f"{_BODY}{name}": tensor for name, tensor in _body_tensors(clone, kind).items()}
+    tensors |= {f"{BODY}{name}": tensor for name, tensor in _body_tensors(clone, kind).items()}
     broken = _not_finite(tensors)
     if broken:
         raise InputError(f"clone: {broken} holds values that are not finite and could not be loaded; clone again")
@@ -81,17 +81,12 @@ def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
 def _short(name: str, tensor: Tensor) -> Tensor:
     """Return a tensor of the head in half precision if that is exact; other tensors as they are."""
     short = tensor.half()
-    return short if name.startswith(_HEAD) and torch.equal(short.to(tensor.dtype), tensor) else tensor
+    return short if name.startswith(HEAD) and torch.equal(short.to(tensor.dtype), tensor) else tensor
 
 
 def _body_tensors(clone: Clone, kind: FileKind) -> dict[str, Tensor]:
     state = clone.branch.stitched.body.state_dict()
-    return {name: state[name] for name in _body_names(state, kind, clone.masks is not None or clone.deltas is not None)}
-
-
-def _body_names(state: Mapping[str, Tensor], kind: FileKind, changed: bool) -> list[str]:
-    """The tensors of the source's part that a file includes: all, or only recomputed statistics."""
-    return [name for name in state if kind == "full" or (changed and name.endswith(_STATISTICS))]
+    return {name: state[name] for name in body_names(state, kind, clone.masks is not None or clone.deltas is not None)}
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -175,18 +170,18 @@ def load(
             f"{path} was made from another source: {difference}; load it with the source it was made from, or set "
             "allow_mismatch=True to load it anyway"
         )
-    _check_size(path, source, manifest)
+    check_image_size(path, source, manifest)
     recording = record(source, images_for(source, manifest.input_shape))
     forward = forward_print(source, recording)
     if not allow_mismatch:
         _check_forward(path, manifest, forward)
     deltas = deltas_in(tensors, _DELTAS)
-    body, masks, features = _body(path, recording, manifest, tensors, deltas)
-    branch = _skeleton(path, manifest, tensors, Stitched(_adapter(manifest, tensors), body, features)).cpu()
-    for name, tensor in _fitted(branch).items():
+    body, masks, features = rebuilt_body(path, recording, manifest, tensors, deltas)
+    branch = empty_branch(path, manifest, tensors, Stitched(rebuilt_adapter(manifest, tensors), body, features)).cpu()
+    for name, tensor in fitted_tensors(branch).items():
         if name in tensors:
             tensor.copy_(tensors[name])
-    _check_head(path, branch, manifest)
+    check_head(path, branch, manifest)
     is_other = difference is not None and manifest.kind == "thin"  # then the clone holds this source's weights
     return Clone(
         name=manifest.name,
@@ -255,16 +250,16 @@ def _checked_shapes(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapp
     if facts.get(DIGEST_KEY) is None:
         raise FileFormatError(f"the metadata of {path} is damaged: it has no digest of the content")
     with torch.device("meta"):
-        stitched = Stitched(_adapter(manifest, tensors), fx.GraphModule({}, fx.Graph()), manifest.source_cut)
-        expected = _fitted(_skeleton(path, manifest, tensors, stitched))
+        stitched = Stitched(rebuilt_adapter(manifest, tensors), fx.GraphModule({}, fx.Graph()), manifest.source_cut)
+        expected = fitted_tensors(empty_branch(path, manifest, tensors, stitched))
     for name in expected:
-        optional = name.startswith(_CALIBRATION) or not expected[name].numel()
+        optional = name.startswith(CALIBRATION) or not expected[name].numel()
         if name not in tensors and not optional:
             raise FileFormatError(f"{path} is damaged: the tensor {name!r} is missing")
     for name, tensor in tensors.items():
-        if name.startswith(_BODY):
+        if name.startswith(BODY):
             continue
-        if name == _MASKS:
+        if name == MASKS:
             wanted: tuple[Any, Any] = torch.uint8, tensor.shape[:1]
         elif name.startswith(_DELTAS) and name.removeprefix(_DELTAS) in DTYPES and manifest.version > 1:
             wanted = DTYPES[name.removeprefix(_DELTAS)], tensor.shape[:1]
@@ -272,135 +267,11 @@ def _checked_shapes(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapp
             wanted = expected[name].dtype, expected[name].shape
         else:
             raise FileFormatError(f"{path} is damaged: a clone has no tensor {name[:80]!r}")
-        if name.startswith(_HEAD) and tensor.dtype == torch.float16:
+        if name.startswith(HEAD) and tensor.dtype == torch.float16:
             wanted = torch.float16, wanted[1]
         if (tensor.dtype, tensor.shape) != wanted:
             raise FileFormatError(
-                f"{path} is damaged: {name!r} is {_described(tensor)}, its metadata asks for "
+                f"{path} is damaged: {name!r} is {described(tensor)}, its metadata asks for "
                 f"{tuple(wanted[1])} {dtype_name(wanted[0])}"
             )
     return manifest
-
-
-def _adapter(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Adapter:
-    """The adapter, without values yet: the identity if the cuts are alike and the file has no weights for it."""
-    cuts = manifest.target_cut, manifest.source_cut
-    may_be = cuts[0].is_alike(cuts[1]) and not manifest.rectify
-    is_identity = may_be and not any(name.startswith(_ADAPTER) for name in tensors)
-    return Adapter(*cuts, manifest.rectify, is_identity)
-
-
-def _skeleton(path: str | Path, manifest: Manifest, tensors: Mapping[str, Tensor], stitched: Stitched) -> Branch:
-    """A branch without values yet: its head is the one that the metadata names, in the sizes of the file's tensors."""
-    branch = Branch(stitched, _head(path, manifest, tensors))
-    rivals = tensors.get(_RIVALS)
-    if rivals is not None:
-        n_new = len(manifest.classes)
-        if rivals.dim() != 2 or len(rivals) <= n_new:
-            raise FileFormatError(
-                f"{path} is damaged: {_RIVALS!r} must be a matrix of more than {n_new} rows; it is {_described(rivals)}"
-            )
-        branch.rivals = torch.zeros(rivals.shape)
-    return branch
-
-
-def _head(path: str | Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> Head:
-    n_base, n_new = len(manifest.base_classes), len(manifest.classes)
-
-    def sizes(prefix: str, n_rows: int) -> tuple[int, int]:
-        name = f"{_HEAD}{prefix}weight"
-        weight = tensors.get(name)
-        if weight is None or weight.dim() != 2:
-            raise FileFormatError(f"{path} is damaged: the tensor {name!r} is missing or not a matrix")
-        if len(weight) != n_rows:
-            raise FileFormatError(f"{path} is damaged: {name!r} has {len(weight)} rows; its class names need {n_rows}")
-        return n_rows, weight.shape[1]
-
-    def discriminants(prefix: str) -> DiscriminantHead:
-        return DiscriminantHead(n_base, *sizes(prefix, n_base + n_new))
-
-    def own(prefix: str) -> SourceHead:
-        return SourceHead(*sizes(prefix, n_new))
-
-    if manifest.head == StackedHead.kind:
-        return StackedHead(discriminants("discriminants."), own("own."))
-    return discriminants("") if manifest.head == DiscriminantHead.kind else own("")
-
-
-def _fitted(branch: Branch) -> dict[str, Tensor]:
-    """All tensors of a branch except the source's part, by their names in the file."""
-    return {
-        **{f"{_ADAPTER}{name}": tensor for name, tensor in branch.stitched.adapter.state_dict().items()},
-        **{f"{_HEAD}{name}": tensor for name, tensor in branch.head.state_dict().items()},
-        **{f"{_CALIBRATION}{name}": tensor for name, tensor in branch.named_buffers(recurse=False)},
-    }
-
-
-def _check_head(path: str | Path, branch: Branch, manifest: Manifest) -> None:
-    """Run the head once, on zeros of the right sizes."""
-    n_base, n_features = len(manifest.base_classes), manifest.target_features.n_channels
-    sizes = n_features, branch.stitched.features.n_channels, n_base
-    if branch.rivals.shape[1] != sizes[1] + 1:
-        raise FileFormatError(
-            f"{path} is damaged: {_RIVALS!r} has rows of {branch.rivals.shape[1]} values; {sizes[1] + 1} are needed"
-        )
-    try:
-        branch.head(*(torch.zeros(1, size) for size in sizes))
-    except RuntimeError as error:
-        raise FileFormatError(
-            f"{path} is damaged: its head does not fit {sizes[0]} features of the target and {sizes[1]} of the source"
-        ) from error
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {dtype_name(tensor.dtype)}"
-
-
-def _check_size(path: str | Path, source: nn.Module, manifest: Manifest) -> None:
-    """Dry-run the source on large images, and refuse the file if no tensor has the shape of its cut."""
-    if math.prod(manifest.input_shape) <= _LARGE_IMAGE:
-        return
-    shapes = shapes_without_values(source, manifest.input_shape)
-    cut = manifest.source_cut
-    if shapes is not None and cut.shape not in shapes:
-        raise MismatchError(
-            f"{path} enters the source at {cut.name!r} with shape {cut.shape}, but on images {manifest.input_shape} "
-            "this source has no tensor of that shape; load it with the source it was made from"
-        )
-
-
-def _body(
-    path: str | Path, recording: Recording, manifest: Manifest, tensors: Mapping[str, Tensor], deltas: Deltas | None
-) -> tuple[nn.Module, ChannelMasks | None, CutPoint]:
-    """Rebuild the source's part: cut it from the recording, compact it, add deltas, copy the tensors of the file."""
-    cut = manifest.source_cut
-    if not any(cut.is_same_place(other) for other in cut_points(recording)):
-        raise MismatchError(
-            f"{path} enters the source at {cut.name!r} with shape {cut.shape}, which this source does not have; "
-            "load it with the source it was made from"
-        )
-    features = find_head(recording).features
-    segment = extract(recording, cut, [features])
-    masks = None
-    if _MASKS in tensors:
-        spaces = channel_spaces(segment)
-        masks = ChannelMasks.from_bytes(tensors[_MASKS].numpy().tobytes(), spaces)
-        body: nn.Module = compact(segment, spaces, masks)
-    else:
-        body = own_copy(segment)
-    if deltas is not None:
-        (merge if manifest.kind == "thin" else check_fit)(body, deltas, str(path))
-    state = body.state_dict()
-    own = {name.removeprefix(_BODY): tensor for name, tensor in tensors.items() if name.startswith(_BODY)}
-    wanted = _body_names(state, manifest.kind, masks is not None or deltas is not None)
-    for name in sorted(own.keys() ^ set(wanted)):
-        what = "has a tensor {!r} that is not in" if name in own else "lacks the tensor {!r} of"
-        raise MismatchError(f"{path} {what.format(name[:80])} this source; load it with the one it was made from")
-    for name, tensor in own.items():
-        if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
-            raise MismatchError(
-                f"{path} has {name!r} as {_described(tensor)}, this source as {_described(state[name])}; "
-                "load it with the source it was made from"
-            )
-        state[name].copy_(tensor)
-    return body, masks, features

@@ -1,1 +1,1 @@
-"""Labelled images, from whatever holds them to folded samples. Start with `image_set`."""
+"""Labelled images, from any container to folded samples. Start with `image_set`."""

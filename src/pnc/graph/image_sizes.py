@@ -73,7 +73,7 @@ def open_dims(kernel: Any, args: Sequence[Any], out: Tensor) -> Dims:
     return frozenset(range(places[0], out.dim() - n_behind))
 
 
-def followed(
+def carried_dims(
     run: Callable[..., Any],
     args: Any,
     kwargs: Any,

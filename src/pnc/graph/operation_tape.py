@@ -108,10 +108,10 @@ def is_plain(value: object) -> bool:
     return False
 
 
-def strange_types(value: object) -> str:
+def refused_types(value: object) -> str:
     """The types within a value that cannot be arguments in a graph."""
-    strange = [part for _, part in parts(value) if not is_plain(part)]
-    names = [strange_types(part) if parts(part) else type(part).__name__ for part in strange]
+    refused = [part for _, part in parts(value) if not is_plain(part)]
+    names = [refused_types(part) if parts(part) else type(part).__name__ for part in refused]
     return ", ".join(names) or type(value).__name__
 
 

@@ -23,7 +23,7 @@ from pnc.foundation.errors import RecordingError
 from pnc.graph import image_sizes
 from pnc.graph.image_sizes import Dims
 from pnc.graph.nodes import operation_name
-from pnc.graph.operation_tape import Op, OperationKind, Tape, TapeWriter, is_plain, strange_types, tensors_in
+from pnc.graph.operation_tape import Op, OperationKind, Tape, TapeWriter, is_plain, refused_types, tensors_in
 
 _CALLED = "_compiled_call_impl"
 _CONTAINERS = (
@@ -226,7 +226,7 @@ class Recorder(TorchFunctionMode):
             if not is_plain(noted):
                 if written or self._writer.depends_on_input(reads):
                     raise RecordingError(
-                        f"{self._where(target)} takes an argument that a graph cannot have: {strange_types(noted)}"
+                        f"{self._where(target)} takes an argument that a graph cannot hold: {refused_types(noted)}"
                     )
                 return out  # such as torch.tensor(numpy array): a constant, if anything uses it
             self._check_context(inputs, target)
@@ -293,7 +293,7 @@ class Recorder(TorchFunctionMode):
         def dims_of(tensor: Tensor) -> Dims:
             return known[id(tensor)][1] if id(tensor) in known else image_sizes.NONE
 
-        found = None if opened else image_sizes.followed(run, args, kwargs, dims_of, made)
+        found = None if opened else image_sizes.carried_dims(run, args, kwargs, dims_of, made)
         dims = []
         for place, tensor in enumerate(made):
             shape = tuple(tensor.shape)

@@ -26,6 +26,7 @@ from torch import Tensor
 from pnc.clones.branch import Scalars, against_rivals
 from pnc.composite.composite import Composite, check_composite
 from pnc.composite.forward_plan import Plan
+from pnc.data.image_range import check_values
 from pnc.data.image_set import images_as_float
 from pnc.data.support import Support, as_images, as_support
 from pnc.foundation.argument_checks import check_whole
@@ -179,7 +180,9 @@ def calibrate(net: Composite, support: Any, *, background: Any = None, batch_siz
     data = as_support(support, names=names)
     labels = _labels(data, names, len(base))
     unlabelled = data.images[:0] if background is None else as_images(background, "background", data.images)
-    base_logits, found, features = collect_log_odds(plan, torch.cat([data.images, unlabelled]), batch_size)
+    images = torch.cat([data.images, unlabelled])
+    check_values(images, net.target, "the target")
+    base_logits, found, features = collect_log_odds(plan, images, batch_size)
     labels = torch.cat([labels, base_logits[len(labels) :].argmax(1)])
     has_base = bool((labels < len(base)).any())
     level, log_odds = base_logits.logsumexp(1, keepdim=True), torch.cat(list(found.values()), 1)
