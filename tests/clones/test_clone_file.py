@@ -67,7 +67,7 @@ def test_a_kind_that_does_not_exist_is_refused(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_thin_files_are_small_and_full_ones_carry_the_weights(tmp_path):
+def test_thin_files_are_small_and_full_ones_include_the_weights(tmp_path):
     clone = made()
     thin, full = (pnc.save(clone, tmp_path / kind, kind) for kind in ("thin", "full"))
     assert thin < 128 * 1024  # adapter and head alone
@@ -194,7 +194,7 @@ def with_rivals():
 
 
 @pytest.mark.parametrize("kind", ["thin", "full"])
-def test_rivals_come_back_with_the_same_bits(tmp_path, kind):
+def test_rivals_are_loaded_with_the_same_bits(tmp_path, kind):
     clone = with_rivals()
     assert not torch.equal(logits(clone), logits(made()))
     pnc.save(clone, tmp_path / "a", kind)

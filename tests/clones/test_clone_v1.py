@@ -66,7 +66,7 @@ def test_its_metadata_is_as_the_schema_says(name: str) -> None:
     assert header["__metadata__"].keys() == {"pnc"}
 
 
-def test_they_hold_what_a_file_may_hold() -> None:
+def test_the_golden_files_cover_the_format() -> None:
     tensors = {name: set(load_file(FOLDER / f"{name}.safetensors")) for name in LOGITS}
     assert {"masks", "adapter.weight", "head.own.weight", "body.4.running_var"} <= tensors["clone_v1_thin"]
     assert not any(name.endswith("weight") and name.startswith("body") for name in tensors["clone_v1_thin"])

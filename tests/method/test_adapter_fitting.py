@@ -36,7 +36,7 @@ def tensor_at(where: CutPoint, n: int = 4, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("where", CUTS, ids=lambda c: c.name)
-def test_grids_hold_all_values_and_come_back(where):
+def test_grids_hold_all_values_and_are_inverted(where):
     tensor = tensor_at(where)
     grid, prefix = to_grid(tensor, where)
     assert grid.shape == (4, where.n_channels, *grid_size(where))
@@ -51,7 +51,7 @@ def test_tokens_without_a_square_number_form_one_row():
 
 @pytest.mark.parametrize("source", CUTS, ids=lambda c: c.name)
 @pytest.mark.parametrize("target", CUTS, ids=lambda c: c.name)
-def test_every_kind_fits_to_every_other(target, source):
+def test_every_kind_of_tensor_maps_to_every_other(target, source):
     fitter = AdapterFitter([target], [source], 12, torch.Generator().manual_seed(0))
     for seed in range(3):
         tensors = {target.name: tensor_at(target, seed=seed)}, {source.name: tensor_at(source, seed=9 + seed)}
@@ -118,7 +118,7 @@ def test_ridge_and_its_held_out_error_are_those_of_scikit_learn(n_channels, sour
         torch.testing.assert_close(adapter(x), expected, atol=1e-4, rtol=1e-4)  # float32
 
 
-def test_very_wide_tensors_take_no_more_than_their_rows():
+def test_very_wide_tensors_need_only_the_memory_of_their_rows():
     """25,088 channels, as in VGG after flattening: their second moments would take 5 GB."""
     wide, source = cut("wide", 25_088), cut("s", 3, 4, 4)
     fitter = AdapterFitter([wide], [source], 20, torch.Generator())
@@ -131,7 +131,7 @@ def test_very_wide_tensors_take_no_more_than_their_rows():
     torch.testing.assert_close(adapter(x), y, atol=0.1, rtol=0.1)  # fitted on these, with a penalty
 
 
-def test_what_is_learnt_by_heart_does_not_count():
+def test_memorised_samples_do_not_lower_the_error():
     source = cut("s", 6)
     fitter = AdapterFitter([MAP], [source], 40, torch.Generator())
     for fold in range(4):
@@ -148,7 +148,7 @@ def test_a_tensor_that_is_never_negative_is_rectified():
 
 
 @pytest.mark.parametrize("where", CUTS, ids=lambda c: c.name)
-def test_one_and_the_same_tensor_is_passed_on(where):
+def test_the_adapter_between_equal_tensors_is_the_identity(where):
     source, other = dataclasses.replace(where, name="s"), dataclasses.replace(where, name="o")
     fitter = AdapterFitter([where], [source, other], 24, torch.Generator())
     for fold in range(3):
@@ -188,7 +188,7 @@ def test_macs_count_the_cheaper_order():
     assert down.n_macs == 3 * 5 * 9 * 16
 
 
-def test_drawn_positions_depend_on_the_generator_alone():
+def test_drawn_positions_depend_only_on_the_generator():
     fits = []
     for _ in range(2):
         fitter = AdapterFitter([MAP], [cut("s", 2, 8, 8)], 20_000, torch.Generator().manual_seed(3))

@@ -27,7 +27,7 @@ def lost(logits, labels, groups, nats):
 
 
 @given(st.integers(0, 2**31), st.integers(20, 60), st.sampled_from([0.05, 0.1, 0.3]))
-def test_it_is_the_least_number_that_keeps_the_bound_with_one_lost_image_to_spare(seed, n, bound):
+def test_it_is_the_smallest_shift_that_keeps_the_bound_with_one_more_lost_image(seed, n, bound):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2 * n, 5, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 5, (n,), generator=generator)
@@ -40,12 +40,12 @@ def test_it_is_the_least_number_that_keeps_the_bound_with_one_lost_image_to_spar
     assert nats == 0 or lost(logits, labels, groups, nats - 1e-6) > allowed
 
 
-def test_nothing_is_taken_off_where_nothing_is_lost():
+def test_nothing_is_lowered_if_no_image_is_lost():
     logits = torch.tensor([[5.0, 0, 0, 1]]).repeat(60, 1).double()
     assert least_priority(logits, torch.zeros(60, dtype=torch.long), torch.arange(60), N_BASE, 0.05) == 0
 
 
-def test_too_few_images_for_a_promise_are_refused_with_both_ways_out():
+def test_a_bound_that_needs_more_images_is_refused_with_both_ways_out():
     text = "are too few to verify that; give at least 49 (labelled, or as background), or allow 0.091 or more"
     with pytest.raises(InputError, match=re.escape(text)):
         check_promise(0.02, 10)
@@ -53,7 +53,7 @@ def test_too_few_images_for_a_promise_are_refused_with_both_ways_out():
 
 
 @pytest.mark.parametrize("part", [0, 1])
-def test_a_clone_keeps_to_the_bound_on_new_images(part):
+def test_a_clone_keeps_the_bound_on_unseen_images(part):
     """Use half of the target's test images as base samples and test on the others: both halves are alike."""
     nets, images = pair(), held_out_images(NEW)
     target, base = nets.target.module, (images.labels < len(BASE)).nonzero().flatten()

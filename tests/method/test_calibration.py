@@ -71,7 +71,7 @@ def test_few_samples_move_little():
     assert moved[0] < moved[1]
 
 
-def test_a_clone_that_says_the_opposite_is_turned_down_and_not_around():
+def test_a_clone_that_is_always_wrong_is_scaled_down_and_not_inverted():
     one = problem((1.0, -1.0), (0.0,) * 5)
     scales, _ = _most_probable(one, fit_scales=True)
     assert scales[1] == MIN_SCALE
@@ -87,7 +87,7 @@ def clusters(n_each, spread, seed=0):
     return means[labels + 1] + spread * noise, labels
 
 
-def test_rivals_are_told_apart_as_far_as_the_features_do():
+def test_rivals_are_separated_as_well_as_the_features_allow():
     is_own = torch.tensor([True, False, True])
     features, labels = clusters(40, 1.0)
     told, rivals = _against_rivals(features, labels, is_own)
@@ -111,7 +111,7 @@ def test_without_others_or_held_out_images_there_are_no_rivals():
         assert rivals == () and not told.any()
 
 
-def test_calibrate_moves_what_it_says_and_nothing_else(stage, net):
+def test_calibrate_changes_only_the_scalars(stage, net):
     images = stage.images
     before, clones = take_snapshot(net.target), [copy.deepcopy(clone.branch.state_dict()) for clone in stage.clones]
     random_state = torch.get_rng_state()
@@ -151,7 +151,7 @@ def test_calibrate_moves_what_it_says_and_nothing_else(stage, net):
     assert float(measured) < found.loss_before
 
 
-def test_calibrating_again_starts_from_the_clones_as_they_were_made(stage, net):
+def test_calibrating_again_starts_from_the_uncalibrated_clones(stage, net):
     first = pnc.calibrate(net, stage.support)
     assert pnc.calibrate(net, stage.support) == first
     net.base_priority = 3.0
@@ -162,7 +162,7 @@ def test_calibrating_again_starts_from_the_clones_as_they_were_made(stage, net):
         assert torch.equal(net(stage.images), torch.cat([stage.base, *stage.alone], 1))
 
 
-def test_a_calibrated_clone_is_saved_and_comes_back_with_the_same_bits(stage, net, tmp_path):
+def test_a_saved_calibrated_clone_is_loaded_with_the_same_bits(stage, net, tmp_path):
     pnc.calibrate(net, stage.support)
     for index, name in enumerate(net.clones):
         taken = net.clone(name)
@@ -181,7 +181,7 @@ def test_a_calibrated_clone_is_saved_and_comes_back_with_the_same_bits(stage, ne
     assert net.detach(stage.clones[0].name) is stage.clones[0], "what comes out is what went in"
 
 
-def test_without_base_samples_only_offsets_move_and_nothing_on_the_whole(stage, net):
+def test_without_base_samples_only_offsets_change_and_their_mean_does_not(stage, net):
     rows = stage.support.labels >= N_BASE
     support = pnc.Support(stage.support.images[rows], stage.support.labels[rows], stage.support.names)
     found = pnc.calibrate(net, support)
@@ -191,7 +191,7 @@ def test_without_base_samples_only_offsets_move_and_nothing_on_the_whole(stage, 
     assert any(offsets) and sum(offsets) == pytest.approx(0, abs=1e-6)
 
 
-def test_some_base_classes_or_unlabelled_images_will_do(stage, net):
+def test_some_base_classes_or_unlabelled_images_are_enough(stage, net):
     support = stage.support
     some = support.labels != 1
     found = pnc.calibrate(net, pnc.Support(support.images[some], support.labels[some], support.names))
@@ -228,7 +228,7 @@ def test_a_support_may_come_as_names_in_any_order_as_uint8_or_as_a_loader(stage,
     assert pnc.calibrate(net, torch.utils.data.DataLoader(pairs, 7)) == expected
 
 
-def test_supports_that_do_not_fit_are_refused(stage, net):
+def test_wrong_supports_are_refused(stage, net):
     support = stage.support
 
     def without(*names):
@@ -244,7 +244,7 @@ def test_supports_that_do_not_fit_are_refused(stage, net):
         pnc.calibrate(net, support)
 
 
-def test_scalars_that_make_no_sense_are_refused(net):
+def test_invalid_scalars_are_refused(net):
     n_values = net.clone("dog").branch.rivals.shape[1]
     for scalars, words in (
         (Scalars(0.0), "finite scale above 0"),
@@ -271,7 +271,7 @@ def test_log_odds_are_relative_to_the_base_and_uncalibrated(stage, net):
         torch.testing.assert_close(level + one, raw.double(), atol=1e-3, rtol=1e-4)  # another batch size
 
 
-def test_infinite_logits_of_an_uncalibrated_clone_stay_what_they_are(stage, net):
+def test_infinite_logits_of_an_uncalibrated_clone_stay_infinite(stage, net):
     branch = net.branches[0]
     tensor = torch.full((2, *stage.clones[0].target_cut.shape), 1e38)
     features, logits = torch.full((2, *stage.clones[0].target_features.shape), 1e38), torch.full((2, N_BASE), 1e38)

@@ -18,7 +18,7 @@ def scanned():
     return task, pnc.scan(task)
 
 
-def test_estimates_are_of_macs_that_the_clone_then_has():
+def test_estimated_macs_are_those_of_the_clone():
     task, found = scanned()
     front = joint_front(task, found)
     assert len({(one.position.source_cut.name, one.density) for one in front}) == len(front)
@@ -42,7 +42,7 @@ def test_nothing_on_the_front_beats_another():
     assert (front[-1].position, front[-1].density, front[-1].estimate) == (best, 1.0, best.score)
 
 
-def test_a_bound_that_no_position_meets_is_met_by_density_and_filled():
+def test_a_bound_that_no_position_meets_is_met_by_a_lower_density():
     task, found = scanned()
     cheapest = min(p.macs_share for p in found.positions if p.n_macs)
     dear = max(found.front(), key=lambda p: p.macs_share)
@@ -61,7 +61,7 @@ def test_a_bound_that_no_position_meets_is_met_by_density_and_filled():
         assert 0.9 * bound < spent / task.source.n_macs <= bound
 
 
-def test_bounds_that_nothing_meets_are_refused():
+def test_impossible_bounds_are_refused():
     task, found = scanned()
     with pytest.raises(InputError, match="no position is within these bounds, even at density 0.1; allow more"):
         joint_front(task, found, max_macs=1e-9)
@@ -90,7 +90,7 @@ def choice(front, prefer, scores, monkeypatch):
     return recipe, made
 
 
-def test_the_cheapest_that_is_as_good_as_the_best_is_chosen_by_what_was_measured(monkeypatch):
+def test_the_cheapest_clone_that_measures_as_good_as_the_best_is_chosen(monkeypatch):
     front = [Candidate(None, d, d, 0.9 - LOSS * (1 / d - 1)) for d in (0.15, 0.35, 0.5, 0.7, 1.0)]
     as_good = {one.macs_share: 0.9 for one in front}
     for prefer, share in (("accuracy", 1.0), ("balanced", 0.5), ("small", 0.35)):

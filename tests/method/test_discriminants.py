@@ -40,7 +40,7 @@ def test_more_features_than_samples_give_the_same_discriminants_as_a_direct_solv
     torch.testing.assert_close(weight.double(), expected, atol=1e-5, rtol=1e-4)  # ours are float32
 
 
-def test_a_class_without_samples_takes_no_part() -> None:
+def test_a_class_without_samples_is_left_out() -> None:
     features, labels = draw(20, 8)
     rows = labels != 1
     fewer = labels[rows] - (labels[rows] > 1).long()

@@ -19,7 +19,7 @@ def task_of(n_new, n_base, seed=0):
     return pnc.prepare_task(nets.source.module, nets.target.module, data, classes=None, seed=seed, **nets.names())
 
 
-def test_of_one_image_per_class_the_exact_position_is_taken_whatever_the_others_seem():
+def test_with_one_image_per_class_the_exact_position_is_chosen():
     found = pnc.scan(task_of(1, 1))
     assert found.exact_first
     chosen = found.choose()
@@ -65,13 +65,13 @@ def samples(own_says, n=10, noise=0.1):
     return made.select(order)
 
 
-def test_weights_stay_at_the_ensembles_where_it_explains_the_samples():
+def test_weights_stay_at_the_ensemble_if_it_explains_the_samples():
     found = choose_stacking(samples(1.0, n=2))
     assert found.class_weight[1] == pytest.approx(ENSEMBLE.classes[1], abs=0.3)
     assert found.odds_weight[1] > 0.5 and found.odds_weight[2] < -0.5
 
 
-def test_weights_leave_the_ensemble_where_it_is_wrong():
+def test_weights_leave_the_ensemble_if_it_is_wrong():
     found = choose_stacking(samples(-1.0))
     assert found.class_weight[1] < 0, "the source's logits mean the opposite"
     assert found.odds_weight[1] < 0

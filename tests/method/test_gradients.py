@@ -61,7 +61,7 @@ def given():
 
 
 @pytest.mark.parametrize("name", BREAKS)
-def test_what_needs_a_gradient_is_refused_for_that_position_and_what_needs_none_works(name):
+def test_methods_that_need_a_gradient_are_refused_at_that_position_and_others_work(name):
     support, names = given()
     task = pnc.prepare_task(network(BREAKS[name]), network(), support, classes=None, **names)
     found = pnc.scan(task, exhaustive=True)

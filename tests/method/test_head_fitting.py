@@ -41,7 +41,7 @@ def test_the_composite_keeps_the_targets_conditional_distribution_and_gives_the_
     torch.testing.assert_close(conditional, samples.base_logits.double().softmax(1), atol=1e-6, rtol=1e-5)
 
 
-def test_base_classes_without_samples_take_no_part():
+def test_base_classes_without_samples_are_left_out():
     samples = draw()
     kept = samples.select(samples.labels != 1)
     head = fit_scores(kept)
@@ -90,7 +90,7 @@ def fitted_alone(samples: HeadSamples) -> torch.Tensor:
     return torch.cat([samples.base_logits, head_fitting._held_out_odds(samples) + level], 1)
 
 
-def test_stacking_keeps_to_the_networks_own_logits_where_the_discriminants_know_nothing():
+def test_stacking_keeps_the_networks_own_logits_if_discriminants_are_useless():
     samples = informed(draw(), own=4.0, fitted=0.0)
     stacking = choose_stacking(samples)
     ensemble = torch.cat([samples.base_logits, samples.own_logits], 1).double()
@@ -98,7 +98,7 @@ def test_stacking_keeps_to_the_networks_own_logits_where_the_discriminants_know_
     assert log_loss(stacking.logits, samples) < log_loss(fitted_alone(samples), samples) - 0.2
 
 
-def test_stacking_keeps_to_the_discriminants_where_the_source_knows_nothing():
+def test_stacking_keeps_the_discriminants_if_the_source_is_useless():
     samples = replace(draw(), own_logits=torch.zeros(200, N_NEW))
     stacking = choose_stacking(samples)
     fitted = fitted_alone(samples)
@@ -110,7 +110,7 @@ def test_stacking_keeps_to_the_discriminants_where_the_source_knows_nothing():
     assert abs(float(stacking.class_weight[1])) < 1e-3
 
 
-def test_a_stacked_head_gives_what_was_chosen_and_keeps_the_targets_conditional_distribution():
+def test_a_stacked_head_uses_the_chosen_weights_and_keeps_the_targets_conditional_distribution():
     samples = informed(draw(), own=2.0, fitted=1.0)
     stacking = choose_stacking(samples)
     own = source_head(torch.randn(N_NEW, 5), torch.randn(N_NEW))
@@ -138,7 +138,7 @@ def test_mixing_weights_do_not_depend_on_how_many_samples_a_class_has():
     assert float((choose_stacking(more).odds_weight - once.odds_weight).abs().max()) < 0.4
 
 
-def test_base_and_new_samples_weigh_the_same_and_so_do_the_classes_of_either_kind():
+def test_base_and_new_samples_have_equal_weight_and_so_have_the_classes_of_each_kind():
     labels = torch.tensor([0, 0, 0, 2, 3, 3, 4])  # no sample of class 1; new classes are 3 and 4
     weights = balanced_weights(labels, 3)
     sums = torch.zeros(5, dtype=torch.float64).index_add(0, labels, weights)

@@ -90,13 +90,13 @@ def test_a_discriminant_is_added_to_the_log_odds_of_the_ensemble():
     )
 
 
-def test_what_holds_on_the_fitted_samples_alone_counts_less():
+def test_a_discriminant_that_only_holds_on_fitted_samples_counts_less():
     few, many = samples(10, 60), samples(2000, 60)
     shares = [float(remembering_head(some, torch.zeros(60), own_head()).odds_weight[0]) for some in (few, many)]
     assert 0 <= shares[0] < shares[1] <= 0.5
 
 
-def test_where_nothing_can_be_held_out_the_source_decides_alone():
+def test_if_nothing_can_be_held_out_the_source_decides_alone():
     own = own_head()
     assert remembering_head(samples(n_folds=1), torch.zeros(6), own) is own
 
@@ -132,7 +132,7 @@ def test_without_base_samples_a_clone_does_better_than_the_ensemble():
     assert found.conditional_kl <= 1e-6
 
 
-def test_without_base_samples_nothing_is_adapted_unless_a_bound_asks_for_it():
+def test_without_base_samples_adapters_are_used_only_for_a_bound():
     nets, given = pair(), support(20, 0)
     task = pnc.prepare_task(nets.source.module, nets.target.module, given, classes=NEW, **nets.names())
     found = pnc.scan(task)
@@ -140,7 +140,7 @@ def test_without_base_samples_nothing_is_adapted_unless_a_bound_asks_for_it():
     assert found.choose(max_macs=0.9).macs_share <= 0.9
 
 
-def test_clones_that_read_different_features_live_together(clones, tmp_path):
+def test_clones_that_read_different_features_can_be_attached_together(clones, tmp_path):
     target, images = pair().target.module, images_as_float(held_out_images(NEW).images)[:50]
     without, with_base = clones[0], clones[5]
     assert without.target_features != with_base.target_features

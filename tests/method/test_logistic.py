@@ -32,7 +32,7 @@ def test_probabilities_are_those_of_scikit_learn() -> None:
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
 
 
-def test_a_sample_of_no_weight_takes_no_part() -> None:
+def test_a_sample_of_weight_zero_is_ignored() -> None:
     features, labels = draw()
     taking_part = (torch.arange(len(labels)) % 3 > 0).float()[:, None]
     wrong = torch.where(taking_part[:, 0] > 0, labels, labels.flip(0))
@@ -41,7 +41,7 @@ def test_a_sample_of_no_weight_takes_no_part() -> None:
         assert torch.equal(one, other)
 
 
-def test_several_at_once_are_those_of_one_at_a_time() -> None:
+def test_several_regressions_at_once_equal_single_ones() -> None:
     features, labels = draw()
     folds = F.one_hot(torch.arange(len(labels)) % 3, 3)
     weight, bias = logistic_regressions(features, labels, 1 - folds, EVERY)
@@ -55,7 +55,7 @@ def test_several_at_once_are_those_of_one_at_a_time() -> None:
         torch.testing.assert_close(*scores, atol=0.02, rtol=0.02)
 
 
-def test_a_class_that_takes_no_part_gets_no_weights_and_changes_nothing() -> None:
+def test_an_absent_class_gets_no_weights_and_changes_nothing() -> None:
     features, labels = draw()
     rows = labels != 2
     some = labels[rows].clone()
@@ -69,7 +69,7 @@ def test_a_class_that_takes_no_part_gets_no_weights_and_changes_nothing() -> Non
 
 
 @pytest.mark.parametrize("constant", [0.0, 7.0])
-def test_features_that_never_move_and_few_samples_give_finite_weights(constant: float) -> None:
+def test_constant_features_and_few_samples_give_finite_weights(constant: float) -> None:
     features = torch.full((3, 40), constant)
     features[:, 0] = torch.tensor([0.0, 1.0, 2.0])
     weight, bias = logistic_regressions(features, torch.tensor([0, 1, 1]), torch.ones(3, 1), torch.tensor([True, True]))

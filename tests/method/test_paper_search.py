@@ -76,7 +76,7 @@ def test_positions_pair_equal_depths_deepest_first():
 
 
 @pytest.mark.parametrize("patience", [1, 2])
-def test_the_search_stops_where_the_next_positions_do_not_help(monkeypatch, patience):
+def test_the_search_stops_if_the_next_positions_do_not_help(monkeypatch, patience):
     """Outcomes are given; the training behind them does not matter here."""
     monkeypatch.setattr(paper_search, "PATIENCE", patience)
     scores = dict(zip((source.name for _, source in depths(task())), (0.5, 0.6, 0.6, 0.9, 0.1), strict=False))
@@ -109,7 +109,7 @@ def test_without_base_samples_the_new_classes_are_learned_among_themselves():
 
 
 @pytest.mark.parametrize("settings", [{"max_macs": 0.5}, {"max_bytes": 9999}, {"refine": True}])
-def test_what_the_search_does_not_know_is_refused(settings):
+def test_bounds_and_refine_are_refused_by_the_search(settings):
     with pytest.raises(InputError, match="strategy: 'sequential' does not support"):
         clone(**settings)
 

@@ -36,7 +36,7 @@ def distance(task, fitted, part):
 
 
 @pytest.mark.parametrize("tune", ["weights", "low-rank"])
-def test_a_tuned_part_is_nearer_to_the_source_and_repeats_itself(tune, monkeypatch):
+def test_a_tuned_part_is_closer_to_the_source_and_reproducible(tune, monkeypatch):
     monkeypatch.setattr(part_tuning, "N_STEPS", 30)
     task, fitted, part = thinned()
     before, state = take_snapshot(pair().source.module), torch.get_rng_state()
@@ -51,7 +51,7 @@ def test_a_tuned_part_is_nearer_to_the_source_and_repeats_itself(tune, monkeypat
     assert (one.part.deltas.rank.numel() > 0) == (tune == "low-rank")
 
 
-def test_the_copy_that_is_scored_has_not_seen_its_fold(monkeypatch):
+def test_the_scored_copy_has_not_seen_its_fold(monkeypatch):
     """Other images in that fold change the part, but not the copy."""
     nets, parts = pair(), []
     for other in (False, True):
@@ -85,7 +85,7 @@ def test_adapters_are_tuned_along_with_the_part():
     assert tuned.fitted.adapter.weight.grad is None and not tuned.fitted.adapter.weight.requires_grad
 
 
-def test_what_is_tuned_by_default_follows_from_the_room_for_it():
+def test_the_default_tuning_depends_on_the_allowed_bytes():
     task, found = scanned()
     fitted = found.adapter(next(p for p in found.positions if p.is_exact))
     sizes = {}
@@ -116,7 +116,7 @@ def test_what_is_tuned_by_default_follows_from_the_room_for_it():
         ({"strategy": "sequential", "tune": "weights"}, "tune: strategy='sequential' tunes only"),
     ],
 )
-def test_what_does_not_go_together_is_refused(settings, words):
+def test_contradicting_settings_are_refused(settings, words):
     nets = pair()
     with pytest.raises(InputError, match=words):
         pnc.clone(nets.source.module, nets.target.module, support(), **nets.names(), **settings)

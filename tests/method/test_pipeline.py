@@ -69,7 +69,7 @@ def at_the_input(**settings):
 
 
 @pytest.mark.parametrize("method", ["taylor", "magnitude", "random"])
-def test_a_lower_density_is_kept_and_makes_it_smaller_and_cheaper(method):
+def test_a_lower_density_makes_the_clone_smaller_and_cheaper(method):
     full, half = at_the_input(), at_the_input(density=0.5, method=method)
     assert half.masks is not None
     assert 0.45 < half.recipe["density"] <= 0.5
@@ -80,7 +80,7 @@ def test_a_lower_density_is_kept_and_makes_it_smaller_and_cheaper(method):
     assert abs(half.recipe["score"] - found.average_accuracy) < 0.1
 
 
-def test_where_nothing_can_be_removed_the_clone_is_whole_and_says_so():
+def test_if_nothing_can_be_removed_the_clone_is_whole_and_its_recipe_says_so():
     task, found = scanned()
     position = min(found.positions, key=lambda p: p.n_macs)
     whole = pnc.fit(task, found.adapter(position), density=0.5)
@@ -119,12 +119,12 @@ def test_densities_out_of_range_are_refused(density):
         ({"max_macs": "half"}, "max_macs: expected a share"),
     ],
 )
-def test_numbers_that_are_none_are_refused(settings, words):
+def test_values_that_are_not_numbers_are_refused(settings, words):
     with pytest.raises(InputError, match=words):
         clone(**settings)
 
 
-def test_what_the_caller_has_set_in_torch_changes_nothing(tmp_path):
+def test_the_callers_torch_settings_change_nothing(tmp_path):
     def saved():
         made = clone(max_macs=0.9, refine=True, density=0.7, method="taylor")
         pnc.save(made, tmp_path / "clone")

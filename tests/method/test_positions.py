@@ -42,7 +42,7 @@ def test_positions_are_sorted_by_log_loss_and_cost_what_their_parts_cost():
         assert position.standard_error < 0.1
 
 
-def test_the_whole_source_is_chosen_where_parts_of_it_are_worse_and_no_bound_forbids_it():
+def test_the_whole_source_is_chosen_if_parts_are_worse_and_no_bound_forbids_it():
     scan = found()
     (whole,) = (position for position in scan.positions if position.is_exact)
     worse = dict(scan.outcomes)
@@ -107,7 +107,7 @@ def test_the_front_is_not_beaten():
         assert any(p.n_macs <= position.n_macs and p.log_loss <= position.log_loss for p in front)
 
 
-def test_the_front_within_a_bound_on_bytes_is_of_what_that_allows():
+def test_the_front_within_a_bound_on_bytes_has_only_positions_within_it():
     bytes_of = sorted({p.n_bytes for p in found().positions})
     for bound in bytes_of:
         front = found().front(bound)
@@ -147,7 +147,7 @@ def test_a_thin_file_is_no_larger_than_the_scan_says_and_not_much_smaller(tmp_pa
         assert size <= position.n_bytes <= size + 2000
 
 
-def test_an_adapter_must_save_something_to_be_chosen_before_a_position_without_one():
+def test_an_adapter_must_save_macs_to_be_chosen_before_an_exact_position():
     scan = found()
     (whole,) = (position for position in scan.positions if position.is_exact)
     part = next(position for position in scan.positions if not position.is_exact)
@@ -171,13 +171,13 @@ def test_positions_are_compared_on_the_same_images():
     assert scan.loss_against(best, best) == (0, 0)
 
 
-def test_two_scans_agree_to_the_bit():
+def test_two_scans_agree_bit_for_bit():
     again = pnc.scan(task())
     for one, two in zip(found().positions, again.positions, strict=True):
         assert (one.score, one.adapter_error, one.target_cut) == (two.score, two.adapter_error, two.target_cut)
 
 
-def test_each_image_goes_through_the_adapter_that_has_not_seen_it():
+def test_each_image_passes_the_adapter_that_has_not_seen_it():
     scan = found()
     position = scan.positions[-1]
     fitted, body = scan.adapter(position), source_body(task(), position.source_cut)

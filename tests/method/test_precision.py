@@ -47,7 +47,7 @@ def clone(**settings):
     return pnc.attach(nets.target.module, made)
 
 
-def test_the_closed_form_runs_networks_in_bfloat16_and_solves_in_more():
+def test_the_closed_form_runs_networks_in_bfloat16_and_solves_in_float32():
     with Dtypes() as seen:
         half = clone(precision="bfloat16")
     # float32: the recorder's own check of both networks, bit for bit
@@ -78,7 +78,7 @@ def test_another_precision_is_refused():
         clone(precision="float16")
 
 
-def test_what_accelerate_was_launched_with_is_taken(monkeypatch):
+def test_the_precision_of_accelerate_launch_is_used(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     assert process_team.launched_precision() == "float32"
     for asked, expected in (("no", "float32"), ("bf16", "bfloat16")):

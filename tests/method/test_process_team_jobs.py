@@ -156,7 +156,7 @@ def test_refinement_is_that_of_one_process(made):
     assert distance(together["tuned"] - together["start"], moved) < 0.02  # float32, five steps of Adam
 
 
-def test_one_process_is_a_team_of_its_own(monkeypatch):
+def test_one_process_is_a_team_of_one(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert not process_team.launched()
     assert process_team.join("cpu") == (ALONE, torch.device("cpu"))
@@ -187,7 +187,7 @@ def test_a_support_smaller_than_the_team_is_refused():
 
 
 @pytest.mark.slow
-def test_a_launched_command_writes_one_file_the_one_that_a_single_process_writes(tmp_path):
+def test_a_launched_command_writes_the_same_single_file_as_one_process(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     nets, words = pair(), ["-m", "pnc", "clone", "--data", "digits", "--threads", "1"]
     for role, model in (("source", nets.source), ("target", nets.target)):

@@ -53,7 +53,7 @@ def test_refinement_is_never_worse_on_held_out_folds_and_says_what_it_gained(n_b
         assert not any(b.requires_grad for b in found.fitted.adapter.buffers())
 
 
-def test_where_nothing_is_gained_the_closed_form_is_kept(monkeypatch):
+def test_without_a_gain_the_closed_form_is_kept(monkeypatch):
     """A learning rate that destroys every adapter, at a position where the closed form is exact."""
     monkeypatch.setattr(refinement, "SCHEDULE", Schedule(learning_rate=100.0, n_steps=6, n_snapshots=2))
     fitted, part = place(choose=min)
@@ -62,7 +62,7 @@ def test_where_nothing_is_gained_the_closed_form_is_kept(monkeypatch):
     assert found.fitted.adapter is fitted.adapter and found.fitted.held_out == fitted.held_out
 
 
-def test_a_refined_clone_says_so_and_is_the_same_again(tmp_path):
+def test_a_refined_clone_says_so_and_is_reproducible(tmp_path):
     nets = pair()
     files = []
     for name in ("a", "b"):
@@ -74,7 +74,7 @@ def test_a_refined_clone_says_so_and_is_the_same_again(tmp_path):
     assert files[0] == files[1]
 
 
-def test_training_lowers_the_loss_and_leaves_what_it_started_from():
+def test_training_lowers_the_loss_and_does_not_change_its_inputs():
     fitted, part = place()
     features = task().source.head.features
     data = views(task(), fitted.adapter.target_cut)

@@ -83,7 +83,7 @@ def _one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def test_a_clone_that_is_killed_again_and_again_is_the_one_of_a_run_that_nobody_disturbed(tmp_path: Path) -> None:
+def test_a_clone_killed_again_and_again_is_that_of_an_undisturbed_run(tmp_path: Path) -> None:
     nets, straight, folder = pair(), tmp_path / "straight.safetensors", tmp_path / "killed"
     make(nets, straight, None)
     folder.mkdir()
@@ -120,7 +120,7 @@ def test_steps_of_other_arguments_are_not_used(tmp_path: Path) -> None:
     assert first_step(seed=1, density=0.6, flip=True) == "learning gates"
 
 
-def test_a_file_of_something_else_is_refused_and_stays(tmp_path: Path) -> None:
+def test_another_kind_of_file_is_refused_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "steps.safetensors"
     write_tensors(path, {"x": torch.ones(1)}, {"format": "other"})
     before = path.read_bytes()
@@ -136,7 +136,7 @@ def test_a_file_of_something_else_is_refused_and_stays(tmp_path: Path) -> None:
         Steps(path, "a")
 
 
-def test_processes_that_do_not_all_see_the_file_start_anew(tmp_path: Path) -> None:
+def test_if_some_processes_do_not_see_the_file_all_start_from_the_beginning(tmp_path: Path) -> None:
     class Second(Team):
         """A team member that learns whether it agrees with the others."""
 

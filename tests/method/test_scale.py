@@ -103,7 +103,7 @@ def test_twice_the_samples_are_twice_the_runs_and_no_more_factorizations(monkeyp
     assert many.factorizations <= 1.35 * few.factorizations
 
 
-def test_pairs_that_are_run_grow_with_the_cuts_and_not_with_their_square():
+def test_the_number_of_pairs_run_grows_linearly_with_the_cuts():
     source, target = (candidate_cuts(network.recording) for network in (prepared().source, prepared().target))
     errors = {(t.name, s.name): 0.5 for t in target for s in source}  # the worst case: all are equally good
     for n in (2, len(source)):
@@ -111,7 +111,7 @@ def test_pairs_that_are_run_grow_with_the_cuts_and_not_with_their_square():
         assert len(shortlist(target, source[:n], errors, runner_up=0)) == n
 
 
-def test_pairs_are_ranked_on_a_part_where_the_moments_of_all_do_not_fit(monkeypatch):
+def test_pairs_are_ranked_on_a_part_if_the_moments_of_all_do_not_fit(monkeypatch):
     task = prepared(24, 8)
     found, _ = counted(monkeypatch, task)
     monkeypatch.setattr(adapter_moments, "RANKED_IMAGES", 60)

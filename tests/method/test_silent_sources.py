@@ -36,7 +36,7 @@ def no_logits(net):
 
 
 @pytest.mark.parametrize("silence", [small_logits, hardly_moving_input, hardly_moving_features, no_logits])
-def test_heads_of_sources_that_say_nothing_are_bounded_and_can_be_fused(silence):
+def test_heads_of_constant_sources_are_bounded_and_can_be_fused(silence):
     source, target = network(1), network(2)
     silence(source)
     images = torch.rand(60, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -57,7 +57,7 @@ def test_the_fused_form_blames_a_head_that_magnifies():
 
     assert _remedy(Plan) == "please report the networks"
     next(branch.head.buffers()).fill_(2 * MAGNIFYING)
-    assert "head of clone 'pets' has weights up to 2e+04, which magnify rounding" in _remedy(Plan)
+    assert "head of clone 'pets' multiplies by up to 2e+04, which magnifies rounding" in _remedy(Plan)
 
 
 class Complex(nn.Module):
@@ -99,7 +99,7 @@ class Counted(nn.Module):
 
 @pytest.mark.parametrize("kind", [Complex, Packed, Counted])
 @pytest.mark.parametrize("role", ["source", "target"])
-def test_networks_whose_first_parameter_is_no_float_take_float_images(kind, role, tmp_path):
+def test_networks_whose_first_parameter_is_not_a_float_get_float_images(kind, role, tmp_path):
     images = torch.rand(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -115,7 +115,7 @@ def test_a_support_without_base_samples_is_one():
         ({"source": "resnet"}, InputError, "source: expected a torch.nn.Module, got str"),
     ],
 )
-def test_every_doubt_is_settled_at_the_door(changes, error, words):
+def test_wrong_arguments_are_refused(changes, error, words):
     made = {name: value() if callable(value) else value for name, value in changes.items()}
     with pytest.raises(error, match=words):
         prepare(**made)
@@ -152,12 +152,12 @@ def test_background_images_become_what_the_target_sees_in_them():
         (torch.full((2, 1, 8, 8), float("nan")), "background: 2 of 2 hold NaN"),
     ],
 )
-def test_background_that_is_no_such_images_is_refused(background, words):
+def test_a_wrong_background_is_refused(background, words):
     with pytest.raises(InputError, match=words):
         prepare(background=background)
 
 
-def test_images_that_a_network_cannot_take_are_refused_with_its_name():
+def test_images_that_a_network_cannot_process_are_refused_with_its_name():
     given = support()
     colour = (given.images.repeat(1, 3, 1, 1), [given.names[label] for label in given.labels])
     with pytest.raises(RecordingError, match=r"source on images \(3, 8, 8\)"):

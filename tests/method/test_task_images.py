@@ -52,7 +52,7 @@ def test_images_out_of_range_are_refused_before_the_work(role: str, low: float, 
         prepare_task(**networks, support=support(0, 1), classes=None, background=data[0], **NAMES)
 
 
-def test_images_in_range_and_networks_that_do_not_say_are_taken() -> None:
+def test_images_in_range_and_networks_without_a_range_are_accepted() -> None:
     pixels = (support(0, 1)[0] * 255).byte()
     for images in (support(0, 1)[0], support(-1e-4, 1 + 1e-4)[0], pixels):
         prepare_task(wrapped(), net(), (images, list("abcd") * 4), classes=None, **NAMES)
@@ -93,7 +93,7 @@ def composite() -> pnc.Composite:
 
 
 @pytest.mark.parametrize("images", [support(0, 255)[0], support(-2, 2)[0], support(0, 1)[0] + 0.5])
-def test_a_composite_refuses_what_its_target_does_not_take(composite: pnc.Composite, images: torch.Tensor) -> None:
+def test_a_composite_refuses_images_outside_its_targets_range(composite: pnc.Composite, images: torch.Tensor) -> None:
     labelled = images, list("abcd") * 4
     for call in (
         lambda: composite(images),
@@ -103,7 +103,7 @@ def test_a_composite_refuses_what_its_target_does_not_take(composite: pnc.Compos
             call()
 
 
-def test_a_composite_gives_the_targets_bits_in_range_and_where_values_cannot_be_read(composite: pnc.Composite) -> None:
+def test_a_composite_gives_the_targets_bits_in_range_and_if_values_cannot_be_read(composite: pnc.Composite) -> None:
     images = support(0, 1)[0]
     assert torch.equal(composite(images)[:, :2], composite.target(images))
     assert composite(images[:0]).shape == (0, 4)

@@ -80,14 +80,14 @@ class Flipped(nn.Module):
         return 50 * (1 - images) - 25
 
 
-def test_networks_in_each_others_place_are_said_to_be():
+def test_swapped_networks_are_noticed():
     nets = pair()
     found = doubts_of(task_of(nets.target.module, nets.source.module, n_base=20))
     assert found.doubts[-1] == "are source and target swapped?"
     assert any(one.startswith("the target is right on ") and "of your 100 base samples" in one for one in found.doubts)
 
 
-def test_a_source_that_says_the_same_of_all_images_is_doubted():
+def test_a_source_with_equal_logits_for_all_images_is_doubted():
     nets = pair()
     found = doubts_of(task_of(Constant(nets.source.module, 1e-6), nets.target.module))
     assert any("the source's logits of 5, 6, 7" in one and "hardly vary over your 100" in one for one in found.doubts)
@@ -116,7 +116,7 @@ def test_clone_warns_once_and_its_report_says_it_too():
     assert "doubts" in str(made) and "right on" in str(made)
 
 
-def test_the_held_out_score_is_split_and_says_what_it_is_of():
+def test_the_held_out_score_is_split_and_described():
     nets = pair()
     made = pnc.clone(nets.source.module, nets.target.module, support(20, 5), **nets.names())
     held_out = made.held_out

@@ -203,7 +203,7 @@ def clone(
         parse_support(support)
         wanted_density = parse_density(density)
         removal, bounds = Removal(wanted_density, method, round_to, tune), Bounds(max_macs, max_bytes, max_base_drop)
-        check_strategy(strategy, removal, bounds, refine)
+        check_strategy(strategy, bounds, refine)
         check_effort(effort, prefer, removal, refine, strategy)
         check_name(name)
         check_file_name(out)

@@ -151,7 +151,7 @@ def clone(
     """
     removal, bounds = Removal(density, method, round_to, tune), Bounds(max_macs, max_bytes, max_base_drop)
     check_flag(refine, "refine")
-    check_strategy(strategy, removal, bounds, refine)
+    check_strategy(strategy, bounds, refine)
     removal = check_effort(effort, prefer, removal, refine, strategy)
     _check_others(name, resume, progress)
     task = prepare_task(

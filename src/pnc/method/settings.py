@@ -100,7 +100,7 @@ class Bounds:
         return self != Bounds()
 
 
-def check_strategy(strategy: str, removal: Removal, bounds: Bounds, refine: bool) -> None:
+def check_strategy(strategy: str, bounds: Bounds, refine: bool) -> None:
     """Refuse an unknown strategy, and the sequential search with arguments that it does not support.
 
     Raises:

@@ -109,7 +109,7 @@ def chosen(segment, inputs, density, **options):
 
 
 @pytest.mark.parametrize("method", ["taylor", "magnitude", "random"])
-def test_ranking_changes_nothing_and_can_be_had_again(method):
+def test_ranking_changes_nothing_and_is_reproducible(method):
     module = network(SqueezeExcite).requires_grad_(True).train()
     segment = segment_of(module)
     before, state = take_snapshot(module), torch.get_rng_state()
@@ -120,7 +120,7 @@ def test_ranking_changes_nothing_and_can_be_had_again(method):
     assert torch.get_rng_state().equal(state)
 
 
-def test_what_does_nothing_goes_first():
+def test_units_without_effect_are_removed_first():
     module = network(Chain)
     with torch.no_grad():
         module.last.weight[:, [2, 5]] = 0

@@ -43,7 +43,7 @@ def test_gates_for_all_samples_are_masks(factory):
     assert torch.equal(each, found)
 
 
-def test_the_units_that_matter_are_found_from_nothing():
+def test_the_units_that_matter_are_found_from_equal_ranks():
     """Targets come from the segment without some units: these must be removed and the others kept."""
     segment = segment_of(network(NormInBetween))
     spaces = channel_spaces(segment)

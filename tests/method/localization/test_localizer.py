@@ -41,7 +41,7 @@ def n_macs(part):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_keeps_the_budget_repeats_itself_and_changes_nothing(method):
+def test_every_method_keeps_the_budget_is_reproducible_and_changes_nothing(method):
     task, adapter = case()
     nets = pair()
     before = [take_snapshot(nets.source.module), take_snapshot(nets.target.module)]
@@ -77,7 +77,7 @@ def test_gates_leave_the_features_closer_to_the_sources_own_than_taylor_does(mon
     assert distances["gates"] < 0.7 * distances["taylor"]
 
 
-def test_weights_of_the_part_stay_the_sources(method="gates"):
+def test_weights_of_the_part_remain_the_sources(method="gates"):
     task, adapter = case()
     part = localize(task, adapter, 0.4, method, norms=True)
     plain = localize(task, adapter, 0.4, "random")
@@ -89,7 +89,7 @@ def test_weights_of_the_part_stay_the_sources(method="gates"):
         assert set(tensor.flatten().tolist()) <= values, f"{name} holds values that the source does not have"
 
 
-def test_channels_come_in_multiples_where_asked():
+def test_channels_are_kept_in_multiples():
     task, adapter = case()
     part = localize(task, adapter, 0.5, "taylor", round_to=8)
     counts = {name: (int(mask.sum()), len(mask)) for name, mask in part.masks.kept.items()}
@@ -97,7 +97,7 @@ def test_channels_come_in_multiples_where_asked():
     assert any(kept < size for kept, size in counts.values())
 
 
-def test_full_density_is_the_part_as_it_is():
+def test_full_density_keeps_the_part_unchanged():
     task, adapter = case()
     part = localize(task, adapter, 1.0, "gates")
     assert part.masks is None and part.density == 1.0
@@ -113,7 +113,7 @@ def test_full_density_is_the_part_as_it_is():
         ({"density": 1.5}, "density: expected a share of"),
     ],
 )
-def test_what_cannot_be_is_refused(options, message):
+def test_impossible_settings_are_refused(options, message):
     task, adapter = case()
     with pytest.raises(InputError, match=re.escape(message)):
         localize(task, adapter, **{"density": 0.5, "method": "taylor", **options})

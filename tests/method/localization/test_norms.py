@@ -45,7 +45,7 @@ def test_only_statistics_change():
     assert torch.get_rng_state().equal(state)
 
 
-def test_all_comes_back_after_an_error():
+def test_everything_is_restored_after_an_error():
     part = compacted()
     before, momentum = take_snapshot(part), part.norm.momentum
     with pytest.raises(RuntimeError):
@@ -154,7 +154,7 @@ def test_segments_without_batch_norms_are_left_alone():
     assert not differences(part, before)
 
 
-def test_flags_come_back_after_an_error():
+def test_flags_are_restored_after_an_error():
     part = compacted()
     before, momentum = take_snapshot(part), part.norm.momentum
     with pytest.raises(ZeroDivisionError), training_norms(part) as parameters:
@@ -210,7 +210,7 @@ def with_norm(kind):
 
 
 @pytest.mark.parametrize("kind", [OnePlusWeight, SquaredWeight])
-def test_a_norm_that_uses_its_weight_in_its_own_way_is_not_tuned_and_a_warning_says_so(kind):
+def test_a_norm_that_uses_its_weight_in_another_way_is_not_tuned_and_a_warning_says_so(kind):
     part, plain = with_norm(kind), with_norm(kind)
     assert batch_norms(part) == [part[1]] and tunable(batch_norms(part)) == []
     with pytest.warns(UserWarning, match=f"norm layers of type {kind.__name__} use weight and bias in another way"):
@@ -221,7 +221,7 @@ def test_a_norm_that_uses_its_weight_in_its_own_way_is_not_tuned_and_a_warning_s
 
 
 @pytest.mark.parametrize("kind", [FixedMomentum, NoneOfThese])
-def test_a_norm_that_collects_statistics_in_its_own_way_keeps_them(kind):
+def test_a_norm_that_collects_statistics_in_another_way_keeps_them(kind):
     part = with_norm(kind)
     before = {name: tensor.clone() for name, tensor in part.state_dict().items()}
     assert batch_norms(part) == []
