@@ -392,7 +392,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         ("clone --source py:a:b --target py:a:b --data digits --out {d}/c", "same network, py:a:b"),
         ("clone --source zoo:cnn --target {t} --data digits --out {d}/c", "zoo:cnn has random weights"),
         ("clone --source {d}/no.safetensors --target {t} --data digits --out {d}/c", "--source: .*no file"),
-        ("clone --source {f}/all.safetensors --target {t} --data digits --out {d}/c", "--source: .*no network"),
+        ("clone --source {f}/all.safetensors --target {t} --data digits --out {d}/c", "--source: .*not a network"),
         (
             "clone --source {s} --target zoo:cnn --target-weights {d}/no.pt --data digits --out {d}/c",
             "--target(-weights)?: .*no file",
@@ -418,7 +418,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         ),
         (f"eval {{f}}/all.safetensors {NETWORKS} --data folder:{{f}}/images?channels=3", "images are 3x8x8"),
         (f"predict {{d}}/no.png --clone {{f}}/all.safetensors {NETWORKS}", "there is no file .*no.png"),
-        (f"predict {{t}} --clone {{f}}/all.safetensors {NETWORKS}", "no readable image"),
+        (f"predict {{t}} --clone {{f}}/all.safetensors {NETWORKS}", "not a readable image"),
         (f"predict {{f}}/images/test/0/0.png {NETWORKS}", "clone"),
         ("inspect {d}/no", "there is no file"),
         ("verify {d}/no --target {t}", "file: there is no file"),
@@ -621,5 +621,5 @@ def test_weights_that_are_not_numbers_are_refused(command: Command, files: Path,
     tensors[name][0] = float("nan")
     write_tensors(tmp_path / "s.safetensors", tensors, facts)
     words = "clone --source {d}/s.safetensors --target {t} --data digits --out {d}/c"
-    assert f"source: weights: {name} hold NaN" in command(words, d=tmp_path).complaint
+    assert f"source: weights: {name} contain NaN" in command(words, d=tmp_path).complaint
     assert not (tmp_path / "c").exists()
