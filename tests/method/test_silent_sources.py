@@ -57,7 +57,7 @@ def test_the_fused_form_blames_a_head_that_magnifies():
 
     assert _remedy(Plan) == "please report the networks"
     next(branch.head.buffers()).fill_(2 * MAGNIFYING)
-    assert "head of clone 'pets' multiplies by up to 2e+04, which magnifies rounding" in _remedy(Plan)
+    assert "head of clone 'pets' has weights up to 2e+04, which magnify rounding" in _remedy(Plan)
 
 
 class Complex(nn.Module):
