@@ -148,6 +148,12 @@ def clone(
         InputError, ClassNameError, RecordingError: as in `prepare_task`; InputError also if no position is within the
             bounds, `density` is out of range, or `resume` is another kind of file.
         FileFormatError: `resume` is damaged.
+
+    >>> made = pnc.clone(source, target, support, effort="seconds", **names)
+    >>> made.classes
+    ('cat', 'dog')
+    >>> pnc.attach(target, made).classes
+    ('ant', 'bee', 'cat', 'dog')
     """
     removal, bounds = Removal(density, method, round_to, tune), Bounds(max_macs, max_bytes, max_base_drop)
     check_flag(refine, "refine")
@@ -255,6 +261,11 @@ def fit(
         progress: As in `clone`.
     Raises:
         InputError: an argument is out of range, or `fitted` is not from a scan.
+
+    >>> task = pnc.prepare_task(source, target, support, classes=["cat", "dog"], **names)
+    >>> found = pnc.scan(task)
+    >>> pnc.fit(task, found.adapter(found.choose()), name="pets").name
+    'pets'
     """
     removal = Removal(density, method, round_to, tune)
     Bounds(None, max_bytes, max_base_drop)

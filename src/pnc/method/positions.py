@@ -225,6 +225,11 @@ def scan(
         progress: Called after each batch.
     Raises:
         InputError: an argument is out of range.
+
+    >>> task = pnc.prepare_task(source, target, support, classes=["cat", "dog"], **names)
+    >>> found = pnc.scan(task)
+    >>> found.choose(max_macs=1.0) in found.front()
+    True
     """
     check_task(task)
     check_whole(max_cuts, "max_cuts", 2)

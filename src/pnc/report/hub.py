@@ -110,6 +110,10 @@ def from_pretrained(
         InputError: there is no such folder or repository, it has no clone, or the hub cannot be reached; or `revision`
             or `token` is given for a folder.
         MismatchError, FileFormatError: as `pnc.load`.
+
+    >>> _ = pnc.save_pretrained(clone, "pets")
+    >>> pnc.from_pretrained("pets", source=source).classes
+    ('cat', 'dog')
     """
     folder = Path(name)
     if folder.is_dir():
