@@ -43,7 +43,7 @@ def test_a_warning_says_that_only_weights_were_compared(name: str) -> None:
     with pytest.warns(UserWarning, match="without forward prints: only the weights were compared"):
         clone = pnc.load(FOLDER / f"{name}.safetensors", source=script()["source"]())
     notes = pnc.attach(script()["target"](), clone).verify().notes
-    assert len(notes) == 1 and "is unknown, as its file is of an earlier version" in notes[0]
+    assert len(notes) == 1 and "is unknown: its file is from an earlier version" in notes[0]
 
 
 @pytest.mark.parametrize("name", LOGITS)

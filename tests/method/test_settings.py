@@ -46,7 +46,6 @@ def refused(message, **settings):
         ({"density": None}, "got None"),
         ({"method": "gats"}, "method: expected one of gates, taylor, magnitude, random, local-surrogate; got 'gats' "
                              "(did you mean 'gates'?)"),
-        ({"method": None}, "got None"),
         ({"method": "Taylor"}, "(did you mean 'taylor'?)"),
         ({"round_to": 0}, "round_to: expected a whole number, at least 1; got 0"),
         ({"round_to": 8.0}, "round_to: expected a whole number, at least 1; got 8.0"),

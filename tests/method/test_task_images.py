@@ -124,7 +124,9 @@ def test_a_degenerate_support_is_one_warning_with_figures() -> None:
         prepare_task(net(), net(), (images, labels), classes=None, **NAMES)
     assert len(caught) == 1
     text = str(caught[0].message)
-    assert text.startswith("support: all 4 images of 'a' are equal; all 4 images of 'd' are equal; one image is given ")
+    assert text.startswith(
+        "support: all 4 images of 'a' are equal; all 4 images of 'd' are equal; one image is in two "
+    )
     assert text.endswith("such as numbers 1 (b) and 2 (c); were the images read correctly?")
 
 
