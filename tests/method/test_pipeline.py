@@ -10,6 +10,8 @@ from pnc.data.image_set import class_subset, select
 from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
+from pnc.method import refinement
+from pnc.method.refinement import Schedule
 
 
 def accuracy(clone, classes=NEW):
