@@ -19,6 +19,7 @@ import torch
 
 from pnc.bench import main_job
 from pnc.bench.result_files import Claim, at_least, at_most, table, write_results
+from pnc.composite.batched_logits import logits_of
 from pnc.data.image_set import ImageSet, class_subset, relabel
 from pnc.data.readers import load_data
 from pnc.data.support import draw_support
@@ -109,7 +110,7 @@ def trained(role: str, train: ImageSet, test: ImageSet, classes: Sequence[str], 
 def own_accuracy(model: LoadedModel, test: ImageSet) -> float:
     """Accuracy of a network on test images of its own classes, among these classes."""
     own = class_subset(test, model.classes)
-    return float((main_job.predict(model.module, own.images).argmax(1) == own.labels).double().mean())
+    return float((logits_of(model.module, own.images).argmax(1) == own.labels).double().mean())
 
 
 def report(what: str, done: int, total: int) -> None:

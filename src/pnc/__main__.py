@@ -1,5 +1,6 @@
 """`python -m pnc` is the `pnc` command; `accelerate launch -m pnc clone ...` runs it in several processes."""
 
+import os
 import sys
 
 INTERRUPTED = 130
@@ -13,7 +14,8 @@ def main() -> None:
         run()
     except KeyboardInterrupt:
         sys.stderr.write("pnc: stopped\n")
-        sys.exit(INTERRUPTED)
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # sys.exit would end in SIGINT if the interrupt came while Python ran a string of code
 
 
 if __name__ == "__main__":

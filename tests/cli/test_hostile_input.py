@@ -84,7 +84,7 @@ NUMBERS = [
     (["--device", "gpu"], "--device: 'gpu' cannot be used here (torch calls it cuda)"),
     (["--device", "cuda:99"], "--device: 'cuda:99' cannot be used here"),
     (["--name", "a\nb"], "name must be printable text"),
-    (["--strategy", "sequential", "--refine"], "--strategy: the sequential search takes no"),
+    (["--strategy", "sequential", "--refine"], "--strategy: 'sequential' does not support"),
 ]
 
 

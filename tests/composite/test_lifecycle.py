@@ -160,7 +160,7 @@ def test_a_composite_may_be_a_source_and_may_not_be_a_target(stage, net):
     names = {"source_classes": net.classes, "base_classes": ("yak", "zebra"), "classes": ["gnu"]}
     clone = pnc.clone(net, target, support, effort="seconds", **names)
     assert pnc.attach(target, clone).classes == ("yak", "zebra", "gnu")
-    with pytest.raises(InputError, match=r"target is a composite.*clone into the network in it \(composite.target\)"):
+    with pytest.raises(InputError, match=r"target is a composite.*clone into its target \(composite.target\)"):
         pnc.clone(target, nn.DataParallel(net), support, source_classes=("yak", "zebra"), base_classes=net.classes)
 
 

@@ -245,16 +245,14 @@ def test_sets_that_do_not_match_are_refused(sets: tuple[ImageSet, ImageSet], tmp
 
 
 def test_a_diverging_run_says_so(sets: tuple[ImageSet, ImageSet], tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"lr: the loss became (nan|inf) in epoch 1 with lr 1e\+30; choose a lower one"
-    ):
-        pretrain(SPEC, *sets, replace(RECIPE, lr=1e30), tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=r"lr: the loss became (nan|inf) in epoch 1 with lr 1000; choose a lower one"):
+        pretrain(SPEC, *sets, replace(RECIPE, lr=1000.0), tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"epochs": 0}, "epochs: expected a number from 1 to inf, got 0"),
+        ({"epochs": 0}, "epochs: expected a number from 1 to 1e+06; got 0"),
         ({"batch_size": 1}, "batch_size: expected a number from 2"),
         ({"lr": 0.0}, "lr: expected"),
         ({"lr": float("nan")}, "lr: expected"),

@@ -57,6 +57,7 @@ from pnc.cli.plots import check_plot, draw_scan
 from pnc.cli.report_command import report_clones
 from pnc.clones import clone_file
 from pnc.clones.clone import check_file_name, check_name
+from pnc.data.image_set import ImageSet
 from pnc.data.image_store import GIB, MEMORY
 from pnc.data.readers import load_data
 from pnc.foundation import process_team
@@ -208,7 +209,7 @@ def clone(
         check_name(name)
         check_file_name(out)
         images = load_data(data, "train")
-        unlabelled = None if background is None else load_data(background, "train")
+        unlabelled = None if background is None else _background_images(background)
         models = [load_network(one, input_shape=images.input_shape) for one in asked]
         check_input_shape(images, *models)
         new, base = choose_classes(classes, *models), models[1].classes
@@ -250,6 +251,14 @@ def clone(
     write_json(json_path, {"out": str(out), "seconds": seconds, **facts.all})
     show_clone(facts)
     say(f"{out}: written after {seconds:.1f} s of cloning")
+
+
+def _background_images(spec: str) -> ImageSet:
+    """Load unlabelled images; errors name their own option."""
+    try:
+        return load_data(spec, "train")
+    except PNCError as error:
+        raise type(error)(f"background: {str(error).partition(': ')[2] or error}") from error
 
 
 @app.command()

@@ -295,9 +295,11 @@ def _train_epoch(run: _Run, train: ImageSet, recipe: Recipe, epoch: int) -> floa
             run.optimizer.step()
             total += loss.detach()
     mean_loss = (total / n_steps).item()
-    if not math.isfinite(mean_loss):
+    values = (one for one in module.state_dict().values() if one.is_floating_point())
+    if not math.isfinite(mean_loss) or not all(bool(one.isfinite().all()) for one in values):
         raise InputError(
-            f"lr: the loss became {mean_loss} in epoch {epoch + 1} with lr {recipe.lr}; choose a lower one"
+            f"lr: the loss or a weight became infinite in epoch {epoch + 1} (mean loss {mean_loss:.3g}) with lr "
+            f"{recipe.lr}; choose a lower one"
         )
     return mean_loss
 
