@@ -1,6 +1,6 @@
 """My timm model in production gets classes of another timm model, and keeps its own loader and normalization.
 
-Run it: python examples/my_timm_model.py (needs the extras digits and models; no download, half a minute).
+Run it: python examples/my_timm_model.py (needs the extras digits and models; no download, about two minutes).
 """
 
 import timm

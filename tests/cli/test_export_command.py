@@ -86,8 +86,10 @@ def test_parts_are_written_into_a_folder(run, tmp_path):
 
 
 def test_wrong_input_is_one_line_before_any_work(complaint, tmp_path, monkeypatch):
-    assert "asks for TorchScript, which torch has deprecated" in complaint("--out", tmp_path / "net.pt")
-    assert "expected a file that ends in .onnx or .pt2" in complaint("--out", tmp_path / "net")
+    assert f"--out: {tmp_path / 'net.pt'} asks for TorchScript, which torch has deprecated" in complaint(
+        "--out", tmp_path / "net.pt"
+    )
+    assert "--out: expected a file that ends in .onnx or .pt2" in complaint("--out", tmp_path / "net")
     assert "looks like a file; a split export writes several" in complaint("--out", tmp_path / "net.onnx", "--split")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert 'pip install "pnc[export]"' in complaint("--out", tmp_path / "net.onnx")

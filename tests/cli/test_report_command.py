@@ -39,7 +39,9 @@ def test_it_writes_the_page_that_the_library_writes(command: Command, tmp_path: 
     ("words", "complaint"),
     [
         ("--out {d}/no/r.html", "out: cannot write"),
-        ("--out {f}/all.safetensors", "is given for something else"),
+        ("--out {d}/r.pdf", "--out: a report is a page of HTML, and r.pdf looks like another format; write .*r.html"),
+        ("--out {f}/all.safetensors", "--out: a report is a page of HTML"),
+        ("--out {d}/r.html --json {d}/r.html", "is given for"),
         ("--out {d}/r.html --png {t}", "png: .* is a file; give a folder"),
         ("--out {d}/r.html --png {d}/no/png", "png: cannot write"),
         ("--out {d}/r.html --device gpu", "device"),

@@ -235,6 +235,8 @@ def test_what_cannot_be_reported_is_refused(
         pnc.write_report(net, held_out_images(), tmp_path / "r.html", files=[Path(__file__)])
     with pytest.raises(pnc.InputError, match="net: expected a composite"):
         pnc.write_report(net.target, held_out_images(), tmp_path / "r.html")  # type: ignore[arg-type]
+    with pytest.raises(pnc.InputError, match=r"path: a report is a page of HTML, and r\.pdf .*; write .*r\.html"):
+        pnc.write_report(net, held_out_images(), tmp_path / "r.pdf")
     for package in ("jinja2", "matplotlib.figure"):
         with monkeypatch.context() as without:
             without.setitem(sys.modules, package, None)

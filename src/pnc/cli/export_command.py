@@ -43,7 +43,7 @@ def export_clones(
     networks = [ModelOptions("source", spec, source_weights, source_classes) for spec in source]
     asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes))
     check_outputs({"json": json_path} if split else {"out": out, "json": json_path}, asked.files)
-    (check_export_folder if split else check_export_path)(out)
+    (check_export_folder if split else check_export_path)(out, "out")
     known = asked.read()
     net = attach_clones(asked, known)
     with use_threads(threads):

@@ -18,7 +18,7 @@ from pnc.cli.output import say
 from pnc.composite.evaluation import evaluate
 from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError
-from pnc.report.page import check_report, write_report
+from pnc.report.page import check_page_path, check_report, write_report
 
 
 def report_clones(
@@ -42,6 +42,7 @@ def report_clones(
     images, leak, calibration, costs, and what was verified.
     """
     check_report()
+    check_page_path(out, "out")
     networks = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
     asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes, device))
     check_outputs({"out": out, "json": json_path}, [*asked.files, data_file(data)])

@@ -148,38 +148,38 @@ def export_split(net: Composite, folder: str | Path) -> Exported:
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def check_export_path(path: str | Path) -> Path:
-    """Check the path of `export` before any work.
+def check_export_path(path: str | Path, name: str = "path") -> Path:
+    """Check the path of `export` before any work; `name` is that of the argument, for errors.
 
     Raises:
         InputError: the suffix is another, the folder does not exist, or a package is missing.
     """
     path = Path(path)
     if path.suffix in _TORCHSCRIPT:
-        raise InputError(f"path: {path} asks for TorchScript, which torch has deprecated; use .pt2 or .onnx")
+        raise InputError(f"{name}: {path} asks for TorchScript, which torch has deprecated; use .pt2 or .onnx")
     if path.suffix not in (".onnx", ".pt2"):
-        raise InputError(f"path: expected a file that ends in .onnx or .pt2, got {path}")
+        raise InputError(f"{name}: expected a file that ends in .onnx or .pt2, got {path}")
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else "is not in an existing folder"
-        raise InputError(f"path: {path} {what}; give the path of a file in an existing folder")
+        raise InputError(f"{name}: {path} {what}; give the path of a file in an existing folder")
     if path.suffix == ".onnx":
         check_packages()
     return path
 
 
-def check_export_folder(folder: str | Path) -> Path:
-    """Check the folder of `export_split` before any work.
+def check_export_folder(folder: str | Path, name: str = "folder") -> Path:
+    """Check the folder of `export_split` before any work; `name` is that of the argument, for errors.
 
     Raises:
         InputError: it is a file, its parent folder does not exist, or a package is missing.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"folder: {folder} is a file; a split export writes several, so give a folder")
+        raise InputError(f"{name}: {folder} is a file; a split export writes several, so give a folder")
     if folder.suffix in (".onnx", ".pt2") and not folder.exists():
-        raise InputError(f"folder: {folder} looks like a file; a split export writes several, so give a folder")
+        raise InputError(f"{name}: {folder} looks like a file; a split export writes several, so give a folder")
     if not folder.absolute().parent.is_dir():
-        raise InputError(f"folder: {folder.parent} does not exist; create it first")
+        raise InputError(f"{name}: {folder.parent} does not exist; create it first")
     check_packages()
     return folder
 

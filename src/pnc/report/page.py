@@ -50,11 +50,12 @@ def write_report(
         batch_size: Images per batch.
     Raises:
         InputError, ClassNameError: as `pnc.evaluate`; InputError also if a package is missing, the number of files
-            differs from that of the clones, or a file cannot be written.
+            differs from that of the clones, the path ends like another format, or a file cannot be written.
 
     >>> pnc.write_report(net, support, "report.html")  # doctest: +SKIP
     """
     check_report()
+    check_page_path(path, "path")
     facts = collect_facts(net, data, files, batch_size)
     if files and len(files) != len(facts.clones):
         raise InputError(f"files: expected one for each of {len(facts.clones)} enabled clones, got {len(files)}")
@@ -64,6 +65,21 @@ def write_report(
         Path(png).mkdir(exist_ok=True)
         for name, (draw, height, _) in pictures.items():
             write_file(Path(png) / f"{name}.png", png_of(draw, height))
+
+
+def check_page_path(path: str | Path, name: str) -> None:
+    """Check, before any work, that the path of a report does not promise another format.
+
+    Args:
+        path: Of the report; one without a suffix is fine.
+        name: Of the argument, for the error.
+    Raises:
+        InputError: the suffix is another one than .html or .htm.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in ("", ".html", ".htm"):
+        page = path.with_suffix(".html")
+        raise InputError(f"{name}: a report is a page of HTML, and {path.name} looks like another format; write {page}")
 
 
 def check_report() -> None:
