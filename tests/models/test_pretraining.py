@@ -245,7 +245,7 @@ def test_sets_that_do_not_match_are_refused(sets: tuple[ImageSet, ImageSet], tmp
 
 
 def test_a_diverging_run_says_so(sets: tuple[ImageSet, ImageSet], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"lr: the loss became (nan|inf) in epoch 1 with lr 1000; choose a lower one"):
+    with pytest.raises(InputError, match=r"lr: the loss or a weight became infinite in epoch 1 .* with lr 1000.0"):
         pretrain(SPEC, *sets, replace(RECIPE, lr=1000.0), tmp_path / "a.safetensors")
 
 

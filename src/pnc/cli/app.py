@@ -43,13 +43,15 @@ from pnc.cli.options import (
     MaxBytes,
     MaxMacs,
     Memory,
-    Names,
     Seed,
     Source,
+    SourceNames,
+    SourceWeights,
     Support,
     Target,
+    TargetNames,
+    TargetWeights,
     Threads,
-    Weights,
     write_json,
 )
 from pnc.cli.output import complain, only_json, progress, say, show_clone, show_job, show_scan
@@ -141,10 +143,10 @@ def clone(
     background: Annotated[
         str | None, typer.Option(help="Unlabelled images that the target is used on, in the forms of --data.")
     ] = None,
-    source_weights: Weights = None,
-    target_weights: Weights = None,
-    source_classes: Names = None,
-    target_classes: Names = None,
+    source_weights: SourceWeights = None,
+    target_weights: TargetWeights = None,
+    source_classes: SourceNames = None,
+    target_classes: TargetNames = None,
     flip: Flip = False,
     density: Annotated[
         str, typer.Option(help="Share of the prunable MACs to keep, above 0; auto: choose it with the position.")
@@ -268,10 +270,10 @@ def scan(
     data: Data,
     classes: Classes = None,
     support: Support = "20/5",
-    source_weights: Weights = None,
-    target_weights: Weights = None,
-    source_classes: Names = None,
-    target_classes: Names = None,
+    source_weights: SourceWeights = None,
+    target_weights: TargetWeights = None,
+    source_classes: SourceNames = None,
+    target_classes: TargetNames = None,
     flip: Flip = False,
     max_cuts: Annotated[int, typer.Option(help="Cuts to try in each network.", min=2)] = positions.MAX_CUTS,
     exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Score every pair of cuts: takes longer.")] = False,

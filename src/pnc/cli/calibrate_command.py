@@ -16,7 +16,21 @@ from pnc.cli.arguments import (
     parse_support,
     use_threads,
 )
-from pnc.cli.options import Data, Device, Json, Names, Seed, Sources, Support, Target, Threads, Weights, write_json
+from pnc.cli.options import (
+    Data,
+    Device,
+    Json,
+    Seed,
+    SourceNames,
+    Sources,
+    SourceWeights,
+    Support,
+    Target,
+    TargetNames,
+    TargetWeights,
+    Threads,
+    write_json,
+)
 from pnc.cli.output import say, show_facts
 from pnc.clones.clone_file import save
 from pnc.data.readers import load_data
@@ -37,10 +51,10 @@ def calibrate_clones(
     background: Annotated[
         str | None, typer.Option(help="Unlabelled images that the target is used on: in the forms of --data.")
     ] = None,
-    source_weights: Weights = None,
-    target_weights: Weights = None,
-    source_classes: Names = None,
-    target_classes: Names = None,
+    source_weights: SourceWeights = None,
+    target_weights: TargetWeights = None,
+    source_classes: SourceNames = None,
+    target_classes: TargetNames = None,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,

@@ -19,7 +19,19 @@ from pnc.cli.arguments import (
     use_threads,
 )
 from pnc.cli.image_arguments import image_files
-from pnc.cli.options import Data, Device, Json, Names, Sources, Target, Threads, Weights, write_json
+from pnc.cli.options import (
+    Data,
+    Device,
+    Json,
+    SourceNames,
+    Sources,
+    SourceWeights,
+    Target,
+    TargetNames,
+    TargetWeights,
+    Threads,
+    write_json,
+)
 from pnc.cli.output import complain, say, show_clone, show_facts
 from pnc.composite.answering import predict
 from pnc.composite.evaluation import evaluate, uncalibrated_clones, uncalibrated_warning
@@ -34,10 +46,10 @@ def evaluate_clones(
     source: Sources,
     target: Target,
     data: Data,
-    source_weights: Weights = None,
-    target_weights: Weights = None,
-    source_classes: Names = None,
-    target_classes: Names = None,
+    source_weights: SourceWeights = None,
+    target_weights: TargetWeights = None,
+    source_classes: SourceNames = None,
+    target_classes: TargetNames = None,
     device: Device = "cpu",
     threads: Threads = None,
     json_path: Json = None,
@@ -69,10 +81,10 @@ def predict_images(
     clones: Annotated[list[Path], typer.Option("--clone", help="Clone file to attach; may be repeated.")],
     source: Sources,
     target: Target,
-    source_weights: Weights = None,
-    target_weights: Weights = None,
-    source_classes: Names = None,
-    target_classes: Names = None,
+    source_weights: SourceWeights = None,
+    target_weights: TargetWeights = None,
+    source_classes: SourceNames = None,
+    target_classes: TargetNames = None,
     top: Annotated[int, typer.Option(help="Number of classes to show for each image.", min=1)] = 3,
     device: Device = "cpu",
     json_path: Json = None,
@@ -119,10 +131,10 @@ def verify_clone(
     source: Annotated[
         str | None, typer.Option(help="Network that the clone was made from; without it the clone is not attached.")
     ] = None,
-    source_weights: Weights = None,
-    target_weights: Weights = None,
-    source_classes: Names = None,
-    target_classes: Names = None,
+    source_weights: SourceWeights = None,
+    target_weights: TargetWeights = None,
+    source_classes: SourceNames = None,
+    target_classes: TargetNames = None,
     device: Device = "cpu",
     json_path: Json = None,
 ) -> None:

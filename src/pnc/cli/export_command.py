@@ -14,7 +14,17 @@ from pnc.cli.arguments import (
     use_threads,
 )
 from pnc.cli.bench_options import OutFile, run_bench
-from pnc.cli.options import Json, Names, Sources, Target, Threads, Weights, write_json
+from pnc.cli.options import (
+    Json,
+    SourceNames,
+    Sources,
+    SourceWeights,
+    Target,
+    TargetNames,
+    TargetWeights,
+    Threads,
+    write_json,
+)
 from pnc.cli.output import say
 from pnc.composite.export import check_export_folder, check_export_path, export, export_split
 from pnc.composite.program_files import BATCH_SIZES
@@ -29,10 +39,10 @@ def export_clones(
         bool,
         typer.Option("--split", help="Write trunk.onnx and one file per clone, to attach and detach in onnxruntime."),
     ] = False,
-    source_weights: Weights = None,
-    target_weights: Weights = None,
-    source_classes: Names = None,
-    target_classes: Names = None,
+    source_weights: SourceWeights = None,
+    target_weights: TargetWeights = None,
+    source_classes: SourceNames = None,
+    target_classes: TargetNames = None,
     threads: Threads = None,
     json_path: Json = None,
 ) -> None:

@@ -62,6 +62,8 @@ def as_options(message: str, options: Mapping[str, str], given: Collection[str] 
         option = options.get(f"{role}_{found[1]}") or _option(found[1], options)
         return f"{option}{' ' if found[2] else ''}{found[2]}" if option else found[0]
 
+    if "allow_mismatch" not in options:
+        message = re.sub(r",? or (?:set|give) allow_mismatch=True to \w+ \w+(?: anyway)?", "", message)
     return re.sub(r"(?<![\w?&-])-{0,2}([a-z_-]+)=([^\s,;:)]*)", renamed, message)
 
 

@@ -31,8 +31,14 @@ Target = Annotated[
 ]
 Classes = Annotated[str | None, typer.Option(help="Classes to clone; by default all that the target lacks.")]
 Support = Annotated[str, typer.Option(help="Images per new / per base class, from the training split.")]
-Weights = Annotated[Path | None, typer.Option(help="Weights of that network: .safetensors or a state-dict checkpoint.")]
-Names = Annotated[str | None, typer.Option(help="Names of that network's outputs, in order, separated by commas.")]
+_WEIGHTS = "Weights of the {}: .safetensors or a state-dict checkpoint."
+_NAMES = "Names of the {}'s outputs, in order, separated by commas."
+Weights = Annotated[Path | None, typer.Option(help=_WEIGHTS.format("network"))]
+SourceWeights = Annotated[Path | None, typer.Option(help=_WEIGHTS.format("source"))]
+TargetWeights = Annotated[Path | None, typer.Option(help=_WEIGHTS.format("target"))]
+Names = Annotated[str | None, typer.Option(help=_NAMES.format("network"))]
+SourceNames = Annotated[str | None, typer.Option(help=_NAMES.format("source"))]
+TargetNames = Annotated[str | None, typer.Option(help=_NAMES.format("target"))]
 Data = Annotated[str, typer.Option(help="Images: digits, parquet:PATH, folder:PATH, hf:NAME.")]
 MaxMacs = Annotated[float | None, typer.Option(help="Bound on added MACs, as a share of the source's, such as 0.5.")]
 MaxBytes = Annotated[int | None, typer.Option(help="Bound on the size of a thin clone file, in bytes.")]

@@ -13,7 +13,19 @@ from pnc.cli.arguments import (
     data_file,
     use_threads,
 )
-from pnc.cli.options import Data, Device, Json, Names, Sources, Target, Threads, Weights, write_json
+from pnc.cli.options import (
+    Data,
+    Device,
+    Json,
+    SourceNames,
+    Sources,
+    SourceWeights,
+    Target,
+    TargetNames,
+    TargetWeights,
+    Threads,
+    write_json,
+)
 from pnc.cli.output import say
 from pnc.composite.evaluation import evaluate
 from pnc.data.readers import load_data
@@ -28,10 +40,10 @@ def report_clones(
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML page to write.")] = Path("report.html"),
     png: Annotated[Path | None, typer.Option(help="Folder to write the pictures to as PNG files too.")] = None,
-    source_weights: Weights = None,
-    target_weights: Weights = None,
-    source_classes: Names = None,
-    target_classes: Names = None,
+    source_weights: SourceWeights = None,
+    target_weights: TargetWeights = None,
+    source_classes: SourceNames = None,
+    target_classes: TargetNames = None,
     device: Device = "cpu",
     threads: Threads = None,
     json_path: Json = None,

@@ -27,8 +27,8 @@ PROBE_SIZES = (1, 3, 4)
 _BATCH = 64
 
 UNPROVEN = (
-    "class names, position and scores are taken from the file: its digest detects accidents, not forgeries, and does "
-    "not identify the author"
+    "class names, position and scores come from the file, whose digest detects accidents, not forgeries, and does not "
+    "identify the author"
 )
 """What comparing with the networks cannot show."""
 

@@ -85,7 +85,8 @@ def support_labels(support: StoredSupport, classes: TaskClasses) -> Tensor:
     foreign = sorted(set(seen) - set(names))
     if foreign:
         raise ClassNameError(
-            f"support has samples of {listed(foreign)}, neither base classes nor classes to clone; leave them out"
+            f"support has samples of {listed(foreign)}, neither base classes nor classes to clone; leave them out, "
+            "or add them to source_classes, which must name every output of the source"
         )
     missing = [name for name in classes.new if name not in seen]
     if missing:

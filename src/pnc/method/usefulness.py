@@ -68,16 +68,15 @@ def _checked(task: CloneTask) -> Usefulness:
     n_choices = len(wanted) if several else len(task.source.classes)
     score = float((answers == truth).double().mean()) if n_choices > 1 else None
     doubts = []
-    source_fails = n_choices > 1 and _fails(answers == truth, 1 / n_choices)
-    target_fails = False
+    tried = []
+    if n_choices > 1:
+        tried.append(("source", answers == truth, "new", n_choices, "source_classes"))
     if len(base) and task.n_base > 1 and not task.n_background:
         right = _logits(part, task.target, labels < task.n_base).argmax(1) == base
-        target_fails = _fails(right, 1 / task.n_base)
-        if target_fails:
-            doubts.append(_at_chance("target", right, "base", task.n_base, "base_classes"))
-    if source_fails:
-        doubts.insert(0, _at_chance("source", answers == truth, "new", n_choices, "source_classes"))
-    if source_fails and target_fails:
+        tried.append(("target", right, "base", task.n_base, "base_classes"))
+    swapped = len(tried) == 2 and all(_is_poor(right, 1 / n) for _, right, _, n, _ in tried)
+    doubts += [_at_chance(*one) for one in tried if swapped or _fails(one[1], 1 / one[3])]
+    if swapped:
         doubts.append("are source and target swapped?")
     spread, size = float(logits[:, wanted].std(0, correction=0).max()), float(logits[:, wanted].abs().max())
     if spread < HARDLY * max(1.0, size) and len(new) > 1:
@@ -117,6 +116,11 @@ def _fails(right: Tensor, chance: float) -> bool:
     n, hits = len(right), int(right.sum())
     no_better = 1 - _at_most(hits - 1, n, chance) > SURPRISE
     return no_better and _at_most(hits, n, (1 + chance) / 2) < SURPRISE
+
+
+def _is_poor(right: Tensor, chance: float) -> bool:
+    """Whether so few correct answers are unlikely for a network that is a third of the way from chance to perfect."""
+    return _at_most(int(right.sum()), len(right), (1 + 2 * chance) / 3) < SURPRISE
 
 
 def _at_most(hits: int, n: int, probability: float) -> float:
