@@ -271,3 +271,10 @@ def test_messages_name_options(files, tmp_path, in_process):
         (["--data", "digits", "--json", tmp_path], "pnc: --json: "),
     ):
         assert text in refused(in_process("clone", *networks, *out, *words)), words
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell closes standard output")
+def test_a_closed_standard_output_is_no_error():
+    command = f"{sys.executable} -m pnc --version >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)  # noqa: S603, S607
+    assert (done.returncode, done.stderr) == (0, "")

@@ -26,7 +26,18 @@ def assigned(t):
     t.load_state_dict({k: v.clone() for k, v in small_pair.network(3, 7).state_dict().items()}, assign=True)
 
 
+def transposed(t):
+    t.conv2.weight.data = t.conv2.weight.data.transpose(0, 1)
+
+
+class Shifted(small_pair.Net):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
 CHANGES = {
+    "another class": (lambda t: setattr(t, "__class__", Shifted), "a Net has become a Shifted"),
+    "transposed memory": (transposed, "conv2.weight has new memory"),
     "load_state_dict(assign=True)": (assigned, "conv1.weight was replaced"),
     "another parameter": (lambda t: setattr(t.fc, "weight", nn.Parameter(torch.zeros(3, 6))), "fc.weight was replaced"),
     "another buffer": (lambda t: setattr(t.norm2, "running_mean", torch.ones(6)), "norm2.running_mean was replaced"),

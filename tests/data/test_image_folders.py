@@ -154,3 +154,12 @@ def test_what_may_not_be_read_is_one_error(root: Path) -> None:
 def test_paths_that_cannot_be_looked_up(scheme: str, body: str) -> None:
     with pytest.raises(InputError, match="spec: .* cannot be looked up"):
         load_data(f"{scheme}:{body}")
+
+
+def test_messages_about_files_with_odd_names_are_one_line(tmp_path):
+    folder = tmp_path / "train" / "a\nb"
+    folder.mkdir(parents=True)
+    (folder / "x\ny.png").write_bytes(b"junk")
+    with pytest.raises(InputError) as caught:
+        load_data(f"folder:{tmp_path}", "train")
+    assert "\n" not in str(caught.value) and r"x\ny.png is not a readable image" in str(caught.value)

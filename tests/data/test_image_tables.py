@@ -225,3 +225,25 @@ def test_other_values_of_the_option_are_refused(paths: Path) -> None:
     path_cell(paths, "pictures/0.png")
     with pytest.raises(InputError, match="paths=true is not allowed; expected yes or no"):
         load_data(f"parquet:{paths}?paths=true")
+
+
+def test_a_column_that_a_file_has_twice_is_an_error(tmp_path):
+    images = pa.array([png(100), png(200)])
+    table = pa.Table.from_arrays([images, pa.array([0, 1]), pa.array([1, 0])], names=["image", "label", "label"])
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(InputError, match="several columns named label"):
+        load_data(f"parquet:{tmp_path}", "train")
+
+
+def test_a_path_that_is_not_text_is_an_error(tmp_path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.int64())])
+    images = pa.array([{"bytes": None, "path": 3}], kind)
+    pq.write_table(pa.table({"image": images, "label": [0]}), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match="its path is not text"):
+        load_data(f"parquet:{tmp_path}?paths=yes", "train")
+
+
+def test_an_image_that_is_missing_is_an_error_in_words(tmp_path):
+    pq.write_table(pa.table({"image": pa.array([png(1), None]), "label": [0, 1]}), tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"row 1 is not a readable image \(empty, or of no format that Pillow knows"):
+        load_data(f"parquet:{tmp_path}", "train")

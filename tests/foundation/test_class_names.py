@@ -84,3 +84,23 @@ def test_every_place_that_takes_names_takes_mappings() -> None:
     drawn = draw_support(data, {0: "Bag"}, {0: "Sandal"}, 1, 1, torch.Generator())  # type: ignore[arg-type]
     assert drawn.names == ("Sandal", "Bag")
     assert build_model("zoo:cnn?width=0.25", {"b": 1, "a": 0}, (1, 8, 8)).classes == ("a", "b")  # type: ignore[arg-type]
+
+
+class Series:
+    """Stands for a Series of pandas: values with an index."""
+
+    def __init__(self, values, index):
+        self.values, self.index = values, index
+
+    def __iter__(self):
+        return iter(self.values)
+
+    def to_dict(self):
+        return dict(zip(self.index, self.values, strict=True))
+
+
+def test_a_series_is_read_by_its_index():
+    assert check_class_names(Series(["elk", "dog"], [1, 0]), "classes") == ("dog", "elk")
+    assert check_class_names(Series([1, 0], ["elk", "dog"]), "classes") == ("dog", "elk")
+    with pytest.raises(ClassNameError, match="1 appears twice"):
+        check_class_names(Series([1, 1], ["elk", "dog"]), "classes")

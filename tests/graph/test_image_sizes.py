@@ -52,7 +52,33 @@ def with_split(self, x):
     return x
 
 
+def count_of(x):
+    """How many numbers a boolean tensor has that are true, as a tensor."""
+    return (x.mean((1, 2, 3)) > 0.5).sum().clamp(max=1)
+
+
+def packed(self, x):
+    lengths = (x.mean((2, 3)) > 0.5).sum(1).clamp(min=1)
+    rows = nn.utils.rnn.pack_padded_sequence(x.mean(3), lengths, batch_first=True, enforce_sorted=False)
+    return x + rows.data.shape[0]
+
+
+def caught(self, x):
+    try:
+        return x + x[x > 1e9].max()
+    except RuntimeError:
+        return x
+
+
 READ = {
+    "parts of tensor_split": ("shape", lambda self, x: x + x.tensor_split(count_of(x)[None].cpu())[0].shape[0]),
+    "number of parts of tensor_split": (
+        "tensor_split",
+        lambda self, x: x + len(x.tensor_split((x.mean((1, 2, 3)) > 0.5).nonzero().flatten())),
+    ),
+    "packed sequence": ("shape", packed),
+    "storage_offset": ("storage_offset", lambda self, x: x + x[count_of(x) :].storage_offset()),
+    "an error that is caught": ("max in the network, failing", caught),
     "numel of nonzero": ("numel", lambda self, x: x + 1 if (x > 0.5).nonzero().numel() else x),
     "torch.numel": ("numel", lambda self, x: x * torch.numel(x[x > 0.5])),
     "shape of a masked tensor": ("shape", lambda self, x: x + 1 if x[x > 0.5].shape[0] > 3 else x),
@@ -157,6 +183,60 @@ def test_a_layer_that_reads_sizes_in_its_own_forward_runs_as_it_is():
 
     network = zoo.build(lambda: Middle(lambda self, x: self.layer(x)))
     network.layer = Layer()
+    recording, x = record(network.eval(), zoo.images(4)), zoo.images(5, seed=5)
+    with torch.no_grad():
+        assert same_bits(recording.module(x), network(x))
+
+
+class Leaf(nn.Module):
+    """A layer of the user's without children, which runs as one operation."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def keeps(self, x):
+    self.rows = (x.mean((1, 2, 3)) > 0.5).nonzero()
+    return x.exp()
+
+
+def keeps_a_flag(self, x):
+    self.flag = x.mean() > 0.5
+    return x.exp()
+
+
+LEAVES = {
+    "a truth value": (lambda self, x: bool(x.mean() > 0.5), lambda found, x, leaf: x + 1 if found else x),
+    "a size": (lambda self, x: len(x[x > 0.5]), lambda found, x, leaf: x * found),
+    "a number from numpy": (lambda self, x: x.numpy().mean().round().item(), lambda found, x, leaf: x * found),
+    "a number beside a tensor": (lambda self, x: (x, x.mean().item() > 0.5), lambda found, x, leaf: x + found[1]),
+    "a list of rows": (lambda self, x: list(x[x > 0.5]), lambda found, x, leaf: with_each(x, found)),
+    "a tensor or None": (
+        lambda self, x: x.exp() if x.mean() > 0.5 else None,
+        lambda found, x, leaf: x if found is None else found,
+    ),
+    "an attribute of such a size": (keeps, lambda found, x, leaf: x + len(leaf.rows)),
+    "an attribute whose value is read": (keeps_a_flag, lambda found, x, leaf: x + bool(leaf.flag)),
+    "text": (lambda self, x: x.exp(), lambda found, x, leaf: x if f"{x.mean():.1f}" == "0.0" else found),
+}
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_a_layer_that_hands_on_what_it_reads_is_refused(name):
+    layer, use = LEAVES[name]
+    network = zoo.build(lambda: Middle(lambda self, x: use(self.leaf(x), x, self.leaf)))
+    network.leaf = Leaf(layer)
+    with pytest.raises(RecordingError, match="reads values that depend on the images"):
+        record(network.eval(), zoo.images(4))
+
+
+def test_a_layer_whose_results_are_tensors_may_read():
+    network = zoo.build(lambda: Middle(lambda self, x: self.leaf(x)[0]))
+    network.leaf = Leaf(lambda self, x: (x * x[x > 0.5].numel(), x.mean().item() * torch.ones(1)))
     recording, x = record(network.eval(), zoo.images(4)), zoo.images(5, seed=5)
     with torch.no_grad():
         assert same_bits(recording.module(x), network(x))

@@ -344,7 +344,8 @@ def main() -> None:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code = app(standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: standard output was closed from the start
+            sys.stdout.flush()
     except PNCError as error:
         complain(str(error))
         sys.exit(BAD_INPUT)

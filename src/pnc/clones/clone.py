@@ -11,6 +11,7 @@ from pnc.clones.deltas import Deltas
 from pnc.clones.description import HeldOut, clone_lines, held_out_of
 from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name
 from pnc.foundation.errors import InputError
+from pnc.foundation.file_writing import checked_path
 from pnc.foundation.fingerprints import Fingerprint
 from pnc.foundation.plain_text import facts_text, few_names
 from pnc.graph.cut_points import CutPoint
@@ -131,6 +132,7 @@ def check_file_name(path: str | Path) -> None:
     Raises:
         InputError: the message gives the name with the right suffix.
     """
+    checked_path(path, "path")
     path = Path(path)
     if path.suffix.lower() in _FOREIGN_SUFFIXES:
         raise InputError(

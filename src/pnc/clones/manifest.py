@@ -231,6 +231,18 @@ def _recipe(whole: "_Object", fail: Fail) -> dict[str, Any]:
         facts.number(key, low, high)
     for key in ("n_new_samples", "n_base_samples"):
         facts.number(key, 0, _MAX_COUNT, whole=True)
+    for key in ("base_score", "new_score", "expected_base_drop"):
+        if facts.values.get(key) is not None:
+            facts.number(key, 0, 1)
+    for key in ("n_background_samples", "n_folds"):
+        if key in facts.values:
+            facts.number(key, 0, _MAX_COUNT, whole=True)
+    if "max_base_drop" in facts.values:
+        facts.number("max_base_drop", 0, 1)
+        facts.number("base_priority", -1e9, 1e9)
+    doubts = facts.values.get("doubts", [])
+    if not isinstance(doubts, list | tuple) or not all(map(is_name, doubts)):
+        facts.refuse("doubts", "a list of texts", doubts)
     for key, value in facts.values.items():
         if not _is_plain(key, 0) or not _is_plain(value, _RECIPE_DEPTH):
             fail(f"recipe: {shortened(key)} has the value {shortened(value)}")

@@ -32,6 +32,8 @@ class TargetWatch:
     def __init__(self, target: nn.Module, graph: fx.Graph) -> None:
         named = dict(target.named_modules())
         self._dicts = [module.__dict__ for module in named.values()]
+        self._modules = list(named.values())
+        self._types = list(map(type, self._modules))
         self._own_forward = [values.get("forward") for values in self._dicts]
         tables = [(name, kind, part.__dict__[kind]) for name, part in named.items() for kind in _TABLES]
         self._full_tables = [one for one in tables if one[2]]
@@ -45,6 +47,7 @@ class TargetWatch:
         self._tensors = list(map(dict.get, self._owners, self._keys))  # keeping them alive keeps their ids unique
         self._with_memory = [tensor for tensor in self._tensors if _has_memory(tensor)]
         self._memory = list(map(Tensor.data_ptr, self._with_memory))
+        self._strides = list(map(Tensor.stride, self._with_memory))
         self._settings = _settings(called)
         self._set, self._set_keys = [values for _, values, _ in self._settings], [key for *_, key in self._settings]
         self._values = list(map(dict.get, self._set, self._set_keys))
@@ -66,6 +69,8 @@ class TargetWatch:
         return (
             not all(map(is_, map(dict.get, self._owners, self._keys), self._tensors))
             or list(map(Tensor.data_ptr, self._with_memory)) != self._memory
+            or list(map(Tensor.stride, self._with_memory)) != self._strides
+            or not all(map(is_, map(type, self._modules), self._types))
             or any(self._empty)
             or list(map(len, self._full)) != self._sizes
             or not all(map(is_, chain.from_iterable(map(dict.values, self._full)), self._inside))
@@ -80,10 +85,13 @@ class TargetWatch:
         for (name, owner, key), before in zip(self._places, self._tensors, strict=True):
             if owner.get(key) is not before:
                 return f"{name}.{key} was replaced".lstrip(".")
-        memory = iter(self._memory)
+        memory, strides = iter(self._memory), iter(self._strides)
         for (name, _, key), tensor in zip(self._places, self._tensors, strict=True):
-            if _has_memory(tensor) and tensor.data_ptr() != next(memory):
+            if _has_memory(tensor) and (tensor.data_ptr(), tensor.stride()) != (next(memory), next(strides)):
                 return f"{name}.{key} has new memory (x.data = y, a cast or a move)".lstrip(".")
+        for module, before_type in zip(self._modules, self._types, strict=True):
+            if type(module) is not before_type:
+                return f"a {before_type.__name__} has become a {type(module).__name__}"
         inside = iter(self._inside)
         for (name, kind, table), size in zip(self._full_tables, self._sizes, strict=True):
             before = [next(inside) for _ in range(size)]

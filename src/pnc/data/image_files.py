@@ -166,9 +166,13 @@ def _orientation(image: Any) -> int:
 @contextmanager
 def image_errors(name: str) -> Iterator[None]:
     """Turn any error of decoding an image into one `InputError`, which calls the image `name`."""
-    pillow = required("PIL.Image", "data")
+    pillow, name = required("PIL.Image", "data"), path_text(name)
     try:
         yield
+    except pillow.UnidentifiedImageError as error:  # its text names an object of Python
+        raise InputError(
+            f"spec: {name} is not a readable image (empty, or of no format that Pillow knows); remove or replace it"
+        ) from error
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
         raise InputError(f"spec: {name} is too large to be opened safely ({error}); shrink it, or remove it") from error
     except _DECODING_ERRORS as error:

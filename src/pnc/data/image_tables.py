@@ -143,6 +143,9 @@ def _kinds(schema: Any, path: Path) -> dict[str, Kind]:
         return is_binary(kind) or ("bytes" in fields and is_binary(fields["bytes"]))
 
     features = _features(schema, path)
+    twice = sorted({name for name in schema.names if schema.names.count(name) > 1})
+    if twice:
+        raise InputError(f"spec: {path_text(path)} has several columns named {listed(twice, 3)}; rename all but one")
     found = {}
     for column in schema:
         feature = features.get(column.name)
@@ -217,6 +220,8 @@ def encoded_image(cell: Any, row: str, base: Path | None) -> bytes:
     path = cell.get("path")
     if content is not None or not path:
         return content or b""
+    if not isinstance(path, str):
+        raise InputError(f"spec: {row} has no bytes, and its path is not text; write the images into the file")
     if base is None:
         raise InputError(
             f"spec: {row} is only a path ({path_text(path)}), and a file from elsewhere could name any file of this "

@@ -23,12 +23,15 @@ def check_class_names(names: Iterable[str] | Mapping[Any, Any], argument: str) -
     """Return the names as a tuple, after checking that there is at least one and all are different non-empty strings.
 
     A mapping is sorted by its ids: {id: name}, like `id2label` of transformers (ids may be text, as in JSON), or
-    {name: id}, like `class_to_idx` of torchvision.
+    {name: id}, like `class_to_idx` of torchvision. A Series of pandas is
+    such a mapping, from its index to its values.
 
     Raises:
         ClassNameError: a check fails, or `names` is a set (which has no order) or a mapping whose ids are not
             0, 1, 2, ...; the message names `argument`.
     """
+    if hasattr(names, "to_dict") and not callable(getattr(names, "index", len)):
+        names = names.to_dict()  # a Series of pandas, whose index says what its values belong to
     if isinstance(names, Mapping):
         names = _by_id(names, argument)
     if isinstance(names, str):

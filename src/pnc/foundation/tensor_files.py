@@ -101,6 +101,8 @@ def read_tensors(path: str | Path, check: Check | None = None) -> tuple[dict[str
 
 def read_sealed(path: str | Path, check: Check | None = None) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
     """Like `read_tensors`, but also return the verified digest; None if the file has none."""
+    if not isinstance(path, str | Path):
+        raise InputError(f"path: expected a path, got {type(path).__name__}")
     path = Path(path)
     with ExitStack() as stack:
         with _file_errors(path):

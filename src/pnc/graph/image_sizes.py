@@ -16,11 +16,14 @@ Dims = frozenset[int]
 NONE: Dims = frozenset()
 SIZE_READS = frozenset(
     {"shape", "size", "numel", "nelement", "__len__", "stride", "nbytes", "is_same_size", "storage", "untyped_storage"}
+    | {"storage_offset"}
 )
 """Names of attributes, methods and functions that read a tensor's sizes."""
 
 _SPLITS = frozenset({"unbind", "split", "split_with_sizes", "chunk", "tensor_split", "hsplit", "vsplit", "dsplit"})
 _SCALARS_FILL = frozenset({"full", "full_like", "new_full", "select", "roll", "narrow"})
+_READ_UNSEEN = {"tensor_split": 1, "_pack_padded_sequence": 1, "_pad_packed_sequence": 1}
+"""Operations whose kernels read an argument's values directly from memory, and the place of that argument."""
 _GROWTH = 7
 
 
@@ -112,12 +115,30 @@ def carried_dims(
     ]
 
 
-def counts_parts(name: str, args: Sequence[Any], kwargs: Any, dims_of: Callable[[Tensor], Dims]) -> bool:
-    """Whether the number of an operation's results is an open size, so that reading the number reads that size."""
+def unseen_tensors(name: str, args: Sequence[Any]) -> list[Tensor]:
+    """The arguments whose values set the sizes of an operation's results, although no kernel shows it."""
+    place = _READ_UNSEEN.get(name)
+    return tensors_in(args[place]) if place is not None and len(args) > place else []
+
+
+def is_tensors(value: object) -> bool:
+    """Whether a result holds only tensors, in tuples of a length of their own."""
+    return isinstance(value, Tensor) or (isinstance(value, tuple) and all(map(is_tensors, value)))
+
+
+def counts_parts(
+    name: str,
+    args: Sequence[Any],
+    kwargs: Any,
+    dims_of: Callable[[Tensor], Dims],
+    is_fixed: Callable[[Tensor], bool],
+) -> bool:
+    """Whether the number of an operation's results depends on the images, so that reading the number reads them."""
     if name not in _SPLITS or not isinstance(args[0], Tensor):
         return False
+    if name == "tensor_split":  # as many parts, even empty ones, as a number or the indices ask for
+        return any(dims_of(asked) if asked.dim() else not is_fixed(asked) for asked in unseen_tensors(name, args))
     position = 1 if name == "unbind" else 2
     default = {"hsplit": min(1, args[0].dim() - 1), "vsplit": 0, "dsplit": 2}.get(name, 0)
     dim = args[position] if len(args) > position else kwargs.get("dim", default)
-    is_fixed = name == "tensor_split"  # it returns the requested number of parts, even empty ones
-    return not is_fixed and dim % args[0].dim() in dims_of(args[0])
+    return dim % args[0].dim() in dims_of(args[0])

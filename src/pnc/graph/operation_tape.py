@@ -199,6 +199,11 @@ class TapeWriter:
         """Whether the content of any of these storages depends on the network's input."""
         return not storages.isdisjoint(self._from_input)
 
+    def add_results(self, inputs: Sequence[Tensor], tensors: Sequence[Tensor], scope: str) -> None:
+        """Note that the content of some tensors depends on `inputs`, though no operation returned them."""
+        if self.depends_on_input(self.storages(inputs, scope)):
+            self._from_input.update(self.storages(tensors, scope))
+
     def is_fixed(self, tensor: Tensor) -> bool:
         """Whether a tensor is known and its content does not depend on the images."""
         if id(tensor) in self._owned:

@@ -38,6 +38,7 @@ _CONTAINERS = (
 _DATA_READS = frozenset(
     {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__bool__", "__int__", "__float__", "__complex__"}
     | {"__index__", "__contains__", "__array__", "__dlpack__", "_local_scalar_dense"}
+    | {"__repr__", "__format__"}
 )
 _NAMESPACES = "aten", "prim", "prims"
 _Opened = tuple[tuple[int, ...], Dims]
@@ -173,17 +174,40 @@ class Recorder(TorchFunctionMode):
             as_before = self._looks.get(id(module)) == _look(module)
             if module is self._network or not as_before or not is_plain((args, kwargs)):
                 return forward(*args, **kwargs)
-            return self._execute("call_module", name, forward, args, kwargs)
+            kept = dict(module.__dict__)
+            out = self._execute("call_module", name, forward, args, kwargs)
+            if not type(module).__module__.startswith("torch.nn."):
+                self._note_leaf(module, kept, (args, kwargs), out)
+            return out
         finally:
             self._scopes.pop()
+
+    def _note_leaf(self, module: nn.Module, before: dict[str, Any], given: Any, out: object) -> None:
+        """Note what a layer of the user's, which ran as one operation, lets the rest of the network see of the images.
+
+        Its own code may read values and sizes; but then its results must be tensors, as the recording keeps any other
+        result, and any attribute that it sets, as it was in this run.
+        """
+        self._paused = True  # our own reads of tensors
+        try:
+            set_values = [value for key, value in module.__dict__.items() if before.get(key, self) is not value]
+            scope, shapes = self._scopes[-1], {shape for shape, _ in self._opened}
+            self._writer.add_results(tensors_in(given), tensors_in(set_values), scope)
+            plain = [value for value in set_values if not isinstance(value, Tensor) or tuple(value.shape) in shapes]
+            if self._opened and (plain or not image_sizes.is_tensors(out)):
+                self.data_reads.append(f"{scope}, which {'keeps' if plain else 'returns'} more than tensors")
+        finally:
+            self._paused = False
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._paused:
-            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if self._paused:  # in a layer's own code
+            if name in _DATA_READS and not all(map(self._writer.is_fixed, tensors_in(args))):
+                self._opened.append(_SCALAR)
+            return func(*args, **kwargs)
         if name == "__get__":  # x.T
             return self._execute("call_function", getattr, func, args, kwargs, (args[0], func.__self__.__name__))
         if name == "set_" or (name == "__set__" and func.__self__.__name__ == "data"):
@@ -216,7 +240,14 @@ class Recorder(TorchFunctionMode):
             known = {id(tensor): (tuple(tensor.shape), self._writer.open_dims(tensor)) for tensor in inputs}
             flops = self._kernels.flops
             self._opened, self._has_custom_kernel = [], False
-            out = run(*args, **kwargs)
+            if not all(map(self._writer.is_fixed, image_sizes.unseen_tensors(operation_name(target), args))):
+                self._opened.append(_ANY)
+            try:
+                out = run(*args, **kwargs)
+            except Exception:
+                if any(dims for _, dims in known.values()):  # the network's code may catch it
+                    self.data_reads.append(f"{self._where(target)}, failing on a tensor whose size depends on them")
+                raise
             n_flops, made = self._kernels.flops - flops, tensors_in(out)
             written = [t for t, version in zip(inputs, versions, strict=True) if _version(t) != version]
             noted = (args if noted_args is None else noted_args, kwargs)
@@ -260,7 +291,8 @@ class Recorder(TorchFunctionMode):
         is_size = name in image_sizes.SIZE_READS and any(
             self._writer.open_dims(tensor) & image_sizes.dims_read(name, args, tensor) for tensor in inputs
         )
-        if is_size or image_sizes.counts_parts(name, args, kwargs, self._writer.open_dims):
+        counts = image_sizes.counts_parts(name, args, kwargs, self._writer.open_dims, self._writer.is_fixed)
+        if is_size or counts:
             where = self._scopes[-1] or "the network"
             self.data_reads.append(f"{name} in {where}, of a tensor whose size depends on them")
 
