@@ -59,7 +59,7 @@ def test_verify_says_what_is_not_proven(file, change):
     net = pnc.attach(nets.target.module, pnc.load(changed(file, change), source=nets.source.module))
     report = net.verify()
     assert report.ok and len(report.unproven) == 1
-    assert "not proven: class names, position and scores are taken from the file" in str(report)
+    assert "not proven: class names, position and scores come from the file" in str(report)
     assert pnc.verify(nets.target.module, pnc.snapshot(nets.target.module)).unproven == ()
 
 

@@ -83,7 +83,7 @@ def show_job(facts: Mapping[str, Any]) -> None:
             say(f"{row['method']}: {row['not_applicable']}")
     made, verified = facts["clone"], facts["verified"]
     say()
-    say("base, new, average: accuracy on test images of old and of new classes, and their mean")
+    say("base, new, average: accuracy on images of old classes, of new ones, their mean")
     say("bytes: what has to be sent to somebody who has both networks")
     say(
         f"The clone leaves the target at {made['position']['target_cut']}, enters the source at "
