@@ -7,7 +7,7 @@ from torch import nn
 
 from pnc.foundation import fingerprints
 from pnc.foundation.fingerprints import KnownFingerprint, fingerprint, first_difference
-from pnc.foundation.network_state import differences, evaluating, take_snapshot
+from pnc.foundation.network_state import differences, evaluating, take_snapshot, undisturbed
 from pnc.foundation.tensor_bits import same_bits
 
 
@@ -190,3 +190,16 @@ def test_a_known_fingerprint_follows_tensors_that_were_replaced_and_odd_places_i
         model[4].bias = nn.Parameter(torch.ones(2))
     assert known.of(model) == fingerprint(model)
     assert known.of(copy.deepcopy(model)) == fingerprint(model)
+
+
+def test_training_in_bfloat16_reads_the_weights_of_each_step():
+    # The block turns autocast off, and a cache that lives as long as the block would keep the first step's weights.
+    layer, x = nn.Linear(4, 4), torch.ones(2, 4)
+    with undisturbed():
+        outputs = []
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs.append(layer(x).detach())
+            with torch.no_grad():
+                layer.weight += 1
+    assert not torch.equal(*outputs)

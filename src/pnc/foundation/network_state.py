@@ -15,15 +15,19 @@ _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Compute with torch's defaults, whatever the caller has set: no autocast, no inference mode, float32."""
+    """Compute with torch's defaults, whatever the caller has set: no autocast, no inference mode, float32.
+
+    Autocast's cache of cast weights is off too: it would last for the whole block, and training inside the block would
+    compute with the weights of the first step.
+    """
     default = torch.get_default_dtype()
     if default != torch.float32:
         torch.set_default_dtype(torch.float32)
     try:
         with (
             torch.inference_mode(False),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
+            torch.autocast("cpu", enabled=False, cache_enabled=False),
+            torch.autocast("cuda", enabled=False, cache_enabled=False),
         ):
             yield
     finally:
