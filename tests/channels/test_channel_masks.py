@@ -23,7 +23,7 @@ def test_bytes_come_back(number, seed):
     data = masks.to_bytes()
     assert len(data) == 8 + (spaces.n_units + 7) // 8
     assert data == half(spaces, seed).to_bytes()
-    back = ChannelMasks.from_bytes(data, spaces)
+    back = ChannelMasks.from_bytes(data, spaces.sizes)
     assert list(back.kept) == [space.name for space in spaces.spaces]
     assert all(torch.equal(back.kept[name], masks.kept[name]) for name in masks.kept)
 
@@ -32,9 +32,9 @@ def test_bytes_of_other_spaces_are_refused():
     data = half(SPACES[0]).to_bytes()
     for wrong in (data[:-1], data + b"\0", bytes(8) + data[8:]):
         with pytest.raises(MismatchError, match="for other channel spaces than the given ones"):
-            ChannelMasks.from_bytes(wrong, SPACES[0])
+            ChannelMasks.from_bytes(wrong, SPACES[0].sizes)
     with pytest.raises(MismatchError, match="use the network that the masks were made for"):
-        ChannelMasks.from_bytes(data, SPACES[1])
+        ChannelMasks.from_bytes(data, SPACES[1].sizes)
 
 
 def test_keep_gives_indices_and_missing_spaces_keep_all():

@@ -67,8 +67,8 @@ def test_valid_metadata_is_read_and_written_unchanged():
 WRONG = [
     ("format", "pnc-model", "is not a clone file: its format is 'pnc-model'"),
     ("format", None, "is not a clone file"),
-    ("version", 99, "format version 99; this pnc reads up to 2: install a newer one"),
-    ("version", 0, "version: expected a whole number from 1 to 2, got 0"),
+    ("version", 99, "format version 99; this pnc reads up to 3: install a newer one"),
+    ("version", 0, "version: expected a whole number from 1 to 3, got 0"),
     ("version", True, "version"),
     ("target.forward", 7, "target.forward: expected an object, got 7"),
     ("source.forward.digest", "00", "source.forward.digest: expected 32 hex digits, got '00'"),
@@ -78,6 +78,8 @@ WRONG = [
     ("target.forward.answers", [1, True], "target.forward.answers"),
     ("target.forward.answers", [1e300], "target.forward.answers"),
     ("target.forward.answers", [0.0] * 49, "target.forward.answers"),
+    ("version", 3, "part is missing in version 3"),
+    ("part", {}, "part is unknown in version 2"),
     ("kind", "thick", "kind: expected one of thin, full, got 'thick'"),
     ("kind", ["thin"], "kind"),
     ("name", "", "name: expected a printable text of 1 to 1000 characters, got ''"),
@@ -173,3 +175,20 @@ def test_the_schema_accepts_the_metadata_of_saved_files(tmp_path):
         pnc.save(there().clone, tmp_path / kind, kind)
         _, manifest = read_clone_file(tmp_path / kind)
         assert validator().is_valid({**manifest.facts(), "digest": DIGEST})
+
+
+def test_the_schema_refuses_no_structure_that_the_reader_accepts():
+    data = (Path(__file__).parents[1] / "golden" / "clone_v3_own_layer.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    whole, accepted = json.loads(header["__metadata__"]["pnc"]), 0
+    del whole["digest"]
+    for seed in range(600):
+        found = {**whole, "part": with_one_changed(whole["part"], Random(seed))}
+        try:
+            read_manifest("f", json.loads(json.dumps(found)))
+        except FileFormatError:
+            continue
+        accepted += 1
+        problems = [error.message for error in validator().iter_errors({**found, "digest": DIGEST})]
+        assert not problems, (seed, problems)
+    assert accepted > 20

@@ -117,7 +117,7 @@ def damaged(original: Material, number: int) -> tuple[str, bytes]:
 
 # ------------------------------------------------------------------------------------------------------------- judging
 def judge(original: Material, path: Path, forged: bool) -> str:
-    """Inspect, load and attach a damaged file; returns the outcome, one of `OUTCOMES`.
+    """Inspect, load and attach a damaged file, a full one with and without its source; returns one of `OUTCOMES`.
 
     Args:
         original: What was damaged.
@@ -126,10 +126,11 @@ def judge(original: Material, path: Path, forged: bool) -> str:
             name in the metadata may differ.
     """
     try:
-        inspect(path)
+        needs_source = inspect(path)["needs_source"]
         found = load(path, source=original.source)
         if not _same_weights(found, original.clone):
             return "other_weights"
+        found = found if needs_source else load(path)
         net = attach(original.target, found)
         with torch.no_grad():
             logits = net(original.images)

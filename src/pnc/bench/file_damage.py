@@ -173,6 +173,17 @@ def forge_tensors(data: bytes, random: Random) -> bytes:
     return _sealed(header, body)
 
 
+def forge_structure(data: bytes, random: Random) -> bytes:
+    """Change one to three fields of the structure of the part, in a file that has one; recompute the digest."""
+    header, body = _parted(data)
+    facts = json.loads(header["__metadata__"][METADATA_KEY])
+    for _ in range(random.randint(1, 3)):
+        part = with_one_changed(facts.get("part", facts), random)
+        facts = {**facts, "part": part} if "part" in facts else part
+    header["__metadata__"][METADATA_KEY] = json.dumps(facts)
+    return _sealed(header, body)
+
+
 MUTATIONS: Mapping[str, Mutation] = {
     "bit flips": flip_bits,
     "truncation": truncate,
@@ -186,8 +197,9 @@ MUTATIONS: Mapping[str, Mutation] = {
     "metadata field": change_metadata,
     "metadata forged": forge_metadata,
     "tensors forged": forge_tensors,
+    "structure forged": forge_structure,
 }
-FORGED = frozenset({"metadata forged", "tensors forged"})
+FORGED = frozenset({"metadata forged", "tensors forged", "structure forged"})
 """Those that recompute the digest."""
 
 

@@ -33,27 +33,36 @@ class ChannelMasks:
         """Kept flags of all units of all spaces in a row, bool."""
         return torch.cat(list(self.kept.values())) if self.kept else torch.zeros(0, dtype=torch.bool)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each channel space by name, in order."""
+        return {name: len(mask) for name, mask in self.kept.items()}
+
     def to_bytes(self) -> bytes:
         """Eight bytes that identify the spaces, then one bit per unit; the same masks give the same bytes."""
-        return _digest(self.kept) + np.packbits(self.flat.numpy()).tobytes()
+        return _digest(self.sizes) + np.packbits(self.flat.numpy()).tobytes()
 
     @staticmethod
-    def from_bytes(data: bytes, spaces: ChannelSpaces) -> "ChannelMasks":
+    def from_bytes(data: bytes, sizes: Mapping[str, int]) -> "ChannelMasks":
         """Read what `to_bytes` wrote.
 
+        Args:
+            data: The bytes.
+            sizes: Size of each channel space by name, in order.
         Raises:
             MismatchError: the bytes were written for other channel spaces.
         """
-        empty = {space.name: torch.ones(space.size, dtype=torch.bool) for space in spaces.spaces}
-        n_bytes = _DIGEST_BYTES + (spaces.n_units + 7) // 8
-        if len(data) != n_bytes or data[:_DIGEST_BYTES] != _digest(empty):
+        n_units = sum(sizes.values())
+        n_bytes = _DIGEST_BYTES + (n_units + 7) // 8
+        if len(data) != n_bytes or data[:_DIGEST_BYTES] != _digest(sizes):
             raise MismatchError(
                 f"masks: {len(data)} bytes for other channel spaces than the given ones "
-                f"({len(spaces.spaces)} spaces, {spaces.n_units} units, {n_bytes} bytes); use the network that the "
+                f"({len(sizes)} spaces, {n_units} units, {n_bytes} bytes); use the network that the "
                 "masks were made for, and the same version of pnc"
             )
-        bits = np.unpackbits(np.frombuffer(data, np.uint8, offset=_DIGEST_BYTES), count=spaces.n_units)
-        return channel_masks(spaces, _split(spaces, torch.from_numpy(bits.astype(bool))))
+        bits = np.unpackbits(np.frombuffer(data, np.uint8, offset=_DIGEST_BYTES), count=n_units)
+        parts = torch.from_numpy(bits.astype(bool)).split(list(sizes.values()))
+        return _checked({name: part.clone() for name, part in zip(sizes, parts, strict=True)}, sizes)
 
 
 def channel_masks(spaces: ChannelSpaces, kept: Mapping[str, Tensor]) -> ChannelMasks:
@@ -64,7 +73,10 @@ def channel_masks(spaces: ChannelSpaces, kept: Mapping[str, Tensor]) -> ChannelM
     Raises:
         InputError: an unknown space, a mask of another shape or type, or one that keeps nothing.
     """
-    sizes = {space.name: space.size for space in spaces.spaces}
+    return _checked(kept, spaces.sizes)
+
+
+def _checked(kept: Mapping[str, Tensor], sizes: Mapping[str, int]) -> ChannelMasks:
     for name, mask in kept.items():
         if name not in sizes:
             raise InputError(f"kept: no channel space {name!r}; there are {', '.join(sizes) or 'none'}")
@@ -79,10 +91,6 @@ def channel_masks(spaces: ChannelSpaces, kept: Mapping[str, Tensor]) -> ChannelM
     )
 
 
-def _split(spaces: ChannelSpaces, flat: Tensor) -> dict[str, Tensor]:
-    return {space.name: flat[space.start : space.start + space.size].clone() for space in spaces.spaces}
-
-
-def _digest(kept: Mapping[str, Tensor]) -> bytes:
-    text = "\n".join(f"{name} {len(mask)}" for name, mask in kept.items())
+def _digest(sizes: Mapping[str, int]) -> bytes:
+    text = "\n".join(f"{name} {size}" for name, size in sizes.items())
     return hashlib.sha256(text.encode()).digest()[:_DIGEST_BYTES]

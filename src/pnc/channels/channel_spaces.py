@@ -105,6 +105,11 @@ class ChannelSpaces:
         """Number of units of all spaces."""
         return sum(space.size for space in self.spaces)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each space by name, in the order of the forward pass."""
+        return {space.name: space.size for space in self.spaces}
+
 
 def channel_spaces(segment: fx.GraphModule, free_output: bool = False) -> ChannelSpaces:
     """Find the channels of a segment that can be removed; the segment is not changed.

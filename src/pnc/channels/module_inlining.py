@@ -7,6 +7,7 @@ the module; one that differs, or cannot be recorded, stays whole.
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +46,47 @@ def opened(segment: fx.GraphModule) -> fx.GraphModule:
             if found is not None:
                 inside[node] = found
     return _replaced(segment, inside) if inside else segment
+
+
+def opened_but(segment: fx.GraphModule, is_kept: Callable[[nn.Module], bool]) -> fx.GraphModule:
+    """The segment with all leaf modules but some replaced by their operations, layer by layer; as `opened`.
+
+    A leaf that reads no tensor is replaced by its value. Leaves that cannot be recorded stay.
+
+    Args:
+        segment: The segment.
+        is_kept: Whether a leaf module stays whole.
+    """
+    for _ in range(_MAX_LEVELS):
+        inside: dict[fx.Node, _Inside] = {}
+        for node in segment.graph.nodes:
+            module = segment.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if module is not None and not (is_kept(module) and not has_hooks(module)):
+                n_read = len(node.all_input_nodes)
+                plain = n_read == 1 and node.args == tuple(node.all_input_nodes) and not node.kwargs
+                found = _value_of(module, node) if not n_read else _record(module, node) if plain else None
+                inside |= {} if found is None else {node: found}
+        if not inside:
+            break
+        segment = _replaced(segment, inside)
+    return segment
+
+
+_MAX_LEVELS = 5
+
+
+def _value_of(module: nn.Module, node: fx.Node) -> _Inside | None:
+    """The result of a leaf that reads no tensor, as a constant."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        value = module(*node.args, **node.kwargs)
+    if not isinstance(value, Tensor):
+        return None
+    graph = fx.Graph()
+    result = graph.get_attr("value")
+    output = graph.output(result)
+    for part in (result, output):
+        part.meta["pnc"] = dataclasses.replace(info(node), n_params=0)
+    return _Inside(graph, {"value": value.detach().clone()})
 
 
 def _look_inside(node: fx.Node, module: nn.Module) -> _Inside | None:
@@ -132,7 +174,8 @@ def _replaced(segment: fx.GraphModule, inside: dict[fx.Node, _Inside]) -> fx.Gra
     for number, node in enumerate(segment.graph.nodes):
         if node in inside:
             root |= {f"{node.target}.{name}": value for name, value in inside[node].attributes.items()}
-            copies[node] = _inline(graph, node, copies[node.all_input_nodes[0]], inside[node], number)
+            given = copies[node.all_input_nodes[0]] if node.all_input_nodes else None
+            copies[node] = _inline(graph, node, given, inside[node], number)
         elif node.target is operator.getitem and node.args[0] in inside:
             copies[node] = copies[node.args[0]]  # attention returns (result, None)
         else:
@@ -143,16 +186,18 @@ def _replaced(segment: fx.GraphModule, inside: dict[fx.Node, _Inside]) -> fx.Gra
     return eval_module(root, graph)
 
 
-def _inline(graph: fx.Graph, node: fx.Node, source: fx.Node, inside: _Inside, number: int) -> fx.Node:
-    """Append the operations of a leaf to a graph; returns the node of its result."""
-    given, *parts, output = inside.graph.nodes
-    copies = {given: source}
+def _inline(graph: fx.Graph, node: fx.Node, source: fx.Node | None, inside: _Inside, number: int) -> fx.Node:
+    """Append the operations of a leaf to a graph; returns the node of its result. One without input is a constant."""
+    *parts, output = inside.graph.nodes
+    given = None if source is None else parts.pop(0)
+    copies = {} if given is None or source is None else {given: source}
     for part in parts:
         own = part.op in ("get_attr", "call_module")
         target = f"{node.target}.{part.target}" if own else part.target
         args, kwargs = map_arg(part.args, copies.__getitem__), map_arg(part.kwargs, copies.__getitem__)
         copies[part] = graph.create_node(part.op, target, args, kwargs, name=f"{node.name}_{part.name}")
-        copies[part].meta["pnc"] = _placed(info(part), given, source, node, number)
+        facts = info(part)
+        copies[part].meta["pnc"] = facts if given is None else _placed(facts, given, copies[given], node, number)
     result = output.args[0]
     assert isinstance(result, fx.Node)
     return copies[result]

@@ -177,7 +177,7 @@ def clone(
     refine: Annotated[bool, typer.Option(help="Tune the adapter by gradient if that helps; takes minutes.")] = False,
     name: Annotated[str | None, typer.Option(help="Name of the clone; by default made from its classes.")] = None,
     kind: Annotated[
-        clone_file.FileKind, typer.Option(help="thin: without the source's weights; full: with them.")
+        clone_file.FileKind, typer.Option(help="thin: needs the source to load; full: larger, loads without it.")
     ] = "thin",
     memory: Memory = MEMORY / GIB,
     precision: Annotated[

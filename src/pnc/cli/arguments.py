@@ -255,7 +255,7 @@ class CompositeOptions:
 
     Attributes:
         clones: Files, in the order of their logits.
-        sources: One network for all clones, or one for each.
+        sources: One network for all clones, or one for each; none if all files are full.
         target: The network that they were made for.
     """
 
@@ -293,6 +293,9 @@ def attach_clones(asked: CompositeOptions, clones: Sequence[CloneFacts], images:
     models: dict[ModelOptions, LoadedModel] = {}
     loaded = []
     for facts, options in zip(clones, _one_each(asked.sources, len(clones)), strict=True):
+        if options is None:
+            loaded.append(clone_file.load(facts.path))
+            continue
         if options not in models:
             # The source's class names are not used; only their number must match its outputs.
             models[options] = load_network(options, input_shape=facts.input_shape)
@@ -307,7 +310,9 @@ def attach_clones(asked: CompositeOptions, clones: Sequence[CloneFacts], images:
     return net
 
 
-def _one_each(sources: Sequence[ModelOptions], number: int) -> Sequence[ModelOptions]:
+def _one_each(sources: Sequence[ModelOptions], number: int) -> Sequence[ModelOptions | None]:
+    if not sources:
+        return [None] * number
     if len(sources) not in (1, number):
         raise InputError(f"source: give one for all {number} clones or one for each; got {len(sources)}")
     return sources if len(sources) == number else list(sources) * number

@@ -41,7 +41,6 @@ from pnc.method.calibration import calibrate
 
 def calibrate_clones(
     clones: Annotated[list[Path], typer.Argument(help="Clone files: all that will be attached together.")],
-    source: Sources,
     target: Target,
     data: Data,
     out: Annotated[
@@ -51,6 +50,7 @@ def calibrate_clones(
     background: Annotated[
         str | None, typer.Option(help="Unlabelled images that the target is used on: in the forms of --data.")
     ] = None,
+    source: Sources = None,
     source_weights: SourceWeights = None,
     target_weights: TargetWeights = None,
     source_classes: SourceNames = None,
@@ -65,7 +65,7 @@ def calibrate_clones(
     Fits a scale and offsets of each clone, all clones together, on a few images of all classes, and writes a new file
     for each. Takes seconds. Repeat it after adding or removing a clone: it always starts from the uncalibrated clones.
     """
-    networks = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    networks = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source or ()]
     asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes, device))
     outputs = _outputs(out, clones)
     data_files = [data_file(spec) for spec in (data, background) if spec is not None]

@@ -43,9 +43,9 @@ from pnc.foundation.errors import FileFormatError, InputError
 
 def evaluate_clones(
     clones: Annotated[list[Path], typer.Argument(help="Clone files to attach, one or more.")],
-    source: Sources,
     target: Target,
     data: Data,
+    source: Sources = None,
     source_weights: SourceWeights = None,
     target_weights: TargetWeights = None,
     source_classes: SourceNames = None,
@@ -58,7 +58,7 @@ def evaluate_clones(
 
     Shows accuracy on base and new classes, and how far predictions moved from the target's.
     """
-    networks = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    networks = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source or ()]
     asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes, device))
     check_outputs({"json": json_path}, [*asked.files, data_file(data)])
     known = asked.read()
@@ -79,8 +79,8 @@ def predict_images(
         ),
     ],
     clones: Annotated[list[Path], typer.Option("--clone", help="Clone file to attach; may be repeated.")],
-    source: Sources,
     target: Target,
+    source: Sources = None,
     source_weights: SourceWeights = None,
     target_weights: TargetWeights = None,
     source_classes: SourceNames = None,
@@ -90,7 +90,7 @@ def predict_images(
     json_path: Json = None,
 ) -> None:
     """Classify images with clones attached; --json also says which clone answered."""
-    networks = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    networks = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source or ()]
     asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes, device))
     with image_files(images) as files:
         check_outputs({"json": json_path}, [*files, *asked.files])
@@ -129,7 +129,7 @@ def verify_clone(
     file: Annotated[Path, typer.Argument(help="Clone file.")],
     target: Target,
     source: Annotated[
-        str | None, typer.Option(help="Network that the clone was made from; without it the clone is not attached.")
+        str | None, typer.Option(help="Network that the clone was made from; without it only a full file is attached.")
     ] = None,
     source_weights: SourceWeights = None,
     target_weights: TargetWeights = None,

@@ -32,13 +32,13 @@ from pnc.composite.program_files import BATCH_SIZES
 
 def export_clones(
     clones: Annotated[list[Path], typer.Argument(help="Clone files to attach, one or more.")],
-    source: Sources,
     target: Target,
     out: Annotated[Path, typer.Option(help="File to write, .onnx or .pt2; with --split, a folder.")],
     split: Annotated[
         bool,
         typer.Option("--split", help="Write trunk.onnx and one file per clone, to attach and detach in onnxruntime."),
     ] = False,
+    source: Sources = None,
     source_weights: SourceWeights = None,
     target_weights: TargetWeights = None,
     source_classes: SourceNames = None,
@@ -50,7 +50,7 @@ def export_clones(
 
     The export is run and compared with the composite first; if it differs by more than rounding, nothing is written.
     """
-    networks = [ModelOptions("source", spec, source_weights, source_classes) for spec in source]
+    networks = [ModelOptions("source", spec, source_weights, source_classes) for spec in source or ()]
     asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes))
     check_outputs({"json": json_path} if split else {"out": out, "json": json_path}, asked.files)
     (check_export_folder if split else check_export_path)(out, "out")

@@ -25,7 +25,10 @@ Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, 
 Source = Annotated[
     str, typer.Option(help="Network that knows the new classes: a file of `pnc pretrain`, timm:..., hf:..., ...")
 ]
-Sources = Annotated[list[str], typer.Option("--source", help="Source of each clone, in order, or one for all.")]
+Sources = Annotated[
+    list[str] | None,
+    typer.Option("--source", help="Source of each clone, in order, or one for all; full files load without."),
+]
 Target = Annotated[
     str, typer.Option(help="Network that receives the new classes: a file of `pnc pretrain`, timm:..., hf:..., ...")
 ]

@@ -105,7 +105,8 @@ def show_clone(facts: CloneFacts) -> None:
     known = facts.all
     cuts = known["position"]["target"], known["position"]["source"]
     lines = clone_lines(known["name"], known["classes"], known["base_classes"], cuts, known["recipe"])
-    show_facts({**lines, "file": f"{known['kind']}, format {known['version']}, {known['n_bytes']:,} bytes"})
+    needs = "needs the source to load" if known["needs_source"] else "loads without the source"
+    show_facts({**lines, "file": f"{known['kind']}, {needs}, format {known['version']}, {known['n_bytes']:,} bytes"})
     if "front" in known["recipe"]:
         show_front(known["recipe"])
 

@@ -35,11 +35,11 @@ from pnc.report.page import check_page_path, check_report, write_report
 
 def report_clones(
     clones: Annotated[list[Path], typer.Argument(help="Clone files to attach, one or more.")],
-    source: Sources,
     target: Target,
     data: Data,
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML page to write.")] = Path("report.html"),
     png: Annotated[Path | None, typer.Option(help="Folder to write the pictures to as PNG files too.")] = None,
+    source: Sources = None,
     source_weights: SourceWeights = None,
     target_weights: TargetWeights = None,
     source_classes: SourceNames = None,
@@ -55,7 +55,7 @@ def report_clones(
     """
     check_report()
     check_page_path(out, "out")
-    networks = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source]
+    networks = [ModelOptions("source", spec, source_weights, source_classes, device) for spec in source or ()]
     asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes, device))
     check_outputs({"out": out, "json": json_path}, [*asked.files, data_file(data)])
     if png is not None and not png.is_dir():

@@ -1,4 +1,4 @@
-"""A clone's branch rebuilt from the tensors of its file and a recorded source."""
+"""A clone's branch rebuilt from its file and, unless the file holds the structure of the part, a recorded source."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,9 @@ from pnc.clones.branch import Branch
 from pnc.clones.deltas import Deltas, check_fit, merge
 from pnc.clones.heads import DiscriminantHead, Head, SourceHead, StackedHead
 from pnc.clones.manifest import FileKind, Manifest
-from pnc.foundation.errors import FileFormatError, MismatchError
+from pnc.clones.part_structure import FAILURES, dry_run, empty_part, fill, first_dtype, misfit
+from pnc.foundation.errors import FileFormatError, InputError, MismatchError
+from pnc.foundation.network_state import undisturbed
 from pnc.foundation.tensor_bits import dtype_name
 from pnc.graph.classifier import find_head
 from pnc.graph.cut_points import CutPoint, cut_points, extract
@@ -23,7 +25,7 @@ from pnc.graph.dry_run import shapes_without_values
 from pnc.graph.recording import Recording
 
 STATISTICS = ("running_mean", "running_var")
-ADAPTER, HEAD, BODY, CALIBRATION, MASKS = "adapter.", "head.", "body.", "calibration.", "masks"
+ADAPTER, HEAD, BODY, HIDDEN, CALIBRATION, MASKS = "adapter.", "head.", "body.", "hidden.", "calibration.", "masks"
 """How the names of a file's tensors begin."""
 RIVALS = f"{CALIBRATION}rivals"
 _LARGE_IMAGE = 1 << 18
@@ -133,7 +135,7 @@ def rebuilt_body(
     masks = None
     if MASKS in tensors:
         spaces = channel_spaces(segment)
-        masks = ChannelMasks.from_bytes(tensors[MASKS].numpy().tobytes(), spaces)
+        masks = ChannelMasks.from_bytes(tensors[MASKS].numpy().tobytes(), spaces.sizes)
         body: nn.Module = compact(segment, spaces, masks)
     else:
         body = own_copy(segment)
@@ -153,6 +155,67 @@ def rebuilt_body(
             )
         state[name].copy_(tensor)
     return body, masks, features
+
+
+def check_stored_body(path: str | Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    """Build the part that a file describes from tensors on the meta device, and try it: nothing takes memory.
+
+    Raises:
+        FileFormatError: the tensors do not fit the structure, or an operation cannot run.
+    """
+    assert manifest.part is not None
+    own = _own_tensors(tensors)
+    try:
+        part = empty_part(manifest.part)
+    except FAILURES as error:
+        raise FileFormatError(f"{path} is damaged: its part cannot be built: {_first_line(error)}") from error
+    reason = misfit(manifest.part, part, own)
+    if reason is None:
+        fill(part, own)
+        reason = dry_run(part, manifest.source_cut.shape, manifest.part.features.shape)
+    if reason is not None:
+        raise FileFormatError(f"{path} is damaged: {reason}")
+
+
+def stored_body(
+    path: str | Path, manifest: Manifest, tensors: Mapping[str, Tensor], deltas: Deltas | None
+) -> tuple[nn.Module, ChannelMasks | None, CutPoint]:
+    """Rebuild the source's part from what its file holds, without the source.
+
+    Raises:
+        InputError: the file does not hold the part.
+        MismatchError, FileFormatError: masks or deltas do not fit it, or it cannot run.
+    """
+    if manifest.part is None:
+        why = "a thin file, which leaves the source's weights in the source"
+        way_out = "give the network that it was made from, or load a file saved with kind='full'"
+        if manifest.kind == "full":
+            why = "a full file without the structure of the source's part"
+            way_out = "give a network of the source's architecture"
+        raise InputError(f"source: {path} is {why}; {way_out}")
+    body = empty_part(manifest.part)
+    fill(body, _own_tensors(tensors))
+    try:
+        with undisturbed(), torch.no_grad():
+            body(torch.zeros(1, *manifest.source_cut.shape, dtype=first_dtype(body)))
+    except FAILURES as error:
+        raise FileFormatError(f"{path} is damaged: its part cannot run: {_first_line(error)}") from error
+    masks = None
+    if MASKS in tensors:
+        masks = ChannelMasks.from_bytes(tensors[MASKS].numpy().tobytes(), manifest.part.spaces)
+    if deltas is not None:
+        check_fit(body, deltas, str(path))
+    return body, masks, manifest.part.features
+
+
+def _own_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the source's part by their names in it."""
+    named = ((name.partition("."), tensor) for name, tensor in tensors.items())
+    return {name: tensor for (prefix, dot, name), tensor in named if prefix + dot in (BODY, HIDDEN)}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def body_names(state: Mapping[str, Tensor], kind: FileKind, changed: bool) -> list[str]:

@@ -1,41 +1,49 @@
 """Clone files: safetensors of a few kilobytes with what was fitted, and the fingerprints of both networks.
 
 A `thin` file leaves out the source's weights; loading it takes them from the source, which must have the recorded
-fingerprint. A `full` file includes the kept weights; loading it needs only a network of the source's architecture.
+fingerprint. A `full` file includes the kept weights and the structure of the source's part; no source is needed.
 """
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, fx, nn
 
+from pnc.channels.channel_masks import ChannelMasks
 from pnc.clones.adapter import Stitched
 from pnc.clones.branch_rebuilding import (
     BODY,
     CALIBRATION,
     HEAD,
+    HIDDEN,
     MASKS,
     body_names,
     check_head,
     check_image_size,
+    check_stored_body,
     described,
     empty_branch,
     fitted_tensors,
     rebuilt_adapter,
     rebuilt_body,
+    stored_body,
 )
 from pnc.clones.clone import Clone, check_file_name
 from pnc.clones.deltas import DTYPES, deltas_in
-from pnc.clones.manifest import FileKind, Manifest, read_manifest
+from pnc.clones.manifest import PART_VERSION, FileKind, Manifest, read_manifest
+from pnc.clones.part_description import describe_part
+from pnc.clones.part_structure import PartStructure
 from pnc.foundation.argument_checks import check_module
 from pnc.foundation.errors import FileFormatError, InputError, MismatchError, PNCWarning
 from pnc.foundation.fingerprints import fingerprint, first_difference
 from pnc.foundation.network_state import images_for
 from pnc.foundation.tensor_bits import dtype_name
 from pnc.foundation.tensor_files import DIGEST_KEY, read_sealed, write_tensors
+from pnc.graph.cut_points import CutPoint
 from pnc.graph.forward_prints import ForwardPrint, forward_difference, forward_print
 from pnc.graph.recording import record
 
@@ -50,7 +58,9 @@ def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
     Args:
         clone: The clone.
         path: Where to write it; an existing file is replaced.
-        kind: "thin" leaves out the weights that the source has; "full" includes them.
+        kind: "thin" leaves out the weights that the source has; "full" includes them, and the structure of the source's
+            part, so that it loads without the source. If the part cannot be rebuilt from data alone, such as a layer
+            with code of its own, a warning says why, and loading needs a network of the source's architecture.
     Returns:
         The size of the file in bytes.
     Raises:
@@ -71,10 +81,12 @@ def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
     if clone.deltas is not None:
         tensors |= {f"{_DELTAS}{name}": tensor for name, tensor in clone.deltas.tensors.items()}
     tensors |= {f"{BODY}{name}": tensor for name, tensor in _body_tensors(clone, kind).items()}
+    part, hidden = _structure(clone) if kind == "full" else (None, {})
+    tensors |= {f"{HIDDEN}{name}": tensor for name, tensor in hidden.items()}
     broken = _not_finite(tensors)
     if broken:
         raise InputError(f"clone: {broken} holds values that are not finite and could not be loaded; clone again")
-    write_tensors(path, tensors, _manifest(clone, kind).facts())
+    write_tensors(path, tensors, _manifest(clone, kind, part).facts())
     return Path(path).stat().st_size
 
 
@@ -89,12 +101,27 @@ def _body_tensors(clone: Clone, kind: FileKind) -> dict[str, Tensor]:
     return {name: state[name] for name in body_names(state, kind, clone.masks is not None or clone.deltas is not None)}
 
 
+def _structure(clone: Clone) -> tuple[PartStructure | None, dict[str, Tensor]]:
+    """The structure of the clone's part with the tensors that its state dict lacks; warns if it cannot be described."""
+    stitched = clone.branch.stitched
+    sizes = {} if clone.masks is None else clone.masks.sizes
+    try:
+        return describe_part(cast(fx.GraphModule, stitched.body), clone.source_cut, stitched.features, sizes)
+    except InputError as error:
+        warnings.warn(
+            f"{error}: the file holds all weights, but loading it needs a network of the source's architecture",
+            PNCWarning,
+            stacklevel=3,
+        )
+        return None, {}
+
+
 def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     wrong = (n for n, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all()))
     return next(wrong, None)
 
 
-def _manifest(clone: Clone, kind: FileKind) -> Manifest:
+def _manifest(clone: Clone, kind: FileKind, part: PartStructure | None) -> Manifest:
     return Manifest(
         kind=kind,
         name=clone.name,
@@ -111,6 +138,8 @@ def _manifest(clone: Clone, kind: FileKind) -> Manifest:
         recipe=clone.recipe,
         source_forward=clone.source_forward,
         target_forward=clone.target_forward,
+        part=part,
+        version=PART_VERSION - (part is None),
     )
 
 
@@ -118,7 +147,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """Read a clone file's metadata, without any network; checks all that can be checked without one.
 
     Returns:
-        The metadata as plain values, with `n_bytes` (size of the file) and `n_values` (numbers in its tensors).
+        The metadata as plain values, with `n_bytes` (size of the file), `n_values` (numbers in its tensors) and
+        `needs_source` in place of the structure of the source's part.
     Raises:
         FileFormatError: the file is damaged, not a clone file, or has a newer version of the format.
 
@@ -127,7 +157,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     ['cat', 'dog']
     """
     tensors, manifest = read_clone_file(path)
-    facts = manifest.facts()
+    facts = replace(manifest, part=None, version=PART_VERSION - 1).facts()
+    facts |= {"version": manifest.version, "needs_source": manifest.part is None}
     facts["n_bytes"] = Path(path).stat().st_size
     facts["n_values"] = sum(tensor.numel() for tensor in tensors.values())
     return facts
@@ -136,7 +167,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
 def load(
     path: str | Path,
     *,
-    source: nn.Module,
+    source: nn.Module | None = None,
     allow_mismatch: bool = False,
     input_shape: Sequence[int] | None = None,
 ) -> Clone:
@@ -145,25 +176,31 @@ def load(
     Args:
         path: A file that `save` wrote.
         source: The network that the clone was made from; for a full file, any network of the same architecture. It is
-            not changed; the clone gets its own copies of the weights that it needs.
+            not changed; the clone gets its own copies of the weights that it needs. A full file does not need it,
+            unless `save` warned that it would; `pnc.inspect(path)["needs_source"]` tells.
         allow_mismatch: Accept another source too, such as a fine-tuned one, if the file's tensors fit it. The held-out
             scores say nothing about such a clone.
         input_shape: (C, H, W) of your images. A file for other images is refused at once. Without it, the source is
             recorded on images of the size in the file, up to 2^24 values: give it for files that you do not trust.
     Raises:
         FileFormatError: the file is damaged, not a clone file, or has a newer version of the format.
+        InputError: the file needs a source, and none is given.
         MismatchError: `source` is not the network that the file was made from; with `allow_mismatch`, the file's
             tensors do not fit it.
         RecordingError: `source` cannot be recorded.
 
-    >>> _ = pnc.save(clone, "pets.safetensors")
-    >>> pnc.attach(target, pnc.load("pets.safetensors", source=source)).clones
+    >>> _ = pnc.save(clone, "pets.safetensors", kind="full")
+    >>> pnc.attach(target, pnc.load("pets.safetensors")).clones
     ('cat+dog',)
     """
-    check_module(source, "source")
+    if source is not None:
+        check_module(source, "source")
     tensors, manifest = read_clone_file(path)
     if input_shape is not None and tuple(input_shape) != manifest.input_shape:
         raise MismatchError(f"{path} is for images {manifest.input_shape}, not {tuple(input_shape)}; use another file")
+    if source is None:
+        stored = stored_body(path, manifest, tensors, deltas_in(tensors, _DELTAS))
+        return _clone(path, manifest, tensors, stored)
     difference = first_difference(source, manifest.source, structure_only=manifest.kind == "full")
     if difference is not None and not allow_mismatch:
         raise MismatchError(
@@ -175,27 +212,39 @@ def load(
     forward = forward_print(source, recording)
     if not allow_mismatch:
         _check_forward(path, manifest, forward)
-    deltas = deltas_in(tensors, _DELTAS)
-    body, masks, features = rebuilt_body(path, recording, manifest, tensors, deltas)
+    clone = _clone(
+        path, manifest, tensors, rebuilt_body(path, recording, manifest, tensors, deltas_in(tensors, _DELTAS))
+    )
+    is_other = difference is not None and manifest.kind == "thin"  # then the clone holds this source's weights
+    return replace(clone, source=fingerprint(source), source_forward=forward) if is_other else clone
+
+
+def _clone(
+    path: str | Path,
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    rebuilt: tuple[nn.Module, ChannelMasks | None, CutPoint],
+) -> Clone:
+    """The clone from the content of its file and the rebuilt part of the source."""
+    body, masks, features = rebuilt
     branch = empty_branch(path, manifest, tensors, Stitched(rebuilt_adapter(manifest, tensors), body, features)).cpu()
     for name, tensor in fitted_tensors(branch).items():
         if name in tensors:
             tensor.copy_(tensors[name])
     check_head(path, branch, manifest)
-    is_other = difference is not None and manifest.kind == "thin"  # then the clone holds this source's weights
     return Clone(
         name=manifest.name,
         classes=manifest.classes,
         base_classes=manifest.base_classes,
         branch=branch,
         masks=masks,
-        deltas=deltas,
-        source=fingerprint(source) if is_other else manifest.source,
+        deltas=deltas_in(tensors, _DELTAS),
+        source=manifest.source,
         target=manifest.target,
         input_shape=manifest.input_shape,
         target_features=manifest.target_features,
         recipe=manifest.recipe,
-        source_forward=forward if is_other else manifest.source_forward,
+        source_forward=manifest.source_forward,
         target_forward=manifest.target_forward,
     )
 
@@ -256,8 +305,10 @@ def _checked_shapes(path: str | Path, tensors: Mapping[str, Tensor], facts: Mapp
         optional = name.startswith(CALIBRATION) or not expected[name].numel()
         if name not in tensors and not optional:
             raise FileFormatError(f"{path} is damaged: the tensor {name!r} is missing")
+    if manifest.part is not None:
+        check_stored_body(path, manifest, tensors)
     for name, tensor in tensors.items():
-        if name.startswith(BODY):
+        if name.startswith(BODY) or (name.startswith(HIDDEN) and manifest.part is not None):
             continue
         if name == MASKS:
             wanted: tuple[Any, Any] = torch.uint8, tensor.shape[:1]

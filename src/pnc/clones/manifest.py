@@ -7,26 +7,31 @@ numbers, and fields that must agree.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, Literal, Never, cast, get_args
 
+from pnc.clones.cut_facts import cut_facts, read_cut
 from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead
+from pnc.clones.metadata_object import Fail, MetadataObject
+from pnc.clones.part_structure import PART_KEYS, PartStructure, read_structure
 from pnc.data.image_store import MAX_IMAGE
-from pnc.foundation.class_names import MAX_TEXT, is_name
+from pnc.foundation.class_names import is_name
 from pnc.foundation.errors import FileFormatError, InputError
 from pnc.foundation.fingerprints import Fingerprint
 from pnc.graph.cut_points import CutPoint
 from pnc.graph.forward_prints import N_ANSWERS, N_IMAGES, ForwardPrint
 
 FORMAT = "pnc-clone"
-VERSION = 2
-"""Version of the files that are written; earlier versions can be read."""
+VERSION = 3
+"""Latest version; earlier ones can be read."""
+PART_VERSION = 3
+"""Version of files that hold the structure of the source's part; all others are written as the version before."""
 FileKind = Literal["thin", "full"]
 
-_MAX_SIZE, _MAX_COUNT = 1 << 20, 1 << 62
+_MAX_COUNT = 1 << 62
 _HEADS = (StackedHead.kind, SourceHead.kind, DiscriminantHead.kind)
 _KEYS = (
     "base_classes",
@@ -44,8 +49,6 @@ _KEYS = (
 _RECIPE_DEPTH = 4
 _ENTRY, _HEX_DIGITS = 16, frozenset("0123456789abcdef")
 _OPERATION, _MAX_ANSWER = re.compile(r"\w{1,100}:[0-9a-f]{4}", re.ASCII), 1e39
-_DIMS = {"vector": (1,), "tokens": (1, 2), "map": (1, 3)}
-"""Possible channel dims of each kind of cut, counting the batch dim."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Manifest:
     recipe: Mapping[str, Any]
     source_forward: ForwardPrint | None = None
     target_forward: ForwardPrint | None = None
-    version: int = VERSION
+    part: PartStructure | None = None
+    version: int = PART_VERSION - 1
 
     def facts(self) -> dict[str, Any]:
         """Return the metadata as JSON values.
@@ -83,9 +87,9 @@ class Manifest:
             "classes": list(self.classes),
             "base_classes": list(self.base_classes),
             "position": {
-                "target": _cut_facts(self.target_cut),
-                "source": _cut_facts(self.source_cut),
-                "target_features": _cut_facts(self.target_features),
+                "target": cut_facts(self.target_cut),
+                "source": cut_facts(self.source_cut),
+                "target_features": cut_facts(self.target_features),
                 "rectify": self.rectify,
             },
             "head": self.head,
@@ -93,6 +97,8 @@ class Manifest:
             "target": _network_facts(self.target, self.input_shape, self.target_forward),
             "recipe": dict(self.recipe),
         }
+        if self.part is not None:
+            facts["part"] = self.part.facts()
         _parsed(facts, _cannot_be_saved)
         return facts
 
@@ -127,10 +133,6 @@ def _cannot_be_saved(reason: str) -> Never:
     raise InputError(f"clone: {reason}, so it cannot be saved; make the clone with other names")
 
 
-def _cut_facts(cut: CutPoint) -> dict[str, Any]:
-    return {**dataclasses.asdict(cut), "shape": list(cut.shape)}
-
-
 def _network_facts(found: Fingerprint, input_shape: Sequence[int], forward: ForwardPrint | None) -> dict[str, Any]:
     facts = {**dataclasses.asdict(found), "tensors": "".join(found.tensors), "input_shape": list(input_shape)}
     if forward is not None:
@@ -139,12 +141,14 @@ def _network_facts(found: Fingerprint, input_shape: Sequence[int], forward: Forw
     return facts
 
 
-Fail = Callable[[str], Never]
-
-
 def _parsed(facts: Any, fail: Fail) -> Manifest:
-    whole = _Object(facts, "", _KEYS, fail)
+    whole = MetadataObject(facts, "", _KEYS, fail, optional="part")
     version = whole.number("version", 1, VERSION, whole=True)
+    kind = cast(FileKind, whole.choice("kind", get_args(FileKind)))
+    if ("part" in whole.values) != (version == PART_VERSION):
+        fail(f"part is {'unknown' if 'part' in whole.values else 'missing'} in version {version}")
+    if version == PART_VERSION and kind != "full":
+        fail(f"kind: expected full, as in all files of version {version}, got {kind}")
     classes, base_classes = whole.names("classes"), whole.names("base_classes")
     if len({*classes, *base_classes}) < len(classes) + len(base_classes):
         fail("classes, base_classes: a name occurs twice")
@@ -155,13 +159,13 @@ def _parsed(facts: Any, fail: Fail) -> Manifest:
     if source.sizes("input_shape", 3) != shape or math.prod(shape) > MAX_IMAGE:
         fail(f"input_shape: source and target must take the same images, of {MAX_IMAGE} values at most")
     return Manifest(
-        kind=cast(FileKind, whole.choice("kind", get_args(FileKind))),
+        kind=kind,
         name=whole.text("name"),
         classes=classes,
         base_classes=base_classes,
-        target_cut=_cut(position, "target", fail),
-        source_cut=_cut(position, "source", fail),
-        target_features=_cut(position, "target_features", fail),
+        target_cut=read_cut(position, "target"),
+        source_cut=read_cut(position, "source"),
+        target_features=read_cut(position, "target_features"),
         rectify=position.flag("rectify"),
         head=whole.choice("head", _HEADS),
         source=_fingerprint(source),
@@ -169,6 +173,7 @@ def _parsed(facts: Any, fail: Fail) -> Manifest:
         input_shape=shape,
         recipe=_recipe(whole, fail),
         version=version,
+        part=read_structure(whole.object("part", PART_KEYS), fail) if "part" in whole.values else None,
         source_forward=_forward(source),
         target_forward=_forward(target),
     )
@@ -177,28 +182,7 @@ def _parsed(facts: Any, fail: Fail) -> Manifest:
 _NETWORKS = ("source", "target")
 
 
-def _cut(position: "_Object", key: str, fail: Fail) -> CutPoint:
-    facts = position.object(key, tuple(field.name for field in dataclasses.fields(CutPoint)))
-    kind = facts.choice("kind", tuple(_DIMS))
-    shape = facts.sizes("shape", {"vector": 1, "tokens": 2, "map": 3}[kind])
-    channel_dim = facts.number("channel_dim", 1, 3, whole=True)
-    if channel_dim not in _DIMS[kind] or math.prod(shape) > _MAX_COUNT:
-        fail(f"position.{key}: channel_dim {channel_dim} or shape {list(shape)} does not fit the kind {kind!r}")
-    n_tokens = shape[2 - channel_dim] if kind == "tokens" else 1
-    return CutPoint(
-        name=facts.text("name"),
-        index=facts.number("index", 0, _MAX_COUNT, whole=True),
-        scope=facts.text("scope", least=0),
-        kind=cast(Any, kind),
-        shape=shape,
-        channel_dim=channel_dim,
-        n_prefix_tokens=facts.number("n_prefix_tokens", 0, n_tokens - 1, whole=True),
-        n_macs=facts.number("n_macs", 0, _MAX_COUNT, whole=True),
-        n_params=facts.number("n_params", 0, _MAX_COUNT, whole=True),
-    )
-
-
-def _fingerprint(facts: "_Object") -> Fingerprint:
+def _fingerprint(facts: MetadataObject) -> Fingerprint:
     structure, weights, entries = (facts.get(key, str, "a text") for key in ("structure", "weights", "tensors"))
     for key, value, n_digits in (("structure", structure, 32), ("weights", weights, 32), ("tensors", entries, None)):
         if (len(value) % _ENTRY if n_digits is None else len(value) != n_digits) or not set(value) <= _HEX_DIGITS:
@@ -206,7 +190,7 @@ def _fingerprint(facts: "_Object") -> Fingerprint:
     return Fingerprint(structure, weights, tuple(entries[i : i + _ENTRY] for i in range(0, len(entries), _ENTRY)))
 
 
-def _forward(network: "_Object") -> ForwardPrint | None:
+def _forward(network: MetadataObject) -> ForwardPrint | None:
     """Read a network's forward print; files of earlier versions of pnc have none."""
     if "forward" not in network.values:
         return None
@@ -224,7 +208,7 @@ def _forward(network: "_Object") -> ForwardPrint | None:
     return ForwardPrint(tuple(operations.split(" ")) if operations else (), digest, tuple(map(float, answers)))
 
 
-def _recipe(whole: "_Object", fail: Fail) -> dict[str, Any]:
+def _recipe(whole: MetadataObject, fail: Fail) -> dict[str, Any]:
     """Read the recipe: what `pnc inspect` shows is required; other plain values are allowed."""
     facts = whole.object("recipe", None)
     for key, low, high in (("score", 0, 1), ("standard_error", 0, 1), ("macs_share", 0, 1e9), ("density", 0, 1)):
@@ -260,83 +244,3 @@ def _is_plain(value: Any, depth: int) -> bool:
     return value is None or (
         isinstance(value, int | float) and abs(value) <= (_MAX_COUNT if isinstance(value, float) else 2**63)
     )
-
-
-class _Object:
-    """An object of the metadata, read key by key: each value has the requested type, or `fail` raises the reason.
-
-    Args:
-        values: The value that should be an object.
-        label: Its own key, for messages; empty for the top level.
-        keys: The keys that it must have, and no others; None allows any.
-        fail: Raises the error.
-        optional: One more key that it may have.
-    """
-
-    def __init__(
-        self, values: Any, label: str, keys: Sequence[str] | None, fail: Fail, optional: str | None = None
-    ) -> None:
-        self.values, self._label, self._fail = values, label, fail
-        if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
-            fail(f"{label or 'all'}: expected an object, got {shortened(values)}")
-        for key in sorted(set(keys) ^ (values.keys() - {optional}) if keys is not None else ()):
-            fail(f"{self._full(key)[:MAX_TEXT]} is {'unknown' if key in values else 'missing'}")
-
-    def refuse(self, key: str, expected: str, got: Any) -> Never:
-        """Raise the error for a key: what was expected, what came."""
-        self._fail(f"{self._full(key)}: expected {expected}, got {shortened(got)}")
-
-    def _full(self, key: str) -> str:
-        return f"{self._label}.{key}" if self._label else key
-
-    def get(self, key: str, wanted: type, words: str) -> Any:
-        """Return the value at a key, which must have exactly this type; `words` name the type in the message."""
-        if type(self.values.get(key)) is not wanted:
-            self.refuse(key, words, self.values.get(key))
-        return self.values[key]
-
-    def object(self, key: str, keys: Sequence[str] | None, optional: str | None = None) -> "_Object":
-        """Return an object with exactly these keys, or any with None, and perhaps an optional one."""
-        return _Object(self.values.get(key), self._full(key), keys, self._fail, optional)
-
-    def flag(self, key: str) -> bool:
-        """Return true or false."""
-        return bool(self.get(key, bool, "true or false"))
-
-    def text(self, key: str, least: int = 1) -> str:
-        """Return a printable text of `least` to `MAX_TEXT` characters."""
-        value = str(self.get(key, str, "a text"))
-        if not (is_name(value) or (value == "" and least == 0)):
-            self.refuse(key, f"a printable text of {least} to {MAX_TEXT} characters", value)
-        return value
-
-    def names(self, key: str) -> tuple[str, ...]:
-        """Return at least one printable name, without duplicates."""
-        values = self.get(key, list, "a list of names")
-        wrong = [value for value in values if not is_name(value)]
-        if wrong:
-            self.refuse(key, f"printable names of 1 to {MAX_TEXT} characters", wrong[0])
-        if not values or len(set(values)) < len(values):
-            self.refuse(key, "at least one name, and no duplicates", values)
-        return tuple(values)
-
-    def choice(self, key: str, options: Sequence[str]) -> str:
-        """Return one of the options."""
-        value = self.values.get(key)
-        if not isinstance(value, str) or value not in options:
-            self.refuse(key, f"one of {', '.join(options)}", value)
-        return value
-
-    def number(self, key: str, low: float, high: float, whole: bool = False) -> Any:
-        """Return a number from `low` to `high`, both included."""
-        value = self.values.get(key)
-        if type(value) not in ((int,) if whole else (int, float)) or not low <= cast(float, value) <= high:
-            self.refuse(key, f"a {'whole ' if whole else ''}number from {low:g} to {high:g}", value)
-        return value
-
-    def sizes(self, key: str, length: int) -> tuple[int, ...]:
-        """Return a list of `length` sizes."""
-        values = self.get(key, list, "a list")
-        if len(values) != length or not all(type(size) is int and 1 <= size <= _MAX_SIZE for size in values):
-            self.refuse(key, f"{length} whole numbers from 1 to {_MAX_SIZE}", values)
-        return tuple(values)

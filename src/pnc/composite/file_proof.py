@@ -42,7 +42,7 @@ def prove(
     Args:
         path: The file.
         target: The network to attach the clone to; it does not change.
-        source: The network that the clone was made from; without it the clone is not attached.
+        source: The network that the clone was made from; without it only a file that needs no source is attached.
         base_classes: Names of the target's outputs, if its own file has them; the clone file must use the same.
     Returns:
         The checks, up to the first that failed.
@@ -61,6 +61,9 @@ def prove(
             return tuple(checks)
     is_full = manifest.kind == "full"
     for role, network, fingerprint in (("target", target, manifest.target), ("source", source, manifest.source)):
+        if network is None and manifest.part is not None:
+            checks.append(Check(role, True, "not needed: the file holds the structure and the weights of its part"))
+            continue
         if network is None:
             return (*checks, Check(role, True, "not given, so the clone was not attached"))
         other = first_difference(network, fingerprint, structure_only=role == "source" and is_full)
@@ -68,7 +71,6 @@ def prove(
         checks.append(Check(role, other is None, same if other is None else f"another network: {other}"))
         if other is not None:
             return tuple(checks)
-    assert source is not None
     before = snapshot(target, images_for(target, manifest.input_shape, max(PROBE_SIZES)))
     try:
         net = attach(target, load(path, source=source))

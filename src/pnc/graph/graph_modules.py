@@ -31,6 +31,19 @@ class RecordedModule(fx.GraphModule):
         ]
         return _rebuilt, (kept, nodes)
 
+    def __deepcopy__(self, memo: Any) -> fx.GraphModule:
+        copied: fx.GraphModule = super().__deepcopy__(memo)
+        keep_hidden(copied, self)
+        return copied
+
+
+def keep_hidden(module: nn.Module, original: nn.Module) -> None:
+    """Leave out of a module's state dict the buffers that `original`, from which it was made, leaves out of its own."""
+    for name, part in original.named_modules():
+        if part._non_persistent_buffers_set:
+            twin = module.get_submodule(name)
+            twin._non_persistent_buffers_set |= part._non_persistent_buffers_set & twin._buffers.keys()
+
 
 _KEPT = "training", "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"
 
@@ -92,4 +105,5 @@ def _rebuilt(kept: dict[str, Any], nodes: list[_Node]) -> RecordedModule:
     flags = {name: part.training for name, part in root.named_modules()}
     for name, part in module.named_modules():  # modules that only contain others are new
         part.training = flags[name]
+    keep_hidden(module, root)
     return module

@@ -9,12 +9,12 @@ from typing import Any
 from torch import nn
 
 from pnc.clones.clone import Clone
-from pnc.clones.clone_file import load, save
+from pnc.clones.clone_file import inspect, load, save
 from pnc.clones.manifest import FileKind
 from pnc.composite.evaluation import EvaluationReport
 from pnc.foundation.errors import InputError
 from pnc.foundation.file_writing import write_file
-from pnc.report.model_card import FILE, model_card
+from pnc.report.model_card import FILE, CardFacts, model_card
 
 
 def save_pretrained(
@@ -45,7 +45,7 @@ def save_pretrained(
     ('cat', 'dog')
     """
     _check(clone, evaluation, dataset)
-    card = model_card(clone, kind, Path(folder).name, base_models, licence, evaluation, dataset)
+    card = CardFacts(Path(folder).name, base_models, licence, evaluation, dataset)
     _write(clone, Path(folder), kind, card)
 
 
@@ -80,7 +80,7 @@ def push_to_hub(
     """
     _check(clone, evaluation, dataset)
     hub = _hub()
-    card = model_card(clone, kind, repository, base_models, licence, evaluation, dataset)
+    card = CardFacts(repository, base_models, licence, evaluation, dataset)
     with tempfile.TemporaryDirectory() as folder:
         _write(clone, Path(folder), kind, card)
         with _hub_errors(hub, repository):
@@ -94,7 +94,7 @@ def push_to_hub(
 def from_pretrained(
     name: str | Path,
     *,
-    source: nn.Module,
+    source: nn.Module | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> Clone:
@@ -135,13 +135,14 @@ def _check(clone: Clone, evaluation: EvaluationReport | None, dataset: str | Non
         raise InputError("dataset: evaluation needs the name of the images that were measured; give dataset=")
 
 
-def _write(clone: Clone, folder: Path, kind: FileKind, card: str) -> None:
+def _write(clone: Clone, folder: Path, kind: FileKind, card: CardFacts) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"folder: cannot create {folder}: {error.strerror}; choose another one") from error
     save(clone, folder / FILE, kind)
-    write_file(folder / "README.md", card)
+    needs_source = bool(inspect(folder / FILE)["needs_source"])
+    write_file(folder / "README.md", model_card(clone, kind, needs_source, card))
 
 
 def _hub() -> Any:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pnc.clones.clone import Clone
@@ -19,30 +20,38 @@ _MEASURES = {
 }
 
 
-def model_card(
-    clone: Clone,
-    kind: str,
-    repository: str,
-    base_models: Sequence[str] = (),
-    licence: str | None = None,
-    evaluation: EvaluationReport | None = None,
-    dataset: str | None = None,
-) -> str:
-    """Write the card of a clone.
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says besides the clone.
 
-    Args:
-        clone: The clone.
-        kind: "thin" or "full", the kind of its file.
+    Attributes:
         repository: The ID or folder to give to `from_pretrained` in the example.
         base_models: IDs of target and source on the hub, if they are there.
         licence: Identifier, such as "mit"; None omits it.
         evaluation: From `pnc.evaluate`.
         dataset: Name of the images that were measured.
     """
-    front = _front_matter(clone, base_models, licence, evaluation, dataset)
+
+    repository: str
+    base_models: Sequence[str] = ()
+    licence: str | None = None
+    evaluation: EvaluationReport | None = None
+    dataset: str | None = None
+
+
+def model_card(clone: Clone, kind: str, needs_source: bool, about: CardFacts) -> str:
+    """Write the card of a clone.
+
+    Args:
+        clone: The clone.
+        kind: "thin" or "full", the kind of its file.
+        needs_source: Whether loading its file needs the source.
+        about: What else the card says.
+    """
+    front = _front_matter(clone, about.base_models, about.licence, about.evaluation, about.dataset)
     lines = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items())
-    parts = [f"---\n{lines}\n---", *_text(clone, kind, repository, base_models), *_results(evaluation, dataset)]
-    return "\n\n".join(parts) + "\n"
+    text = _text(clone, kind, needs_source, about)
+    return "\n\n".join([f"---\n{lines}\n---", *text, *_results(about.evaluation, about.dataset)]) + "\n"
 
 
 def _front_matter(
@@ -77,10 +86,10 @@ def _front_matter(
     return facts
 
 
-def _text(clone: Clone, kind: str, repository: str, base_models: Sequence[str]) -> list[str]:
+def _text(clone: Clone, kind: str, needs_source: bool, about: CardFacts) -> list[str]:
     recipe = clone.recipe
     weights = "includes the weights of the source" if kind == "full" else "needs the weights of the source"
-    made_for = f" Made for {' and '.join(base_models)}." if base_models else ""
+    made_for = f" Made for {' and '.join(about.base_models)}." if about.base_models else ""
     facts: Mapping[str, str] = {
         "new classes": ", ".join(clone.classes),
         "base classes": ", ".join(clone.base_classes),
@@ -94,7 +103,8 @@ def _text(clone: Clone, kind: str, repository: str, base_models: Sequence[str]) 
         "source's fingerprint": clone.source.weights,
     }
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in facts.items())
-    call = f"pnc.from_pretrained({json.dumps(repository, ensure_ascii=False)}, source=source)"
+    given = ", source=source" if needs_source else ""
+    call = f"pnc.from_pretrained({json.dumps(about.repository, ensure_ascii=False)}{given})"
     return [
         f"# {_cell(clone.name)}",
         f"A clone of `pnc` (partial network cloning): it gives a trained classifier {len(clone.classes)} more "

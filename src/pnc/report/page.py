@@ -1,11 +1,12 @@
 """The report as one self-contained HTML page, without scripts, fonts or other files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pnc.clones.clone_file import inspect
 from pnc.composite.composite import Composite
 from pnc.composite.evaluation import uncalibrated_warning
 from pnc.foundation.errors import InputError
@@ -60,7 +61,9 @@ def write_report(
     if files and len(files) != len(facts.clones):
         raise InputError(f"files: expected one for each of {len(facts.clones)} enabled clones, got {len(files)}")
     pictures = _pictures(facts)
-    write_file(path, _rendered(facts, pictures, [Path(file).name for file in files]))
+    write_file(
+        path, _rendered(facts, pictures, {Path(file).name: bool(inspect(file)["needs_source"]) for file in files})
+    )
     if png is not None:
         Path(png).mkdir(exist_ok=True)
         for name, (draw, height, _) in pictures.items():
@@ -111,7 +114,7 @@ def _pictures(facts: Facts) -> dict[str, tuple[Draw, float, str]]:
     return found
 
 
-def _rendered(facts: Facts, pictures: dict[str, tuple[Draw, float, str]], files: Sequence[str]) -> str:
+def _rendered(facts: Facts, pictures: dict[str, tuple[Draw, float, str]], files: Mapping[str, bool]) -> str:
     import jinja2
     from markupsafe import Markup
 

@@ -78,7 +78,7 @@ def localize(
     seen = unscored(task) if hold_out else task
     kept = steps.get(_STEP)
     if kept is not None:
-        masks = ChannelMasks.from_bytes(kept["masks"].numpy().tobytes(), spaces)
+        masks = ChannelMasks.from_bytes(kept["masks"].numpy().tobytes(), spaces.sizes)
         modules = [compact(body, spaces, masks) for _ in range(1 if seen is task else 2)]
         for place, module in enumerate(modules):
             module.load_state_dict({name: kept[f"{place}.{name}"] for name in module.state_dict()})
