@@ -25,6 +25,7 @@ class Setting:
         n_base: Per base class.
         flip: Mirror images may be used, by all methods.
         n_test: Test images per class, if not all are used; a label of `test`, which is reduced already.
+        batch_size: Images that go through a network at a time when methods are measured.
         given: How the command line named the networks, for the results.
     """
 
@@ -37,6 +38,7 @@ class Setting:
     n_base: int | None
     flip: bool
     n_test: int | None = None
+    batch_size: int = 64
     given: Mapping[str, Any] = field(default_factory=dict)
 
     @property
