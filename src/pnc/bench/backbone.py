@@ -1,9 +1,8 @@
 """One backbone, two networks: a fine-tuned copy of a public network gains classes from that network itself."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,17 +16,18 @@ from pnc.bench.rivals.clone_variants import LAST, WHOLE
 from pnc.bench.rivals.rival import Budget, Fitted, Rival
 from pnc.bench.rivals.tuning import first_trained
 from pnc.bench.setting import Setting
-from pnc.composite.batched_logits import logits_of
 from pnc.composite.composite import attach
 from pnc.data.image_set import class_subset, relabel
+from pnc.foundation.errors import InputError
 from pnc.graph.cut_points import LOGITS, extract
 from pnc.method.pipeline import clone
 from pnc.method.settings import Effort
 from pnc.method.task import CloneTask, Progress, prepare_task
+from pnc.models.model_specs import LoadedModel
 
 KEYS = ("tuned", "support", "method", "seed")
 BUDGET = Budget(10, 30, 90, n_second=2, batch_size=32)
-CLONE, SECONDS = "clone", 'clone, effort="seconds"'
+CLONE, SECONDS = "clone", 'clone (effort="seconds")'
 MOST_MACS = {"head": 0.02, "last third": 0.4}
 """Multiply-accumulates that a clone may add, as a share of the source's."""
 WORDS = {
@@ -35,6 +35,7 @@ WORDS = {
     "last third": "The last third of the multiply-accumulates was trained",
     "all": "All layers were trained, at a low rate",
 }
+UNUSED = ("space", "trials", "curve")
 FIGURES = ("base_accuracy", "new_accuracy", "average_accuracy", "auroc", "leak", "added_macs_share", "bytes", "seconds")
 
 
@@ -103,50 +104,79 @@ METHODS: Mapping[str, Rival] = {
 STACKED = tuple(rival.name for rival in stacked_features.RIVALS)
 
 
-def bench(settings: Mapping[str, Setting], methods: Sequence[str], seeds: Sequence[int], facts: Row) -> Bench:
-    """Compare clones and rivals for each target.
+def bench(
+    networks: Callable[[str, Progress | None], Setting],
+    ways: Sequence[str],
+    support: str,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    facts: Row,
+) -> Bench:
+    """Compare clones and rivals for each way in which the target was fine-tuned.
 
     Args:
-        settings: The networks and images for each way in which the target was fine-tuned.
+        networks: Makes networks and images for one way; called once, and only if a row is missing.
+        ways: Names of these ways.
+        support: Images per new and per base class, as in the settings.
         methods: Names out of `METHODS`.
         seeds: Of the supports.
         facts: What rows depend on, as JSON values.
     """
-    runners = {tuned: compare.Runner(setting, BUDGET) for tuned, setting in settings.items()}
     wanted = [
-        {"tuned": tuned, "support": setting.support, "method": method, "seed": seed}
+        {"tuned": tuned, "support": support, "method": method, "seed": seed}
         for seed in seeds
-        for tuned, setting in settings.items()
+        for tuned in ways
         for method in methods
     ]
-
-    def make(cell: Row) -> Row:
-        setting = settings[cell["tuned"]]
-        found = runners[cell["tuned"]].measure(METHODS[cell["method"]], setting.new_classes, cell["seed"])
-        return {key: value for key, value in found.items() if key not in ("space", "trials", "curve")}
+    cases: dict[str, _Case] = {}
 
     def measure(cells: Cells, progress: Progress | None) -> Rows:
+        def make(cell: Row) -> Row:
+            tuned = cell["tuned"]
+            if tuned not in cases:
+                cases[tuned] = _Case(networks(tuned, progress))
+            return cases[tuned].row(cell["method"], cell["seed"])
+
         one_by_one(wanted, make)(cells, progress)
         return cells.rows  # of all supports that were measured so far
 
-    def all_facts(rows: Rows) -> dict[str, Any]:
-        return {**facts, "alone": alone, "rows": rows}
-
-    alone = {tuned: _alone(setting) for tuned, setting in settings.items()}
-    return Bench("backbone", KEYS, facts, measure, claims, partial(markdown, alone=alone), all_facts)
+    return Bench("backbone", KEYS, facts, measure, claims, markdown)
 
 
-def _alone(setting: Setting) -> dict[str, float]:
-    """Accuracy of the target on its own classes, and of the source on the new ones among all that it knows."""
-    found = {}
-    for role, model, names in (
-        ("target", setting.target, setting.target.classes),
-        ("source", setting.source, setting.new_classes),
-    ):
-        data = relabel(class_subset(setting.test, names), model.classes)
-        logits = logits_of(model.module, data.images, setting.batch_size)
-        found[role] = float((logits.argmax(1) == data.labels).double().mean())
-    return found
+class _Case:
+    """One target: the accuracies of both networks alone, and what methods share."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._new = tuple(name for name in setting.train.classes if name not in setting.target.classes)
+        self._runner = compare.Runner(setting, BUDGET)
+        self._alone = {
+            "target_alone": _accuracy(setting, setting.target, setting.target.classes),
+            "source_alone": _accuracy(setting, setting.source, self._new),
+        }
+
+    def row(self, method: str, seed: int) -> Row:
+        """Measure one method on one support."""
+        found = self._runner.measure(METHODS[method], self._new, seed)
+        return {**{key: value for key, value in found.items() if key not in UNUSED}, **self._alone}
+
+
+def _accuracy(setting: Setting, model: LoadedModel, names: Sequence[str]) -> float:
+    """Accuracy of a network alone on some of its classes, among all that it knows."""
+    data = relabel(class_subset(setting.test, names), model.classes)
+    return float((setting.logits(model.module, data.images).argmax(1) == data.labels).double().mean())
+
+
+def choose(text: str | None, known: Sequence[str], argument: str) -> list[str]:
+    """Read names, separated by commas; None gives all.
+
+    Raises:
+        InputError: a name is unknown, or there is none.
+    """
+    chosen = list(known) if text is None else [part.strip() for part in text.split(",") if part.strip()]
+    wrong = next((name for name in chosen if name not in known), None)
+    if wrong is not None or not chosen:
+        raise InputError(f"{argument}: expected some of {', '.join(known)}; got {wrong or text!r}")
+    return list(dict.fromkeys(chosen))
 
 
 def claims(rows: Rows) -> list[Claim]:
@@ -190,7 +220,7 @@ def _above(rows: Rows, method: str) -> list[float]:
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
-def markdown(rows: Rows, alone: Mapping[str, Mapping[str, float]]) -> str:
+def markdown(rows: Rows) -> str:
     """A table for each target and support, means over seeds."""
     lines = [
         "The source is EfficientNet-Lite0 with its public ImageNet weights (1,000 classes) at 128x128; the target is a "
@@ -211,14 +241,12 @@ def markdown(rows: Rows, alone: Mapping[str, Mapping[str, float]]) -> str:
             ]
             for method in methods
         ]
-        known = ""
-        if tuned in alone:
-            known = (
-                f": alone, the target classifies {alone[tuned]['target']:.3f} of its own test images correctly, the "
-                f"source {alone[tuned]['source']:.3f} of the new ones among its 1,000 classes"
-            )
-        lines += [f"## Tuned: {tuned}; support {support}", f"{WORDS.get(tuned, tuned)}{known}.", ""]
-        lines += [table(("method", "seeds", *FIGURES, "position"), shown)]
+        lines += [
+            f"## Tuned: {tuned}; support {support}",
+            f"{WORDS[tuned]}. Alone, the target classifies {here[0]['target_alone']:.3f} of the test images of its "
+            f"classes correctly, the source {here[0]['source_alone']:.3f} of the new ones among its 1,000 classes.",
+            table(("method", "seeds", *FIGURES, "position"), shown),
+        ]
     return "\n\n".join(lines)
 
 

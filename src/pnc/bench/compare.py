@@ -23,7 +23,6 @@ from pnc.bench.result_files import Cells, commit, environment
 from pnc.bench.rivals.rival import Budget, Fitted, Rival
 from pnc.bench.setting import Setting
 from pnc.clones.clone_file import save
-from pnc.composite.batched_logits import logits_of
 from pnc.composite.composite import Composite
 from pnc.composite.metrics import auroc, calibration_error, leak, measure_logits, shifted
 from pnc.data.image_set import ImageSet, images_as_float
@@ -145,7 +144,7 @@ class Runner:
     def _figures(self, fitted: Fitted, classes: tuple[str, ...]) -> dict[str, Any]:
         setting, module = self._setting, fitted.module
         test, target_logits = self._test(classes)
-        logits, n_base = logits_of(module, test.images, setting.batch_size), target_logits.shape[1]
+        logits, n_base = setting.logits(module, test.images), target_logits.shape[1]
         found = {
             **dataclasses.asdict(measure_logits(logits, test.labels, target_logits)),
             "calibration_error": calibration_error(logits, test.labels),
@@ -161,7 +160,7 @@ class Runner:
             clone = module.detach(module.clones[0])
             with TemporaryDirectory() as folder:
                 found["bytes"] = save(clone, f"{folder}/clone.safetensors")
-            some = logits_of(module, test.images[:_REMOVAL_IMAGES], setting.batch_size)
+            some = setting.logits(module, test.images[:_REMOVAL_IMAGES])
             removal = {"base_logits_equal": kept, "removed_equal": torch.equal(some, target_logits[:_REMOVAL_IMAGES])}
         else:
             found["bytes"] = new_bytes(module, setting.target.module, setting.source.module)
@@ -174,8 +173,7 @@ class Runner:
         """Test images of base classes and of some new ones, and the target's logits for them."""
         if classes not in self._tests:
             test = self._setting.test_images(classes)
-            logits = logits_of(self._setting.target.module, test.images, self._setting.batch_size)
-            self._tests[classes] = test, logits
+            self._tests[classes] = test, self._setting.logits(self._setting.target.module, test.images)
         return self._tests[classes]
 
     def _added_macs(self, module: nn.Module) -> int:
