@@ -63,13 +63,13 @@ def test_cells_hold_all_that_they_depend_on_and_are_made_once(folder: Path, monk
     assert 0 < rows["clone"]["added_macs_share"] < 1.1 and rows["clone"]["bytes"] > 10_000
     assert rows["direct ensemble"]["bytes"] == 0 < rows["fine-tuning with replay (head)"]["bytes"] < 10_000
 
-    monkeypatch.setattr(compare._Runner, "measure", None)
+    monkeypatch.setattr(compare.Runner, "measure", None)
     assert run(folder, "--support 20/5").exit_code == 0, "nothing is made again"
     monkeypatch.undo()
 
 
 def test_a_stopped_run_goes_on_and_methods_can_be_made_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measure, made = compare._Runner.measure, []
+    measure, made = compare.Runner.measure, []
 
     def stops(self: Any, rival: Any, classes: Any, seed: int) -> dict[str, Any]:
         if len(made) == 2:
@@ -78,10 +78,10 @@ def test_a_stopped_run_goes_on_and_methods_can_be_made_again(folder: Path, monke
         return measure(self, rival, classes, seed)
 
     methods = "direct ensemble,ensemble with temperatures,nearest mean"
-    monkeypatch.setattr(compare._Runner, "measure", stops)
+    monkeypatch.setattr(compare.Runner, "measure", stops)
     run(folder, "--support 20/5", methods)
     assert [row["method"] for row in rows_of(folder)] == made == methods.split(",")[:2]
-    monkeypatch.setattr(compare._Runner, "measure", measure)
+    monkeypatch.setattr(compare.Runner, "measure", measure)
     assert run(folder, "--support 20/5", methods).exit_code == 0
     assert [row["method"] for row in rows_of(folder)] == methods.split(",")
     first = rows_of(folder)[0]
@@ -91,7 +91,7 @@ def test_a_stopped_run_goes_on_and_methods_can_be_made_again(folder: Path, monke
     assert len(rows) == 3 and {row["method"] for row in rows} == set(methods.split(","))
     renewed = next(row for row in rows if row["method"] == "direct ensemble")
     assert renewed["average_accuracy"] == first["average_accuracy"] and renewed["seconds"] != first["seconds"]
-    monkeypatch.setattr(compare._Runner, "measure", None)
+    monkeypatch.setattr(compare.Runner, "measure", None)
     assert run(folder, "--support 20/5", methods, again="direct ensemble").exit_code == 0, "this commit made it"
     with pytest.raises(pnc.InputError, match="again: clone is not a method of this run"):
         run(folder, "--support 20/5", methods, again="clone")

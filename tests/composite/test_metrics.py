@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from pnc.composite.metrics import calibration_error, conditional_kl, leak, locality_kl, measure_logits, shifted
+from pnc.composite.metrics import auroc, calibration_error, conditional_kl, leak, locality_kl, measure_logits, shifted
 from pnc.foundation.errors import InputError
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -78,6 +78,15 @@ def test_confident_and_right_is_no_error_confident_and_wrong_is_the_largest():
     logits = 1000.0 * torch.eye(4)
     assert calibration_error(logits, torch.arange(4)) == 0
     assert calibration_error(logits, torch.tensor([1, 2, 3, 0])) == 1
+
+
+def test_the_auroc_of_old_against_new_agrees_with_scikit_learn_and_no_shift_changes_it():
+    logits = torch.cat([TARGET, NEW], 1)
+    odds = (logits[:, 3:].double().logsumexp(1) - logits[:, :3].double().logsumexp(1)).numpy()
+    assert auroc(logits, LABELS, 3) == pytest.approx(roc_auc_score((LABELS >= 3).numpy(), odds))
+    assert auroc(shifted(logits, 3, 5.0), LABELS, 3) == pytest.approx(auroc(logits, LABELS, 3))
+    same = torch.zeros(200, 5)
+    assert auroc(same, LABELS, 3) == 0.5
 
 
 def test_a_shift_moves_new_logits_against_base_ones_only():

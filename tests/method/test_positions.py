@@ -10,6 +10,7 @@ from digits import NEW, pair, support
 from pnc.clones.position_grids import pool
 from pnc.foundation.errors import InputError
 from pnc.graph.cut_points import extract
+from pnc.graph.shared_trunk import shared_cut
 from pnc.method.held_out import outcome_of, run_parts, source_body
 from pnc.method.positions import COST_STEP, shortlist
 
@@ -77,6 +78,8 @@ def test_a_trunk_that_both_networks_share_is_not_run_twice():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     shared = pnc.prepare_task(nets.source.module, target, support(), **names)
     scan = pnc.scan(shared)
+    assert scan.shared == scan.positions[0].source_cut.n_macs / shared.source.n_macs > 0.7
+    assert f"{scan.shared:.1%} of the source's MACs are not added" in str(scan)
     (deepest,) = (position for position in scan.positions if scan.adapter(position).adapter.is_identity)
     assert deepest.target_cut.name == deepest.source_cut.name and deepest.adapter_error == 0
     assert deepest.macs_share == max(position.macs_share for position in scan.positions) < 0.3
@@ -87,6 +90,34 @@ def test_a_trunk_that_both_networks_share_is_not_run_twice():
         features = clone.branch.stitched(trunk(support().images))
         expected = pool(teacher(support().images), shared.source.head.features)
     torch.testing.assert_close(features, expected)
+
+
+@pytest.mark.parametrize("n_kept", [2, 4, 6])
+def test_the_trunk_is_left_at_its_last_cut_even_among_few_cuts(n_kept, tmp_path):
+    """A clone adds only what comes after the layers that both networks share; with a new head alone, nothing."""
+    nets = pair()
+    target = copy.deepcopy(nets.source.module)
+    names = {"source_classes": NEW, "base_classes": nets.target.classes}
+    with torch.no_grad():
+        for parameter in list(target.parameters())[-n_kept:]:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    made = pnc.prepare_task(nets.source.module, target, support(), classes=NEW, **names)
+    recordings = made.target.recording, made.source.recording
+    scan = pnc.scan(made, max_cuts=2)
+    chosen = next(position for position in scan.positions if position.is_exact)
+    assert (chosen.target_cut, chosen.source_cut) == shared_cut(*recordings)
+    rest = made.source.head.features.n_macs - chosen.source_cut.n_macs
+    assert chosen.n_macs == rest == max(position.n_macs for position in scan.positions)
+    assert n_kept > 2 or rest == 0
+    path = tmp_path / "clone.safetensors"
+    pnc.save(pnc.fit(made, scan.adapter(chosen), name="new"), path)
+    net = pnc.attach(target, pnc.load(path, source=nets.source.module))
+    images = support().images
+    with torch.no_grad():
+        assert torch.equal(net(images)[:, :5], target(images))
+    assert pnc.clone(nets.source.module, target, support(), effort="seconds", **names).recipe["macs_share"] <= (
+        rest / made.source.n_macs
+    )
 
 
 def test_the_shortlist_takes_the_best_target_cut_for_each_source_cut_and_a_close_second():

@@ -23,9 +23,8 @@ from pnc.bench.result_files import Cells, commit, environment
 from pnc.bench.rivals.rival import Budget, Fitted, Rival
 from pnc.bench.setting import Setting
 from pnc.clones.clone_file import save
-from pnc.composite.batched_logits import logits_of
 from pnc.composite.composite import Composite
-from pnc.composite.metrics import calibration_error, leak, measure_logits, shifted
+from pnc.composite.metrics import auroc, calibration_error, leak, measure_logits, shifted
 from pnc.data.image_set import ImageSet, images_as_float
 from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import fingerprint
@@ -76,7 +75,7 @@ def measure(
         made_now = [row for row in cells.rows if row["commit"] == now and not str(now).endswith("+")]
         kept = {_key(row) for row in cells.rows if row["method"] not in again} | {_key(row) for row in made_now}
         missing = [one for one in wanted if _key(one[0]) not in kept]
-        runner = _Runner(setting, budget)
+        runner = Runner(setting, budget)
         where = {"budget": dataclasses.asdict(budget), "environment": environment(), "commit": now}
         for done, (cell, classes) in enumerate(missing):
             if progress is not None:
@@ -116,7 +115,7 @@ def _time_left(methods: Sequence[str], rows: Rows) -> str:
     return f", about {minutes:.0f} min left"
 
 
-class _Runner:
+class Runner:
     """Runs methods in one setting; computes once what does not depend on the method."""
 
     def __init__(self, setting: Setting, budget: Budget) -> None:
@@ -145,10 +144,11 @@ class _Runner:
     def _figures(self, fitted: Fitted, classes: tuple[str, ...]) -> dict[str, Any]:
         setting, module = self._setting, fitted.module
         test, target_logits = self._test(classes)
-        logits, n_base = logits_of(module, test.images), target_logits.shape[1]
+        logits, n_base = setting.logits(module, test.images), target_logits.shape[1]
         found = {
             **dataclasses.asdict(measure_logits(logits, test.labels, target_logits)),
             "calibration_error": calibration_error(logits, test.labels),
+            "auroc": auroc(logits, test.labels, n_base),
             "curve": curve(logits, test.labels, n_base),
             "added_macs_share": self._added_macs(module) / max(self._macs(setting.source.module), 1),
             "chosen": dict(fitted.chosen),
@@ -160,7 +160,7 @@ class _Runner:
             clone = module.detach(module.clones[0])
             with TemporaryDirectory() as folder:
                 found["bytes"] = save(clone, f"{folder}/clone.safetensors")
-            some = logits_of(module, test.images[:_REMOVAL_IMAGES])
+            some = setting.logits(module, test.images[:_REMOVAL_IMAGES])
             removal = {"base_logits_equal": kept, "removed_equal": torch.equal(some, target_logits[:_REMOVAL_IMAGES])}
         else:
             found["bytes"] = new_bytes(module, setting.target.module, setting.source.module)
@@ -173,7 +173,7 @@ class _Runner:
         """Test images of base classes and of some new ones, and the target's logits for them."""
         if classes not in self._tests:
             test = self._setting.test_images(classes)
-            self._tests[classes] = test, logits_of(self._setting.target.module, test.images)
+            self._tests[classes] = test, self._setting.logits(self._setting.target.module, test.images)
         return self._tests[classes]
 
     def _added_macs(self, module: nn.Module) -> int:

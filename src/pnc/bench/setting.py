@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from pnc.composite.batched_logits import logits_of
 from pnc.data.image_set import ImageSet, class_subset, relabel
 from pnc.data.support import Support, draw_support
 from pnc.models.model_specs import LoadedModel
@@ -25,6 +27,7 @@ class Setting:
         n_base: Per base class.
         flip: Mirror images may be used, by all methods.
         n_test: Test images per class, if not all are used; a label of `test`, which is reduced already.
+        batch_size: Images that go through a network at a time while a clone is made; at most, when it is measured.
         given: How the command line named the networks, for the results.
     """
 
@@ -37,6 +40,7 @@ class Setting:
     n_base: int | None
     flip: bool
     n_test: int | None = None
+    batch_size: int = 128
     given: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -73,7 +77,11 @@ class Setting:
     def arguments(self, classes: Sequence[str], seed: int) -> dict[str, Any]:
         """Arguments of `clone` and `prepare_task`, except networks and support."""
         names = {"classes": classes, "source_classes": self.source.classes, "base_classes": self.target.classes}
-        return {**names, "flip": self.flip, "seed": seed}
+        return {**names, "flip": self.flip, "seed": seed, "batch_size": self.batch_size}
+
+    def logits(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Run a network on images (N, C, H, W); return its logits (N, K) on the CPU."""
+        return logits_of(model, images, min(64, self.batch_size))
 
     def test_images(self, classes: Sequence[str]) -> ImageSet:
         """Test images of the base classes and of `classes`, labelled in this order."""

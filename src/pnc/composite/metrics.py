@@ -114,6 +114,22 @@ def calibration_error(logits: Tensor, labels: Tensor, n_bins: int = 15) -> float
     return float(gaps.abs().sum()) / len(labels)
 
 
+def auroc(logits: Tensor, labels: Tensor, n_base: int) -> float:
+    """How well the log-odds of new against base classes tell new samples from base ones, whatever the shift.
+
+    The probability that a new sample has higher log-odds than a base sample; equal ones count half.
+
+    Args:
+        logits: (N, K_base + K_new).
+        labels: (N,); at least one base and one new sample.
+        n_base: K_base.
+    """
+    odds = logits[:, n_base:].double().logsumexp(1) - logits[:, :n_base].double().logsumexp(1)
+    base, new = odds[labels < n_base].sort().values, odds[labels >= n_base]
+    below, not_above = (torch.searchsorted(base, new, right=right).double() for right in (False, True))
+    return _mean((below + not_above) / 2) / len(base)
+
+
 def shifted(logits: Tensor, n_base: int, shift: float) -> Tensor:
     """Logits (N, K_base + K_new) with `shift` added to the new ones; below 0 it favours base classes.
 

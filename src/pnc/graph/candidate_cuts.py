@@ -45,7 +45,7 @@ def gaps(recording: Recording) -> tuple[Gap, ...]:
     return tuple(sorted(found, key=lambda gap: -gap.share))
 
 
-def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...]:
+def candidate_cuts(recording: Recording, limit: int = 12, start: CutPoint | None = None) -> tuple[CutPoint, ...]:
     """The cut points worth trying, from the input to the deepest one before the head's features.
 
     Of cuts without multiply-accumulates between them (convolution, norm, activation, dropout, pooling to a smaller map)
@@ -53,6 +53,10 @@ def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...
     last tensor with more than one position and the pooled tensor, unless that is equivalent to the head's features. Of
     the remaining cuts, `limit` are chosen, spread evenly over the depth in MACs.
 
+    Args:
+        recording: The network.
+        limit: How many cuts at most, 2 or more.
+        start: The first cut, in place of the input; cuts before it, or of the same cost, are left out.
     Raises:
         InputError: `limit` is below 2, or the network's head is not found (`find_head`).
     """
@@ -60,9 +64,10 @@ def candidate_cuts(recording: Recording, limit: int = 12) -> tuple[CutPoint, ...
         raise InputError(f"limit: expected at least 2 (the input and the deepest cut), got {limit}")
     features = find_head(recording).features
     cuts = cut_points(recording)
-    chain_ends = [cuts[0]]
+    start = start or cuts[0]
+    chain_ends = [start]
     for n_macs, chain in itertools.groupby(cuts[1 : features.index], key=lambda cut: cut.n_macs):
-        if n_macs > 0:
+        if n_macs > start.n_macs:
             chain_ends.extend(_chain_ends(list(chain), is_last=n_macs == features.n_macs))
     return _spread(chain_ends, limit)
 
@@ -88,9 +93,9 @@ def _spread(cuts: Sequence[CutPoint], limit: int) -> tuple[CutPoint, ...]:
     if len(cuts) <= limit:
         return tuple(cuts)
     chosen = {0, len(cuts) - 1}
-    total = cuts[-1].n_macs
+    first, last = cuts[0].n_macs, cuts[-1].n_macs
     for step in range(1, limit - 1):
-        wanted = total * step / (limit - 1)
+        wanted = first + (last - first) * step / (limit - 1)
         free = [i for i in range(len(cuts)) if i not in chosen]
         chosen.add(min(free, key=lambda i: (abs(cuts[i].n_macs - wanted), i)))
     return tuple(cuts[i] for i in sorted(chosen))

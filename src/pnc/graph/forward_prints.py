@@ -7,6 +7,7 @@ change it. The logits decide whether two forward passes are the same; the digest
 import hashlib
 import math
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,11 +119,25 @@ def _lines(model: nn.Module, recording: Recording) -> list[tuple[str, str]]:
     lines = []
     for node in recording.module.graph.nodes:
         numbers[node] = len(numbers)
-        after = sorted(numbers[other] for other in numbers if other.name in info(node).after)
-        name, own = _described(node, recording.module, places)
-        args = [map_aggregate(value, lambda part: _constant(part, numbers)) for value in (node.args, dict(node.kwargs))]
-        lines.append((name, f"{name} {own} {args} {after} {_sizes(node)}"))
+        lines.append(described(node, recording.module, numbers, lambda _, tensor: _tensor(tensor, places)))
     return lines
+
+
+def described(
+    node: fx.Node, module: fx.GraphModule, numbers: Mapping[fx.Node, int | str], text_of: Callable[[str, Tensor], str]
+) -> tuple[str, str]:
+    """Name and full description of an operation.
+
+    Args:
+        node: The operation.
+        module: Holds its layer or tensor.
+        numbers: What stands for the nodes that came before, which it reads or must run after.
+        text_of: What stands for a tensor of the network, given its name in its layer.
+    """
+    after = [numbers[other] for other in numbers if other.name in info(node).after]
+    name, own = _own(node, module, text_of)
+    args = [map_aggregate(value, lambda part: _constant(part, numbers)) for value in (node.args, dict(node.kwargs))]
+    return name, f"{name} {own} {args} {after} {_sizes(node)}"
 
 
 def _sizes(node: fx.Node) -> str:
@@ -130,16 +145,16 @@ def _sizes(node: fx.Node) -> str:
     return "" if shape is None or dtype is None else f"{list(shape)} {dtype_name(dtype)}"
 
 
-def _described(node: fx.Node, module: fx.GraphModule, places: dict[Any, int]) -> tuple[str, str]:
+def _own(node: fx.Node, module: fx.GraphModule, text_of: Callable[[str, Tensor], str]) -> tuple[str, str]:
     """Name of an operation, and the description of its module or tensor."""
     if node.op == "call_module":
         layer = module.get_submodule(str(node.target))
         parts = [f"{type(part).__name__} {_settings(part)}" for part in layer.modules()]
-        tensors = [_tensor(tensor, places) for tensor in [*layer.parameters(), *layer.buffers()]]
+        tensors = [text_of(name, tensor) for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]]
         return _plain(type(layer).__name__), f"{parts} {tensors}"
     if node.op == "get_attr":
         owner, _, key = str(node.target).rpartition(".")
-        return "tensor", _tensor(getattr(module.get_submodule(owner), key), places)
+        return "tensor", text_of(key, getattr(module.get_submodule(owner), key))
     name = family(node) if node.op in ("call_function", "call_method") else node.op
     return _plain(name), ""
 
@@ -172,7 +187,7 @@ def _text(value: Any) -> str:
     )
 
 
-def _constant(value: Any, numbers: dict[fx.Node, int]) -> Any:
+def _constant(value: Any, numbers: Mapping[fx.Node, int | str]) -> Any:
     if isinstance(value, fx.Node):
         return f"%{numbers[value]}"
     return "device" if isinstance(value, torch.device) else repr(value)

@@ -50,9 +50,12 @@ def gather_moments(
     what: str,
     progress: Progress | None,
 ) -> None:
-    """Run the support through both networks and give the fitter the tensors at all cuts."""
+    """Run the support through both networks and give the fitter the tensors at all cuts.
+
+    At the first cut of each, such as the input, both networks have the same tensor: the source starts there.
+    """
     target_taps = extract(task.target.recording, None, [*target_cuts, LOGITS])
-    source_taps = extract(task.source.recording, None, [*source_cuts, LOGITS])
+    source_taps = extract(task.source.recording, source_cuts[0], [*source_cuts, LOGITS])
     done = 0
     for number, fold, _, images in batches(task, [*target_cuts, *source_cuts], what, progress, with_first=True):
         for _ in range(done, number):
@@ -60,7 +63,8 @@ def gather_moments(
         done = number + 1
         with torch.no_grad(), task.autocast():
             here = to_device(images, task.target.device)
-            target_tensors, source_tensors = target_taps(here), source_taps(here)
+            target_tensors = target_taps(here)
+            source_tensors = source_taps(target_tensors[0])
         fitter.update(
             fold,
             {cut.name: tensor for cut, tensor in zip(target_cuts, target_tensors, strict=False)},

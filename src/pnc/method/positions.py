@@ -16,6 +16,7 @@ from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import undisturbed
 from pnc.graph.candidate_cuts import candidate_cuts
 from pnc.graph.cut_points import CutPoint
+from pnc.graph.shared_trunk import shared_cut
 from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.adapter_moments import adapter_fitter, gather_moments, ranked_pairs
 from pnc.method.file_size import thin_bytes
@@ -105,6 +106,8 @@ class Scan:
         adapter_errors: Adapter errors of all pairs of cuts, scored or not.
         exact_first: Whether exact positions go before all others: with few images, the best of many others only seems
             better.
+        shared: Share of the source's multiply-accumulates before the last cut up to which both networks are the same,
+            as after fine-tuning one backbone twice; positions start there, where nothing is lost and nothing run twice.
     """
 
     positions: tuple[Position, ...]
@@ -112,15 +115,16 @@ class Scan:
     outcomes: Mapping[tuple[str, str], Outcome]
     adapter_errors: Mapping[tuple[str, str], float]
     exact_first: bool = False
+    shared: float = 0.0
 
     def __str__(self) -> str:
         shown, front = self.positions[:MAX_SHOWN], self.front()
         lines = [f"{'*' if one in front else ' '} {repr(one)[9:-1]}" for one in shown]
         more = len(self.positions) - len(shown)
         lines += [f"  ... {more} more"] * bool(more)
-        return "\n".join(
-            [f"Scan of {len(self.positions)} positions, best first (* no other is better and cheaper)", *lines]
-        )
+        title = f"Scan of {len(self.positions)} positions, best first (* no other is better and cheaper)"
+        both = f"Both networks share their first layers: {self.shared:.1%} of the source's MACs are not added"
+        return "\n".join([title, *([both] if self.shared else []), *lines])
 
     def __repr__(self) -> str:
         return f"Scan({len(self.positions)} positions; best {self.positions[0]!r})"
@@ -220,7 +224,8 @@ def scan(
 
     Args:
         task: From `prepare_task`.
-        max_cuts: Cuts to try in each network, spread over its depth in MACs.
+        max_cuts: Cuts to try in each network, spread over its depth in MACs, from the last one up to which both
+            networks are the same: the input, unless they share a trunk.
         exhaustive: Score every pair of cuts, not only the promising ones.
         progress: Called after each batch.
     Raises:
@@ -234,8 +239,9 @@ def scan(
     check_task(task)
     check_whole(max_cuts, "max_cuts", 2)
     check_flag(exhaustive, "exhaustive")
-    target_cuts = candidate_cuts(task.target.recording, max_cuts)
-    source_cuts = candidate_cuts(task.source.recording, max_cuts)
+    shared = shared_cut(task.target.recording, task.source.recording)
+    target_cuts = candidate_cuts(task.target.recording, max_cuts, shared[0])
+    source_cuts = candidate_cuts(task.source.recording, max_cuts, shared[1])
     cuts = target_cuts, source_cuts
     whole, task = task, task.reduced(FITTED_IMAGES)
     chosen = None
@@ -254,7 +260,8 @@ def scan(
     if not exhaustive:
         adapters = _undominated(task, adapters)
     del fitter  # its moments take the most memory
-    return Scan(*_scored(whole, adapters, source_cuts, progress), errors, whole.has_few_images)
+    scored = _scored(whole, adapters, source_cuts, progress)
+    return Scan(*scored, errors, whole.has_few_images, shared[1].n_macs / task.source.n_macs)
 
 
 def _scored(

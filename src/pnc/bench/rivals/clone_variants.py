@@ -3,26 +3,30 @@
 from collections.abc import Callable
 
 from pnc.bench.rivals.rival import Budget, Fitted, Rival
+from pnc.clones.adapter import Adapter
 from pnc.clones.clone import Clone
 from pnc.composite.composite import attach
+from pnc.graph.cut_points import cut_points
+from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.pipeline import fit, fit_sequential
-from pnc.method.positions import Position, scan
+from pnc.method.positions import scan
 from pnc.method.task import CloneTask
+
+WHOLE, LAST = "whole source as clone", "clone at the last position"
 
 
 def whole_source(task: CloneTask) -> Clone:
     """From input to input: the clone is the whole source, without localization."""
-    return _at(task, lambda position: position.target_cut.index + position.source_cut.index)
+    in_target, in_source = (cut_points(network.recording)[0] for network in (task.target, task.source))
+    same = Adapter(in_target, in_source, is_identity=True)
+    return fit(task, CrossFitted(same, (same,) * task.samples.n_folds, 0.0))
 
 
 def last_position(task: CloneTask) -> Clone:
     """The last cut of both networks, without a search."""
-    return _at(task, lambda position: -position.target_cut.index - position.source_cut.index)
-
-
-def _at(task: CloneTask, key: Callable[[Position], int]) -> Clone:
     found = scan(task, max_cuts=2, exhaustive=True)
-    return fit(task, found.adapter(min(found.positions, key=key)))
+    last = max(found.positions, key=lambda one: one.target_cut.index + one.source_cut.index)
+    return fit(task, found.adapter(last))
 
 
 def _rival(name: str, make: Callable[[CloneTask], Clone]) -> Rival:
@@ -35,7 +39,7 @@ def _rival(name: str, make: Callable[[CloneTask], Clone]) -> Rival:
 
 
 RIVALS = (
-    _rival("whole source as clone", whole_source),
-    _rival("clone at the last position", last_position),
+    _rival(WHOLE, whole_source),
+    _rival(LAST, last_position),
     _rival("sequential search of the paper", fit_sequential),
 )
