@@ -4,12 +4,12 @@ All are trained on the first part of each class only: the supports of the bench 
 network has seen the images by which it is ranked.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pnc.data.image_set import ImageSet, class_subset, sample_per_class
 from pnc.data.readers import load_data
+from pnc.models.model_specs import LoadedModel
 from pnc.models.pretraining import Recipe, pretrain, recipe_for
 
 TRAINED_SHARE = 0.8
@@ -28,9 +28,9 @@ MIXED = (*WILD[:4], *VEHICLES[:4], *PLANTS[:4], *THINGS[:4], *SEA[:4])
 OUTDOORS = ("mountain", "cloud", "forest", "road", "sea", "plain", "castle", "bridge")
 SMALL = ("hamster", "mouse", "rabbit", "squirrel", "beaver", "otter")
 
-DATA = ("cifar100", "cifar10_jpeg", "fashion_mnist", "mnist")
+CIFAR100, CIFAR10, FASHION, MNIST = DATA = ("cifar100", "cifar10_jpeg", "fashion_mnist", "mnist")
 """Folders of the images, each with train.parquet and test.parquet."""
-PHOTOGRAPHS = DATA[:2]
+PHOTOGRAPHS = CIFAR100, CIFAR10
 
 
 @dataclass(frozen=True)
@@ -134,25 +134,9 @@ def recipe_of(plan: NetworkPlan) -> Recipe:
     )
 
 
-def train_networks(
-    plans: Sequence[NetworkPlan], images: Callable[[str], Images], folder: Path, report: Callable[[str], None]
-) -> dict[str, Path]:
-    """Train the networks whose files are missing; a stopped run continues.
-
-    Args:
-        plans: The networks.
-        images: The images of each of `DATA`.
-        folder: Where files are written, NAME.safetensors.
-        report: Called with a line on each finished network.
-    Returns:
-        The file of each network, by its name.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {plan.name: folder / f"{plan.name}.safetensors" for plan in plans}
-    for plan in plans:
-        data = images(plan.data)
-        names = plan.names(data.trained)
-        train, test = (class_subset(part, names) for part in (data.trained, data.test))
-        done = pretrain(plan.spec, train, test, recipe_of(plan), files[plan.name])
-        report(f"{plan.name}: test accuracy {done.facts['test_accuracy']:.3f}")
-    return files
+def train_network(plan: NetworkPlan, images: Images, path: Path) -> LoadedModel:
+    """Train a network; a stopped run continues from `path` with ".partial.safetensors" appended."""
+    names = plan.names(images.trained)
+    return pretrain(
+        plan.spec, class_subset(images.trained, names), class_subset(images.test, names), recipe_of(plan), path
+    )

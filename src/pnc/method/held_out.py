@@ -250,7 +250,7 @@ def own_head(task: CloneTask) -> SourceHead:
 
 
 def head_of_classes(layer: ClassifierLayer, ids: Sequence[int]) -> SourceHead | None:
-    """Return a network's own classifier of some of its outputs, on the CPU; None if it is not linear on pooled features."""
+    """Return a network's own classifier of some outputs, on the CPU; None if it is not linear on pooled features."""
     if layer.weight is None or layer.features.n_prefix_tokens:
         return None
     bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias

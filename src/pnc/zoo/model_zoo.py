@@ -6,11 +6,11 @@ from pathlib import Path
 
 from pnc.data.normalization import Normalization
 from pnc.foundation.class_names import unknown_name
-from pnc.foundation.errors import FileFormatError, InputError, MismatchError, PNCError
+from pnc.foundation.errors import InputError, MismatchError, PNCError
 from pnc.foundation.file_writing import check_place, checked_path, path_text
 from pnc.foundation.fingerprints import fingerprint
 from pnc.models.model_specs import LoadedModel, load_model, save_model
-from pnc.models.preprocessing import Preprocessed
+from pnc.models.preprocessing import Preprocessed, checked_shape
 from pnc.zoo.entries import Entry, check_entry_name, read_entry, write_entry
 
 
@@ -146,7 +146,7 @@ class Zoo:
             raise MismatchError(
                 f"zoo: the weights of {name} have fingerprint {found}, the entry says {entry.fingerprint}; add it again"
             )
-        shape = entry.input_shape if input_shape is None else tuple(input_shape)
+        shape = entry.input_shape if input_shape is None else checked_shape(input_shape)
         module, own = made.module, entry.preprocessing
         if own is not None:
             module = Preprocessed(module, entry.input_shape, own.mean, own.std)

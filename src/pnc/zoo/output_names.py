@@ -32,7 +32,7 @@ def check_names(names: Mapping[str, str | Sequence[str]], classes: Sequence[str]
 
 
 def outputs_by_name(classes: Sequence[str], names: Names, outputs: Sequence[str]) -> list[int | None]:
-    """Return the output of a source for each requested class: by the user's map, else by the very same name, or None."""
+    """Return the output of a source for each requested class: by the user's map or by the very same name."""
     place = {name: index for index, name in enumerate(outputs)}
     taken = {one for values in names.values() for one in values}
     return [

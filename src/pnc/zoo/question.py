@@ -1,7 +1,7 @@
 """What is asked of every source of a zoo: the support, and what the target makes of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class Question:
 
     def select(self, rows: Tensor) -> "Question":
         """Return the question with some rows only, (N,) bool."""
-        return replace(self, **{name: tensor[rows] for name, tensor in self.tensors().items()})
+        return question_from({name: tensor[rows] for name, tensor in self.tensors().items()}, self.facts())
 
     def spread(self, n_images: int) -> "Question":
         """Return the question with about so many images, the same share of each class and fold; itself if fewer."""
@@ -96,7 +96,18 @@ class Question:
 
 def question_from(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Question:
     """Make a question again from `tensors()` and `facts()`."""
-    return Question(**tensors, **{**facts, "classes": tuple(facts["classes"])})
+    return Question(
+        images=tensors["images"],
+        labels=tensors["labels"],
+        groups=tensors["groups"],
+        folds=tensors["folds"],
+        target_features=tensors["target_features"],
+        base_logits=tensors["base_logits"],
+        classes=tuple(facts["classes"]),
+        names=facts["names"],
+        few=facts["few"],
+        device=facts["device"],
+    )
 
 
 def ask(

@@ -133,7 +133,11 @@ def look_at(zoo: Zoo, name: str, question: Question) -> Look:
         PNCError: the network cannot be loaded or recorded, or does not take such images.
     """
     network = source_of(zoo, name, question)
-    seen = see(question, network)
+    return look_of(name, network, see(question, network), question)
+
+
+def look_of(name: str, network: Network, seen: Seen, question: Question) -> Look:
+    """Judge what was seen of a source."""
     judged = judged_of(question, seen)
 
     def averaged(values: Tensor) -> tuple[float, float]:

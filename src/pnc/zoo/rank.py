@@ -36,7 +36,7 @@ from pnc.zoo.units import Unit, Worker, shared_out
 N_FINALISTS = 2
 """Sources that are scanned: a scan takes as long as twenty looks."""
 FIRST_IMAGES = 200
-"""Images of the first round, in which all sources are looked at; each later round has twice as many for half of them."""
+"""Least images of the first round, which has all sources; each later one has twice as many for half of them."""
 MAX_IMAGES = 2_000
 """More images would not separate sources better."""
 SOURCES_PER_WORKER = 8
@@ -86,7 +86,7 @@ def rank(
         memory: Bytes of the support's images that may be held.
         workers: Processes that look at sources. 1 is this process; None takes one for each 8 sources, and no more than
             there are cores.
-        ray_address: Use Ray instead, with an actor for each core: the address of a cluster, or "local" for this machine.
+        ray_address: Use Ray instead, with an actor for each core: the address of a cluster, or "local".
         resume: File, .jsonl, that keeps what was found out about each source. A stopped ranking continues, and one with
             the same target, support and request looks only at sources that are new.
         progress: Called with the name of the work, the steps done, and the number of steps.
@@ -171,7 +171,9 @@ class _Job:
 
 def _looked_at(job: _Job, look: Look_at, n_left: int) -> list[Ranked]:
     """Look at all sources, at the better half of them on more images, and so on; returns them in order."""
-    remaining, eliminated = [name for name in job.zoo.names if _is_readable(job, name)], []
+    remaining = [name for name in job.zoo.names if _is_readable(job, name)]
+    ranked: list[Ranked] = []
+    eliminated: list[Ranked] = []
     sizes = _sizes(job.question.n_images, len(remaining), n_left)
     for number, n_images in enumerate(sizes):
         found = _round(job, look, [(name, n_images) for name in remaining])

@@ -38,7 +38,7 @@ class Ranked:
 
     @property
     def is_scanned(self) -> bool:
-        """Whether positions were scanned: cost and accuracy are then those of the chosen one, not of the whole source."""
+        """Whether positions were scanned: cost and accuracy are then those of the chosen one."""
         return self.look.position is not None
 
 
