@@ -83,7 +83,9 @@ def test_a_taken_or_unknown_name_is_refused(zoo: pnc.Zoo, tmp_path: Path) -> Non
     with pytest.raises(pnc.InputError, match="already has an entry 'first'; remove it first"):
         zoo.add("first", network())
     for call in (zoo.entry, zoo.load, zoo.remove):
-        with pytest.raises(pnc.InputError, match=r"no entry 'frst' \(did you mean 'first'\?\); there are first, second"):
+        with pytest.raises(
+            pnc.InputError, match=r"no entry 'frst' \(did you mean 'first'\?\); there are first, second"
+        ):
             call("frst")
     with pytest.raises(pnc.InputError, match="zoo: there is no folder .*none; `pnc zoo add` makes one"):
         pnc.Zoo(tmp_path / "none")

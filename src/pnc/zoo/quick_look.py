@@ -54,7 +54,7 @@ class Look:
 
     def facts(self) -> dict[str, Any]:
         """Return the look as JSON values."""
-        return asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 def look_from(facts: Mapping[str, Any]) -> Look:
