@@ -34,7 +34,7 @@ LOOK, CLONE, RANK = "look", "clone", "rank"
 SUPPORT = (20, 5)
 """Images of each new class and of each base class."""
 MEMORY = 2**30
-N_TOP = 4
+N_TOP = 3
 """If only some sources are cloned from, these many are the best ones by their look, and the others are drawn."""
 TAU, TAU_GAIN, REGRET, HITS, TIME = 0.8, 0.1, 0.01, 0.9, 0.1
 """Required figures: Kendall's tau, its lead over each rival, the accuracy by which the chosen source may be behind the
@@ -131,7 +131,7 @@ class _Case:
             "leep": leep(seen.logits.softmax(1), labels),
             "nearest_mean": near(seen.features),
             "nearest_mean_both": near(both),
-            "own_accuracy": self.zoo.entry(source).test_accuracy,
+            "own_accuracy": self.zoo.entry(source).test_accuracy or 0.0,
         }
 
     def clone(self, source: str, source_classes: Sequence[str]) -> Row:
