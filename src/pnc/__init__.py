@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from pnc.models.preprocessing import Preprocessed
     from pnc.report.hub import from_pretrained, push_to_hub, save_pretrained
     from pnc.report.page import write_report
+    from pnc.zoo.model_zoo import Zoo
+    from pnc.zoo.rank import rank
+    from pnc.zoo.ranking import Ranking
 
 __all__ = [
     "Calibration",
@@ -74,12 +77,14 @@ __all__ = [
     "Position",
     "Prediction",
     "Preprocessed",
+    "Ranking",
     "RecordingError",
     "Report",
     "Scalars",
     "Scan",
     "Support",
     "Team",
+    "Zoo",
     "attach",
     "calibrate",
     "clone",
@@ -98,6 +103,7 @@ __all__ = [
     "predict",
     "prepare_task",
     "push_to_hub",
+    "rank",
     "save",
     "save_pretrained",
     "scan",
@@ -135,6 +141,9 @@ _NAMES_OF = {
     "models.preprocessing": "Preprocessed",
     "report.hub": "from_pretrained push_to_hub save_pretrained",
     "report.page": "write_report",
+    "zoo.model_zoo": "Zoo",
+    "zoo.rank": "rank",
+    "zoo.ranking": "Ranking",
 }
 _LOADED_WHEN_ASKED = {name: f"pnc.{module}" for module, names in _NAMES_OF.items() for name in names.split()}
 

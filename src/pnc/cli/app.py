@@ -57,6 +57,7 @@ from pnc.cli.options import (
 from pnc.cli.output import complain, only_json, progress, say, show_clone, show_job, show_scan
 from pnc.cli.plots import check_plot, draw_scan
 from pnc.cli.report_command import report_clones
+from pnc.cli.zoo_commands import zoo_commands
 from pnc.clones import clone_file
 from pnc.clones.clone import check_file_name, check_name
 from pnc.data.image_set import ImageSet
@@ -82,6 +83,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
+app.add_typer(zoo_commands, name="zoo")
 
 
 @app.callback(invoke_without_command=True, help=_HELP)

@@ -44,6 +44,7 @@ from pnc.cli.export_command import measure_exports
 from pnc.cli.option_names import Commands
 from pnc.cli.options import Classes, Data, Device
 from pnc.cli.plots import check_plot, draw_growth
+from pnc.cli.zoo_bench_command import measure_zoo
 from pnc.data.image_set import ImageSet, sample_per_class
 from pnc.data.readers import load_data
 from pnc.foundation.class_names import listed, parse_classes
@@ -301,6 +302,7 @@ bench.command("compare")(measure_comparison)
 bench.command("compare-report")(report_comparison)
 bench.command("claims")(tally_claims)
 bench.command("export")(measure_exports)
+bench.command("zoo")(measure_zoo)
 
 
 @bench.command("scale")

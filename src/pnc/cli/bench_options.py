@@ -45,7 +45,7 @@ OutFolder = Annotated[Path, typer.Option("--out", help="Folder for the results: 
 OutFile = Annotated[Path, typer.Option("--json", help="File for the results; the table is written beside it.")]
 OneThread = Annotated[int, typer.Option("--threads", help="Threads for torch.", min=1)]
 
-_NOT_IN_COMMAND = ("out", "json_path", "keep", "data_name", "again", "plot", "runs")
+_NOT_IN_COMMAND = ("out", "json_path", "keep", "data_name", "again", "plot", "runs", "networks", "train_only")
 """Options that do not affect the rows, such as output paths."""
 
 

@@ -61,19 +61,25 @@ class Samples:
         Returns:
             Mask of the chosen rows, (N,) bool.
         """
-        images, index = self.groups.unique(return_inverse=True)
-        labels, folds = torch.empty_like(images), torch.empty_like(images)
-        labels[index], folds[index] = self.labels, self.folds
-        cells = labels * self.n_folds + folds
-        order, counts = cells.argsort(stable=True), cells.bincount()
-        number = torch.empty_like(cells)  # of each image within its cell
-        number[order] = torch.arange(len(cells)) - (counts.cumsum(0) - counts)[cells[order]]
-        places = (number.double() + 0.5) / counts[cells]
-        places[(number == 0) & (labels >= n_base)] = -1.0
-        n_kept = max(n_images, int((places < 0).sum()))
-        chosen = torch.zeros(len(images), dtype=torch.bool)
-        chosen[places.argsort(stable=True)[:n_kept]] = True
-        return chosen[index]
+        return spread_rows(self.labels, self.groups, self.folds, n_images, n_base)
+
+
+def spread_rows(labels: Tensor, groups: Tensor, folds: Tensor, n_images: int, n_base: int) -> Tensor:
+    """Choose rows of samples, given by their columns: see `Samples.spread`."""
+    n_folds = int(folds.max()) + 1
+    images, index = groups.unique(return_inverse=True)
+    own_labels, own_folds = torch.empty_like(images), torch.empty_like(images)
+    own_labels[index], own_folds[index] = labels, folds
+    cells = own_labels * n_folds + own_folds
+    order, counts = cells.argsort(stable=True), cells.bincount()
+    number = torch.empty_like(cells)  # of each image within its cell
+    number[order] = torch.arange(len(cells)) - (counts.cumsum(0) - counts)[cells[order]]
+    places = (number.double() + 0.5) / counts[cells]
+    places[(number == 0) & (own_labels >= n_base)] = -1.0
+    n_kept = max(n_images, int((places < 0).sum()))
+    chosen = torch.zeros(len(images), dtype=torch.bool)
+    chosen[places.argsort(stable=True)[:n_kept]] = True
+    return chosen[index]
 
 
 def samples_of(store: ImageStore, labels: Tensor, n_base: int, flip: bool, seed: int) -> Samples:

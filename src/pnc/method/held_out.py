@@ -13,6 +13,7 @@ from pnc.clones.position_grids import pool
 from pnc.data.image_store import to_device
 from pnc.foundation.errors import InputError
 from pnc.graph.batch_norm_means import last_norm
+from pnc.graph.classifier import ClassifierLayer
 from pnc.graph.cut_points import LOGITS, CutPoint, extract
 from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.head_fitting import HeadSamples, Stacking, choose_stacking, fit_stacked
@@ -182,11 +183,16 @@ def outcome_of(measured: Tensor, task: CloneTask, rows: Tensor | None = None) ->
     labels, groups = task.samples.labels, task.samples.groups
     if rows is not None:
         labels, groups = labels[rows], groups[rows]
+    return image_outcome(measured, labels, groups, task.n_base)
+
+
+def image_outcome(measured: Tensor, labels: Tensor, groups: Tensor, n_base: int) -> Outcome:
+    """As `outcome_of`, for samples given by their labels and by the numbers of the images that they show, (M,) each."""
     images, index = groups.unique(return_inverse=True)
     values = torch.zeros(len(images), dtype=torch.float64)
     values.scatter_reduce_(0, index, measured.double(), "mean", include_self=False)
     is_base = torch.zeros(len(images), dtype=torch.bool)
-    is_base[index] = labels < task.n_base
+    is_base[index] = labels < n_base
     return Outcome(values, is_base)
 
 
@@ -234,16 +240,21 @@ def own_head(task: CloneTask) -> SourceHead:
     Raises:
         InputError: it is not, and there are no base samples to fit another head on.
     """
-    head = task.source.head
-    if head.weight is None or head.features.n_prefix_tokens:
-        if not task.has_base:
-            raise InputError(
-                "support: without base samples the clone uses the source's own classifier, which here is not a linear "
-                "layer on pooled features; give some samples of every base class"
-            )
-        return SourceHead(len(task.new_classes), head.features.n_channels)
-    bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
-    return source_head(head.weight[task.source_ids].float().cpu(), bias[task.source_ids].float().cpu())
+    own = head_of_classes(task.source.head, task.source_ids)
+    if own is None and not task.has_base:
+        raise InputError(
+            "support: without base samples the clone uses the source's own classifier, which here is not a linear "
+            "layer on pooled features; give some samples of every base class"
+        )
+    return SourceHead(len(task.new_classes), task.source.head.features.n_channels) if own is None else own
+
+
+def head_of_classes(layer: ClassifierLayer, ids: Sequence[int]) -> SourceHead | None:
+    """Return a network's own classifier of some outputs, on the CPU; None if it is not linear on pooled features."""
+    if layer.weight is None or layer.features.n_prefix_tokens:
+        return None
+    bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+    return source_head(layer.weight[ids].float().cpu(), bias[ids].float().cpu())
 
 
 def batches(
