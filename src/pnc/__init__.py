@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         PNCError,
         PNCWarning,
         RecordingError,
+        ServerError,
     )
     from pnc.foundation.process_team import Team, joined
     from pnc.method.calibration import Calibration, calibrate
@@ -49,10 +50,12 @@ if TYPE_CHECKING:
     from pnc.models.preprocessing import Preprocessed
     from pnc.report.hub import from_pretrained, push_to_hub, save_pretrained
     from pnc.report.page import write_report
+    from pnc.serving.client import Client
 
 __all__ = [
     "Calibration",
     "ClassNameError",
+    "Client",
     "Clone",
     "CloneStatus",
     "CloneTask",
@@ -78,6 +81,7 @@ __all__ = [
     "Report",
     "Scalars",
     "Scan",
+    "ServerError",
     "Support",
     "Team",
     "attach",
@@ -123,7 +127,7 @@ _NAMES_OF = {
     "data.readers": "load_data",
     "data.support": "Support draw_support",
     "foundation.errors": "ClassNameError ExportError FileFormatError InputError MismatchError PNCError PNCWarning "
-    "RecordingError",
+    "RecordingError ServerError",
     "foundation.process_team": "Team joined",
     "method.calibration": "Calibration calibrate",
     "method.pipeline": "clone fit",
@@ -135,6 +139,7 @@ _NAMES_OF = {
     "models.preprocessing": "Preprocessed",
     "report.hub": "from_pretrained push_to_hub save_pretrained",
     "report.page": "write_report",
+    "serving.client": "Client",
 }
 _LOADED_WHEN_ASKED = {name: f"pnc.{module}" for module, names in _NAMES_OF.items() for name in names.split()}
 
