@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         PNCError,
         PNCWarning,
         RecordingError,
+        ServerError,
     )
     from pnc.foundation.process_team import Team, joined
     from pnc.method.calibration import Calibration, calibrate
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from pnc.models.preprocessing import Preprocessed
     from pnc.report.hub import from_pretrained, push_to_hub, save_pretrained
     from pnc.report.page import write_report
+    from pnc.serving.client import Client
     from pnc.zoo.model_zoo import Zoo
     from pnc.zoo.rank import rank
     from pnc.zoo.ranking import Ranking
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Calibration",
     "ClassNameError",
+    "Client",
     "Clone",
     "CloneStatus",
     "CloneTask",
@@ -82,6 +85,7 @@ __all__ = [
     "Report",
     "Scalars",
     "Scan",
+    "ServerError",
     "Support",
     "Team",
     "Zoo",
@@ -129,7 +133,7 @@ _NAMES_OF = {
     "data.readers": "load_data",
     "data.support": "Support draw_support",
     "foundation.errors": "ClassNameError ExportError FileFormatError InputError MismatchError PNCError PNCWarning "
-    "RecordingError",
+    "RecordingError ServerError",
     "foundation.process_team": "Team joined",
     "method.calibration": "Calibration calibrate",
     "method.pipeline": "clone fit",
@@ -144,6 +148,7 @@ _NAMES_OF = {
     "zoo.model_zoo": "Zoo",
     "zoo.rank": "rank",
     "zoo.ranking": "Ranking",
+    "serving.client": "Client",
 }
 _LOADED_WHEN_ASKED = {name: f"pnc.{module}" for module, names in _NAMES_OF.items() for name in names.split()}
 

@@ -57,6 +57,7 @@ from pnc.cli.options import (
 from pnc.cli.output import complain, only_json, progress, say, show_clone, show_job, show_scan
 from pnc.cli.plots import check_plot, draw_scan
 from pnc.cli.report_command import report_clones
+from pnc.cli.serve_command import serve_clones
 from pnc.cli.zoo_commands import zoo_commands
 from pnc.clones import clone_file
 from pnc.clones.clone import check_file_name, check_name
@@ -330,6 +331,7 @@ app.command("eval")(evaluate_clones)
 app.command("predict")(predict_images)
 app.command("calibrate")(calibrate_clones)
 app.command("report")(report_clones)
+app.command("serve")(serve_clones)
 app.command("inspect")(inspect_clone)
 app.command("verify")(verify_clone)
 app.command("export")(export_clones)

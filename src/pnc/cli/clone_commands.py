@@ -98,14 +98,7 @@ def predict_images(
         net = attach_clones(asked, known)
         found = predict(net, list(files))
     answers = list(zip(files.values(), found, strict=True))
-    facts = [
-        {
-            "image": file,
-            "clone": one.clone,
-            "classes": [{"class": name, "probability": probability} for name, probability in one.top(top).items()],
-        }
-        for file, one in answers
-    ]
+    facts = [{**one.facts(top), "image": file} for file, one in answers]
     write_json(json_path, {"predictions": facts})
     for file, one in answers:
         say(f"{file}: {one.text(top)}")

@@ -1,6 +1,6 @@
 """Classifying images with a composite: class names, probabilities, and which clone answered."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -23,6 +23,7 @@ class Prediction:
         probability: Probability of that class, in [0, 1].
         clone: Name of the clone that has this class; None if it is one of the target's own.
         probabilities: Probabilities of all classes, highest first.
+        owners: Name of the clone of each class that is a clone's.
     """
 
     image: str | None
@@ -30,6 +31,15 @@ class Prediction:
     probability: float
     clone: str | None
     probabilities: Mapping[str, float]
+    owners: Mapping[str, str]
+
+    def facts(self, n_classes: int) -> dict[str, Any]:
+        """The image, the clone that answered, and the `n_classes` most probable classes, as JSON values."""
+        top = [
+            {"class": name, "probability": probability, "clone": self.owners.get(name)}
+            for name, probability in self.top(n_classes).items()
+        ]
+        return {"image": self.image, "clone": self.clone, "classes": top}
 
     def top(self, n_classes: int) -> dict[str, float]:
         """The `n_classes` most probable classes, with their probabilities."""
@@ -78,12 +88,20 @@ def predict(
         batch = found[start : start + batch_size]
         logits = logits_of(net, read_images(batch, net.input_shape, normalization), batch_size)
         paths = [one.path for one in batch]
-        predictions.extend(_prediction(*one, classes, owner) for one in zip(paths, logits, strict=True))
+        predictions.extend(prediction_of(*one, classes, owner) for one in zip(paths, logits, strict=True))
     return tuple(predictions)
 
 
-def _prediction(path: str | None, logits: Tensor, classes: tuple[str, ...], owner: Mapping[str, str]) -> Prediction:
+def prediction_of(image: str | None, logits: Tensor, classes: Sequence[str], owners: Mapping[str, str]) -> Prediction:
+    """Turn the logits of one image into a prediction.
+
+    Args:
+        image: Its path or name, if it has one.
+        logits: (K,).
+        classes: Names of the logits.
+        owners: Name of the clone of each class that is a clone's.
+    """
     ordered = logits.float().softmax(0).sort(descending=True, stable=True)
     names = [classes[index] for index in ordered.indices.tolist()]
     probabilities = dict(zip(names, ordered.values.tolist(), strict=True))
-    return Prediction(path, names[0], probabilities[names[0]], owner.get(names[0]), probabilities)
+    return Prediction(image, names[0], probabilities[names[0]], owners.get(names[0]), probabilities, owners)

@@ -53,13 +53,15 @@ class Composite(nn.Module):
     _plan: Plan
     _recorded: RecordedTarget
 
-    def __init__(self, target: nn.Module, clone: Clone, known: KnownFingerprint) -> None:
+    def __init__(
+        self, target: nn.Module, base_classes: tuple[str, ...], input_shape: tuple[int, ...], known: KnownFingerprint
+    ) -> None:
         super().__init__()
         self.target = target
         self.branches = nn.ModuleList()
         self._known = known
-        self._base_classes = clone.base_classes
-        self.input_shape = clone.input_shape
+        self._base_classes = base_classes
+        self.input_shape = input_shape
         self._clones: dict[
             str, Clone
         ] = {}  # replaced, never changed in place, like the list of branches: readers need no lock
@@ -373,7 +375,7 @@ def attach(target: nn.Module | NamedNetwork, *clones: Clone, allow_mismatch: boo
     known = KnownFingerprint()
     if not allow_mismatch:
         check_target(target, clones, known)
-    composite = Composite(target, clones[0], known)
+    composite = Composite(target, clones[0].base_classes, clones[0].input_shape, known)
     for clone in clones:
         composite.attach(clone, allow_mismatch=True)  # the weights, the slow part, were compared above for all clones
     if not allow_mismatch:

@@ -31,3 +31,7 @@ class PNCWarning(UserWarning):
 
 class ExportError(PNCError, RuntimeError):
     """A composite cannot be exported, or the exported program does not reproduce its logits; no file was written."""
+
+
+class ServerError(PNCError, RuntimeError):
+    """A server of clones cannot be reached, or cannot answer now."""

@@ -4,8 +4,8 @@ The source answers for any image, so no label is needed: each step draws images 
 crops them at random, mixes half of the batches in pairs, and asks the source for its answers. First the part is tuned
 without the fold that scores the clone, and a copy is kept for the score; the last steps use all images. Then the change
 of every weight is rounded to what a file stores, and BatchNorm statistics are recomputed, before the head is fitted: so
-the clone in memory is the same as the one in the file. On processors with bfloat16, networks run in it while the part is
-tuned; weights, losses and statistics are float32.
+the clone in memory is the same as the one in the file. On processors with bfloat16, networks run in it meanwhile; weights,
+losses and statistics are float32.
 """
 
 import copy

@@ -1,0 +1,1 @@
+"""A target and its clones served over HTTP; clones come and go while it runs. Start with `deployment`."""
