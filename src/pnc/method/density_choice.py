@@ -16,7 +16,7 @@ TOLERANCES: Mapping[str, float] = {"accuracy": 0.0, "balanced": 0.005, "small": 
 """Accuracy that may be given up for lower cost."""
 DENSITIES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15)
 LEAST_DENSITY = 0.1
-LOSS = 0.0045
+LOSS = 0.003
 """Accuracy that a tuned part of density 1/2 loses; at other densities in proportion to 1 / density - 1, see
 docs/method.md. Clones are measured too, but on few images this figure is the better estimate of a small loss."""
 LOSS_ERROR = 0.01

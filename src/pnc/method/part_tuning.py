@@ -4,8 +4,8 @@ The source answers for any image, so no label is needed: each step draws images 
 crops them at random, mixes half of the batches in pairs, and asks the source for its answers. First the part is tuned
 without the fold that scores the clone, and a copy is kept for the score; the last steps use all images. Then the change
 of every weight is rounded to what a file stores, and BatchNorm statistics are recomputed, before the head is fitted: so
-the clone in memory is the same as the one in the file. On processors with bfloat16, networks run in it meanwhile; weights,
-losses and statistics are float32.
+the clone in memory is the same as the one in the file. On processors with bfloat16, networks run in it meanwhile;
+weights, losses and statistics are float32.
 """
 
 import copy
@@ -36,7 +36,7 @@ from pnc.method.task import CloneTask, Progress
 Distilled = Literal["weights", "low-rank"]
 """Parameters tuned here; the localizer tunes norms."""
 
-N_STEPS = 600
+N_STEPS = 1200
 SCORED_SHARE = 2 / 3
 """Share of the steps without the scored fold; then the part is copied for the score, and the rest uses all images."""
 BATCH_SIZE = 64
