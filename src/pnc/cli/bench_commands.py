@@ -18,6 +18,7 @@ from pnc.bench import (
     position_strategies,
     scale,
     serve,
+    serve_report,
     speed,
 )
 from pnc.bench.bench import Bench
@@ -354,5 +355,5 @@ def measure_serving(
     Takes half an hour on two cores, which should have nothing else to do; existing rows are not measured again.
     """
     pair = PairOptions(source, target, data, support, flip, data_name)
-    wanted = serve.Wanted(rounds, seconds, connections, cycles, uploads, wait_ms, max_macs)
+    wanted = serve_report.Wanted(rounds, seconds, connections, cycles, uploads, wait_ms, max_macs)
     run_bench(context, lambda: serve.bench(pair.load(), wanted), out / "serve.json", 1, pair.files)
