@@ -49,15 +49,15 @@ class Browser:
 
     def __init__(self, process: "subprocess.Popen[bytes]", to: int, come: int) -> None:
         self._process, self._to, self._come = process, to, come
-        self._rest, self._number, self._session = b"", 0, ""
+        self._rest, self._number, self._session, self._own = b"", 0, "", "file:"
         self.complaints: list[str] = []
         page = self._ask("Target.createTarget", {"url": "about:blank"})["targetId"]
         self._session = self._ask("Target.attachToTarget", {"targetId": page, "flatten": True})["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._ask(f"{domain}.enable")
 
-    def look(self, page: Path, width: int, dark: bool, picture: Path | None = None) -> list[str]:
-        """Open a page, say what is wrong with it, and take a picture of all of it.
+    def look(self, page: Path | str, width: int, dark: bool, picture: Path | None = None) -> list[str]:
+        """Open a page, a file or a URL, say what is wrong with it, and take a picture of all of it.
 
         Returns:
             Messages of the console, requests for other files, and what `FAULTS` finds.
@@ -67,14 +67,25 @@ class Browser:
         self._ask("Emulation.setDeviceMetricsOverride", size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._ask("Emulation.setEmulatedMedia", {"features": [scheme]})
-        self._ask("Page.navigate", {"url": page.as_uri()})
+        url = page if isinstance(page, str) else page.as_uri()
+        self._own = url if isinstance(page, str) else "file:"
+        self._ask("Page.navigate", {"url": url})
         self._wait("Page.loadEventFired")
-        found = self._ask("Runtime.evaluate", {"expression": FAULTS, "returnByValue": True})
+        found = self.faults()
         if picture is not None:
-            taken = self._ask(
-                "Page.captureScreenshot", {"captureBeyondViewport": True, "format": "png"} | self._clip(width)
-            )
-            picture.write_bytes(base64.b64decode(taken["data"]))
+            self.picture(picture, width)
+        return found
+
+    def picture(self, path: Path, width: int) -> None:
+        """Take a picture of all of the page."""
+        taken = self._ask(
+            "Page.captureScreenshot", {"captureBeyondViewport": True, "format": "png"} | self._clip(width)
+        )
+        path.write_bytes(base64.b64decode(taken["data"]))
+
+    def faults(self) -> list[str]:
+        """What is wrong with the page as it is now; as `look`."""
+        found = self._ask("Runtime.evaluate", {"expression": FAULTS, "returnByValue": True})
         return [*self.complaints, *found["result"].get("value", [str(found)])]
 
     def run(self, script: str) -> Any:
@@ -111,7 +122,9 @@ class Browser:
         kind, about = found.get("method"), found.get("params", {})
         if kind in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
             self.complaints.append(f"console: {json.dumps(about)[:300]}")
-        if kind == "Network.requestWillBeSent" and not about["request"]["url"].startswith(("file:", "data:", "about:")):
+        if kind == "Network.requestWillBeSent" and not about["request"]["url"].startswith(
+            (self._own, "data:", "about:", "blob:")
+        ):
             self.complaints.append(f"the page asks for {about['request']['url']}")
         return found
 

@@ -108,6 +108,9 @@ def test_importing_loads_no_optional_package():
         "onnxscript",
         "onnxruntime",
         "ray",
+        "httpx",
+        "prometheus_client",
+        "python_multipart",
     }
     top_level = set()
     for path in SOURCE.rglob("*.py"):
@@ -117,6 +120,13 @@ def test_importing_loads_no_optional_package():
             elif isinstance(node, ast.ImportFrom) and node.module:
                 top_level.add(node.module.split(".")[0])
     assert not top_level & optional
+    served = {"fastapi", "h11", "pydantic", "starlette", "uvicorn"}  # imported by the files that define the server only
+    loads = {
+        path.stem
+        for path in SOURCE.rglob("*.py")
+        if served & set(re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE))
+    }
+    assert loads == {"answers", "patient_protocol", "running", "web_app"}
 
 
 PRODUCTION = """

@@ -156,3 +156,11 @@ def test_the_targets_small_images_are_those_that_preprocessing_makes() -> None:
 
     pnc.Preprocessed(Watching(), (1, example.TARGET_SIZE, example.TARGET_SIZE))(data.images)
     assert torch.equal(example.shrunk(data).images, seen[0])
+
+
+@pytest.mark.slow
+def test_the_serving_example_gets_classes_and_loses_them_again(capsys: pytest.CaptureFixture[str]) -> None:
+    module_of("serving").main(["--classes", "8", "--images", "40"])
+    found = re.findall(r"(old|new) classes: ([\d.]+)% of 40 images", capsys.readouterr().out)
+    old, new = ([float(share) for what, share in found if what == kind] for kind in ("old", "new"))
+    assert old[0] == old[2] > 90 and new[0] == new[2] == 0 and new[1] > 80 and old[1] > 90

@@ -16,6 +16,9 @@ from typing import Any
 
 from pnc.foundation.errors import InputError
 
+_MOST_LOST = 1000
+"""Connections that one client opens before it gives up."""
+
 MIXED = 1e-3
 """Difference of a probability above which an answer is not that of the set of clones that it names: a hundred times
 what another batch changes."""
@@ -31,7 +34,7 @@ class Load:
         images: Image files in base64, asked in turn.
         seconds: Time that counts.
         warm: Seconds before it.
-        requests: Number of requests, instead of `seconds`.
+        until_told: Go on until `finish_load`, whatever `seconds` is.
         expected: By the names of the attached clones, joined by ", ": for each image the probability of each class.
             Empty: answers are not compared.
         top: Number of classes to ask for.
@@ -42,7 +45,7 @@ class Load:
     images: Sequence[str]
     seconds: float = 0.0
     warm: float = 0.0
-    requests: int = 0
+    until_told: bool = False
     expected: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     top: int = 1
 
@@ -70,29 +73,41 @@ def start_load(load: Load) -> "subprocess.Popen[bytes]":
         [sys.executable, "-m", "pnc.bench.load_generator"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert process.stdin is not None
-    process.stdin.write(json.dumps(asdict(load)).encode())
-    process.stdin.close()
+    process.stdin.write(json.dumps(asdict(load)).encode() + b"\n")
+    process.stdin.flush()
     return process
 
 
 def finish_load(process: "subprocess.Popen[bytes]") -> dict[str, Any]:
-    """Wait for a load, and return its facts: rate, quantiles of the latency in ms, failed and mixed answers."""
-    assert process.stdout is not None
+    """End a load, and return its facts: rate, quantiles of the latency in ms, failed and mixed answers.
+
+    A load of a number of seconds ends by itself.
+    """
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.close()
     found = process.stdout.read()
+    process.stdout.close()
     if process.wait() != 0:
         raise InputError("the process that makes the load has failed; its error is above")
     facts: dict[str, Any] = json.loads(found)
     return facts
 
 
-async def _client(load: Load, requests: Sequence[bytes], first: int, times: tuple[float, float], tally: Tally) -> None:
+async def _client(
+    load: Load,
+    requests: Sequence[bytes],
+    first: int,
+    times: tuple[float, float],
+    told: asyncio.Event,
+    tally: Tally,
+) -> None:
     """One connection, which is opened again if it is lost."""
     number = first
-    while True:
+    for _ in range(_MOST_LOST):
         try:
             reader, writer = await asyncio.open_connection("127.0.0.1", load.port)
             try:
-                while number < load.requests if load.requests else time.perf_counter() < times[1]:
+                while not told.is_set() if load.until_told else time.perf_counter() < times[1]:
                     await _ask(load, requests, number % len(requests), reader, writer, times[0], tally)
                     number += load.connections
                 return
@@ -101,8 +116,6 @@ async def _client(load: Load, requests: Sequence[bytes], first: int, times: tupl
         except (OSError, asyncio.IncompleteReadError) as error:
             _count(tally.failed, type(error).__name__)
             number += load.connections
-            if tally.failed[type(error).__name__] > 1000:
-                return
 
 
 async def _ask(
@@ -151,13 +164,18 @@ def _request(load: Load, image: str) -> bytes:
     return head.encode() + content
 
 
-async def make_load(load: Load) -> dict[str, Any]:
-    """Make a load in this process, and return its facts."""
+async def make_load(load: Load, told: asyncio.Event) -> dict[str, Any]:
+    """Make a load in this process, and return its facts.
+
+    Args:
+        load: What is asked.
+        told: Ends a load that is to go on until it is told.
+    """
     requests = [_request(load, image) for image in load.images]
     start = time.perf_counter()
     times = start + load.warm, start + load.warm + load.seconds
     tally = Tally([], {}, 0, {})
-    await asyncio.gather(*(_client(load, requests, first, times, tally) for first in range(load.connections)))
+    await asyncio.gather(*(_client(load, requests, first, times, told, tally) for first in range(load.connections)))
     took = time.perf_counter() - times[0]
     ordered = sorted(tally.seconds) or [0.0]
     return {
@@ -171,10 +189,20 @@ async def make_load(load: Load) -> dict[str, Any]:
     }
 
 
+async def _until_closed(load: Load) -> dict[str, Any]:
+    """Make a load that is told to end by the end of standard input."""
+    told = asyncio.Event()
+    reading = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
+    reading.add_done_callback(lambda _: told.set())
+    found = await make_load(load, told)
+    await reading
+    return found
+
+
 def main() -> None:
-    """Read a load, make it, write its facts."""
-    load = Load(**json.load(sys.stdin))
-    sys.stdout.write(json.dumps(asyncio.run(make_load(load))))
+    """Read a load from the first line, make it, write its facts."""
+    load = Load(**json.loads(sys.stdin.readline()))
+    sys.stdout.write(json.dumps(asyncio.run(_until_closed(load))))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from pnc.bench import (
     part,
     position_strategies,
     scale,
+    serve,
+    serve_report,
     speed,
 )
 from pnc.bench.backbone_networks import SMALL_BATCH, WAYS, pair, public_network
@@ -379,3 +381,32 @@ def _chosen(name: str, text: str, known: tuple[str, ...]) -> list[str]:
     if unknown:
         raise InputError(f"{name}: expected some of {', '.join(known)}, separated by commas; got {unknown[0]!r}")
     return chosen
+
+
+@bench.command("serve")
+def measure_serving(
+    context: typer.Context,
+    source: SourceFile,
+    target: TargetFile,
+    data: Data,
+    support: Sizes = "100/20",
+    flip: Mirror = False,
+    rounds: Annotated[int, typer.Option(help="Rounds of load on each server.", min=1)] = 10,
+    seconds: Annotated[float, typer.Option(help="Seconds of each load.", min=0.1)] = 5.0,
+    connections: Annotated[int, typer.Option(help="Clients at a time.", min=1)] = 32,
+    cycles: Annotated[int, typer.Option(help="How often a clone is attached and detached, in fifties.", min=0)] = 1000,
+    uploads: Annotated[int, typer.Option(help="Number of mutated uploads.", min=0)] = 10_000,
+    wait_ms: Annotated[float, typer.Option(help="Time that an image waits for others.", min=0)] = 5.0,
+    max_macs: Annotated[
+        float, typer.Option(help="Bound on the MACs of each clone, as a share of the source's.")
+    ] = 0.25,
+    data_name: DataName = None,
+    out: OutFolder = Path("results"),
+) -> None:
+    """Measure servers: clones beside the target alone and five networks, clones that come and go, bad uploads.
+
+    Takes half an hour on two cores, which should have nothing else to do; existing rows are not measured again.
+    """
+    pair = PairOptions(source, target, data, support, flip, data_name)
+    wanted = serve_report.Wanted(rounds, seconds, connections, cycles, uploads, wait_ms, max_macs)
+    run_bench(context, lambda: serve.bench(pair.load(), wanted), out / "serve.json", 1, pair.files)

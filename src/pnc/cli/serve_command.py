@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pnc.cli.arguments import ModelOptions, check_trained, load_network, read_device, use_threads
+from pnc.cli.arguments import ModelOptions, check_trained, load_network, parse_shape, read_device, use_threads
 from pnc.cli.options import Device, SourceNames, SourceWeights, Target, TargetNames, TargetWeights, Threads
 from pnc.cli.output import complain, say
 from pnc.data.image_files import read_file, required
@@ -60,6 +60,9 @@ def serve_clones(
         _LIMITS.body_bytes / MIB
     ),
     max_pixels: Annotated[int, typer.Option(help="Pixels of an image; more get 413.", min=1)] = _LIMITS.pixels,
+    input_shape: Annotated[
+        str | None, typer.Option(help="Shape of the images, such as 3,32,32, if the target's file does not have it.")
+    ] = None,
     source_weights: SourceWeights = None,
     target_weights: TargetWeights = None,
     source_classes: SourceNames = None,
@@ -88,8 +91,8 @@ def serve_clones(
     )
     normalization = _normalization(mean, std)
     for path in clones or []:
-        read_file(path, "clone")
-    model = load_network(own)
+        read_file(path, "clones")
+    model = load_network(own, input_shape=parse_shape(input_shape))
     sources = [(one.spec, load_network(one, input_shape=model.input_shape).module) for one in networks]
     with use_threads(threads):
         served = ServedTarget(model.module, model.classes, model.input_shape, normalization)
@@ -102,10 +105,11 @@ def serve_clones(
 
         secret = _token(token_file)
         server = Server(deployment, limits, secret, watched)
-        run(server, host, port, lambda *where: _announce(*where, clones=deployment.current.names))
+        run(server, host, port, lambda *where: _announce(where, deployment.current.names))
 
 
-def _announce(host: str, port: int, clones: Sequence[str]) -> None:
+def _announce(where: tuple[str, int], clones: Sequence[str]) -> None:
+    host, port = where
     place = f"[{host}]" if ":" in host else host
     say(f"http://{place}:{port}: serving; clones: {', '.join(clones) or 'none'}")
 

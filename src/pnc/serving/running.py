@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +65,9 @@ def run(server: Server, host: str, port: int, announce: Callable[[str, int], Non
     Raises:
         InputError: the address cannot be used.
     """
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every request that is not HTTP
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # and this of every damaged form
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # and this of damaged files: clients are told
     gc.collect()
     gc.freeze()  # what is loaded by now stays: collections after each change of the clones need not look at it
     running = uvicorn_server(server, host, port, announce)

@@ -33,11 +33,12 @@ from pnc.serving.watched_folder import SECONDS, WatchedFolder
 
 _LOG = logging.getLogger(__name__)
 _FILE = {"schema": {"type": "string", "format": "binary"}}
-_TEXT = {"type": "string", "description": "An image file in base64."}
+_TEXT = {"type": "string", "format": "base64-image", "description": "An image file in base64."}
 _SEVERAL = {"images": {"type": "array", "items": _TEXT, "minItems": 1}}
 _IMAGES = {
     "application/octet-stream": _FILE,
-    "image/*": _FILE,
+    "image/png": _FILE,
+    "image/jpeg": _FILE,
     "multipart/form-data": {
         "schema": {"type": "object", "properties": {"images": {"type": "array", "items": _FILE["schema"]}}}
     },
@@ -272,7 +273,7 @@ def make_app(server: Server) -> FastAPI:
         server.attach,
         methods=["PUT"],
         response_model=StateAnswer,
-        responses={201: {"model": StateAnswer}, **_errors(401, 403, 408, 409, 413, bad, 503)},
+        responses={201: {"model": StateAnswer}, **_errors(401, 403, 404, 408, 409, 413, bad, 503)},
         openapi_extra=body,
         dependencies=[_TOKEN],
     )
