@@ -19,7 +19,7 @@ from pnc.models.model_specs import build_model
 from pnc.zoo import rank as ranking_module
 from pnc.zoo.processes import ProcessWorker
 from pnc.zoo.question import ask
-from pnc.zoo.quick_look import look_at
+from pnc.zoo.quick_look import Sources
 from pnc.zoo.ranking import predicted
 from pnc.zoo.units import WorkerLost
 
@@ -88,12 +88,26 @@ def test_a_quick_look_is_the_scan_of_the_whole_source(zoo: pnc.Zoo) -> None:
     target, source = network(BASE).module, zoo.load("knows").module
     given = {"flip": False, "seed": 0, "max_images": 2000, "memory": 2**30}
     question, _ = ask(target, images(), CLASSES, BASE, {}, **given)
-    look = look_at(zoo, "knows", question)
+    look = Sources(zoo, question).look_at("knows")
     task = prepare_task(source, target, images(), source_classes=NEW, **asked())
     whole = next(one for one in scan(task).positions if one.is_exact and one.n_macs == look.n_macs)
     assert look.accuracy == pytest.approx(whole.score, abs=1e-9)
     assert look.log_loss == pytest.approx(whole.log_loss, abs=1e-4)  # batches of another size
     assert (look.n_macs, look.n_params, look.n_images) == (whole.n_macs, whole.n_params, whole.n_images)
+
+
+def test_a_source_looks_the_same_after_others_of_its_architecture(zoo: pnc.Zoo) -> None:
+    given = {"flip": False, "seed": 0, "max_images": 2000, "memory": 2**30}
+    question, _ = ask(network(BASE).module, images(), CLASSES, BASE, {}, **given)
+    one = Sources(zoo, question)
+    for name in ("untrained0", "untrained1", "knows", "others", "untrained0", "knows"):
+        assert one.look_at(name) == Sources(zoo, question).look_at(name)
+    zoo.weights("copy").write_bytes(zoo.weights("untrained1").read_bytes())
+    zoo.weights("untrained1").write_bytes(zoo.weights("untrained2").read_bytes())
+    with pytest.raises(pnc.MismatchError, match="the weights of untrained1 have fingerprint"):
+        one.look_at("untrained1")
+    zoo.weights("copy").replace(zoo.weights("untrained1"))
+    assert one.look_at("untrained1") == Sources(zoo, question).look_at("untrained1")
 
 
 def test_processes_give_the_same_ranking(zoo: pnc.Zoo, found: pnc.Ranking) -> None:

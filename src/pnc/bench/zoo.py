@@ -25,7 +25,7 @@ from pnc.method.task import Progress
 from pnc.models.model_specs import LoadedModel
 from pnc.zoo.model_zoo import Zoo
 from pnc.zoo.question import Question, ask
-from pnc.zoo.quick_look import look_of, see, source_of
+from pnc.zoo.quick_look import Sources, look_of, see
 from pnc.zoo.rank import MAX_IMAGES, rank
 
 KEYS = ("query", "part", "source")
@@ -109,10 +109,15 @@ class _Case:
             memory=MEMORY,
         )[0]
 
+    @cached_property
+    def sources(self) -> Sources:
+        """The sources, recorded for the question."""
+        return Sources(self.zoo, self.question)
+
     def look(self, source: str) -> Row:
         """Look at a source, and score it by all rivals."""
         question, started = self.question, time.process_time()
-        network = source_of(self.zoo, source, question)
+        network = self.sources.network(source)
         seen = see(question, network)
         found = look_of(source, network, seen, question)
         seconds = time.process_time() - started

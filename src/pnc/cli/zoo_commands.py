@@ -262,10 +262,8 @@ def _show_ranking(ranking: Ranking, zoo: Zoo) -> None:
     say("predicted: average accuracy of a clone; +-: standard error of what it is made from")
     say("names: how many of the requested classes the source names; MACs added: as a multiple of the target's")
     say(f"*: scanned; the others were looked at only. {ranking.n_images} images, {ranking.seconds:.1f} s")
-    best = ranking.best
-    say(
-        f"clone from it: --source {zoo.weights(best.name)} --source-classes {shlex.quote(','.join(best.source_classes))}"
-    )
+    names = shlex.quote(",".join(ranking.best.source_classes))
+    say(f"clone from it: --source {zoo.weights(ranking.best.name)} --source-classes {names}")
 
 
 def _shown(entry: Entry) -> dict[str, str]:
