@@ -194,7 +194,8 @@ def _check_fingerprint(entry: Entry, module: nn.Module) -> None:
     found = fingerprint(module).weights
     if found != entry.fingerprint:
         raise MismatchError(
-            f"zoo: the weights of {entry.name} have fingerprint {found}, the entry says {entry.fingerprint}; add it again"
+            f"zoo: the weights of {entry.name} have fingerprint {found}, the entry says {entry.fingerprint}; add it "
+            "again"
         )
 
 

@@ -33,7 +33,7 @@ from pnc.zoo.ranking import Ranked, Ranking, predicted
 from pnc.zoo.ray_actors import RayWorker, connected, shared
 from pnc.zoo.units import Unit, Worker, shared_out
 
-N_FINALISTS = 2
+N_FINALISTS = 1
 """Sources that are scanned: a scan takes as long as twenty looks."""
 FIRST_IMAGES = 200
 """Least images of the first round, which has all sources; each later one has twice as many for half of them."""
