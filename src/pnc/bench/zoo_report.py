@@ -158,8 +158,8 @@ def markdown(rows: Rows) -> str:
         f"{len({row['source'] for row in looks})} trained sources; {len(found)} queries with {SUPPORT[0]} images of "
         f"each new and {SUPPORT[1]} of each base class; {len(clones)} clones in closed form, measured on test images. "
         "tau: Kendall's, of the order with the real average accuracy of the clones, mean over queries; clear: the same "
-        f"over pairs of sources whose real accuracies differ by {CLEAR:g} or more. regret: how far the chosen source is "
-        "behind the best one."
+        f"over pairs of sources whose real accuracies differ by {CLEAR:g} or more. regret: how far the chosen source "
+        "is behind the best one."
     )
     columns = ("order by", "tau", "lowest tau", "clear", "regret", "largest regret", "within a point")
     own = ("query", "clones", "best source", "tau", "best rival's tau", "regret", "mean error", "time share")

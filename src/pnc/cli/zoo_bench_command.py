@@ -29,7 +29,7 @@ def measure_zoo(
     networks: Annotated[Path, typer.Option(help="Folder for the networks and the zoo.")] = Path("runs/zoo"),
     n_cloned: Annotated[
         int | None,
-        typer.Option(help="Clone from only so many sources for each query, and from the chosen one; all by default."),
+        typer.Option(help="Clone from only so many sources for each query, and from the chosen one; by default all."),
     ] = None,
     ray: Annotated[
         bool, typer.Option("--ray", help="Rank with two actors of Ray too, one of which is killed.")
