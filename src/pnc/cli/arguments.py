@@ -156,9 +156,8 @@ def check_trained(*options: ModelOptions) -> None:
         with named(one.role):
             trained = has_own_weights(one.spec)
         if not trained and one.weights is None:
-            raise InputError(
-                f"{one.role}: {one.spec} has random weights; give --{one.role}-weights, or a file of `pnc pretrain`"
-            )
+            option = "--weights" if one.role == "model" else f"--{one.role}-weights"
+            raise InputError(f"{one.role}: {one.spec} has random weights; give {option}, or a file of `pnc pretrain`")
 
 
 def check_different(source: ModelOptions, target: ModelOptions) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from pnc.bench import zoo as zoo_bench
 from pnc.bench.bench import Bench
+from pnc.bench.killed_workers import ACTORS, PROCESSES
 from pnc.bench.zoo_networks import DATA, SOURCES, TARGETS, Images, load_images, train_network
 from pnc.cli.bench_options import OneThread, OutFile, run_bench
 from pnc.cli.output import say
@@ -28,8 +29,11 @@ def measure_zoo(
     networks: Annotated[Path, typer.Option(help="Folder for the networks and the zoo.")] = Path("runs/zoo"),
     n_cloned: Annotated[
         int | None,
-        typer.Option(help="Clone from only so many sources for each query, and from the chosen one; all by default."),
+        typer.Option(help="Clone from only so many sources for each query, and from the chosen one; by default all."),
     ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Rank with two actors of Ray too, one of which is killed.")
+    ] = False,
     train_only: Annotated[bool, typer.Option("--train-only", help="Train the networks, and measure nothing.")] = False,
     json_path: OutFile = Path("results/zoo.json"),
     threads: OneThread = 1,
@@ -47,7 +51,7 @@ def measure_zoo(
         return
 
     def make() -> Bench:
-        return zoo_bench.bench(zoo, targets.__getitem__, load, n_cloned)
+        return zoo_bench.bench(zoo, targets.__getitem__, load, n_cloned, [PROCESSES, *([ACTORS] if ray else [])])
 
     run_bench(context, make, json_path, threads)
 

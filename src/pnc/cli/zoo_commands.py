@@ -14,7 +14,6 @@ from pnc.cli.arguments import (
     data_file,
     draw,
     load_network,
-    named,
     parse_shape,
     parse_support,
     read_device,
@@ -42,7 +41,7 @@ from pnc.data.image_store import GIB, MEMORY
 from pnc.data.normalization import Normalization
 from pnc.data.readers import load_data
 from pnc.foundation.class_names import listed, parse_classes
-from pnc.foundation.errors import InputError
+from pnc.foundation.errors import ClassNameError, InputError
 from pnc.foundation.plain_text import few_names
 from pnc.models.preprocessing import shape_text
 from pnc.zoo.entries import Entry, check_entry_name
@@ -214,8 +213,10 @@ def rank_sources(
     images = load_data(data, "train")
     wanted = parse_classes(classes, images.classes)
     model = load_network(asked, input_shape=images.input_shape)
-    with named("target"):
-        check_input_shape(images, model)
+    check_input_shape(images, model)
+    known = [name for name in wanted if name in model.classes]
+    if known:
+        raise ClassNameError(f"classes: the target knows {listed(known)} already; leave it out")
     with use_threads(threads), progress() as bar:
         ranking = rank(
             sources,
@@ -262,10 +263,8 @@ def _show_ranking(ranking: Ranking, zoo: Zoo) -> None:
     say("predicted: average accuracy of a clone; +-: standard error of what it is made from")
     say("names: how many of the requested classes the source names; MACs added: as a multiple of the target's")
     say(f"*: scanned; the others were looked at only. {ranking.n_images} images, {ranking.seconds:.1f} s")
-    best = ranking.best
-    say(
-        f"clone from it: --source {zoo.weights(best.name)} --source-classes {shlex.quote(','.join(best.source_classes))}"
-    )
+    names = shlex.quote(",".join(ranking.best.source_classes))
+    say(f"clone from it: --source {zoo.weights(ranking.best.name)} --source-classes {names}")
 
 
 def _shown(entry: Entry) -> dict[str, str]:

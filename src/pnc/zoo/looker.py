@@ -18,7 +18,7 @@ from pnc.foundation.network_state import undisturbed
 from pnc.foundation.tensor_files import read_tensors, write_tensors
 from pnc.zoo.model_zoo import Zoo
 from pnc.zoo.question import Question, question_from
-from pnc.zoo.quick_look import look_at
+from pnc.zoo.quick_look import Sources
 from pnc.zoo.units import Unit
 
 FORMAT = "pnc-zoo-question"
@@ -34,15 +34,17 @@ class Looker:
 
     def __init__(self, zoo: Zoo, question: Question) -> None:
         self._zoo, self._question = zoo, question
+        self._of: dict[int, Sources] = {}
 
     def look(self, unit: Unit) -> dict[str, Any]:
         """Return the facts of a look, or {"refused": why}: one bad network does not stop a ranking."""
         name, n_images = unit
-        question = self._question.spread(n_images)
+        if n_images not in self._of:
+            self._of = {n_images: Sources(self._zoo, self._question.spread(n_images))}
         try:
             with undisturbed(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", PNCWarning)
-                return look_at(self._zoo, name, question).facts()
+                return self._of[n_images].look_at(name).facts()
         except PNCError as error:
             return {"refused": str(error)}
 

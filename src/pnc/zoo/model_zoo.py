@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from pnc.data.normalization import Normalization
 from pnc.foundation.class_names import unknown_name
 from pnc.foundation.errors import InputError, MismatchError, PNCError
@@ -11,6 +13,7 @@ from pnc.foundation.file_writing import check_place, checked_path, path_text
 from pnc.foundation.fingerprints import fingerprint
 from pnc.models.model_specs import LoadedModel, load_model, save_model
 from pnc.models.preprocessing import Preprocessed, checked_shape
+from pnc.models.weight_files import load_tensors, read_weights
 from pnc.zoo.entries import Entry, check_entry_name, read_entry, write_entry
 
 
@@ -141,11 +144,7 @@ class Zoo:
                 "trust it"
             )
         made = load_model(entry.spec, self.weights(name), entry.classes, entry.input_shape)
-        found = fingerprint(made.module).weights
-        if found != entry.fingerprint:
-            raise MismatchError(
-                f"zoo: the weights of {name} have fingerprint {found}, the entry says {entry.fingerprint}; add it again"
-            )
+        _check_fingerprint(entry, made.module)
         shape = entry.input_shape if input_shape is None else checked_shape(input_shape)
         module, own = made.module, entry.preprocessing
         if own is not None:
@@ -153,6 +152,16 @@ class Zoo:
         elif shape != entry.input_shape and not isinstance(module, Preprocessed):
             module = Preprocessed(module, entry.input_shape)
         return replace(made, module=module.eval(), input_shape=shape)
+
+    def load_into(self, module: nn.Module, name: str) -> None:
+        """Copy an entry's weights into a network that was loaded for an entry of the same spec, as `load` gave it.
+
+        Raises:
+            FileFormatError, MismatchError: as `load`.
+        """
+        inner = module.network if isinstance(module, Preprocessed) else module
+        load_tensors(inner, read_weights(self.weights(name))[0])
+        _check_fingerprint(self.entry(name), inner)
 
     def check(self, name: str) -> str | None:
         """Read an entry with its weights; what is wrong with it, in one line, or None."""
@@ -179,6 +188,15 @@ class Zoo:
 
     def _entry_file(self, name: str) -> Path:
         return self.folder / f"{check_entry_name(name)}.json"
+
+
+def _check_fingerprint(entry: Entry, module: nn.Module) -> None:
+    found = fingerprint(module).weights
+    if found != entry.fingerprint:
+        raise MismatchError(
+            f"zoo: the weights of {entry.name} have fingerprint {found}, the entry says {entry.fingerprint}; add it "
+            "again"
+        )
 
 
 def left_over(zoo: Zoo) -> tuple[str, ...]:

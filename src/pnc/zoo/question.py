@@ -18,7 +18,8 @@ from pnc.method.task_classes import support_labels, task_classes
 from pnc.zoo.output_names import Names
 
 N_EXAMPLES = 4
-BATCH_SIZE = 128
+BATCH_SIZE = 32
+"""Larger batches leave the processor's cache: 100 images of 32x32 take half the time in batches of 32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +174,8 @@ def features_and_logits(network: Network, images: Tensor) -> tuple[Tensor, Tenso
     run = extract(network.recording, None, [cut, LOGITS])
     features, logits = [], []
     for batch in images.split(BATCH_SIZE):
-        made, answers = run(batch.to(network.device))
+        given = batch.to(network.device, memory_format=torch.channels_last)
+        made, answers = run(given)
         features.append(pool(made, cut).float().cpu())
         logits.append(answers.float().cpu())
     return torch.cat(features), torch.cat(logits)

@@ -1,7 +1,7 @@
 """A quick look at one source: one pass over the support, and a cross-validated head on both networks' features."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,9 @@ from pnc.method.task import Network, read_network
 from pnc.zoo.model_zoo import Zoo
 from pnc.zoo.output_names import outputs_by_name, renamed, stand_ins
 from pnc.zoo.question import N_EXAMPLES, Question, features_and_logits
+
+N_KEPT = 4
+"""Recorded networks that are kept for others of their architecture."""
 
 Named = Literal["all", "some", "none"]
 
@@ -120,20 +123,46 @@ def judged_of(question: Question, seen: Seen) -> Judged:
     return judge(samples)
 
 
-def source_of(zoo: Zoo, name: str, question: Question) -> Network:
-    """Load and record a source for the images of a question."""
-    made = zoo.load(name, question.input_shape)
-    return read_network(made.module.to(question.device), question.images[:N_EXAMPLES], made.classes, "source")
+class Sources:
+    """Loads and records sources, one after the other, for the images of a question.
 
+    Reference networks of one architecture are built and recorded once, and then only given other weights: their graph
+    does not depend on these. Few are kept, since each takes memory.
 
-def look_at(zoo: Zoo, name: str, question: Question) -> Look:
-    """Look at one source.
-
-    Raises:
-        PNCError: the network cannot be loaded or recorded, or does not take such images.
+    Args:
+        zoo: Where they are.
+        question: What they are asked.
     """
-    network = source_of(zoo, name, question)
-    return look_of(name, network, see(question, network), question)
+
+    def __init__(self, zoo: Zoo, question: Question) -> None:
+        self._zoo, self._question = zoo, question
+        self._known: dict[tuple[Any, ...], Network] = {}
+
+    def network(self, name: str) -> Network:
+        """A source, valid until the next one is asked for.
+
+        Raises:
+            PNCError: the network cannot be loaded or recorded, or does not take such images.
+        """
+        entry = self._zoo.entry(name)
+        key = entry.spec, len(entry.classes), entry.input_shape, repr(entry.preprocessing)
+        known = self._known.pop(key, None)
+        if known is None:
+            made = self._zoo.load(name, self._question.input_shape)
+            images = self._question.images[:N_EXAMPLES]
+            known = read_network(made.module.to(self._question.device), images, entry.classes, "source")
+        else:
+            self._zoo.load_into(known.model, name)
+        if entry.spec.startswith("zoo:"):
+            self._known[key] = known
+        if len(self._known) > N_KEPT:
+            self._known.pop(next(iter(self._known)))
+        return replace(known, classes=entry.classes)
+
+    def look_at(self, name: str) -> Look:
+        """Look at a source."""
+        network = self.network(name)
+        return look_of(name, network, see(self._question, network), self._question)
 
 
 def look_of(name: str, network: Network, seen: Seen, question: Question) -> Look:

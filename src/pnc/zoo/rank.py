@@ -33,7 +33,7 @@ from pnc.zoo.ranking import Ranked, Ranking, predicted
 from pnc.zoo.ray_actors import RayWorker, connected, shared
 from pnc.zoo.units import Unit, Worker, shared_out
 
-N_FINALISTS = 2
+N_FINALISTS = 1
 """Sources that are scanned: a scan takes as long as twenty looks."""
 FIRST_IMAGES = 200
 """Least images of the first round, which has all sources; each later one has twice as many for half of them."""
@@ -196,7 +196,7 @@ def _sizes(n_images: int, n_sources: int, n_left: int) -> list[int]:
 def _round(job: _Job, look: Look_at, units: Sequence[Unit]) -> list[Look]:
     """Look at all units that are not known yet; those that are refused are left out."""
     found = {unit: job.known.get(job.key(*unit)) for unit in units}
-    lacking = [unit for unit, facts in found.items() if facts is None]
+    lacking = sorted((unit for unit, facts in found.items() if facts is None), key=partial(_architecture, job))
     for unit, facts in look(lacking) if lacking else ():
         found[unit] = facts
         job.known.keep(job.key(*unit), facts)
@@ -204,6 +204,12 @@ def _round(job: _Job, look: Look_at, units: Sequence[Unit]) -> list[Look]:
             job.progress("looking at sources", sum(facts is not None for facts in found.values()), len(units))
     job.left_out.update({unit[0]: facts["refused"] for unit, facts in found.items() if facts and "refused" in facts})
     return [look_from(facts) for facts in found.values() if facts and "refused" not in facts]
+
+
+def _architecture(job: _Job, unit: Unit) -> tuple[str, int, str]:
+    """Key to sort by, so that sources of one architecture follow each other: they are recorded once."""
+    entry = job.zoo.entry(unit[0])
+    return entry.spec, len(entry.classes), entry.name
 
 
 def _is_readable(job: _Job, name: str) -> bool:

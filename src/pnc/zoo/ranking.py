@@ -100,18 +100,18 @@ def predicted(looks: Sequence[Look]) -> list[float]:
     """Predict the accuracy of a clone from each source.
 
     Counts of right and wrong answers on a few dozen images are noisy: .05 and more. The mean probability of the right
-    class orders sources far more reliably, but is no accuracy. So the accuracies of all sources are regressed on it,
-    and each source gets the value of the line.
+    class orders sources more reliably, but is no accuracy. So the accuracies of all sources are regressed on it, and
+    each source gets the mean of its own accuracy and of the value of the line.
 
     Args:
         looks: At the same images.
     """
+    own = [one.accuracy for one in looks]
     if len(looks) < LEAST_FITTED:
-        return [one.accuracy for one in looks]
-    xs, ys = [one.probability for one in looks], [one.accuracy for one in looks]
-    x_mean, y_mean = fmean(xs), fmean(ys)
+        return own
+    xs = [one.probability for one in looks]
+    x_mean, y_mean = fmean(xs), fmean(own)
     spread = sum((x - x_mean) ** 2 for x in xs)
-    if spread < 1e-12:
-        return [y_mean] * len(looks)
-    slope = max(0.0, sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / spread)
-    return [min(1.0, max(0.0, y_mean + slope * (x - x_mean))) for x in xs]
+    slope = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, own, strict=True)) / max(spread, 1e-12)
+    line = (min(1.0, max(0.0, y_mean + max(0.0, slope) * (x - x_mean))) for x in xs)
+    return [(a + b) / 2 for a, b in zip(own, line, strict=True)]

@@ -42,11 +42,12 @@ def connected(address: str) -> Iterator[int]:
     try:
         if address == LOCAL:
             os.environ.update({name: value for name, value in _SETTINGS.items() if before[name] is None})
-        ray.init(address, log_to_driver=False, include_dashboard=None if address != LOCAL else False)
+        try:
+            ray.init(address, log_to_driver=False, include_dashboard=None if address != LOCAL else False)
+        except (ConnectionError, ValueError) as error:
+            raise InputError(f"ray_address: {address!r} cannot be used ({str(error).splitlines()[0]})") from error
         resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield int(resources.get("CPU", 1))
-    except (ConnectionError, ValueError) as error:
-        raise InputError(f"ray_address: {address!r} cannot be used ({str(error).splitlines()[0]})") from error
     finally:
         ray.shutdown()
         for name, value in before.items():
