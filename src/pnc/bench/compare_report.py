@@ -21,6 +21,7 @@ FIGURES = (
     "base_accuracy",
     "new_accuracy",
     "average_accuracy",
+    "auroc",
     "conditional_kl",
     "leak",
     "locality_kl",
@@ -31,6 +32,8 @@ FIGURES = (
     "seconds",
     "cpu_seconds",
 )
+ADDED_LATER = ("auroc",)
+"""Figures that old rows lack."""
 COLUMNS = ("method", "kind", *FIGURES[:3], "spread", "at best shift", *FIGURES[3:])
 ENSEMBLE = "direct ensemble"
 HARD = ("cifar", "tiny")
@@ -102,6 +105,10 @@ class Regime:
         """The mean over seeds."""
         return fmean(self.by_seed(method, figure).values())
 
+    def mean_if_known(self, method: str, figure: str) -> float | None:
+        """The mean over seeds of a figure that old rows lack; None if any row lacks it."""
+        return self.mean(method, figure) if all(figure in row for row in self._used[method]) else None
+
     def curve(self, method: str) -> list[list[float]]:
         """The mean curve: shift, accuracy on base and on new samples, leak."""
         curves = [row["curve"] for row in self._used[method]]
@@ -122,7 +129,8 @@ class Regime:
         return {
             "method": method,
             "kind": METHODS[method].kind,
-            **{figure: self.mean(method, figure) for figure in FIGURES},
+            **{figure: self.mean(method, figure) for figure in FIGURES if figure not in ADDED_LATER},
+            **{figure: self.mean_if_known(method, figure) for figure in ADDED_LATER},
             "bytes": round(self.mean(method, "bytes")),
             "spread": (max(averages) - min(averages)) / 2,
             "at best shift": self.best_shifted(method),
@@ -297,7 +305,8 @@ def _networks(regime: Regime) -> str:
 def _table(regime: Regime) -> str:
     names = sorted(regime.methods, key=lambda name: -regime.mean(name, "average_accuracy"))
     figures = [regime.figures(name) for name in names]
-    lines = [table(COLUMNS, [[facts[column] for column in COLUMNS] for facts in figures])]
+    shown = [["-" if facts[column] is None else facts[column] for column in COLUMNS] for facts in figures]
+    lines = [table(COLUMNS, shown)]
     lines += ["", *(f"{name}: {why}." for name, why in regime.refusals.items())] if regime.refusals else []
     return "\n".join(lines)
 
@@ -331,11 +340,12 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-_LEGEND = """`spread`: half the range of the average accuracy over seeds. `at best shift`: the average accuracy with the
-constant that, added to all new logits, is best on the test images; the gain is what a method loses by a wrong balance
-of base and new. `added_macs_share`: multiply-accumulates in addition to the target's, as a share of the source's.
-`bytes`: what must be sent to someone who has both networks. `seconds`: from two loaded networks and the support to the
-method's network, including its search; `cpu_seconds`: of the processor, which other programs do not lengthen.
-`calibration_error`: expected, 15 bins, over all test images. `kind`: `tuning` trains parameters of the target,
-`features` a classifier on the frozen features of one network, `clone` inserts a part of the source, `ensemble` runs
-both networks, `bound` sees all training images."""
+_LEGEND = """`spread`: half the range of the average accuracy over seeds. `at best shift`: the average accuracy with
+the constant that, added to all new logits, is best on the test images; the gain is what a method loses by a wrong
+balance of base and new. `added_macs_share`: multiply-accumulates in addition to the target's, as a share of the
+source's. `auroc`: how well the log-odds of new against base tell new test images from base ones, whatever the shift;
+rows that were measured before it was have none. `bytes`: what must be sent to someone who has both networks.
+`seconds`: from two loaded networks and the support to the method's network, including its search; `cpu_seconds`: of
+the processor, which other programs do not lengthen. `calibration_error`: expected, 15 bins, over all test images.
+`kind`: `tuning` trains parameters of the target, `features` a classifier on the frozen features of one network,
+`clone` inserts a part of the source, `ensemble` runs both networks, `bound` sees all training images."""
