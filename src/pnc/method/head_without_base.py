@@ -15,10 +15,10 @@ from pnc.method.discriminants import ABSENT
 from pnc.method.head_fitting import HeadSamples
 
 SHRINKAGE, TRUST, DOUBT = 0.7, 0.5, 3.0
-"""Shrinkage of the covariance; largest weight of the discriminant, which models all base classes by one Gaussian; weight
-for each unit of probability that both networks side by side give to base classes on new samples. Chosen on small
-networks for digits, MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 with 20 and 100 images per class, so that it is
-nowhere worse than both networks side by side; `pnc bench compare` with supports like 100/0 measures it."""
+"""Shrinkage of the covariance; largest weight of the discriminant, which models all base classes by one Gaussian;
+weight for each unit of probability that both networks side by side give to base classes on new samples. Chosen on
+small networks for digits, MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 with 20 and 100 images per class, so that it
+is nowhere worse than both networks side by side; `pnc bench compare` with supports like 100/0 measures it."""
 
 
 def remembering_head(samples: HeadSamples, mean: Tensor, own: SourceHead) -> StackedHead | SourceHead:
