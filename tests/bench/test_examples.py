@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import pnc
-from digits import held_out_images, pair
-from pnc.bench import main_job
+from digits import held_out_images, network, pair
+from pnc.bench import backbone_networks, main_job
 from pnc.bench.rivals.rival import Budget
 from pnc.cli import app
 from pnc.models.model_specs import save_model
@@ -164,3 +164,17 @@ def test_the_serving_example_gets_classes_and_loses_them_again(capsys: pytest.Ca
     found = re.findall(r"(old|new) classes: ([\d.]+)% of 40 images", capsys.readouterr().out)
     old, new = ([float(share) for what, share in found if what == kind] for kind in ("old", "new"))
     assert old[0] == old[2] > 90 and new[0] == new[2] == 0 and new[1] > 80 and old[1] > 90
+
+
+def test_the_example_of_one_backbone_adds_only_what_differs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = module_of("one_backbone")
+    for name, value in (("N_BASE", 5), ("N_NEW", 3), ("N_TUNED", 20)):
+        monkeypatch.setattr(backbone_networks, name, value)
+    monkeypatch.setattr(example, "public_network", lambda shape: network(tuple("0123456789")))
+    example.main(["--data", "digits", "--tuned", "head", "--runs", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "base accuracy" in shown and "all equal, bit for bit" in shown
+    clone = pnc.load(tmp_path / "new-classes.safetensors", source=network(tuple("0123456789")).module)
+    assert clone.recipe["macs_share"] < 0.02 and clone.classes == ("5", "6", "7")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support, write_images
-from pnc.cli import app, arguments, clone_commands
+from pnc.cli import app, arguments, clone_commands, output
 from pnc.composite.metrics import measure_logits
 from pnc.foundation.tensor_files import read_tensors, write_tensors
 from pnc.models import pretraining
@@ -246,12 +246,24 @@ def test_scan_shows_what_the_library_finds_and_draws_it(command: Command, files:
     assert facts["positions"] == json.loads(json.dumps(found.facts(found.choose(0.5))))
     (chosen,) = [row for row in facts["positions"] if row["chosen"]]
     assert chosen["macs_share"] <= 0.5
+    assert facts["shared"] == 0
     assert {row["target_cut"] for row in facts["positions"] if row["on_front"]} == {
         position.target_cut.name for position in found.front()
     }
     assert (tmp_path / "scan.png").read_bytes().startswith(b"\x89PNG")
     (line,) = [line for line in command(words).out.splitlines() if line.startswith("> ")]
     assert line.split()[1:4] == [chosen["target_cut"], chosen["source_cut"], f"{chosen['log_loss']:.3f}"]
+
+
+def test_scan_says_what_two_networks_of_one_backbone_share(capsys: pytest.CaptureFixture[str]) -> None:
+    position = {
+        **{"chosen": True, "on_front": True, "target_cut": "a", "source_cut": "b", "log_loss": 0.5, "score": 0.9},
+        **{"macs_share": 0.2, "n_params": 3, "n_bytes": 4, "n_macs": 5},
+    }
+    words = "Shared by both networks, and not added: 63.1% of the source's MACs"
+    for shared in (0.631, 0.0):
+        output.show_scan({"positions": [position], "shared": shared})
+        assert (words in capsys.readouterr().out) == (shared > 0)
 
 
 def test_pretrain_trains_once_and_says_so(command: Command, tmp_path: Path) -> None:

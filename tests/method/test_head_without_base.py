@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -94,6 +96,30 @@ def test_a_discriminant_that_only_holds_on_fitted_samples_counts_less():
     few, many = samples(10, 60), samples(2000, 60)
     shares = [float(remembering_head(some, torch.zeros(60), own_head()).odds_weight[0]) for some in (few, many)]
     assert 0 <= shares[0] < shares[1] <= 0.5
+
+
+@pytest.mark.parametrize(("margin", "least", "most"), [(0.0, 0.3, 0.5), (5.0, 0.01, 0.1), (40.0, 0.0, 1e-6)])
+def test_the_discriminant_counts_less_the_surer_the_ensemble_is_of_new_samples(margin, least, most):
+    some = samples(2000)
+    surer = replace(some, own_logits=some.own_logits + margin)
+    share = float(remembering_head(surer, torch.zeros(6), own_head()).odds_weight[0])
+    assert least <= share <= most
+
+
+@pytest.mark.parametrize("n_new", [20, 100])
+@pytest.mark.parametrize("seed", range(3))
+def test_without_base_samples_a_clone_is_never_below_the_ensemble(n_new, seed):
+    nets, images = pair(), held_out_images(NEW)
+    target = nets.target.module
+    some = support(n_new, 0, seed=seed)
+    made = pnc.clone(nets.source.module, target, some, effort="seconds", **nets.names())
+    ensemble = DirectEnsemble(target, nets.source.module, list(range(5)))
+    own = logits_of(target, images.images)
+    found, theirs = (
+        measure_logits(logits_of(net, images.images), images.labels, own).average_accuracy
+        for net in (pnc.attach(target, made), ensemble)
+    )
+    assert found >= theirs
 
 
 def test_if_nothing_can_be_held_out_the_source_decides_alone():

@@ -14,7 +14,7 @@ from pnc.bench.rivals.linear_probe import regression
 from pnc.bench.setting import Setting
 from pnc.channels.compaction import own_copy
 from pnc.clones.position_grids import pool
-from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel, sample_per_class, select
+from pnc.data.image_set import ImageSet, class_subset, hold_back, images_as_float, relabel, sample_per_class
 from pnc.foundation.errors import InputError
 from pnc.foundation.tensor_bits import same_bits, value_digests
 from pnc.foundation.tensor_files import read_tensors, write_tensors
@@ -103,8 +103,8 @@ def pair(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"backbone_{way.replace(' ', '_')}.safetensors"
     target = fine_tuned(public, sample_per_class(own, N_TUNED, "first"), way, path, progress)
-    left = (own.labels[:, None] == torch.arange(N_BASE)).cumsum(0).gather(1, own.labels[:, None])[:, 0] > N_TUNED
-    parts = [relabel(part, [*base, *new]) for part in (select(own, left.nonzero()[:, 0]), class_subset(images[0], new))]
+    _, unseen = hold_back(own, min(own.counts().values()) - N_TUNED)
+    parts = [relabel(part, [*base, *new]) for part in (unseen, class_subset(images[0], new))]
     train = ImageSet(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]), parts[0].classes)
     return Setting(public, target, train, class_subset(images[1], train.classes), DATA, None, None, flip=False)
 

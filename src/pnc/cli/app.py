@@ -320,7 +320,7 @@ def scan(
         )
         found = positions.scan(task, max_cuts=max_cuts, exhaustive=exhaustive, progress=bar.step)
     chosen = found.choose(max_macs, max_bytes)
-    facts = {"positions": found.facts(chosen), "n_pairs": len(found.adapter_errors)}
+    facts = {"positions": found.facts(chosen), "n_pairs": len(found.adapter_errors), "shared": found.shared}
     write_json(json_path, facts)
     if plot is not None:
         draw_scan(found, chosen, plot)

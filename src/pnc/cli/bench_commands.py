@@ -1,14 +1,12 @@
 """The `pnc bench` commands: measurements that anyone can repeat, each with its results as JSON and Markdown."""
 
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pnc.bench import (
-    backbone,
     channel_methods,
     coverage,
     few_images,
@@ -23,10 +21,8 @@ from pnc.bench import (
     serve_report,
     speed,
 )
-from pnc.bench.backbone_networks import SMALL_BATCH, WAYS, pair, public_network
 from pnc.bench.bench import Bench
-from pnc.bench.setting import Setting
-from pnc.cli.arguments import check_outputs, data_file, parse_support, read_device
+from pnc.cli.arguments import check_outputs, read_device
 from pnc.cli.bench_options import (
     DataName,
     Mirror,
@@ -46,12 +42,10 @@ from pnc.cli.export_command import measure_exports
 from pnc.cli.option_names import Commands
 from pnc.cli.options import Classes, Data, Device
 from pnc.cli.plots import check_plot, draw_growth
+from pnc.cli.rival_benches import measure_backbone, measure_corruptions
 from pnc.cli.zoo_bench_command import measure_zoo
-from pnc.data.image_set import ImageSet, sample_per_class
-from pnc.data.readers import load_data
 from pnc.foundation.class_names import listed, parse_classes
 from pnc.foundation.errors import InputError
-from pnc.method.task import Progress
 
 _HELP = "Measure, and write the results as JSON and Markdown; a stopped bench continues where it stopped."
 
@@ -170,50 +164,6 @@ def measure_parts(
     run_bench(context, make, out / "part.json", threads, options.files)
 
 
-@bench.command("backbone")
-def measure_backbone(
-    context: typer.Context,
-    data: Annotated[str, typer.Option(help="Tiny-ImageNet: parquet:PATH or hf:NAME.")],
-    support: Sizes = "20/5",
-    tuned: Annotated[str | None, typer.Option(help="How the target was tuned: head, last third, all.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Names, separated by commas; all by default.")] = None,
-    seeds: Seeds = 3,
-    n_test: NTest = None,
-    runs: Annotated[Path, typer.Option(help="Folder for the fine-tuned networks.")] = Path("runs"),
-    data_name: DataName = None,
-    out: OutFolder = Path("results"),
-    threads: OneThread = 1,
-) -> None:
-    """Two networks of one backbone: a fine-tuned EfficientNet-Lite0 gains classes from the public one.
-
-    Takes a few minutes for each target, which is kept, and half an hour for each seed; existing rows are not measured
-    again.
-    """
-    ways = backbone.choose(tuned, list(WAYS), "tuned")
-    chosen = backbone.choose(methods, list(backbone.METHODS), "methods")
-    n_new, n_base = parse_support(support)
-    if not n_new or not n_base:
-        raise InputError(f"support: images of new and of base classes are needed; got {support!r}")
-
-    @cache
-    def images() -> tuple[ImageSet, ImageSet]:
-        return load_data(data, "train"), load_data(data, "test")
-
-    def networks(way: str, progress: Progress | None) -> Setting:
-        made = pair(public_network(images()[0].input_shape), images(), way, runs, progress)
-        test = made.test if n_test is None else sample_per_class(made.test, n_test, "first")
-        return replace(made, test=test, n_test=n_test, n_new=n_new, n_base=n_base, batch_size=SMALL_BATCH)
-
-    facts = {"data": data_name or data, "n_test": n_test, "ways": {name: vars(way) for name, way in WAYS.items()}}
-    run_bench(
-        context,
-        lambda: backbone.bench(networks, ways, support, chosen, range(seeds), facts),
-        out / "backbone.json",
-        threads,
-        [data_file(data)],
-    )
-
-
 @bench.command("few")
 def measure_few_images(
     context: typer.Context,
@@ -301,6 +251,8 @@ def measure_lifecycle(
 
 
 bench.command("compare")(measure_comparison)
+bench.command("backbone")(measure_backbone)
+bench.command("corruptions")(measure_corruptions)
 bench.command("compare-report")(report_comparison)
 bench.command("claims")(tally_claims)
 bench.command("export")(measure_exports)

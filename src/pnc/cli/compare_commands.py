@@ -31,7 +31,7 @@ from pnc.cli.bench_options import DataName, Mirror, NTest, OneThread, Seeds, Siz
 from pnc.cli.options import Data
 from pnc.cli.output import complain, progress, say
 from pnc.cli.plots import draw_comparison, draw_curves
-from pnc.data.image_set import ImageSet, sample_per_class
+from pnc.data.image_set import ImageSet, hold_back, sample_per_class
 from pnc.data.readers import load_data
 from pnc.foundation.class_names import listed, parse_classes
 from pnc.foundation.errors import InputError
@@ -65,6 +65,10 @@ def measure_comparison(
     ),
     epochs: Annotated[int | None, typer.Option(help="Epochs of networks that are trained here.", min=1)] = None,
     runs: Annotated[Path, typer.Option(help="Folder for networks that are trained here.")] = Path("runs"),
+    unseen: Annotated[
+        int | None,
+        typer.Option(help="Draw supports from the last N images of each class, which train no network here.", min=1),
+    ] = None,
     precision: Annotated[
         Precision, typer.Option(help="Precision of training; bfloat16 is faster on processors that support it.")
     ] = "float32",
@@ -77,6 +81,10 @@ def measure_comparison(
     asked = ModelOptions("source", source, None, None), ModelOptions("target", target, None, None)
     if not all(one.spec.startswith("zoo:") for one in asked):  # one spec, trained on other classes, is another network
         check_different(*asked)
+        if unseen is not None:
+            raise InputError(
+                "unseen: which images trained a file of `pnc pretrain` is not known; give zoo:... for both"
+            )
     n_new, n_base = parse_support(support)
     chosen, remade = choose_methods(methods), choose_methods(again) if again else []
     foreign = [one for one in remade if one not in chosen]
@@ -91,8 +99,9 @@ def measure_comparison(
         half = len(images[0].classes) // 2
         halves = images[0].classes[half:], images[0].classes[:half]
         step = _logged(bar.step)
+        rest, pool = (images[0], images[0]) if unseen is None else hold_back(images[0], unseen)
         models = [
-            _network(one, names, images, runs, (epochs, flip, precision), step)
+            _network(one, names, (rest, images[1]), runs, (epochs, flip, precision), step)
             for one, names in zip(asked, halves, strict=True)
         ]
         check_input_shape(images[0], *models)
@@ -101,7 +110,7 @@ def measure_comparison(
         setting = Setting(
             source=models[0],
             target=models[1],
-            train=images[0],
+            train=pool,
             test=images[1] if n_test is None else sample_per_class(images[1], n_test, "first"),
             data=name,
             n_new=n_new,

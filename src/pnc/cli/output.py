@@ -149,6 +149,8 @@ def show_scan(facts: Mapping[str, Any]) -> None:
             for row in rows
         ],
     )
+    if facts["shared"]:
+        say(f"Shared by both networks, and not added: {facts['shared']:.1%} of the source's MACs")
     say("log-loss, score (accuracy, mean of base and new): on held-out support")
     say("MACs: added, as a share of the source's; bytes: size of the thin file")
     say("*: on the Pareto front, no other is cheaper with a lower log-loss; >: chosen")

@@ -130,6 +130,18 @@ def sample_per_class(
     return select(data, torch.cat(chosen))
 
 
+def hold_back(data: ImageSet, n_samples: int) -> tuple[ImageSet, ImageSet]:
+    """Split off the last `n_samples` images of every class: all others in their order, then these, grouped by class.
+
+    Raises:
+        InputError: a class has fewer images than that.
+    """
+    last = torch.cat([_pick(data, class_id, n_samples, "last", None) for class_id in range(len(data.classes))])
+    kept = torch.ones(len(data), dtype=torch.bool)
+    kept[last] = False
+    return select(data, kept.nonzero().flatten()), select(data, last)
+
+
 def _pick(data: ImageSet, class_id: int, n_samples: int | None, pick: str, generator: torch.Generator | None) -> Tensor:
     indices = (data.labels == class_id).nonzero().flatten()
     name = data.classes[class_id]

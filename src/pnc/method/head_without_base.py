@@ -14,18 +14,20 @@ from pnc.clones.heads import DiscriminantHead, SourceHead, StackedHead, in_half_
 from pnc.method.discriminants import ABSENT
 from pnc.method.head_fitting import HeadSamples
 
-SHRINKAGE, TRUST = 0.7, 0.5
-"""Shrinkage of the covariance; weight of the discriminant, which models all base classes by one Gaussian. Chosen on
-small networks for digits, MNIST, Fashion-MNIST and CIFAR-10 with 5, 20 and 100 images per class, so that it is nowhere
-worse than the source's own logits; `pnc bench compare` with supports like 100/0 measures it."""
+SHRINKAGE, TRUST, DOUBT = 0.7, 0.5, 3.0
+"""Shrinkage of the covariance; largest weight of the discriminant, which models all base classes by one Gaussian;
+weight for each unit of probability that both networks side by side give to base classes on new samples. Chosen on
+small networks for digits, MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 with 20 and 100 images per class, so that it
+is nowhere worse than both networks side by side; `pnc bench compare` with supports like 100/0 measures it."""
 
 
 def remembering_head(samples: HeadSamples, mean: Tensor, own: SourceHead) -> StackedHead | SourceHead:
     """Make a head without base samples: the source's own logits, and a discriminant against the remembered mean.
 
     The log-odds of new against base are those of an ensemble of both networks plus a share of the discriminant's. The
-    discriminant has one Gaussian for each kind, with the covariance of the new samples; its share shrinks with the gap
-    between samples that it was fitted on and held-out ones. Among the new classes, only the source decides.
+    discriminant has one Gaussian for each kind, with the covariance of the new samples. Its share shrinks with the gap
+    between samples that it was fitted on and held-out ones, and where the ensemble knows new samples for new: there it
+    could only do harm. Among the new classes, only the source decides.
 
     Args:
         samples: Of new classes only; `target_features` are those whose mean is known.
@@ -40,7 +42,9 @@ def remembering_head(samples: HeadSamples, mean: Tensor, own: SourceHead) -> Sta
     for fold in samples.folds.unique():
         other_weight, other_bias = _discriminant(rows[samples.folds != fold], base)
         held_out[samples.folds == fold] = rows[samples.folds == fold] @ other_weight + other_bias
-    share = TRUST * float((held_out.mean() / (rows @ weight + bias).mean().clamp_min(1e-12)).clamp(0, 1))
+    odds = samples.own_logits.double().logsumexp(1) - samples.base_logits.double().logsumexp(1)
+    trust = min(TRUST, DOUBT * float(odds.neg().sigmoid().mean()))
+    share = trust * float((held_out.mean() / (rows @ weight + bias).mean().clamp_min(1e-12)).clamp(0, 1))
     n_new = samples.n_classes - samples.n_base
     fitted = DiscriminantHead(samples.n_base, samples.n_classes, rows.shape[1] + samples.clone_features.shape[1])
     fitted.weight[samples.n_base :, : rows.shape[1]] = weight
