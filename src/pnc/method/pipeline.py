@@ -117,8 +117,7 @@ def clone(
             lowered until held-out base images keep it, which takes 1 / max_base_drop - 1 of them, 49 for 0.02. None
             counts base and new images as equally likely.
 
-        The others rarely need a change:
-
+    Other Parameters:
         name: Name of the clone; None makes one from its classes.
         method: How channels are chosen below density 1: "gates", learned by gradient; the one-shot scores "taylor",
             "magnitude" and "random"; or "local-surrogate", the paper's rule as we read it. None means "taylor", or
