@@ -568,7 +568,7 @@ def test_verify_proves_a_clone_on_its_networks(command: Command, tmp_path: Path)
     assert all(check["ok"] for check in facts["checks"])
     found = command(f"verify {{f}}/all.safetensors {NETWORKS}")
     assert (found.code, found.err) == (0, "")
-    assert "all equal, bit for bit: 40 base logits, 1 fingerprints, " in " ".join(found.out.split())
+    assert "all equal, bit for bit: 40 base logits, 1 fingerprint, " in " ".join(found.out.split())
     assert found.out.splitlines()[-1] == f"verified: {command.folder / 'all.safetensors'}"
 
 
