@@ -35,7 +35,7 @@ from pnc.cli.bench_options import (
     TargetFile,
     run_bench,
 )
-from pnc.cli.compare_commands import measure_comparison, report_comparison, tally_claims
+from pnc.cli.compare_commands import draw_chart, measure_comparison, report_comparison, tally_claims
 from pnc.cli.export_command import measure_exports
 from pnc.cli.option_names import Commands
 from pnc.cli.options import Classes, Data, Device
@@ -248,6 +248,7 @@ def measure_lifecycle(
 
 bench.command("compare")(measure_comparison)
 bench.command("compare-report")(report_comparison)
+bench.command("chart")(draw_chart)
 bench.command("claims")(tally_claims)
 bench.command("export")(measure_exports)
 
