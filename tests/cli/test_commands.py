@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support, write_images
-from pnc.cli import app, arguments, clone_commands
+from pnc.cli import app, arguments, clone_commands, making_commands
 from pnc.composite.metrics import measure_logits
 from pnc.foundation.tensor_files import read_tensors, write_tensors
 from pnc.models import pretraining
@@ -473,7 +473,7 @@ def test_what_can_be_known_at_once_is_refused_before_any_work(
         pytest.fail("work was done first")
 
     for module, name in (
-        (app, "load_data"),
+        (making_commands, "load_data"),
         (clone_commands, "load_data"),
         (arguments, "load_model"),
         (app.demonstration, "run_demo"),

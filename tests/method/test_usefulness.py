@@ -159,6 +159,8 @@ def test_a_single_image_is_refused_where_channels_are_chosen():
     data = support(1, 0, NEW[:1])
     names = {**nets.names(), "classes": NEW[:1]}
     for settings in ({}, {"density": 0.5, "tune": "none"}, {"strategy": "sequential"}):
-        with pytest.raises(InputError, match="support: it has one image in all, and choosing channels needs at least two"):
+        with pytest.raises(
+            InputError, match="support: it has one image in all, and choosing channels needs at least two"
+        ):
             pnc.clone(nets.source.module, nets.target.module, data, **settings, **names)
     assert pnc.clone(nets.source.module, nets.target.module, data, density=1.0, **names).classes == NEW[:1]

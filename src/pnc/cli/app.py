@@ -1,5 +1,6 @@
 """The `pnc` command. Every command has `--json PATH` for the facts that it shows, and exits with 2 on wrong input."""
 
+import contextlib
 import importlib.metadata
 import io
 import os
@@ -71,7 +72,8 @@ def start(
         say(f"pnc {importlib.metadata.version('pnc')}")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help(), err=True)
+        with contextlib.redirect_stdout(sys.stderr):
+            typer.echo(context.get_help(), nl=False)  # typer draws the help itself, and returns nothing
         raise typer.Exit(BAD_INPUT)
     be_quiet(quiet)
     log_to_standard_error(verbose)

@@ -39,6 +39,7 @@ from pnc.cli.compare_commands import draw_chart, measure_comparison, report_comp
 from pnc.cli.export_command import measure_exports
 from pnc.cli.option_names import Commands
 from pnc.cli.options import Classes, Data, Device
+from pnc.cli.photo_commands import measure_cifar10, measure_tiny_imagenet
 from pnc.cli.plots import check_plot, draw_growth
 from pnc.foundation.class_names import listed, parse_classes
 from pnc.foundation.errors import InputError
@@ -248,6 +249,8 @@ def measure_lifecycle(
 
 bench.command("compare")(measure_comparison)
 bench.command("compare-report")(report_comparison)
+bench.command("cifar10")(measure_cifar10)
+bench.command("tiny-imagenet")(measure_tiny_imagenet)
 bench.command("chart")(draw_chart)
 bench.command("claims")(tally_claims)
 bench.command("export")(measure_exports)
