@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test docs check clean
 
 demo: $(VENV)/.demo
 	@mkdir -p build
@@ -12,6 +12,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+docs: $(VENV)/.test
+	$(BIN)/python -m sphinx -q -n -W --keep-going -c docs -d build/doctrees . build/site
+	@echo "build/site/index.html"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The examples run unchanged, on small data."""
+"""The examples, and the benches on photographs, run on small data."""
 
 import importlib.util
 import json
@@ -9,12 +9,15 @@ from types import ModuleType
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import pnc
 from digits import held_out_images, network, pair
-from pnc.bench import backbone_networks, main_job
+from pnc.bench import backbone_networks, cifar10, main_job, tiny_imagenet
 from pnc.bench.rivals.rival import Budget
 from pnc.cli import app
+from pnc.cli.bench_commands import bench
+from pnc.foundation.errors import InputError
 from pnc.models.model_specs import save_model
 from pnc.models.pretraining import Recipe
 
@@ -30,28 +33,29 @@ def module_of(example: str) -> ModuleType:
     return module
 
 
-def fast_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few steps of fine-tuning."""
-    monkeypatch.setattr(main_job, "BUDGET", Budget(1, 1, 2, 1))
+def run(words: str) -> None:
+    """Run a `pnc bench` command."""
+    assert CliRunner().invoke(bench, words.split(), catch_exceptions=False).exit_code == 0
 
 
 @pytest.fixture
-def cifar10(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module examples/cifar10.py, with small networks and few steps of fine-tuning."""
-    module = module_of("cifar10")
-    monkeypatch.setattr(module, "SPEC", "zoo:cnn?width=0.25")
-    monkeypatch.setattr(module, "RECIPE", Recipe(epochs=2, batch_size=64, crop_padding=1, flip=False))
-    fast_tuning(monkeypatch)
-    return module
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks and few steps of fine-tuning in the bench of CIFAR-10."""
+    monkeypatch.setattr(cifar10, "SPEC", "zoo:cnn?width=0.25")
+    monkeypatch.setattr(cifar10, "RECIPE", Recipe(epochs=2, batch_size=64, crop_padding=1, flip=False))
+    monkeypatch.setattr(main_job, "BUDGET", Budget(1, 1, 2, 1))
 
 
-def test_the_cifar_example_writes_rows_and_claims(cifar10: ModuleType, tmp_path: Path) -> None:
-    save_model(pair().target, tmp_path / "t.safetensors", {})
-    save_model(pair().source, tmp_path / "s.safetensors", {})
-    files = ["--target", str(tmp_path / "t.safetensors"), "--source", str(tmp_path / "s.safetensors")]
-    cifar10.main(
-        ["--data", "digits", *files, "--out", str(tmp_path / "out"), "--threads", "1", "--data-name", "Digits"]
-    )
+def save_pair(folder: Path) -> None:
+    save_model(pair().target, folder / "cifar10_target.safetensors", {})
+    save_model(pair().source, folder / "cifar10_source.safetensors", {})
+
+
+@pytest.mark.usefixtures("small")
+def test_the_bench_of_cifar10_writes_rows_and_claims(tmp_path: Path) -> None:
+    save_pair(tmp_path)
+    networks = " ".join(f"--{role} {tmp_path}/cifar10_{role}.safetensors" for role in ("target", "source"))
+    run(f"cifar10 --data digits {networks} --out {tmp_path}/out --data-name Digits")
     facts = json.loads((tmp_path / "out" / "cifar10.json").read_text())
     methods = ["target alone", "direct ensemble", "LDA on target features", "fine-tuning with replay", "clone"]
     assert [row["method"] for row in facts["rows"]] == methods
@@ -64,26 +68,56 @@ def test_the_cifar_example_writes_rows_and_claims(cifar10: ModuleType, tmp_path:
     assert facts["networks"]["target"] > 0.9
     text = (tmp_path / "out" / "cifar10.md").read_text()
     assert "Digits, 445 test images" in text and "| clone | " in text
+    assert "`pnc bench cifar10 --data Digits --seed 0 --threads 1`" in text
     assert str(tmp_path) not in text + json.dumps(facts)
 
 
-def test_the_cifar_example_trains_once(cifar10: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--data", "digits", "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), "--threads", "1"]
-    cifar10.main(words)
-    assert "epoch 2/2" in capsys.readouterr().err
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
-        "cifar10_source.safetensors",
-        "cifar10_target.safetensors",
-    ]
-    cifar10.main(words)
-    assert "epoch" not in capsys.readouterr().err
+@pytest.mark.usefixtures("small")
+def test_the_bench_of_cifar10_trains_once(tmp_path: Path) -> None:
+    words = f"cifar10 --data digits --out {tmp_path}/out --runs {tmp_path}/runs"
+    run(words)
+    files = sorted((tmp_path / "runs").iterdir())
+    assert [path.name for path in files] == ["cifar10_source.safetensors", "cifar10_target.safetensors"]
+    before = [path.stat().st_mtime_ns for path in files]
+    run(words)
+    assert [path.stat().st_mtime_ns for path in files] == before
 
 
-def test_the_cifar_example_refuses_bad_input(cifar10: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cifar10.main(["--data", "parquet:no", "--threads", "1"])
-    assert stopped.value.code == 2
-    assert "there is no file or folder no" in capsys.readouterr().err
+def test_the_benches_on_photographs_refuse_bad_input(tmp_path: Path) -> None:
+    for words, text in (
+        (f"cifar10 --data parquet:no --out {tmp_path}", "there is no file or folder no"),
+        (f"tiny-imagenet --data parquet:no --support 20/0 --out {tmp_path}", "images of new and of base classes"),
+    ):
+        with pytest.raises(InputError, match=text):
+            CliRunner().invoke(bench, words.split(), catch_exceptions=False)
+
+
+def test_the_cifar_example_reads_as_a_tutorial_and_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_pair(tmp_path)
+    module_of("cifar10").main("digits", tmp_path)
+    text = capsys.readouterr().out
+    assert "all equal, bit for bit" in text and "with priority 1 nat: old 0.9" in text
+    assert (tmp_path / "cifar10.safetensors").is_file()
+
+
+def test_the_tiny_imagenet_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_pair(tmp_path)
+    example = module_of("tiny_imagenet")
+    monkeypatch.setattr(example, "public_source", lambda shape, size: pair().source)
+    example.main("digits", tmp_path / "cifar10_target.safetensors", 3)
+    text = capsys.readouterr().out
+    assert "new classes           5, 6, 7" in text and "of the source's weights" in text and "average accuracy" in text
+
+
+@pytest.mark.parametrize("example", ["cifar10", "tiny_imagenet"])
+def test_the_examples_are_short(example: str) -> None:
+    assert len((ROOT / "examples" / f"{example}.py").read_text().splitlines()) <= 60
 
 
 def readme_block(heading: str, language: str) -> str:
@@ -107,10 +141,10 @@ def test_the_commands_of_the_readme_run(torchvision: object, tmp_path: Path, mon
         assert not stopped.value.code, line
 
 
-def test_the_tiny_imagenet_example_goes_on_over_seeds_and_counts_its_claims(
+def test_the_bench_of_tiny_imagenet_goes_on_over_seeds_and_counts_its_claims(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    example = module_of("tiny_imagenet")
+    example = tiny_imagenet
     monkeypatch.setattr(example, "BUDGET", Budget(1, 1, 2, 1))
     monkeypatch.setattr(example, "SPEC", "zoo:cnn?width=0.25")
     monkeypatch.setattr(example, "RECIPE", Recipe(epochs=2, batch_size=64, crop_padding=1, flip=False))
@@ -118,11 +152,11 @@ def test_the_tiny_imagenet_example_goes_on_over_seeds_and_counts_its_claims(
     monkeypatch.setattr(example, "N_BASE_CLASSES", 5)
     monkeypatch.setattr(example, "N_NEW_CLASSES", 3)
     monkeypatch.setattr(example, "public_source", lambda shape, size: pair().source)
-    words = ["--data", "digits", "--support", "8/4", "--out", str(tmp_path), "--runs", str(tmp_path), "--threads", "1"]
+    words = ["tiny-imagenet", "--data", "digits", "--support", "8/4", "--out", str(tmp_path), "--runs", str(tmp_path)]
     words += ["--methods", "clone,fine-tuning with replay,direct ensemble"]
-    example.main([*words, "--seeds", "1"])
+    CliRunner().invoke(bench, [*words, "--seeds", "1"], catch_exceptions=False)
     first = (tmp_path / "tiny_imagenet.jsonl").read_text()
-    example.main([*words, "--seeds", "2"])
+    CliRunner().invoke(bench, [*words, "--seeds", "2"], catch_exceptions=False)
     everything = (tmp_path / "tiny_imagenet.jsonl").read_text()
     assert everything.startswith(first), "cells that are there are not made again"
     rows = [json.loads(line) for line in everything.splitlines() if "method" in json.loads(line)]
@@ -145,7 +179,7 @@ def test_the_tiny_imagenet_example_goes_on_over_seeds_and_counts_its_claims(
 
 
 def test_the_targets_small_images_are_those_that_preprocessing_makes() -> None:
-    example = module_of("tiny_imagenet")
+    example = tiny_imagenet
     data = held_out_images()
     seen: list[torch.Tensor] = []
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import pnc
 from digits import BASE, NEW, held_out_images, network, pair, support, write_images
-from pnc.cli import app, arguments, clone_commands, output
+from pnc.cli import app, arguments, clone_commands, making_commands, output
 from pnc.composite.metrics import measure_logits
 from pnc.foundation.tensor_files import read_tensors, write_tensors
 from pnc.models import pretraining
@@ -485,7 +485,7 @@ def test_what_can_be_known_at_once_is_refused_before_any_work(
         pytest.fail("work was done first")
 
     for module, name in (
-        (app, "load_data"),
+        (making_commands, "load_data"),
         (clone_commands, "load_data"),
         (arguments, "load_model"),
         (app.demonstration, "run_demo"),
@@ -580,7 +580,7 @@ def test_verify_proves_a_clone_on_its_networks(command: Command, tmp_path: Path)
     assert all(check["ok"] for check in facts["checks"])
     found = command(f"verify {{f}}/all.safetensors {NETWORKS}")
     assert (found.code, found.err) == (0, "")
-    assert "all equal, bit for bit: 40 base logits, 1 fingerprints, " in " ".join(found.out.split())
+    assert "all equal, bit for bit: 40 base logits, 1 fingerprint, " in " ".join(found.out.split())
     assert found.out.splitlines()[-1] == f"verified: {command.folder / 'all.safetensors'}"
 
 

@@ -90,12 +90,12 @@ NUMBERS = [
 
 @pytest.mark.parametrize(("words", "text"), NUMBERS)
 def test_numbers_of_clone_are_refused_before_any_image_is_read(files, tmp_path, in_process, monkeypatch, words, text):
-    from pnc.cli import app
+    from pnc.cli import making_commands
 
     def read(*_):
         raise AssertionError("images were read")
 
-    monkeypatch.setattr(app, "load_data", read)
+    monkeypatch.setattr(making_commands, "load_data", read)
     networks = ["--source", files / "s.safetensors", "--target", files / "t.safetensors"]
     found = refused(in_process("clone", *networks, "--data", "digits", "--out", tmp_path / "c.safetensors", *words))
     assert text in found, found

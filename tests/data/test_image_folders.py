@@ -68,6 +68,7 @@ def test_what_is_not_read_is_counted_and_said_once(root: Path) -> None:
         (lambda path: path.with_name("a.xcf").write_text("x"), "1 .xcf"),
         (lambda path: os.mkfifo(path), "1 not a regular file"),
         (lambda path: path.symlink_to("nowhere"), "1 broken link"),
+        (lambda path: path.symlink_to(path.name), "1 broken link"),
         (lambda path: path.with_name(".hidden.png").write_text("x"), "1 hidden file"),
         (lambda path: path.with_name(".cache").mkdir(), "1 hidden folder"),
         (lambda path: save(path.parents[1] / "beside.png"), "1 .png beside the folders of classes"),

@@ -177,3 +177,11 @@ def test_a_network_that_gives_nan_is_refused():
     next(source.parameters()).data[0] = float("nan")
     with pytest.raises(InputError, match="source gives NaN"):
         prepare(source=source)
+
+
+def test_a_wrong_number_of_names_is_refused_before_anything_is_recorded(monkeypatch):
+    monkeypatch.setattr("pnc.method.task.record", lambda *_: pytest.fail("recorded"))
+    with pytest.raises(ClassNameError, match="source_classes has 6 names, the source gives 5 logits"):
+        prepare(source_classes=(*NEW, "more"))
+    with pytest.raises(ClassNameError, match="base_classes has 4 names, the target gives 5 logits"):
+        prepare(base_classes=BASE[:4], support=support(n_base=0))

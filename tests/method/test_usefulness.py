@@ -9,7 +9,7 @@ from torch import nn
 
 import pnc
 from digits import BASE, NEW, pair, support
-from pnc.foundation.errors import PNCWarning
+from pnc.foundation.errors import InputError, PNCWarning
 from pnc.method.usefulness import usefulness
 
 
@@ -152,3 +152,15 @@ def test_every_public_value_prints_on_one_screen():
         "CloneTask(5, 6, 7, 8, 9 of 5 source classes, for a target of 5; support of 100 new and 25 base images)"
     )
     assert BASE[0] in repr(net)
+
+
+def test_a_single_image_is_refused_where_channels_are_chosen():
+    nets = pair()
+    data = support(1, 0, NEW[:1])
+    names = {**nets.names(), "classes": NEW[:1]}
+    for settings in ({}, {"density": 0.5, "tune": "none"}, {"strategy": "sequential"}):
+        with pytest.raises(
+            InputError, match="support: it has one image in all, and choosing channels needs at least two"
+        ):
+            pnc.clone(nets.source.module, nets.target.module, data, **settings, **names)
+    assert pnc.clone(nets.source.module, nets.target.module, data, density=1.0, **names).classes == NEW[:1]

@@ -37,10 +37,11 @@ from pnc.cli.bench_options import (
     TargetFile,
     run_bench,
 )
-from pnc.cli.compare_commands import measure_comparison, report_comparison, tally_claims
+from pnc.cli.compare_commands import draw_chart, measure_comparison, report_comparison, tally_claims
 from pnc.cli.export_command import measure_exports
 from pnc.cli.option_names import Commands
 from pnc.cli.options import Classes, Data, Device
+from pnc.cli.photo_commands import measure_cifar10, measure_tiny_imagenet
 from pnc.cli.plots import check_plot, draw_growth
 from pnc.cli.rival_benches import measure_backbone, measure_corruptions
 from pnc.cli.zoo_bench_command import measure_zoo
@@ -254,6 +255,9 @@ bench.command("compare")(measure_comparison)
 bench.command("backbone")(measure_backbone)
 bench.command("corruptions")(measure_corruptions)
 bench.command("compare-report")(report_comparison)
+bench.command("cifar10")(measure_cifar10)
+bench.command("tiny-imagenet")(measure_tiny_imagenet)
+bench.command("chart")(draw_chart)
 bench.command("claims")(tally_claims)
 bench.command("export")(measure_exports)
 bench.command("zoo")(measure_zoo)

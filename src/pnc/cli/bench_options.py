@@ -134,19 +134,20 @@ def publish(bench: Bench, rows: Rows, json_path: Path, command: str) -> None:
     show_claims(claims, json_path.with_suffix(".md"))
 
 
-def command_line(context: typer.Context, name: str) -> str:
+def command_line(context: typer.Context, name: str, without: Sequence[str] = ()) -> str:
     """Return the command that reproduces the rows, with every option that they depend on.
 
     Args:
         context: The context of the running command.
         name: The name of the bench.
+        without: Options to leave out, such as files that only save time.
     """
     words = ["pnc", "bench", name]
     for option in context.command.params:
         value = context.params[str(option.name)]
         if option.name == "data":
             value = context.params.get("data_name") or value
-        if value is None or option.name in _NOT_IN_COMMAND:
+        if value is None or option.name in (*_NOT_IN_COMMAND, *without):
             continue
         if isinstance(value, bool):
             words += option.opts if value else option.secondary_opts

@@ -31,7 +31,7 @@ from pnc.cli.options import (
     Threads,
     write_json,
 )
-from pnc.cli.output import say, show_facts
+from pnc.cli.output import progress, say, show_facts
 from pnc.clones.clone_file import save
 from pnc.data.readers import load_data
 from pnc.foundation.class_names import listed
@@ -73,12 +73,15 @@ def calibrate_clones(
     _check_files(outputs, json_path, inputs)
     parse_support(support)
     known = asked.read()
-    images = load_data(data, "train")
-    unlabelled = None if background is None else load_data(background, "train")
-    net = attach_clones(asked, known, images)
-    new = net.classes[len(net.base_classes) :]
-    drawn = draw(images, new, net.base_classes, support, seed)
-    with use_threads(threads):
+    with progress() as bar, use_threads(threads):
+        bar.wait("reading images")
+        images = load_data(data, "train")
+        unlabelled = None if background is None else load_data(background, "train")
+        bar.wait("attaching")
+        net = attach_clones(asked, known, images)
+        new = net.classes[len(net.base_classes) :]
+        drawn = draw(images, new, net.base_classes, support, seed)
+        bar.wait("calibrating")
         found = calibrate(net, drawn, background=unlabelled)
     for facts, name, path in zip(known, net.clones, outputs, strict=True):
         path.parent.mkdir(exist_ok=True)

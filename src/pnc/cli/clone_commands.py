@@ -20,6 +20,7 @@ from pnc.cli.arguments import (
 )
 from pnc.cli.image_arguments import image_files
 from pnc.cli.options import (
+    NETWORKS,
     Data,
     Device,
     Json,
@@ -32,7 +33,7 @@ from pnc.cli.options import (
     Threads,
     write_json,
 )
-from pnc.cli.output import complain, say, show_clone, show_facts
+from pnc.cli.output import progress, say, show_clone, show_facts, warn
 from pnc.composite.answering import predict
 from pnc.composite.evaluation import evaluate, uncalibrated_clones, uncalibrated_warning
 from pnc.composite.file_proof import Check, prove
@@ -62,10 +63,12 @@ def evaluate_clones(
     asked = CompositeOptions(clones, networks, ModelOptions("target", target, target_weights, target_classes, device))
     check_outputs({"json": json_path}, [*asked.files, data_file(data)])
     known = asked.read()
-    images = load_data(data, "test")
-    net = attach_clones(asked, known, images)
-    with use_threads(threads):
-        found = evaluate(net, images)
+    with progress() as bar, use_threads(threads):
+        bar.wait("reading images")
+        images = load_data(data, "test")
+        bar.wait("attaching")
+        net = attach_clones(asked, known, images)
+        found = evaluate(net, images, progress=bar.step)
     write_json(json_path, found.facts())
     say(str(found))
 
@@ -95,8 +98,10 @@ def predict_images(
     with image_files(images) as files:
         check_outputs({"json": json_path}, [*files, *asked.files])
         known = asked.read()
-        net = attach_clones(asked, known)
-        found = predict(net, list(files))
+        with progress() as bar:
+            bar.wait("attaching")
+            net = attach_clones(asked, known)
+            found = predict(net, list(files), progress=bar.step)
     answers = list(zip(files.values(), found, strict=True))
     facts = [{**one.facts(top), "image": file} for file, one in answers]
     write_json(json_path, {"predictions": facts})
@@ -104,7 +109,7 @@ def predict_images(
         say(f"{file}: {one.text(top)}")
     warning = uncalibrated_warning(uncalibrated_clones(net))
     if warning:
-        complain(warning)
+        warn(warning)
 
 
 def inspect_clone(file: Annotated[Path, typer.Argument(help="Clone file.")], json_path: Json = None) -> None:
@@ -122,7 +127,12 @@ def verify_clone(
     file: Annotated[Path, typer.Argument(help="Clone file.")],
     target: Target,
     source: Annotated[
-        str | None, typer.Option(help="Network that the clone was made from; without it only a full file is attached.")
+        str | None,
+        typer.Option(
+            help="Network that the clone was made from; without it only a full file is attached.",
+            envvar="PNC_SOURCE",
+            rich_help_panel=NETWORKS,
+        ),
     ] = None,
     source_weights: SourceWeights = None,
     target_weights: TargetWeights = None,

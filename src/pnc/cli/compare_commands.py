@@ -1,4 +1,4 @@
-"""The commands `pnc bench compare`, `pnc bench compare-report` and `pnc bench claims`."""
+"""The commands `pnc bench compare`, `compare-report`, `chart` and `claims`."""
 
 import re
 import sys
@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from pnc.bench import compare, compare_report
+from pnc.bench.accuracy_chart import chart, read_bars
 from pnc.bench.claim_tally import markdown, read_claims
 from pnc.bench.comparison_methods import GROUPS, choose_methods, trained_network
 from pnc.bench.result_files import Cells
@@ -143,6 +144,19 @@ def report_comparison(
     publish(
         compare_report.bench(rows, pictures), rows, folder.with_suffix(".json"), f"pnc bench compare-report {folder}"
     )
+
+
+def draw_chart(
+    compare: Annotated[Path, typer.Option(help="Results of `pnc bench compare-report`.")] = Path(
+        "results/compare.json"
+    ),
+    part: Annotated[Path, typer.Option(help="Results of `pnc bench part`.")] = Path("results/part.json"),
+    out: Annotated[Path, typer.Option(help="Picture to write, .svg.")] = Path("docs/accuracy.svg"),
+) -> None:
+    """Draw the chart of the README from results: accuracy against added cost, as SVG for light and dark pages."""
+    check_outputs({"out": out}, [compare, part])
+    write_file(out, chart(read_bars(compare, part)))
+    say(f"{out}: written")
 
 
 def _network(

@@ -25,7 +25,7 @@ from pnc.cli.options import (
     Threads,
     write_json,
 )
-from pnc.cli.output import say
+from pnc.cli.output import progress, say
 from pnc.composite.export import check_export_folder, check_export_path, export, export_split
 from pnc.composite.program_files import BATCH_SIZES
 
@@ -55,8 +55,10 @@ def export_clones(
     check_outputs({"json": json_path} if split else {"out": out, "json": json_path}, asked.files)
     (check_export_folder if split else check_export_path)(out, "out")
     known = asked.read()
-    net = attach_clones(asked, known)
-    with use_threads(threads):
+    with progress() as bar, use_threads(threads):
+        bar.wait("attaching")
+        net = attach_clones(asked, known)
+        bar.wait("exporting")
         made = (export_split if split else export)(net, out)
     sizes = {path.name if split else str(path): path.stat().st_size for path in made.files}
     write_json(

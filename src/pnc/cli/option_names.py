@@ -45,6 +45,8 @@ def as_options(message: str, options: Mapping[str, str], given: Collection[str] 
 
     >>> as_options("max_macs=0.1: the cheapest adds more", {"max_macs": "--max-macs"})
     '--max-macs 0.1: the cheapest adds more'
+    >>> as_options("max_macs: expected a share, or None; got 2", {"max_macs": "--max-macs"})
+    '--max-macs: expected a share; got 2'
     >>> as_options("source: classes: 4 is given twice", {"source": "--source", "source_classes": "--source-classes"})
     '--source-classes: 4 is given twice'
     """
@@ -62,6 +64,7 @@ def as_options(message: str, options: Mapping[str, str], given: Collection[str] 
         option = options.get(f"{role}_{found[1]}") or _option(found[1], options)
         return f"{option}{' ' if found[2] else ''}{found[2]}" if option else found[0]
 
+    message = message.replace(", or None; got ", "; got ").removesuffix(", or None")  # leave the option out instead
     if "allow_mismatch" not in options:
         message = re.sub(r",? or (?:set|give) allow_mismatch=True to \w+ \w+(?: anyway)?", "", message)
     return re.sub(r"(?<![\w?&-])-{0,2}([a-z_-]+)=([^\s,;:)]*)", renamed, message)

@@ -1,5 +1,6 @@
 """Output of the `pnc` command: lines and plain tables on standard output, progress on standard error."""
 
+import logging
 import shutil
 import sys
 import textwrap
@@ -13,7 +14,8 @@ import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from pnc.cli.arguments import CloneFacts
 from pnc.clones.description import clone_lines
@@ -21,7 +23,7 @@ from pnc.clones.description import clone_lines
 STANDARD_OUTPUT = Path("-")
 _GAP = "  "
 _MAX_COMPLAINT = 2000
-_only_json = ContextVar("only_json", default=False)
+_only_json, _quiet = ContextVar("only_json", default=False), ContextVar("quiet", default=False)
 
 
 def only_json(path: Path | None) -> Path | None:
@@ -30,9 +32,14 @@ def only_json(path: Path | None) -> Path | None:
     return path
 
 
+def be_quiet(wanted: bool) -> None:
+    """Keep lines, progress and warnings away, or not; errors and JSON are written either way."""
+    _quiet.set(wanted)
+
+
 def say(text: str = "") -> None:
-    """Write one line, unless standard output is for JSON."""
-    if not _only_json.get():
+    """Write one line, unless standard output is for JSON or `--quiet` is given."""
+    if not (_only_json.get() or _quiet.get()):
         write_line(text)
 
 
@@ -171,6 +178,21 @@ def complain(text: str) -> None:
     typer.echo(line if len(line) <= _MAX_COMPLAINT else f"{line[:_MAX_COMPLAINT]} ...", err=True)
 
 
+def warn(text: str) -> None:
+    """Write a warning as one line on standard error, unless `--quiet` is given."""
+    if not _quiet.get():
+        complain(text)
+
+
+def log_to_standard_error(wanted: bool) -> None:
+    """Write what the library logs as lines on standard error, with the time, or not."""
+    logger = logging.getLogger("pnc")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger.handlers = [handler] if wanted else []
+    logger.setLevel(logging.INFO if wanted else logging.NOTSET)
+
+
 class Bar:
     """One progress line at a time, with the name of the current work."""
 
@@ -178,7 +200,11 @@ class Bar:
         self._progress, self._what = progress, ""
         self._id: TaskID | None = None
 
-    def step(self, what: str, done: int, total: int) -> None:
+    def wait(self, what: str) -> None:
+        """Show that `what` is being done, with an unknown number of steps."""
+        self.step(what, 0, None)
+
+    def step(self, what: str, done: int, total: int | None) -> None:
         """Show `done` of `total` steps of `what`."""
         if what != self._what or self._id is None:
             if self._id is not None:
@@ -187,16 +213,24 @@ class Bar:
         self._progress.update(self._id, completed=done, total=total)
 
 
+class _Steps(ProgressColumn):
+    """Steps done and their number; nothing if that is unknown."""
+
+    def render(self, task: Task) -> Text:
+        """Return the text of this column."""
+        return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}")
+
+
 @contextmanager
 def progress(shown_here: bool = True) -> Iterator[Bar]:
     """Show progress within the block and remove it afterwards; show nothing unless standard error is a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
+        _Steps(),
+        TimeRemainingColumn(elapsed_when_finished=True),
     )
-    hidden = not (shown_here and sys.stderr.isatty())
+    hidden = _quiet.get() or not (shown_here and sys.stderr.isatty())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as shown:
         yield Bar(shown)
 

@@ -26,7 +26,7 @@ from pnc.cli.options import (
     Threads,
     write_json,
 )
-from pnc.cli.output import say
+from pnc.cli.output import progress, say
 from pnc.composite.evaluation import evaluate
 from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError
@@ -63,9 +63,12 @@ def report_clones(
             raise InputError(f"png: {png} is a file; give a folder")
         check_outputs({"png": png})
     known = asked.read()
-    images = load_data(data, "test")
-    net = attach_clones(asked, known, images)
-    with use_threads(threads):
+    with progress() as bar, use_threads(threads):
+        bar.wait("reading images")
+        images = load_data(data, "test")
+        bar.wait("attaching")
+        net = attach_clones(asked, known, images)
+        bar.wait("measuring and drawing")
         write_report(net, images, out, files=clones, png=png)
         if json_path is not None:
             write_json(json_path, {"out": str(out), **evaluate(net, images).facts()})

@@ -4,6 +4,7 @@ A `thin` file leaves out the source's weights; loading it takes them from the so
 fingerprint. A `full` file includes the kept weights and the structure of the source's part; no source is needed.
 """
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -50,6 +51,7 @@ from pnc.graph.recording import record
 __all__ = ["FileKind", "inspect", "load", "read_clone_file", "save"]
 
 _DELTAS = "deltas."
+_log = logging.getLogger(__name__)
 
 
 def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
@@ -87,6 +89,7 @@ def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
     if broken:
         raise InputError(f"clone: {broken} holds values that are not finite and could not be loaded; clone again")
     write_tensors(path, tensors, _manifest(clone, kind, part).facts())
+    _log.info("%s: written, %s", path, kind)
     return Path(path).stat().st_size
 
 
@@ -198,6 +201,7 @@ def load(
     tensors, manifest = read_clone_file(path)
     if input_shape is not None and tuple(input_shape) != manifest.input_shape:
         raise MismatchError(f"{path} is for images {manifest.input_shape}, not {tuple(input_shape)}; use another file")
+    _log.info("%s: %s, of %s", path, manifest.name, "a source" if source is not None else "its own structure")
     if source is None:
         stored = stored_body(path, manifest, tensors, deltas_in(tensors, _DELTAS))
         return _clone(path, manifest, tensors, stored)

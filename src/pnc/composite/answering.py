@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pnc.composite.batched_logits import logits_of
+from pnc.composite.batched_logits import Progress, logits_of
 from pnc.composite.composite import Composite, check_composite
 from pnc.data.image_inputs import find_images, read_images
 from pnc.data.normalization import Normalization
@@ -55,7 +55,12 @@ class Prediction:
 
 
 def predict(
-    net: Composite, images: Any, *, normalization: Normalization | None = None, batch_size: int = 64
+    net: Composite,
+    images: Any,
+    *,
+    normalization: Normalization | None = None,
+    batch_size: int = 64,
+    progress: Progress | None = None,
 ) -> tuple[Prediction, ...]:
     """Classify images with a composite.
 
@@ -69,6 +74,7 @@ def predict(
         normalization: How the target's own loader normalizes images in [0, 1]; None if it does not. Floating-point
             tensors are never normalized.
         batch_size: Images per batch.
+        progress: Called with (what, done, total) after each batch.
     Returns:
         One prediction per image, in order; images of a folder are sorted by path.
     Raises:
@@ -89,6 +95,8 @@ def predict(
         logits = logits_of(net, read_images(batch, net.input_shape, normalization), batch_size)
         paths = [one.path for one in batch]
         predictions.extend(prediction_of(*one, classes, owner) for one in zip(paths, logits, strict=True))
+        if progress is not None:
+            progress("classifying", len(predictions), len(found))
     return tuple(predictions)
 
 

@@ -1,5 +1,7 @@
 """Networks run on many images, batch by batch."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -7,18 +9,29 @@ from pnc.data.image_set import images_as_float
 from pnc.data.image_store import to_device
 from pnc.foundation.network_state import evaluating, like_images
 
+Progress = Callable[[str, int, int], None]
+"""Called with the name of the current work, the number of steps done, and the number of all."""
 
-def logits_of(model: nn.Module, images: Tensor, batch_size: int = 64) -> Tensor:
+
+def logits_of(
+    model: nn.Module, images: Tensor, batch_size: int = 64, progress: Progress | None = None, what: str = ""
+) -> Tensor:
     """Run a network in eval mode, batch by batch.
 
     Args:
         model: On any device, in any floating-point dtype; the images are moved and cast to match.
         images: (N, C, H, W), uint8 or floating point.
         batch_size: Images per batch.
+        progress: Called after each batch with `what`, the number of images done and of all; None for nothing.
+        what: The name of this work.
     Returns:
         Logits (N, K) on the CPU.
     """
-    like = like_images(model)
+    like, logits, n_done = like_images(model), [], 0
     with evaluating(model):
-        batches = (to_device(images_as_float(batch).to(like.dtype), like.device) for batch in images.split(batch_size))
-        return torch.cat([model(batch).cpu() for batch in batches])
+        for batch in images.split(batch_size):
+            logits.append(model(to_device(images_as_float(batch).to(like.dtype), like.device)).cpu())
+            n_done += len(batch)
+            if progress is not None:
+                progress(what, n_done, len(images))
+    return torch.cat(logits)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pnc.composite.batched_logits import logits_of
+from pnc.composite.batched_logits import Progress, logits_of
 from pnc.composite.composite import Composite, check_composite
 from pnc.composite.metrics import measure_logits
 from pnc.data.image_set import ImageSet
@@ -99,7 +99,7 @@ class Answers:
     seen: tuple[str, ...]
 
 
-def evaluate(net: Composite, data: Any, *, batch_size: int = 64) -> EvaluationReport:
+def evaluate(net: Composite, data: Any, *, batch_size: int = 64, progress: Progress | None = None) -> EvaluationReport:
     """Measure a composite: accuracy on base and new classes, and how far its predictions moved from the target's.
 
     Args:
@@ -108,6 +108,7 @@ def evaluate(net: Composite, data: Any, *, batch_size: int = 64) -> EvaluationRe
             `pnc.load_data("folder:photos", "test")`, a pair (images, labels), a Dataset or a DataLoader. If the data
             names its own classes, images of classes that the composite lacks are ignored.
         batch_size: Images per batch.
+        progress: Called with (what, done, total) after each batch.
     Raises:
         InputError: `net` is not a composite, no clone is enabled, or all images are of base or all of new classes.
         ClassNameError: a label is not a class of the composite.
@@ -116,7 +117,7 @@ def evaluate(net: Composite, data: Any, *, batch_size: int = 64) -> EvaluationRe
     >>> report.n_images, report.base_logits_equal, report.conditional_kl
     (24, True, 0.0)
     """
-    return report_of(net, answers(net, data, batch_size))
+    return report_of(net, answers(net, data, batch_size, progress))
 
 
 def report_of(net: Composite, found: Answers) -> EvaluationReport:
@@ -133,7 +134,7 @@ def report_of(net: Composite, found: Answers) -> EvaluationReport:
     )
 
 
-def answers(net: Composite, data: Any, batch_size: int = 64) -> Answers:
+def answers(net: Composite, data: Any, batch_size: int = 64, progress: Progress | None = None) -> Answers:
     """Run a composite and its target on labelled images. Arguments and errors: see `evaluate`."""
     check_composite(net)
     classes = net.classes
@@ -151,7 +152,8 @@ def answers(net: Composite, data: Any, batch_size: int = 64) -> Answers:
             f"data: images of base and of new classes are needed; of {listed(classes)} "
             f"there are images of {listed(seen)} only"
         )
-    logits, target_logits = logits_of(net, images, batch_size), logits_of(net.target, images, batch_size)
+    logits = logits_of(net, images, batch_size, progress, "evaluating")
+    target_logits = logits_of(net.target, images, batch_size, progress, "evaluating the target alone")
     return Answers(images, labels, logits, target_logits, classes, seen)
 
 

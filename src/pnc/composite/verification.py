@@ -15,6 +15,7 @@ from pnc.foundation.class_names import listed
 from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import first_difference
 from pnc.foundation.network_state import Snapshot, differences, evaluating, images_for, like_images
+from pnc.foundation.plain_text import counted
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.forward_prints import FAR, answers_gap, answers_of, pattern_images
 from pnc.graph.logits import pick_logits
@@ -55,11 +56,13 @@ class Report:
         return not self.differences
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{count:,} {what}" for what, count in self.compared.items())
+        counts = ", ".join(counted(count, what) for what, count in self.compared.items())
         notes = [f"note: {note}" for note in self.notes] + [f"not proven: {one}" for one in self.unproven]
         if self.ok:
             return "\n- ".join([f"all equal, bit for bit: {counts}", *notes])
-        return "\n- ".join([f"{len(self.differences)} differences; compared: {counts}", *self.differences, *notes])
+        return "\n- ".join(
+            [f"{counted(len(self.differences), 'differences')}; compared: {counts}", *self.differences, *notes]
+        )
 
 
 def snapshot(target: nn.Module, images: Tensor | None = None) -> Snapshot:

@@ -1,5 +1,6 @@
 """Folders of image files, one folder per class; every file is either listed as an image or counted as skipped."""
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -118,12 +119,22 @@ def _files(folder: Path, seen: set[tuple[int, int]], skipped: Skipped) -> Iterat
     seen.add((place.st_dev, place.st_ino))
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 yield Path(entry.path)
             elif entry.name.startswith("."):
                 skipped.add("hidden folder")
             else:
                 yield from _files(Path(entry.path), seen, skipped)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether an entry is a folder or a link to one; a link that leads to itself is not."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def _count(path: Path, skipped: Skipped, where: str) -> None:

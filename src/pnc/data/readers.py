@@ -36,10 +36,10 @@ def load_data(spec: str, split: Split = "train") -> ImageSet:
     Specs:
         - ``digits``: scikit-learn's 1,797 handwritten digits, (1, 8, 8) in [0, 1]. Images 3, 7, 11, ... of each class,
           in scikit-learn's order, are the test split (a quarter); the others are the training split.
-        - ``parquet:PATH``: A folder with train.parquet and test.parquet (or complete shards train-*.parquet), or one
-          file, which is read whole for either split. Shards are matched by their class names.
-        - ``folder:PATH``: PATH/train/CLASS/* and PATH/test/CLASS/*, or PATH/CLASS/*, which is read whole. All formats
-          that Pillow decodes are read, links to folders are followed; a `PNCWarning` counts the files not read.
+        - ``parquet:PATH``: A folder with train.parquet and test.parquet (or complete shards ``train-*.parquet``), or
+          one file, which is read whole for either split. Shards are matched by their class names.
+        - ``folder:PATH``: ``PATH/train/CLASS/*`` and ``PATH/test/CLASS/*``, or ``PATH/CLASS/*``, which is read whole.
+          All formats that Pillow decodes are read, links to folders are followed; a `PNCWarning` counts the rest.
         - ``hf:NAME`` or ``hf:NAME@CONFIG``: A data set of the hub, or a local folder that `datasets` can load.
 
     Options, as in ``folder:photos?size=32&channels=3``:

@@ -24,6 +24,15 @@ def facts_text(title: str, facts: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+def counted(number: int, plural: str) -> str:
+    """A number of things; one thing in the singular, if its name is one word.
+
+    >>> counted(1, "hooks"), counted(1200, "hooks")
+    ('1 hook', '1,200 hooks')
+    """
+    return f"{number:,} {plural.removesuffix('s') if number == 1 and ' ' not in plural else plural}"
+
+
 def few_names(names: Sequence[str], limit: int = MAX_NAMES) -> str:
     """The first names, and the total number if some are left out.
 

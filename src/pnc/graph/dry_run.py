@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pnc.foundation.network_state import undisturbed
+from pnc.foundation.network_state import like_images, undisturbed
+from pnc.graph.logits import pick_logits
 
 
 def shapes_without_values(module: nn.Module, input_shape: tuple[int, ...]) -> set[tuple[int, ...]] | None:
@@ -22,12 +23,10 @@ def shapes_without_values(module: nn.Module, input_shape: tuple[int, ...]) -> se
     Returns:
         The shapes; None if the network cannot run like this, for example because it reads values.
     """
-    tensors = [*module.parameters(), *module.buffers()]
-    emptied: dict[int, Any] = {id(tensor): _emptied(tensor) for tensor in tensors}
     seen = _Shapes()
     try:
         with undisturbed(), torch.no_grad():
-            twin = copy.deepcopy(module, emptied).eval()
+            twin = _twin(module)
             images = torch.empty(_BATCH, *input_shape, device="meta")
             with seen:
                 twin(images)
@@ -36,7 +35,30 @@ def shapes_without_values(module: nn.Module, input_shape: tuple[int, ...]) -> se
     return {tuple(input_shape), *seen.found}
 
 
+def logits_without_values(module: nn.Module, images: Tensor) -> int | None:
+    """The number of a network's logits, found without computing them; None if the network cannot run like this.
+
+    Args:
+        module: A network; it is not changed.
+        images: (B, C, H, W); only their shape and dtype count.
+    """
+    try:
+        with undisturbed(), torch.no_grad():
+            twin = _twin(module)
+            example = torch.empty(_BATCH, *images.shape[1:], dtype=like_images(module).dtype, device="meta")
+            return pick_logits(twin(example)).shape[1]
+    except Exception:  # noqa: BLE001 - as above
+        return None
+
+
 _BATCH = 3
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A copy without values, in eval mode."""
+    tensors = [*module.parameters(), *module.buffers()]
+    emptied: dict[int, Any] = {id(tensor): _emptied(tensor) for tensor in tensors}
+    return copy.deepcopy(module, emptied).eval()
 
 
 def _emptied(tensor: Tensor) -> Tensor:

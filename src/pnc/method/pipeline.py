@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -55,7 +56,9 @@ from pnc.method.settings import (
 )
 from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Precision, Progress, check_task, prepare_task
-from pnc.method.usefulness import usefulness
+from pnc.method.usefulness import check_enough, usefulness
+
+_log = logging.getLogger(__name__)
 
 
 @undisturbed()
@@ -117,8 +120,7 @@ def clone(
             lowered until held-out base images keep it, which takes 1 / max_base_drop - 1 of them, 49 for 0.02. None
             counts base and new images as equally likely.
 
-        The others rarely need a change:
-
+    Other Parameters:
         name: Name of the clone; None makes one from its classes.
         method: How channels are chosen below density 1: "gates", learned by gradient; the one-shot scores "taylor",
             "magnitude" and "random"; or "local-surrogate", the paper's rule as we read it. None means "taylor", or
@@ -178,6 +180,7 @@ def clone(
     with closing(task):
         if max_base_drop is not None:
             check_promise(max_base_drop, n_images(task, base=True))
+        check_enough(task, removal.density, strategy)
         usefulness(task)  # warns before the work
         removal = without_gradient(task, removal)
         check_whole_source(task, uses_gradient(removal, refine, strategy == "sequential"))
@@ -195,6 +198,7 @@ def clone(
             cost = {"max_macs": max_macs, "max_bytes": max_bytes}
             settings = {**vars(removal), **cost}
             steps = Steps(Path(resume), _identity(task, settings), team)
+        _log.info("scanning positions")
         found = scan(task, progress=progress)
         fit_one = partial(
             fit_and_judge,
@@ -216,6 +220,7 @@ def clone(
         else:
             chosen, _ = fit_one(found.adapter(found.choose(max_macs, max_bytes)), removal)
         steps.finish()
+        _log.info("%s: held-out score %.3f", chosen.name, chosen.recipe["score"])
         return chosen
 
 
@@ -273,6 +278,7 @@ def fit(
     check_effort("minutes", "balanced", removal, refine, "scan")
     _check_others(name, None, progress)
     check_task(task)
+    check_enough(task, removal.density, "scan")
     if not isinstance(fitted, CrossFitted):
         raise InputError(f"fitted: expected adapters, found.adapter(position) of a scan; got {type(fitted).__name__}")
     if max_base_drop is not None:
@@ -301,6 +307,8 @@ def fit_and_judge(
     density, tune, norms = removal.fixed_density, removal.tune, removal.tune == "norms"
     method = removal.method or ("gates" if norms else "taylor")
     steps = steps.at(f"{fitted.adapter.target_cut.name} > {fitted.adapter.source_cut.name} at {density}")
+    where = fitted.adapter.target_cut.name, fitted.adapter.source_cut.name
+    _log.info("making a clone from %s to %s at density %s", *where, density)
     part = localize(
         task, fitted.adapter, density, method, norms=norms, round_to=removal.round_to, steps=steps, progress=progress
     )

@@ -1,5 +1,6 @@
 """A cloning task: two recorded networks, their class names and the support, all checked once."""
 
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from pnc.composite.batched_logits import Progress as Progress
 from pnc.composite.composite import Composite
 from pnc.data.folded_samples import Samples, samples_of
 from pnc.data.image_range import check_range
@@ -22,13 +24,13 @@ from pnc.foundation.network_state import like_images, undisturbed
 from pnc.foundation.plain_text import few_names
 from pnc.foundation.process_team import ALONE, Team
 from pnc.graph.classifier import ClassifierLayer, find_head
+from pnc.graph.dry_run import logits_without_values
 from pnc.graph.forward_prints import ForwardPrint, forward_print
 from pnc.graph.recording import Recording, info, record
 from pnc.method.settings import check_network, check_run
 from pnc.method.task_classes import support_labels, task_classes
 
-Progress = Callable[[str, int, int], None]
-"""Called with the name of the work, the steps done, and the number of steps."""
+_log = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bfloat16"]
 """Precision in which the networks run while a clone is made."""
@@ -206,12 +208,17 @@ def read_network(model: nn.Module, example: Tensor, classes: Sequence[str], argu
         raise RecordingError(f"{argument} on images {tuple(example.shape[1:])}: {error}{hint}") from error
     if not recording.probe_logits.isfinite().all():
         raise InputError(f"{argument} gives NaN or infinite logits on noise like the support; check its weights")
-    if recording.n_classes != len(names):
+    _check_number(recording.n_classes, names, argument)
+    return Network(model, recording, head, names)
+
+
+def _check_number(n_logits: int | None, names: Sequence[str], argument: str) -> None:
+    """Refuse another number of names than of logits, if that is known."""
+    if n_logits is not None and n_logits != len(names):
         raise ClassNameError(
-            f"{_NAMES[argument]} has {len(names)} names, the {argument} gives {recording.n_classes} logits; "
+            f"{_NAMES[argument]} has {len(names)} names, the {argument} gives {n_logits} logits; "
             "name every output, in order"
         )
-    return Network(model, recording, head, names)
 
 
 @undisturbed()
@@ -281,6 +288,9 @@ def prepare_task(
     if background is not None:
         store.keep(_unlabelled(background, store.shape))
         _check_values(source, target, store, "background")
+    for model, own, argument in ((source, names.source, "source"), (target, names.base, "target")):
+        _check_number(logits_without_values(model, examples), own, argument)  # before the recording, which takes longer
+    _log.info("recording both networks on images %s", tuple(examples.shape[1:]))
     read = read_network(source, examples, names.source, "source"), read_network(target, examples, names.base, "target")
     if read[0].device != read[1].device:
         raise InputError(f"source is on {read[0].device}, target on {read[1].device}; move both to one device")

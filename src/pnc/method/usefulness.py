@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pnc.foundation.class_names import listed
-from pnc.foundation.errors import PNCWarning
+from pnc.foundation.errors import InputError, PNCWarning
 from pnc.method.task import CloneTask, Network
 
 N_IMAGES = 1000
@@ -37,6 +37,17 @@ class Usefulness:
 
 _KNOWN: WeakKeyDictionary[CloneTask, Usefulness] = WeakKeyDictionary()
 """Each task is checked once and warned about once."""
+
+
+def check_enough(task: CloneTask, density: float | str, strategy: str) -> None:
+    """Refuse a single image where channels are chosen, which takes statistics over several.
+
+    Raises:
+        InputError: there is one image in all, and `density` is not 1 or the strategy chooses channels anyway.
+    """
+    if len(task.samples.labels) == 1 and (density != 1 or strategy == "sequential"):
+        way_out = "give more" if strategy == "sequential" else "give more, or set density=1"
+        raise InputError(f"support: it has one image in all, and choosing channels needs at least two; {way_out}")
 
 
 def usefulness(task: CloneTask) -> Usefulness:

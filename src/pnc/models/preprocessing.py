@@ -42,7 +42,7 @@ class Preprocessed(nn.Module):
     for a network with another preprocessing than the one it was made with.
 
     Args:
-        network: Maps the images it was trained on, (B, *input_shape), to logits. It becomes a submodule, unchanged.
+        network: Maps the images it was trained on, ``(B, *input_shape)``, to logits. It becomes a submodule, unchanged.
         input_shape: (C, H, W) that the network takes.
         mean: One number, or one for each channel, in units of images in [0, 1].
         std: Likewise; above 0. For example, ``std=1 / 255`` gives the network pixels from 0 to 255.
