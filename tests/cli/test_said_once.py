@@ -110,7 +110,7 @@ def test_the_help_of_every_command_has_examples_that_can_be_parsed(command: Comm
 
 def test_all_commands_have_examples_and_panels(command: Command) -> None:  # noqa: F811
     group: Any = typer.main.get_command(app)
-    assert set(group.commands) - {"bench"} == set(EXAMPLES)
+    assert set(group.commands) - {"bench", "zoo"} == set(EXAMPLES)
     assert set(COMMANDS) <= set(group.commands)
     shown = command("clone --help").out
     assert all(f" {panel} " in shown for panel in ("Networks", "Images", "Part", "Bounds", "Output", "Machine"))

@@ -111,7 +111,16 @@ def test_a_file_without_its_source_says_what_is_missing():
         pnc.MismatchError, match=r"thin file, which needs the source .* this server has other; .*--source"
     ):
         found.attach("dog", clone_file("dog"))
-    assert found.attach("dog", clone_file("dog", kind="full")) is True, "any network of the architecture will do"
+    assert found.attach("dog", clone_file("dog", kind="full")) is True, "its structure is in the file"
+
+
+def test_a_full_file_without_its_structure_needs_a_network_of_the_architecture(monkeypatch):
+    def facts_of(path):
+        return {**pnc.inspect(path), "needs_source": True}
+
+    monkeypatch.setattr("pnc.serving.clone_sources.inspect", facts_of)
+    found = Deployment(served_target(), [("other", small_pair.network(2, 7))])
+    assert found.attach("dog", clone_file("dog", kind="full")) is True
     none = Deployment(served_target())
     with pytest.raises(pnc.MismatchError, match=r"needs a network of its source's architecture .* has no source"):
         none.attach("dog", clone_file("dog", kind="full"))

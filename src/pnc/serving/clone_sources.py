@@ -40,13 +40,13 @@ class CloneSources:
         """
         try:
             facts = inspect(path)
-            source = self._source(facts["kind"], facts["source"])
+            source = self._source(facts["kind"], facts["source"]) if facts["needs_source"] else None
             return load(path, source=source, input_shape=input_shape).renamed(name)
         except PNCError as error:
             raise type(error)(str(error).replace(str(path), f"the file of {name!r}")) from error
 
     def _source(self, kind: str, wanted: object) -> nn.Module:
-        """The source that a file was made from; for a full file, any network of its architecture."""
+        """The source that a file was made from; for a full file without its structure, any network of its architecture."""
         assert isinstance(wanted, dict)
         key = "structure" if kind == "full" else "weights"
         for _, module, known in self._sources:
