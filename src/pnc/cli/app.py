@@ -76,7 +76,7 @@ def start(
         raise typer.Exit
     if context.invoked_subcommand is None:
         with contextlib.redirect_stdout(sys.stderr):
-            typer.echo(context.get_help(), nl=False)  # typer draws the help itself, and returns nothing
+            typer.echo(context.get_help())  # typer draws the help itself, and returns nothing
         raise typer.Exit(BAD_INPUT)
     be_quiet(quiet)
     log_to_standard_error(verbose)
