@@ -1,5 +1,6 @@
 """Workers as actors of Ray, on this machine or on a cluster; requires the extra `ray`."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,7 +44,12 @@ def connected(address: str) -> Iterator[int]:
         if address == LOCAL:
             os.environ.update({name: value for name, value in _SETTINGS.items() if before[name] is None})
         try:
-            ray.init(address, log_to_driver=False, include_dashboard=None if address != LOCAL else False)
+            ray.init(
+                address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=None if address != LOCAL else False,
+            )
         except (ConnectionError, ValueError) as error:
             raise InputError(f"ray_address: {address!r} cannot be used ({str(error).splitlines()[0]})") from error
         resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
