@@ -132,8 +132,9 @@ async def _ask(
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     length = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0])
     body = await reader.readexactly(length)
-    if start >= counts_from:
-        tally.seconds.append(time.perf_counter() - start)
+    end = time.perf_counter()
+    if end >= counts_from:
+        tally.seconds.append(end - start)
     if not head.startswith(b"http/1.1 200"):
         _count(tally.failed, head[9:12].decode())
     elif load.expected:

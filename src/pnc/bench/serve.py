@@ -43,6 +43,7 @@ KEYS = ("part", "case", "round")
 N_IMAGES, CHUNK_UPLOADS = 64, 1000
 SAME_BATCHES = (1, 4, 16, 32)
 _BATCHES, _IMAGES, _MEMORY = "pnc_batch_images_count", "pnc_batch_images_sum", "process_resident_memory_bytes"
+_CPU = "process_cpu_seconds_total"
 
 
 def bench(setting: Setting, wanted: Wanted) -> Bench:
@@ -144,11 +145,16 @@ def _throughput(stage: _Stage, cells: Cells, progress: Progress | None) -> None:
         for number in missing:
             for case, server in servers.items():
                 _report(progress, f"throughput, {case}", number, wanted.rounds)
-                before = server.meter(_IMAGES), server.meter(_BATCHES)
-                load = stage.load(server.port, connections=wanted.connections, seconds=wanted.seconds, warm=1.0)
+                before = [server.meter(name) for name in (_IMAGES, _BATCHES, _CPU)]
+                load = stage.load(
+                    server.port, connections=wanted.connections, seconds=wanted.seconds, warm=wanted.seconds / 4
+                )
                 facts = finish_load(start_load(load))
-                images, batches = server.meter(_IMAGES) - before[0], server.meter(_BATCHES) - before[1]
-                facts |= {"mean_batch": images / max(batches, 1), "failed": sum(facts["failed"].values())}
+                images, batches, cpu = (
+                    server.meter(name) - value for name, value in zip((_IMAGES, _BATCHES, _CPU), before, strict=True)
+                )
+                facts |= {"mean_batch": images / max(batches, 1), "cpu_ms": 1000 * cpu / max(images, 1)}
+                facts["failed"] = sum(facts["failed"].values())
                 row = {key: value for key, value in facts.items() if key not in ("sets", "mixed")}
                 cells.add({"part": "throughput", "case": case, "round": number, **row})
 

@@ -78,9 +78,8 @@ def _of(rows: Rows, part: str, case: str | None = None) -> list[Row]:
 
 
 def _ratio(rows: Sequence[Row], others: Sequence[Row]) -> float:
-    """The median of the ratios within a round."""
-    rates = {row["round"]: row["per_second"] for row in others}
-    return float(median(row["per_second"] / rates[row["round"]] for row in rows if row["round"] in rates))
+    """The ratio of the mean rates; both servers were asked in every round."""
+    return fmean(row["per_second"] for row in rows) / fmean(row["per_second"] for row in others)
 
 
 def memory_growth(churn: Sequence[Row]) -> float:
@@ -100,7 +99,7 @@ def markdown(rows: Rows, setting: Setting, wanted: Wanted) -> str:
     ]  # fmt: skip
     cases = [(case, _of(rows, "throughput", case)) for case in (ALONE, CLONES, WHOLE)]
     if cases[-1][1]:
-        columns = ("per_second", "p50_ms", "p99_ms", "mean_batch")
+        columns = ("per_second", "p50_ms", "p99_ms", "mean_batch", "cpu_ms")
         lines += [
             "",
             "## Throughput",
@@ -108,7 +107,9 @@ def markdown(rows: Rows, setting: Setting, wanted: Wanted) -> str:
             f"Medians over {wanted.rounds} rounds; in each, every server is asked for {wanted.seconds:g} s by "
             f"{wanted.connections} connections, one after the other. Each is `pnc serve` with one thread for the "
             f"network and `--wait-ms {wanted.wait_ms:g}`; `{WHOLE}`: the same server with the target and four whole "
-            "sources. The load comes from another process on the same machine. One image in each request, as PNG.",
+            "sources. The load comes from another process on the same machine. One image in each request, as PNG. "
+            "`cpu_ms`: processor time of the whole server for one image, which other work changes less than "
+            "images per second.",
             "",
             table(
                 ("server", *columns),
