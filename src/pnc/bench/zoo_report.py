@@ -167,9 +167,8 @@ def markdown(rows: Rows) -> str:
         f"A look takes {fmean(row['seconds'] for row in looks):.2f} s of one core, a ranking "
         f"{fmean(row['seconds'] for row in rows if row['part'] == RANK):.1f} s, a clone "
         f"{fmean(row['seconds'] for row in clones):.1f} s; seconds are the processor's, not the clock's. Where not all "
-        "sources were cloned from, those with the best looks were, and others drawn at random; the best one is the best of "
-        "these. Sources that do not "
-        "name the requested classes are cloned from with the outputs that stand for them. mean error: of the predicted "
-        "accuracy."
+        "sources were cloned from, those with the best looks were, and others drawn at random; the best one is the "
+        "best of these. Sources that do not name the requested classes are cloned from with the outputs that stand for "
+        "them. mean error: of the predicted accuracy."
     )
     return "\n\n".join([head, table(columns, over_all), table(own, each), foot])
