@@ -76,17 +76,21 @@ async def _form_files(headers: Any, body: bytes, most: int) -> list[Upload]:
     async def parts() -> AsyncIterator[bytes]:
         yield body
 
+    parser = None
     try:
         parser = parsers.MultiPartParser(headers, parts(), max_files=most + 1, max_fields=most + 1)
         form = await parser.parse()
+        files = [(one, one.filename) for _, one in form.multi_items() if not isinstance(one, str)]
+        found = [Upload(await one.read(), name) for one, name in files]
     except (parsers.MultiPartException, multipart.FormParserError) as error:
         reason = " ".join(str(getattr(error, "message", error)).split())
         status = TOO_LARGE if "Too many" in reason else UNUSABLE
         raise Refusal(status, f"the form cannot be read ({reason:.200})") from error
     except (KeyError, UnicodeError, LookupError, ValueError) as error:  # no boundary, or an unknown charset
         raise Refusal(UNUSABLE, "the form cannot be read; send multipart/form-data with a boundary") from error
-    found = [Upload(await one.read(), one.filename) for _, one in form.multi_items() if not isinstance(one, str)]
-    await form.close()
+    finally:
+        for file in getattr(parser, "_files_to_close_on_error", ()):  # also those of parts that never end
+            file.close()
     return [one for one in found if one.content]
 
 
