@@ -46,7 +46,7 @@ class CloneSources:
             raise type(error)(str(error).replace(str(path), f"the file of {name!r}")) from error
 
     def _source(self, kind: str, wanted: object) -> nn.Module:
-        """The source that a file was made from; for a full file without its structure, any network of its architecture."""
+        """The source that a file was made from; for a full file that lacks its structure, any of the architecture."""
         assert isinstance(wanted, dict)
         key = "structure" if kind == "full" else "weights"
         for _, module, known in self._sources:
