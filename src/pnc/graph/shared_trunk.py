@@ -25,7 +25,8 @@ def shared_cut(target: Recording, source: Recording) -> tuple[CutPoint, CutPoint
         target: One network.
         source: The other one, for images of the same shape.
     Returns:
-        The cut in each network; the inputs, if the networks differ from the first operation on.
+        The cut in each network; the inputs, if all that the networks share has no multiply-accumulates, such as a
+        normalization.
     """
     cuts = [cut_points(recording)[: find_head(recording).features.index] for recording in (target, source)]
     in_target, in_source = (
@@ -33,7 +34,7 @@ def shared_cut(target: Recording, source: Recording) -> tuple[CutPoint, CutPoint
         for recording, some in zip((target, source), cuts, strict=True)
     )
     for key, cut in reversed(in_source.items()):
-        if key in in_target and in_target[key].is_alike(cut):
+        if cut.n_macs > 0 and key in in_target and in_target[key].is_alike(cut):
             return in_target[key], cut
     return cuts[0][0], cuts[1][0]
 
