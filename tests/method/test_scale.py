@@ -54,7 +54,7 @@ def counted(monkeypatch, task, **settings):
 
     def watched(recording, start, outputs):
         part = extract(recording, start, outputs)
-        if start is None:
+        if start is None or recording is task.source.recording:
             name = "target_samples" if recording is task.target.recording else "source_samples"
             part.register_forward_pre_hook(counting(lambda *_: None, name, of=lambda _, inputs: len(inputs[0])))
         return part
