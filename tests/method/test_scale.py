@@ -8,7 +8,7 @@ import pnc
 from digits import NEW, pair, support
 from pnc.clones.adapter import Stitched
 from pnc.graph.candidate_cuts import candidate_cuts
-from pnc.graph.cut_points import extract
+from pnc.graph.cut_points import LOGITS, extract
 from pnc.method import adapter_moments, held_out, positions, ridge
 from pnc.method.adapter_fitting import AdapterFitter
 from pnc.method.positions import shortlist
@@ -54,7 +54,7 @@ def counted(monkeypatch, task, **settings):
 
     def watched(recording, start, outputs):
         part = extract(recording, start, outputs)
-        if start is None or recording is task.source.recording:
+        if start is None or LOGITS in outputs:
             name = "target_samples" if recording is task.target.recording else "source_samples"
             part.register_forward_pre_hook(counting(lambda *_: None, name, of=lambda _, inputs: len(inputs[0])))
         return part

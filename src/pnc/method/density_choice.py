@@ -19,7 +19,7 @@ LEAST_DENSITY = 0.1
 LOSS = 0.003
 """Accuracy that a tuned part of density 1/2 loses; at other densities in proportion to 1 / density - 1, see
 docs/method.md. Clones are measured too, but on few images this figure is the better estimate of a small loss."""
-LOSS_ERROR = 0.006
+LOSS_ERROR = 0.004
 """Standard error of that figure."""
 SLOPE = 0.5
 """Accuracy lost per nat of held-out log-loss, between positions."""
