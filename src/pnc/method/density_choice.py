@@ -21,6 +21,8 @@ LOSS = 0.003
 docs/method.md. Clones are measured too, but on few images this figure is the better estimate of a small loss."""
 LOSS_ERROR = 0.004
 """Standard error of that figure."""
+LEAST_ERROR = 0.006
+"""Least standard error of a measured loss: so much it is off from one support to another (results/part.md)."""
 SLOPE = 0.5
 """Accuracy lost per nat of held-out log-loss, between positions."""
 N_ERRORS = 0.5
@@ -156,5 +158,5 @@ def smallest_good(
 
 def _shrunk(expected: float, measured: float, error: float) -> tuple[float, float]:
     """Combine the expected and the measured loss of accuracy; also return the standard error."""
-    weight = LOSS_ERROR**2 / (LOSS_ERROR**2 + error**2)
+    weight = LOSS_ERROR**2 / (LOSS_ERROR**2 + max(error, LEAST_ERROR) ** 2)
     return expected + weight * (measured - expected), LOSS_ERROR * (1 - weight) ** 0.5
