@@ -7,17 +7,16 @@ import pytest
 import torch
 
 import pnc
+from pnc.models.model_specs import build_model
 
 
 @pytest.fixture(scope="session")
 def example() -> dict[str, Any]:
     """Untrained networks for 8x8 images and a clone; shared, so no example may change them."""
     names = {"source_classes": ["cat", "dog"], "base_classes": ["ant", "bee"]}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        source, target = (
-            pnc.load_model("zoo:cnn?width=0.25", classes=one, input_shape=(1, 8, 8)).module for one in names.values()
-        )
+    source, target = (
+        build_model("zoo:cnn?width=0.25", one, (1, 8, 8), seed=seed).module for seed, one in enumerate(names.values())
+    )
     generator = torch.Generator().manual_seed(1)
     patterns = torch.rand(4, 1, 8, 8, generator=generator).repeat_interleave(6, 0)
     images = 0.8 * patterns + 0.2 * torch.rand(24, 1, 8, 8, generator=generator)

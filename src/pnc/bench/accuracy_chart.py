@@ -16,6 +16,12 @@ _REGIME = {"data": "CIFAR-10 (JPEG)", "support": "100/20", "group": "all"}
 _PAIR = "zoo:resnet20 "
 """How the specs of both networks begin, in the rows of the comparison."""
 
+_CLONED = {
+    "pair": "CIFAR-10 (JPEG), ResNet-20s",
+    "support": _REGIME["support"],
+    "classes": "dog+frog+horse+ship+truck",
+}
+"""The same in the rows of `pnc bench part`."""
 _PARTS = {"whole": "clone, the whole source", "0.5 weights": "clone, half of it", "0.3 weights": "clone, .3 of it"}
 _RIVALS = {
     "stacked features of both networks": "stacked features of both networks",
@@ -55,7 +61,7 @@ def read_bars(compare: Path, part: Path) -> list[Bar]:
     """
     rivals = _rows(compare, lambda row: all(row[key] == value for key, value in _REGIME.items()))
     rivals = [row for row in rivals if row["target"].startswith(_PAIR) and row["source"].startswith(_PAIR)]
-    parts = _rows(part, lambda row: row["support"] == _REGIME["support"])
+    parts = _rows(part, lambda row: all(row[key] == value for key, value in _CLONED.items()))
     found = [_bar(part, parts, "form", form, label, ("average", "macs_share"), True) for form, label in _PARTS.items()]
     keys = "average_accuracy", "added_macs_share"
     return [*found, *(_bar(compare, rivals, "method", one, label, keys, False) for one, label in _RIVALS.items())]

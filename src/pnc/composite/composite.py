@@ -366,7 +366,7 @@ def attach(target: nn.Module | NamedNetwork, *clones: Clone, allow_mismatch: boo
     >>> net(torch.rand(5, 1, 8, 8)).shape
     torch.Size([5, 4])
     >>> net.detach(clone.name)
-    Clone('cat+dog': cat, dog; block4_2 > block4_2)
+    Clone('cat+dog': cat, dog; input > input)
     """
     target = network_of(target, clones)
     check_flag(allow_mismatch, "allow_mismatch")
