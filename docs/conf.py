@@ -16,7 +16,10 @@ html_title = "pnc: partial network cloning"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"
 source_suffix = {".md": "markdown"}
-include_patterns = ["docs/**", "results/*.md", "results/localize_vit/*.md", "results/part_two_threads/*.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+include_patterns = [
+    *("docs/**", "results/*.md", "results/localize_vit/*.md", "results/part_two_threads/*.md"),
+    *("CHANGELOG.md", "CONTRIBUTING.md"),
+]
 exclude_patterns = ["docs/conf.py"]
 
 myst_enable_extensions = ["colon_fence"]
