@@ -116,6 +116,12 @@ def test_wrong_options_are_one_line(more, text, folder, monkeypatch, capsys):
     assert code == 2 and text in error and len(error.splitlines()) <= 2
 
 
+def test_a_short_token_of_the_environment_is_named(folder, monkeypatch, capsys):
+    monkeypatch.setenv("PNC_TOKEN", "abc")
+    code, error = run(words(folder)[3:], monkeypatch, capsys)
+    assert code == 2 and "PNC_TOKEN: expected at least 8" in error
+
+
 def test_missing_packages_name_the_extra(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fastapi", None)
     code, error = run(words(folder)[3:], monkeypatch, capsys)

@@ -127,7 +127,8 @@ def _token(file: Path | None) -> str:
             found = secrets.token_urlsafe(24)
             complain(f"token for changes of the clones, new at each start: {found} (or set {_TOKEN})")
     if len(found) < 8 or not found.isascii() or not found.isprintable():
-        raise InputError(f"token-file: expected at least 8 printable ASCII characters, got {len(found)} characters")
+        where = "token-file" if file is not None else _TOKEN
+        raise InputError(f"{where}: expected at least 8 printable ASCII characters, got {len(found)} characters")
     return found
 
 
