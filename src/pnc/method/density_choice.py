@@ -22,7 +22,7 @@ docs/method.md. Clones are measured too, but on few images this figure is the be
 LOSS_ERROR = 0.004
 """Standard error of that figure."""
 LEAST_ERROR = 0.006
-"""Least standard error of a measured loss: so much it is off from one support to another (results/part.md)."""
+"""Least standard error of a measured loss: supports differ by that much, see results/part.md."""
 SLOPE = 0.5
 """Accuracy lost per nat of held-out log-loss, between positions."""
 N_ERRORS = 0.5
