@@ -9,6 +9,7 @@ from typing import Any
 import uvicorn
 
 from pnc.foundation.errors import InputError
+from pnc.serving.kept_memory import keep_freed_memory
 from pnc.serving.patient_protocol import patient_protocol
 from pnc.serving.web_app import Server, make_app
 
@@ -68,6 +69,7 @@ def run(server: Server, host: str, port: int, announce: Callable[[str, int], Non
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every request that is not HTTP
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # and this of every damaged form
     warnings.filterwarnings("ignore", module=r"PIL\.")  # and this of damaged files: clients are told
+    keep_freed_memory()
     gc.collect()
     gc.freeze()  # what is loaded by now stays: collections after each change of the clones need not look at it
     running = uvicorn_server(server, host, port, announce)
