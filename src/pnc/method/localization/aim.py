@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pnc.clones.position_grids import pool
+from pnc.composite.layer_folding import folded
 from pnc.data.image_store import to_device
 from pnc.graph.cut_points import LOGITS, extract
 from pnc.method.discriminants import fit_discriminants
@@ -54,7 +55,7 @@ class Aim:
 
     def __init__(self, task: CloneTask) -> None:
         self._features, self._device = task.source.head.features, task.source.device
-        self._teacher = extract(task.source.recording, None, [self._features, LOGITS])
+        self._teacher = folded(extract(task.source.recording, None, [self._features, LOGITS]))
         self._cloned = task.source_ids
         found, _ = task.run(self._answers, task.source.device)
         self.support = Answers(*found)
