@@ -8,7 +8,7 @@ from torch import nn
 
 import pnc
 from pnc.foundation.errors import InputError
-from pnc.method import pipeline
+from pnc.method import paper_search, pipeline
 
 
 class Then(nn.Module):
@@ -93,7 +93,7 @@ def test_it_is_refused_before_the_scan_or_the_search(settings, words, monkeypatc
         raise AssertionError("the scan was made first")
 
     monkeypatch.setattr(pipeline, "scan", scanned)
-    monkeypatch.setattr(pipeline, "search", scanned)
+    monkeypatch.setattr(paper_search, "search", scanned)
     support, names = given()
     with pytest.raises(InputError, match=words):
         pnc.clone(network(torch.Tensor.detach), network(), support, **names, **settings)

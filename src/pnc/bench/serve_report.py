@@ -80,7 +80,7 @@ def _of(rows: Rows, part: str, case: str | None = None) -> list[Row]:
 def _ratio(rows: Sequence[Row], others: Sequence[Row]) -> float:
     """The median over rounds of the ratio of both rates: one noisy round does not decide."""
     by_round = {row["round"]: row["per_second"] for row in others}
-    return median(row["per_second"] / max(by_round[row["round"]], 1e-9) for row in rows)
+    return float(median(row["per_second"] / max(by_round[row["round"]], 1e-9) for row in rows))
 
 
 def memory_growth(churn: Sequence[Row]) -> float:

@@ -23,14 +23,21 @@ from torch import Tensor
 
 from pnc.channels.compaction import own_copy
 from pnc.clones.adapter import Adapter, Stitched
+from pnc.clones.clone import Clone
 from pnc.clones.heads import DiscriminantHead, Head
+from pnc.foundation.network_state import undisturbed
 from pnc.graph.candidate_cuts import candidate_cuts
 from pnc.graph.cut_points import CutPoint, extract
+from pnc.method.assembly import assembled
+from pnc.method.gradients import check_whole_source, uses_gradient
 from pnc.method.held_out import Outcome, outcome_of, own_head, source_body
+from pnc.method.localization.localizer import localize
 from pnc.method.positions import MAX_CUTS
 from pnc.method.refinement import Schedule, Views, bounded, refining_loss, train, views
+from pnc.method.settings import Method, Removal, check_outputs
 from pnc.method.source_part import SourcePart
-from pnc.method.task import CloneTask, Network, Progress
+from pnc.method.task import CloneTask, Network, Progress, check_task
+from pnc.method.usefulness import usefulness
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03)
 N_STEPS = 600
@@ -48,6 +55,47 @@ class Trained:
     head: Head
     learning_rate: float
     outcome: Outcome
+
+
+@undisturbed()
+def fit_sequential(
+    task: CloneTask,
+    *,
+    density: float = 1.0,
+    method: Method = "gates",
+    round_to: int = 1,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Clone:
+    """Make a clone with the paper's search: `strategy="sequential"` of `clone`.
+
+    Args:
+        task: From `prepare_task`.
+        density: As in `clone`.
+        method: As in `clone`.
+        round_to: As in `clone`.
+        name: As in `clone`.
+        progress: As in `clone`.
+    Raises:
+        InputError: an argument is out of range.
+    """
+    removal = Removal(density, method, round_to)
+    density = removal.fixed_density
+    check_outputs(name, None, progress)
+    check_task(task)
+    usefulness(task)
+    check_whole_source(task, uses_gradient(removal, refine=False, sequential=True))
+
+    def part_of(adapter: Adapter) -> SourcePart:
+        return localize(task, adapter, density, method, norms=method == "gates", hold_out=False, round_to=round_to)
+
+    found = search(task, part_of, progress)
+    facts = {
+        "learning_rate": found.learning_rate,
+        "method": None if found.part.masks is None else method,
+        "strategy": "sequential",
+    }
+    return assembled(task, found.adapter, found.part, found.head, found.outcome, 0.0, name, facts)
 
 
 def search(task: CloneTask, part_of: Callable[[Adapter], SourcePart], progress: Progress | None = None) -> Trained:

@@ -233,7 +233,7 @@ class _Path:
 def _has_bfloat16(device: torch.device) -> bool:
     """Whether a device computes in bfloat16 itself: training then takes two thirds of the time."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 
 

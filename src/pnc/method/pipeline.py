@@ -1,48 +1,34 @@
 """The whole job: two networks and a few labelled images in, a clone out."""
 
-import copy
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from pnc.clones.adapter import Adapter
-from pnc.clones.clone import Clone, check_name
+from pnc.clones.clone import Clone
 from pnc.data.image_store import MEMORY
 from pnc.foundation.argument_checks import check_flag
 from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import fingerprint
 from pnc.foundation.network_state import undisturbed
 from pnc.foundation.process_team import ALONE, Team
-from pnc.foundation.resumable_steps import NO_STEPS, Steps, check_steps_path
+from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.foundation.tensor_bits import value_digests
 from pnc.foundation.tensor_files import canonical_json
 from pnc.method.adapter_fitting import CrossFitted
-from pnc.method.assembly import assembled, n_images
-from pnc.method.base_drop_bound import check_promise, least_priority
+from pnc.method.assembly import n_images
+from pnc.method.base_drop_bound import check_promise
 from pnc.method.density_choice import Candidate, joint_front, smallest_good
 from pnc.method.gradients import check_gradient, check_whole_source, uses_gradient, without_gradient
-from pnc.method.held_out import (
-    Outcome,
-    base_drop_facts,
-    fit_head,
-    judge,
-    outcome_of,
-    outcome_of_part,
-    run_parts,
-    source_body,
-)
-from pnc.method.localization.localizer import localize
-from pnc.method.paper_search import search
-from pnc.method.part_tuning import tune_part, what_to_tune
+from pnc.method.held_out import Outcome
+from pnc.method.one_position import Maker
+from pnc.method.paper_search import fit_sequential
 from pnc.method.positions import scan
-from pnc.method.refinement import refined
 from pnc.method.settings import (
     Bounds,
     Effort,
@@ -52,9 +38,9 @@ from pnc.method.settings import (
     Strategy,
     Tune,
     check_effort,
+    check_outputs,
     check_strategy,
 )
-from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Precision, Progress, check_task, prepare_task
 from pnc.method.usefulness import check_enough, usefulness
 
@@ -161,7 +147,7 @@ def clone(
     check_flag(refine, "refine")
     check_strategy(strategy, bounds, refine)
     removal = check_effort(effort, prefer, removal, refine, strategy)
-    _check_others(name, resume, progress)
+    check_outputs(name, resume, progress)
     task = prepare_task(
         source,
         target,
@@ -178,12 +164,8 @@ def clone(
         precision=precision,
     )
     with closing(task):
-        if max_base_drop is not None:
-            check_promise(max_base_drop, n_images(task, base=True))
-        check_enough(task, removal.density, strategy)
+        removal = _checked(task, removal, max_base_drop, refine, strategy)
         usefulness(task)  # warns before the work
-        removal = without_gradient(task, removal)
-        check_whole_source(task, uses_gradient(removal, refine, strategy == "sequential"))
         if strategy == "sequential":
             return fit_sequential(
                 task,
@@ -195,42 +177,38 @@ def clone(
             )
         steps = NO_STEPS
         if resume is not None:
-            cost = {"max_macs": max_macs, "max_bytes": max_bytes}
-            settings = {**vars(removal), **cost}
+            settings = {**vars(removal), "max_macs": max_macs, "max_bytes": max_bytes}
             steps = Steps(Path(resume), _identity(task, settings), team)
-        _log.info("scanning positions")
-        found = scan(task, progress=progress)
-        fit_one = partial(
-            fit_and_judge,
-            task,
-            max_bytes=max_bytes,
-            max_base_drop=max_base_drop,
-            refine=refine,
-            name=name,
-            steps=steps,
-            progress=progress,
-        )
-        if removal.density == "auto":
-            front = joint_front(task, found, max_macs, max_bytes)
-
-            def make(one: Candidate) -> tuple[Clone, Outcome]:
-                return fit_one(found.adapter(one.position), replace(removal, density=one.density))
-
-            chosen = smallest_good(front, prefer, make)
-        else:
-            chosen, _ = fit_one(found.adapter(found.choose(max_macs, max_bytes)), removal)
+        maker = Maker(task, max_bytes, max_base_drop, refine, name, steps, progress)
+        chosen = _scan_and_choose(maker, removal, prefer, max_macs)
         steps.finish()
         _log.info("%s: held-out score %.3f", chosen.name, chosen.recipe["score"])
         return chosen
 
 
-def _check_others(name: str | None, resume: str | Path | None, progress: Progress | None) -> None:
-    """Check the arguments that are used only after the work."""
-    check_name(name)
-    if resume is not None:
-        check_steps_path(resume)
-    if progress is not None and not callable(progress):
-        raise InputError(f"progress: expected a function of (what, done, total) or None; got {type(progress).__name__}")
+def _checked(
+    task: CloneTask, removal: Removal, max_base_drop: float | None, refine: bool, strategy: Strategy
+) -> Removal:
+    """Refuse what this task cannot do, before the work; without a gradient, return the removal that needs none."""
+    if max_base_drop is not None:
+        check_promise(max_base_drop, n_images(task, base=True))
+    check_enough(task, removal.density, strategy)
+    removal = without_gradient(task, removal)
+    check_whole_source(task, uses_gradient(removal, refine, strategy == "sequential"))
+    return removal
+
+
+def _scan_and_choose(maker: Maker, removal: Removal, prefer: Prefer, max_macs: float | None) -> Clone:
+    """Make the clone that is worth its cost, over all positions, and densities if `removal` leaves them open."""
+    _log.info("scanning positions")
+    found = scan(maker.task, progress=maker.progress)
+    if removal.density != "auto":
+        return maker.make(found.adapter(found.choose(max_macs, maker.max_bytes)), removal)[0]
+
+    def make(one: Candidate) -> tuple[Clone, Outcome]:
+        return maker.make(found.adapter(one.position), replace(removal, density=one.density))
+
+    return smallest_good(joint_front(maker.task, found, max_macs, maker.max_bytes), prefer, make)
 
 
 @undisturbed()
@@ -276,7 +254,7 @@ def fit(
     Bounds(None, max_bytes, max_base_drop)
     check_flag(refine, "refine")
     check_effort("minutes", "balanced", removal, refine, "scan")
-    _check_others(name, None, progress)
+    check_outputs(name, None, progress)
     check_task(task)
     check_enough(task, removal.density, "scan")
     if not isinstance(fitted, CrossFitted):
@@ -286,107 +264,8 @@ def fit(
     usefulness(task)
     removal = without_gradient(task, replace(removal, density=removal.fixed_density))
     check_gradient(task, fitted.adapter.source_cut, uses_gradient(removal, refine))
-    return fit_and_judge(
-        task, fitted, removal, max_bytes, max_base_drop, refine=refine, name=name, steps=steps, progress=progress
-    )[0]
-
-
-def fit_and_judge(
-    task: CloneTask,
-    fitted: CrossFitted,
-    removal: Removal,
-    max_bytes: int | None,
-    max_base_drop: float | None,
-    *,
-    refine: bool,
-    name: str | None,
-    steps: Steps,
-    progress: Progress | None,
-) -> tuple[Clone, Outcome]:
-    """As `fit`, with checked arguments; also return the held-out result of each image of the support."""
-    density, tune, norms = removal.fixed_density, removal.tune, removal.tune == "norms"
-    method = removal.method or ("gates" if norms else "taylor")
-    steps = steps.at(f"{fitted.adapter.target_cut.name} > {fitted.adapter.source_cut.name} at {density}")
-    where = fitted.adapter.target_cut.name, fitted.adapter.source_cut.name
-    _log.info("making a clone from %s to %s at density %s", *where, density)
-    part = localize(
-        task, fitted.adapter, density, method, norms=norms, round_to=removal.round_to, steps=steps, progress=progress
-    )
-    facts: dict[str, Any] = {"adapter_error": fitted.error, "method": None if part.masks is None else method}
-    scored = closed = fitted
-    if refine:
-        found = refined(task, fitted, part.module, steps, progress)
-        fitted = scored = found.fitted
-        facts["refine"] = {"gain": found.gain, "steps": found.n_steps}
-    elif is_tuned := what_to_tune(task, fitted.adapter, part, tune, max_bytes):
-        done = tune_part(task, fitted, part, is_tuned, steps, progress)
-        part, fitted, scored = done.part, done.fitted, done.scored
-        facts["tune"] = is_tuned
-    elif norms and part.masks is not None:
-        facts["tune"] = "norms"
-    seen = task.within(16 * (task.source.head.features.n_channels + task.target.head.features.n_channels), share=0.5)
-    known = closed.samples if len(seen.samples.labels) == len(task.samples.labels) else None
-    if known is not None and part.masks is None and fitted is closed:
-        samples = known
-    else:
-        (samples,) = run_parts(seen, [(fitted, part.module)], progress)
-    judged, others = judge(samples), []
-    if part.held_out is not None:
-        whole = closed, source_body(task, fitted.adapter.source_cut)
-        behind = run_parts(seen, [(scored, part.held_out), *([whole] if known is None else [])], progress)
-        others = [judge(one) for one in (behind[0], known or behind[1])]
-    if max_base_drop is not None:
-        nats = least_priority(judged.logits, samples.labels, seen.samples.groups, task.n_base, max_base_drop)
-        judged, *others = (one.lowered(nats) for one in (judged, *others))
-        facts |= {"base_priority": nats, "max_base_drop": max_base_drop}
-    outcome, gain_error = outcome_of(judged.correct, seen), 0.0
-    if others:
-        outcome, gain_error = outcome_of_part(judged, others[0], others[1], seen)
-    head = fit_head(task, samples, judged)
-    facts |= base_drop_facts(samples, judged, seen)
-    adapter = copy.deepcopy(fitted.adapter)
-    return assembled(task, adapter, part, head, outcome, gain_error, name, facts), outcome
-
-
-@undisturbed()
-def fit_sequential(
-    task: CloneTask,
-    *,
-    density: float = 1.0,
-    method: Method = "gates",
-    round_to: int = 1,
-    name: str | None = None,
-    progress: Progress | None = None,
-) -> Clone:
-    """Make a clone with the paper's search: `strategy="sequential"` of `clone`.
-
-    Args:
-        task: From `prepare_task`.
-        density: As in `clone`.
-        method: As in `clone`.
-        round_to: As in `clone`.
-        name: As in `clone`.
-        progress: As in `clone`.
-    Raises:
-        InputError: an argument is out of range.
-    """
-    removal = Removal(density, method, round_to)
-    density = removal.fixed_density
-    _check_others(name, None, progress)
-    check_task(task)
-    usefulness(task)
-    check_whole_source(task, uses_gradient(removal, refine=False, sequential=True))
-
-    def part_of(adapter: Adapter) -> SourcePart:
-        return localize(task, adapter, density, method, norms=method == "gates", hold_out=False, round_to=round_to)
-
-    found = search(task, part_of, progress)
-    facts = {
-        "learning_rate": found.learning_rate,
-        "method": None if found.part.masks is None else method,
-        "strategy": "sequential",
-    }
-    return assembled(task, found.adapter, found.part, found.head, found.outcome, 0.0, name, facts)
+    maker = Maker(task, max_bytes, max_base_drop, refine, name, steps, progress)
+    return maker.make(fitted, removal)[0]
 
 
 def _identity(task: CloneTask, settings: Mapping[str, Any]) -> str:

@@ -1,14 +1,17 @@
 """Settings of a clone: what may be removed, what it may cost, and how it is made; each checked when it is made."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import nn
 
+from pnc.clones.clone import check_name
 from pnc.foundation.argument_checks import check_choice, check_flag, check_module, check_share, check_whole
 from pnc.foundation.errors import InputError
 from pnc.foundation.process_team import Team
+from pnc.foundation.resumable_steps import check_steps_path
 from pnc.foundation.tensor_bits import dtype_name
 
 Method = Literal["gates", "taylor", "magnitude", "random", "local-surrogate"]
@@ -140,6 +143,15 @@ def check_effort(effort: str, prefer: str, removal: Removal, refine: bool, strat
         return removal
     density = 1.0 if removal.density == "auto" else removal.density
     return replace(removal, density=density, tune=tune or ("norms" if refine else "none"))
+
+
+def check_outputs(name: str | None, resume: str | Path | None, progress: object) -> None:
+    """Check the arguments that are used only after or beside the work."""
+    check_name(name)
+    if resume is not None:
+        check_steps_path(resume)
+    if progress is not None and not callable(progress):
+        raise InputError(f"progress: expected a function of (what, done, total) or None; got {type(progress).__name__}")
 
 
 def check_network(model: nn.Module, argument: str) -> None:

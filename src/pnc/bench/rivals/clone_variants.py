@@ -8,7 +8,8 @@ from pnc.clones.clone import Clone
 from pnc.composite.composite import attach
 from pnc.graph.cut_points import cut_points
 from pnc.method.adapter_fitting import CrossFitted
-from pnc.method.pipeline import fit, fit_sequential
+from pnc.method.paper_search import fit_sequential
+from pnc.method.pipeline import fit
 from pnc.method.positions import scan
 from pnc.method.task import CloneTask
 
