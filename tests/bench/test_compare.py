@@ -11,7 +11,7 @@ import pnc
 from digits import BASE, NEW, network
 from pnc.bench import compare, compare_report
 from pnc.bench.compare import KEYS, SHIFTS, curve
-from pnc.bench.comparison_methods import BOUNDED, METHODS, choose_methods, class_groups, trained_network
+from pnc.bench.comparison_methods import BOUNDED, HALF, METHODS, choose_methods, class_groups, trained_network
 from pnc.bench.result_files import Cells
 from pnc.bench.rivals.rival import Budget
 from pnc.cli import compare_commands
@@ -172,6 +172,14 @@ def test_the_clone_may_be_half_a_point_below_the_best_stacked_features() -> None
     assert claims_of(row("clone", 0.75, 0.2), stacked[0])[f"average accuracy above {compare_report.STACKED[0]}"].holds
 
 
+def test_the_clone_of_half_the_source_may_be_a_point_below_them() -> None:
+    stacked, words = row(compare_report.STACKED[0], 0.755, 0.4), f"average accuracy of the {HALF} above"
+    found = claims_of(row("clone", 0.75, 0.2), row(HALF, 0.747, 0.2), stacked)
+    assert found[f"{words} {compare_report.STACKED[0]}"].holds
+    found = claims_of(row("clone", 0.75, 0.2), row(HALF, 0.74, 0.2), stacked)
+    assert not found[f"{words} {compare_report.STACKED[0]}"].holds
+
+
 def test_only_seeds_that_both_have_are_compared() -> None:
     rows = [row("clone", 0.7, 0.1), row("clone", 0.9, 0.1, seed=1), row("LwF", 0.6, 0.5, seed=1)]
     assert claims_of(*rows)["average accuracy above LwF, the best tuning rival"].value == pytest.approx(0.3)
@@ -228,13 +236,13 @@ def test_groups_of_classes() -> None:
 
 def test_methods_by_name() -> None:
     assert "joint training on everything" not in choose_methods(None) and "clone" in choose_methods(None)
-    assert choose_methods("rivals") == [n for n in choose_methods(None) if n not in ("clone", BOUNDED)]
+    assert choose_methods("rivals") == [n for n in choose_methods(None) if n not in ("clone", HALF, BOUNDED)]
     assert choose_methods("clone,LwF,clone") == ["clone", "LwF"]
     with pytest.raises(pnc.InputError, match="no method 'LWF' .did you mean 'LwF'"):
         choose_methods("LWF")
     with pytest.raises(pnc.InputError, match="give at least one"):
         choose_methods(",")
-    assert len(METHODS) == 26 and all(rival.name == name for name, rival in METHODS.items())
+    assert len(METHODS) == 27 and all(rival.name == name for name, rival in METHODS.items())
 
 
 def test_networks_are_trained_once(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pnc.bench.bench import Bench, Row, Rows
 from pnc.bench.compare import KEYS
-from pnc.bench.comparison_methods import BOUNDED, METHODS
+from pnc.bench.comparison_methods import BOUNDED, HALF, METHODS
 from pnc.bench.main_job import CLONE
 from pnc.bench.result_files import Cells, Claim, at_least, at_most, over_seeds, table
 from pnc.foundation.class_names import listed
@@ -39,6 +39,8 @@ ENSEMBLE = "direct ensemble"
 STACKED = ("stacked features of both networks", "stacked features (free base logits)")
 STACKED_MARGIN = 0.005
 """Average accuracy by which the clone may be below the stacked features of both whole networks."""
+HALF_MARGIN = 0.01
+"""The same for the clone of half the source."""
 HARD = ("cifar", "tiny")
 """Prefixes of the names of data on which the clone must be ten points better than the best tuning rival."""
 WELL_SERVED = 0.93
@@ -239,6 +241,9 @@ def _claims(regime: Regime, others: Sequence[Regime]) -> list[Claim]:
     if stacked is not None and _above(regime, stacked):
         words = f"{title}: average accuracy above {stacked}"
         found.append(over_seeds(words, ">=", -STACKED_MARGIN, _above(regime, stacked)))
+    if stacked is not None and HALF in regime.methods and _above(regime, stacked, HALF):
+        words = f"{title}: average accuracy of the {HALF} above {stacked}"
+        found.append(over_seeds(words, ">=", -HALF_MARGIN, _above(regime, stacked, HALF)))
     probes = [name for name in regime.methods if METHODS[name].kind == "features"]
     if regime.is_heterogeneous and probes:
         probe = max(probes, key=lambda name: regime.mean(name, "average_accuracy"))
@@ -257,9 +262,9 @@ def _claims(regime: Regime, others: Sequence[Regime]) -> list[Claim]:
     return found
 
 
-def _above(regime: Regime, other: str) -> list[float]:
-    """Difference of average accuracies, for each seed that both have."""
-    ours, theirs = (regime.by_seed(name, "average_accuracy") for name in (CLONE, other))
+def _above(regime: Regime, other: str, clone: str = CLONE) -> list[float]:
+    """Difference of average accuracies between a clone and another method, for each seed that both have."""
+    ours, theirs = (regime.by_seed(name, "average_accuracy") for name in (clone, other))
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 

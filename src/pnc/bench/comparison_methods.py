@@ -35,20 +35,22 @@ from pnc.models.model_specs import LoadedModel
 from pnc.models.pretraining import EpochReport, Recipe, pretrain
 
 
-def _clone(task: CloneTask, budget: Budget, max_base_drop: float | None = None) -> Fitted:
-    """The clone as `pnc.clone` makes it by default, or with a bound on the loss of base accuracy."""
+def _clone(task: CloneTask, budget: Budget, max_base_drop: float | None = None, density: float = 1.0) -> Fitted:
+    """A clone in closed form, without removed channels; with a bound on the loss of base accuracy, or a tuned part."""
     found = scan(task)
-    clone = fit(task, found.adapter(found.choose()), max_base_drop=max_base_drop)
+    clone = fit(task, found.adapter(found.choose()), density=density, max_base_drop=max_base_drop)
     place = {"target_cut": clone.target_cut.name, "source_cut": clone.source_cut.name}
     facts = {key: clone.recipe[key] for key in ("base_priority",) if key in clone.recipe}
     return Fitted(attach(task.target.model, clone), {**place, "held_out_score": clone.recipe["score"], **facts})
 
 
 BOUNDED = f"{CLONE} (base drop <= 2 points)"
+HALF = f"{CLONE} of half the source"
 METHODS: Mapping[str, Rival] = {
     rival.name: rival
     for rival in (
         Rival(CLONE, "clone", _clone),
+        Rival(HALF, "clone", partial(_clone, density=0.5)),
         Rival(BOUNDED, "clone", partial(_clone, max_base_drop=0.02)),
         *clone_variants.RIVALS,
         ensemble.RIVAL,
@@ -68,7 +70,7 @@ METHODS: Mapping[str, Rival] = {
         joint_training.RIVAL,
     )
 }
-OURS = (CLONE, BOUNDED)
+OURS = (CLONE, HALF, BOUNDED)
 SLOW = (joint_training.RIVAL.name,)
 """Methods that are compared only if they are named."""
 
