@@ -48,7 +48,7 @@ def as_options(message: str, options: Mapping[str, str]) -> str:
     >>> as_options("source: classes: 4 is given twice", {"source": "--source", "source_classes": "--source-classes"})
     '--source-classes: 4 is given twice'
     """
-    start = re.match(r"(?P<role>[a-z]+): (?P<what>[a-z_]+)(?=:)", message)
+    start = re.match(r"(?P<role>[a-z]+): (?P<what>[a-z_]+)(?=: )", message)
     role = ""
     if start and (own := _own_option(start["role"], start["what"], options)):
         message, role = own + message[start.end() :], start["role"]
