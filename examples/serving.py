@@ -1,7 +1,7 @@
-"""A running service gets new classes and loses them again, without a restart: half a minute on digits.
+"""A running service gets new classes and loses them again while it answers; half a minute.
 
-`python examples/serving.py` takes scikit-learn's digits. With Fashion-MNIST as parquet files, three clothes more:
-`python examples/serving.py --data parquet:FOLDER --networks fashion_mnist --classes "Sandal,Bag"`
+With Fashion-MNIST, the target knows five clothes and gets sandals and bags, one clone each:
+`python examples/serving.py --data parquet:FOLDER` or `--data hf:NAME`. Without `--data`, scikit-learn's digits.
 """
 
 import argparse
@@ -10,9 +10,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import torch
 from PIL import Image
@@ -22,6 +24,8 @@ import pnc
 
 NETWORKS = Path(__file__).parents[1] / "results" / "networks"
 TOKEN = "only-for-this-example"
+BATCH = 32
+"""Images in one request."""
 
 
 @contextmanager
@@ -52,63 +56,101 @@ def png(image: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def accuracy(client: pnc.Client, images: Tensor, names: Sequence[str]) -> float:
-    """Share of images that the service answers with their name."""
-    found: list[str] = []
-    for batch in images.split(32):
-        found += [one.label for one in client.predict([png(image) for image in batch], top=1)]
-    return sum(one == name for one, name in zip(found, names, strict=True)) / len(names)
+def labels_of(client: pnc.Client, files: Sequence[bytes]) -> list[str]:
+    """The most probable class of each image, among those of the target and all clones."""
+    batches = (files[start : start + BATCH] for start in range(0, len(files), BATCH))
+    return [one.label for batch in batches for one in client.predict(batch, top=1)]
+
+
+def base_answers(client: pnc.Client, files: Sequence[bytes]) -> list[Mapping[str, float]]:
+    """Probabilities of the target's own classes, whatever is attached."""
+    return [one.probabilities for one in client.predict(files[:BATCH], clones=[])]
+
+
+@contextmanager
+def asked_meanwhile(address: str, files: Sequence[bytes]) -> Iterator[None]:
+    """Ask the service without a pause; any answer that fails is an error."""
+    begun, done = Event(), Event()
+
+    def ask() -> int:
+        n_answers = 0
+        try:
+            with pnc.Client(address) as client:
+                while n_answers == 0 or not done.is_set():
+                    n_answers += len(client.predict(files[:BATCH]))
+                    begun.set()
+        finally:
+            begun.set()
+        return n_answers
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
+        begun.wait()
+        try:
+            yield
+        finally:
+            done.set()
+    print(f"  meanwhile it answered for {asking.result()} images")
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the story."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--networks", default="digits", help="digits or fashion_mnist, of results/networks")
-    parser.add_argument("--classes", default="7,8", help="classes that the service gets, one clone each")
+    parser.add_argument("--data", default="digits", help="digits, or Fashion-MNIST as parquet:FOLDER or hf:NAME")
+    parser.add_argument("--classes", help="classes that the service gets, one clone each; Sandal,Bag or 7,8")
     parser.add_argument("--images", type=int, default=200, help="test images of old and of new classes")
     asked = parser.parse_args(words)
     torch.set_num_threads(1)
-    paths = [NETWORKS / f"{asked.networks}_{role}.safetensors" for role in ("target", "source")]
+    networks, classes = ("digits", "7,8") if asked.data == "digits" else ("fashion_mnist", "Sandal,Bag")
+    new = (asked.classes or classes).split(",")
+    paths = [NETWORKS / f"{networks}_{role}.safetensors" for role in ("target", "source")]
     target, source = map(pnc.load_model, map(str, paths))
     train, test = pnc.load_data(asked.data, "train"), pnc.load_data(asked.data, "test")
-    new = asked.classes.split(",")
     labels = [test.classes[label] for label in test.labels.tolist()]
     pixels = test.images / 255 if test.images.dtype == torch.uint8 else test.images
     old_rows = [row for row, name in enumerate(labels) if name in target.classes][: asked.images]
     new_rows = [row for row, name in enumerate(labels) if name in new][: asked.images]
+    old_files, new_files = ([png(pixels[row]) for row in rows] for rows in (old_rows, new_rows))
 
-    def show(client: pnc.Client) -> None:
-        for what, rows in (("old", old_rows), ("new", new_rows)):
-            share = accuracy(client, pixels[rows], [labels[row] for row in rows])
+    def show(client: pnc.Client) -> list[Mapping[str, float]]:
+        for what, rows, files in (("old", old_rows, old_files), ("new", new_rows, new_files)):
+            found = labels_of(client, files)
+            share = sum(labels[row] == name for row, name in zip(rows, found, strict=True)) / len(rows)
             print(f"  {what} classes: {share:.1%} of {len(rows)} images")
-        first = client.predict(png(pixels[new_rows[0]]))[0]
+        first = client.predict(new_files[0])[0]
         print(f"  an image of {labels[new_rows[0]]}: {first.text()}; answered by {first.clone or 'the target'}")
+        return base_answers(client, old_files)
 
+    clones = {}
+    for name in new:
+        support = pnc.draw_support(train, [name], target.classes, 20, 5, torch.Generator().manual_seed(0))
+        clones[name] = pnc.clone(
+            source.module,
+            target.module,
+            support,
+            classes=[name],
+            source_classes=source.classes,
+            base_classes=target.classes,
+            effort="seconds",
+        )
     with tempfile.TemporaryDirectory() as folder:
         with served(*paths, Path(folder)) as address, pnc.Client(address, TOKEN) as client:
             print("The target alone")
-            show(client)
-            for name in new:
-                support = pnc.draw_support(train, [name], target.classes, 20, 5, torch.Generator().manual_seed(0))
-                made = pnc.clone(
-                    source.module,
-                    target.module,
-                    support,
-                    classes=[name],
-                    source_classes=source.classes,
-                    base_classes=target.classes,
-                    effort="seconds",
-                )
-                client.attach(name, made)
-            print(f"With clones for {' and '.join(new)}, attached while it runs")
-            show(client)
+            before = show(client)
+            print(f"Clones for {' and '.join(new)} are attached")
+            with asked_meanwhile(address, old_files):
+                for name, made in clones.items():
+                    client.attach(name, made)
+            answers = [show(client)]
         with served(*paths, Path(folder)) as address, pnc.Client(address, TOKEN) as client:
-            print(f"After a restart it still has {', '.join(client.clones())}")
-            for name in new:
-                client.detach(name)
-            print("Detached: the target alone again")
-            show(client)
+            print(f"After a restart it still has {', '.join(client.clones())}; they are detached")
+            with asked_meanwhile(address, old_files):
+                for name in new:
+                    client.detach(name)
+            answers.append(show(client))
+    if any(one != before for one in answers):
+        raise SystemExit("the target's own answers changed")
+    print("The target's own answers were the same throughout, bit for bit")
 
 
 if __name__ == "__main__":

@@ -634,5 +634,5 @@ def test_weights_that_are_not_numbers_are_refused(command: Command, files: Path,
     tensors[name][0] = float("nan")
     write_tensors(tmp_path / "s.safetensors", tensors, facts)
     words = "clone --source {d}/s.safetensors --target {t} --data digits --out {d}/c"
-    assert f"source: weights: {name} contain NaN" in command(words, d=tmp_path).complaint
+    assert f"--source: {name} contain NaN" in command(words, d=tmp_path).complaint
     assert not (tmp_path / "c").exists()

@@ -2,10 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -102,6 +102,28 @@ def test_numbers_of_clone_are_refused_before_any_image_is_read(files, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
+CLONE = "clone --data digits --out {d}/c"
+NO_FILE = [
+    ("cuts {d}/no.safetensors", "model"),
+    ("cuts zoo:cnn --weights {d}/no.pt", "--weights"),
+    ("zoo add n --zoo {d}/zoo --model {d}/no.safetensors", "--model"),
+    ("zoo add n --zoo {d}/zoo --model zoo:cnn --weights {d}/no.pt", "--weights"),
+    (CLONE + " --source {d}/no.safetensors --target {t}", "--source"),
+    (CLONE + " --source {s} --target {d}/no.safetensors", "--target"),
+    (CLONE + " --source zoo:cnn --source-weights {d}/no.pt --target {t}", "--source-weights"),
+    (CLONE + " --source zoo:cnn --source-weights={d}/no.pt --target {t}", "--source-weights"),
+    ("serve --target {d}/no.safetensors", "--target"),
+    ("serve --target {t} --source {d}/no.safetensors", "--source"),
+]
+
+
+@pytest.mark.parametrize(("words", "option"), NO_FILE)
+def test_the_option_of_a_missing_file_is_named_once(files, tmp_path, in_process, words, option):
+    paths = {"d": tmp_path, "s": files / "s.safetensors", "t": files / "t.safetensors"}
+    found = refused(in_process(*words.format(**paths).split()))
+    assert re.match(rf"pnc: {option}: there is no file \S+/no\.(safetensors|pt)\n", found), found
+
+
 @pytest.mark.parametrize("name", ["x.pt", "x.pth", "x.bin", "x.onnx", "x.ckpt"])
 def test_a_clone_is_not_written_under_another_formats_suffix(files, tmp_path, in_process, name):
     networks = ["--source", files / "s.safetensors", "--target", files / "t.safetensors"]
@@ -185,21 +207,37 @@ def test_a_full_device_is_one_line(files):
         assert "No space left on device" in complaint(run)
 
 
-@pytest.mark.parametrize("seconds", [0.15, 0.4, 1.0])
-def test_ctrl_c_while_the_command_loads_is_one_line(files, seconds):
+WAITS = """
+import os, sys, time
+
+def wait(event, arguments):
+    if event == "import" and arguments[0] == os.environ["WAIT_AT"]:
+        os.write(int(os.environ["TELL"]), b"!")
+        time.sleep(600)
+
+sys.addaudithook(wait)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Ctrl-C is not a signal that can be sent to one process")
+@pytest.mark.parametrize("module", ["pnc.cli.app", "typer", "torch", "torch.fx", "pnc.cli.network_commands"])
+def test_ctrl_c_while_the_command_loads_is_one_line(files, tmp_path, module):
+    (tmp_path / "sitecustomize.py").write_text(WAITS)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    here, there = os.pipe()
     process = subprocess.Popen(
         [sys.executable, "-m", "pnc", "cuts", files / "t.safetensors", "--json", "-"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment(),
+        env=environment(PYTHONPATH=path, WAIT_AT=module, TELL=str(there)),
+        pass_fds=[there],
     )
-    time.sleep(seconds)
+    os.close(there)
+    with os.fdopen(here, "rb", buffering=0) as told:
+        assert told.read(1) == b"!", "it never imported the module"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    if process.returncode == 0:  # it ended before the signal
-        assert json.loads(out)
-    else:
-        assert (process.returncode, err) == (130, b"pnc: stopped\n")
+    assert (process.returncode, out, err) == (130, b"", b"pnc: stopped\n")
 
 
 # --------------------------------------------------------------------------------------------------- what is offered

@@ -144,7 +144,7 @@ def load_network(
     if options.classes is not None:
         names = tuple(part.strip() for part in options.classes.split(","))
     device = read_device(options.device)
-    with named(options.role):
+    with named(options.role, "" if options.weights else "weights: "):  # without an option of weights, the spec is meant
         model = load_model(options.spec, options.weights, names, None if own_file else input_shape, unnamed=unnamed)
     model.module.to(device)
     return model
@@ -318,10 +318,10 @@ def _one_each(sources: Sequence[ModelOptions], number: int) -> Sequence[ModelOpt
 
 
 @contextmanager
-def named(role: str) -> Iterator[None]:
-    """Prefix the messages of errors within the block with `role`."""
+def named(role: str, omitted: str = "") -> Iterator[None]:
+    """Prefix the messages of errors within the block with `role`, in place of `omitted`."""
     try:
         yield
     except PNCError as error:
-        text = str(error)
+        text = str(error).removeprefix(omitted)
         raise type(error)(text if text.startswith(f"{role}: ") else f"{role}: {text}") from error

@@ -1,8 +1,7 @@
 """Translation of the library's error messages: names of arguments become options."""
 
 import re
-import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import typer.core
@@ -24,7 +23,7 @@ class Commands(typer.core.TyperGroup):
             command = self.get_command(ctx, ctx.invoked_subcommand) if ctx.invoked_subcommand else None
             if command is None or isinstance(command, Commands):
                 raise
-            raise type(error)(as_options(str(error), options_of(command.params), sys.argv)) from error
+            raise type(error)(as_options(str(error), options_of(command.params))) from error
 
 
 def options_of(parameters: Iterable[Any]) -> dict[str, str]:
@@ -32,7 +31,7 @@ def options_of(parameters: Iterable[Any]) -> dict[str, str]:
     return {one.name: one.opts[0] for one in parameters if one.opts[0].startswith("--")}
 
 
-def as_options(message: str, options: Mapping[str, str], given: Collection[str] = ()) -> str:
+def as_options(message: str, options: Mapping[str, str]) -> str:
     """Replace arguments in a message by options.
 
     The first word becomes an option, or the first two words if they are a role and its property ("source: classes"); so
@@ -41,7 +40,6 @@ def as_options(message: str, options: Mapping[str, str], given: Collection[str] 
     Args:
         message: An error message of the library.
         options: Options by parameter name.
-        given: The words of the command line; without a weights option among them, weights come from the network's file.
 
     >>> as_options("max_macs=0.1: the cheapest adds more", {"max_macs": "--max-macs"})
     '--max-macs 0.1: the cheapest adds more'
@@ -50,9 +48,9 @@ def as_options(message: str, options: Mapping[str, str], given: Collection[str] 
     >>> as_options("source: classes: 4 is given twice", {"source": "--source", "source_classes": "--source-classes"})
     '--source-classes: 4 is given twice'
     """
-    start = re.match(r"(?P<role>[a-z]+): (?P<what>[a-z_]+)(?=:)", message)
+    start = re.match(r"(?P<role>[a-z]+): (?P<what>[a-z_]+)(?=: )", message)
     role = ""
-    if start and (own := _own_option(start["role"], start["what"], options, given)):
+    if start and (own := _own_option(start["role"], start["what"], options)):
         message, role = own + message[start.end() :], start["role"]
     elif found := re.match(r"([a-z_-]+)(?=[:=]|'s | has | names | must )", message):
         option = _option(found[1], options)
@@ -75,9 +73,7 @@ def _option(name: str, options: Mapping[str, str]) -> str | None:
     return options.get(key) or options.get(key.replace("-", "_"))
 
 
-def _own_option(role: str, what: str, options: Mapping[str, str], given: Collection[str]) -> str | None:
-    """The option for a property of a network, such as its classes."""
-    own = options.get(f"{role}_{what}")
-    if own is not None:
-        return own if what != "weights" or own in given else None
-    return options.get(what) if role not in options else None
+def _own_option(role: str, what: str, options: Mapping[str, str]) -> str | None:
+    """The option for a property of a network, such as its classes; one network alone needs no role in it."""
+    alone = role == "model" or role not in options
+    return options.get(f"{role}_{what}") or (options.get(what) if alone else None)
