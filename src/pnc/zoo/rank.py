@@ -71,7 +71,7 @@ def rank(
     Every source is run over the support once, and a head on both networks' features is fitted and judged on held-out
     images, in closed form; what all sources did with the same images is then judged together (`predicted`). With many
     images there are several rounds: all sources on some images, the better half on twice as many, and so on. For the
-    best few, positions are scanned as `pnc.clone` does, but fewer of them.
+    best few, positions are scanned as `pnc.clone` does, but fewer.
 
     Sources that do not name a requested class are ranked too: the output that answers most to its images stands for it.
 
