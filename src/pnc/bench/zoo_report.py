@@ -169,10 +169,12 @@ def markdown(rows: Rows) -> str:
     ]  # fmt: skip
     head = (
         f"{len({row['source'] for row in looks})} trained sources; {len(found)} queries with {SUPPORT[0]} images of "
-        f"each new and {SUPPORT[1]} of each base class; {len(clones)} clones in closed form, measured on test images. "
-        "tau: Kendall's, of the order with the real average accuracy of the clones, mean over queries; clear: the same "
-        f"over pairs of sources whose real accuracies differ by {CLEAR:g} or more. regret: how far the chosen source "
-        "is behind the best one."
+        f"each new and {SUPPORT[1]} of each base class; {len(clones)} clones in closed form, measured on images that "
+        "no network has seen. tau: Kendall's, of the order with the real average accuracy of the clones, mean over "
+        f"queries; the first {N_CHOSEN_ON}, of CIFAR-100, are those on which the way of predicting was chosen. clear: "
+        f"the same over pairs of sources whose real accuracies differ by {CLEAR:g} or more. regret: how far the chosen "
+        "source is behind the best one. The last row is no rival: it takes all clones, and another support to try them "
+        "on."
     )
     parts = ("tau, first queries", "tau, others")[: 1 + (len(found) > N_CHOSEN_ON)]
     columns = ("order by", "tau", *parts, "clear", "regret", "largest regret", "within a point")
@@ -183,6 +185,7 @@ def markdown(rows: Rows) -> str:
         f"{fmean(row['seconds'] for row in clones):.1f} s; seconds are the processor's, not the clock's. Where not all "
         "sources were cloned from, those with the best looks were, and others drawn at random; the best one is the "
         "best of these. Sources that do not name the requested classes are cloned from with the outputs that stand for "
-        "them. mean error: of the predicted accuracy."
+        "them. halves: tau between real accuracies on either half of the test images, which no prediction can exceed "
+        "by much. mean error: of the predicted accuracy."
     )
     return "\n\n".join([head, table(columns, over_all), table(own, each), foot])

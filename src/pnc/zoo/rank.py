@@ -36,8 +36,8 @@ from pnc.zoo.units import Unit, Worker, shared_out
 N_FINALISTS = 1
 """Sources that are scanned: a scan takes as long as several looks."""
 SCAN_CUTS = 5
-"""Cuts of each network that a scan tries, less than half as many as `pnc.clone`: accuracy and cost change little between
-neighbours, and it takes less than half the time."""
+"""Cuts of each network that a scan tries, less than half as many as `pnc.clone`, in half the time: accuracy and cost
+change little from one to the next."""
 FIRST_IMAGES = 200
 """Least images of the first round, which has all sources; each later one has twice as many for half of them."""
 MAX_IMAGES = 2_000
