@@ -185,7 +185,7 @@ def markdown(rows: Rows) -> str:
         f"{fmean(row['seconds'] for row in clones):.1f} s; seconds are the processor's, not the clock's. Where not all "
         "sources were cloned from, those with the best looks were, and others drawn at random; the best one is the "
         "best of these. Sources that do not name the requested classes are cloned from with the outputs that stand for "
-        "them. halves: tau between real accuracies on either half of the test images, which no prediction can exceed "
-        "by much. mean error: of the predicted accuracy."
+        "them. halves: tau between the real accuracies on either half of the test images, which says how far these can "
+        "be trusted. mean error: of the predicted accuracy."
     )
     return "\n\n".join([head, table(columns, over_all), table(own, each), foot])
