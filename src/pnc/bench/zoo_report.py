@@ -98,7 +98,7 @@ def _result(name: str, rows: Rows) -> Result:
     }
     chosen = {key: max(real, key=own.__getitem__) for key, own in scores.items()} | {"pnc": ranking["order"][0]}
     best = max(real, key=real.__getitem__)
-    cloning = ranking["loading_seconds"] + fmean(row["seconds"] for row in clones.values()) * len(looks)
+    cloning = ranking["loading_seconds"] + ranking["clone_seconds"] * len(looks)
     return Result(
         query=name,
         n_cloned=len(real),
@@ -182,7 +182,8 @@ def markdown(rows: Rows) -> str:
     foot = (
         f"A look takes {fmean(row['seconds'] for row in looks):.2f} s of one core, a ranking "
         f"{fmean(row['seconds'] for row in rows if row['part'] == RANK):.1f} s, a clone "
-        f"{fmean(row['seconds'] for row in clones):.1f} s; seconds are the processor's, not the clock's. Where not all "
+        f"{fmean(row['seconds'] for row in clones):.1f} s; seconds are the processor's, not the clock's; for "
+        "the time share, clones from every eighth source were timed just after the ranking. Where not all "
         "sources were cloned from, those with the best looks were, and others drawn at random; the best one is the "
         "best of these. Sources that do not name the requested classes are cloned from with the outputs that stand for "
         "them. halves: tau between the real accuracies on either half of the test images, which says how far these can "
