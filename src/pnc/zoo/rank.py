@@ -1,4 +1,4 @@
-"""Which source of a zoo to clone from: a quick look at all, and a full scan of the few that remain."""
+"""Which source of a zoo to clone from: a quick look at all, and a scan of the few that remain."""
 
 import os
 import tempfile
