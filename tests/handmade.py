@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+import hazards
 import pnc
-import zoo
 from pnc.channels.compaction import own_copy
 from pnc.clones.adapter import Adapter, Stitched
 from pnc.clones.branch import Branch, Scalars
@@ -23,7 +23,7 @@ class Bottleneck(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(3, 6, 1)
         self.second = nn.Conv2d(6, 4, kernel, stride, padding)
-        self.tail = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), zoo.tail(4))
+        self.tail = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), hazards.tail(4))
 
     def forward(self, x):
         return self.tail(self.second(self.first(x)))

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.flop_counter import FlopCounterMode
 
-import zoo
+import hazards
 from channel_zoo import (
     CASES,
     Chain,
@@ -57,16 +57,16 @@ def test_one_unit_per_space_still_runs_and_equals_masking(name):
     torch.testing.assert_close(smaller(images(3)), masked(images(3)), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", zoo.REPRODUCED)
+@pytest.mark.parametrize("name", hazards.REPRODUCED)
 def test_every_network_that_can_be_recorded_can_be_compacted(name):
-    module = zoo.build(zoo.REPRODUCED[name])
+    module = hazards.build(hazards.REPRODUCED[name])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         parameter = next(module.parameters())
-        recording = record(module, zoo.images(2).to(parameter.dtype))
+        recording = record(module, hazards.images(2).to(parameter.dtype))
         segment = extract(recording, None, [find_head(recording).features])
         smaller, masked, spaces, _ = halved(segment)
-        x = zoo.images(5).to(parameter.dtype)
+        x = hazards.images(5).to(parameter.dtype)
         found, expected = smaller(x).float(), masked(x).float()
     tolerance = 1e-4 if parameter.dtype == torch.float32 else 0.05  # rounding of float32, of half types
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import zoo
+import hazards
 from handmade import Network
 from pnc.composite.direct_calls import called_directly, flattened, reusing_memory
 from pnc.models.model_specs import build_model
@@ -19,9 +19,9 @@ def layers_of(module):
 
 
 @pytest.mark.filterwarnings("ignore")  # some of these networks are deprecated on purpose
-@pytest.mark.parametrize("name", zoo.REPRODUCED)
+@pytest.mark.parametrize("name", hazards.REPRODUCED)
 def test_direct_calls_give_the_same_bits_over_the_same_memory(name):
-    network, images = Network(zoo.build(zoo.REPRODUCED[name])), zoo.images(3, seed=5)
+    network, images = Network(hazards.build(hazards.REPRODUCED[name])), hazards.images(3, seed=5)
     module = network.recording.module
     direct = called_directly(flattened(module))
     with torch.no_grad():
@@ -52,7 +52,7 @@ class Unusual(nn.Module):
     def __init__(self):
         super().__init__()
         self.hooked, self.replaced = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
-        self.reflecting, self.tail = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), zoo.tail(4)
+        self.reflecting, self.tail = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), hazards.tail(4)
         self.hooked.register_forward_hook(lambda module, args, result: result * 2)
         self.replaced.forward = lambda x: nn.Conv2d.forward(self.replaced, x) + 1
 
@@ -64,14 +64,14 @@ def test_layers_whose_call_does_more_are_called_as_they_were():
     network = Network(Unusual())
     direct = called_directly(flattened(network.recording.module))
     with torch.no_grad():
-        assert torch.equal(direct(zoo.images(3)), network.module(zoo.images(3)))
+        assert torch.equal(direct(hazards.images(3)), network.module(hazards.images(3)))
 
 
 def test_a_tensor_that_others_read_is_not_written_over():
     class Shared(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.tail = nn.Conv2d(3, 4, 3, padding=1), zoo.tail(4)
+            self.conv, self.tail = nn.Conv2d(3, 4, 3, padding=1), hazards.tail(4)
 
         def forward(self, x):
             made = self.conv(x)
@@ -80,7 +80,7 @@ def test_a_tensor_that_others_read_is_not_written_over():
             written = torch.relu(other.add_(made))  # `other` is read again below
             return self.tail(torch.relu(made).add(made) + wide + written + other)
 
-    network, images = Network(Shared()), zoo.images(3)
+    network, images = Network(Shared()), hazards.images(3)
     again = reusing_memory(called_directly(flattened(network.recording.module)))
     with torch.no_grad():
         assert torch.equal(again(images), network.module(images))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import hazards
 import pnc
-import zoo
 from handmade import Network, make_clone
 from pnc.clones.branch import Scalars
 from pnc.composite import export as export_file
@@ -411,9 +411,9 @@ def test_a_folder_that_cannot_be_written_to_stays_as_it_was(net, tmp_path, monke
     "name", ["Hooked", "Parametrized", "WeightNormalized", "OverwrittenInput", "DynamicWeights", "Windows"]
 )
 def test_targets_with_hazards_are_exported(name, tmp_path):
-    target = Network(zoo.build(zoo.REPRODUCED[name]))
+    target = Network(hazards.build(hazards.REPRODUCED[name]))
     net = pnc.attach(target.module, make_clone(target, target, "one"))
     pnc.export(net, tmp_path / "net.pt2")
-    images = zoo.images(3)
+    images = hazards.images(3)
     with torch.no_grad():
         assert close(torch.export.load(tmp_path / "net.pt2").module()(images), net(images))

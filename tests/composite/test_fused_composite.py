@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+import hazards
 import pnc
-import zoo
 from handmade import Bottleneck, Network, make_branch, make_clone
 from pnc.channels.channel_masks import ChannelMasks
 from pnc.channels.channel_spaces import channel_spaces
@@ -30,7 +30,7 @@ NAMES = tuple("abcde")
 
 @cache
 def small(name) -> Network:
-    return Network(zoo.build(zoo.REPRODUCED[name]))
+    return Network(hazards.build(hazards.REPRODUCED[name]))
 
 
 @cache
@@ -83,7 +83,7 @@ def n_norms(module) -> int:
 
 
 @pytest.mark.filterwarnings("ignore")  # some of these networks are deprecated on purpose
-@pytest.mark.parametrize("name", zoo.REPRODUCED)
+@pytest.mark.parametrize("name", hazards.REPRODUCED)
 def test_it_equals_the_composite_wherever_the_source_is_cut(name):
     target, source = small("Residual"), small(name)
     deepest = min(source.features.index, len(source.cuts) - 1)
@@ -93,9 +93,9 @@ def test_it_equals_the_composite_wherever_the_source_is_cut(name):
         for at, into, rectify in [*((0, into, False) for into in places), (3, places[1], True), (3, places[-1], False)]
     ]
     branches.append(make_branch(target, source, (0, 0), is_identity=True))
-    images = zoo.images(3, seed=5)
+    images = hazards.images(3, seed=5)
     assert_fused(plan_of(target, branches), images)
-    assert torch.equal(images, zoo.images(3, seed=5))
+    assert torch.equal(images, hazards.images(3, seed=5))
 
 
 @pytest.mark.parametrize("spec", ["zoo:resnet20?width=0.5", "zoo:vit_tiny", "zoo:mobilenetv2?width=0.5"])
@@ -112,12 +112,12 @@ def test_it_equals_the_composite_on_reference_networks(spec):
 def test_norms_are_folded_also_into_the_adapter():
     target, source = small("Residual"), small("Residual")
     whole = make_branch(target, source, (0, 0))
-    assert n_norms(whole) == 8 and n_norms(assert_fused(plan_of(target, [whole]), zoo.images(3))) == 0
+    assert n_norms(whole) == 8 and n_norms(assert_fused(plan_of(target, [whole]), hazards.images(3))) == 0
     before_norm = next(cut.index for cut in source.cuts if cut.name == "stem_0")
     linear = make_branch(target, source, (0, before_norm))
-    assert n_norms(assert_fused(plan_of(target, [linear]), zoo.images(3))) == 0
+    assert n_norms(assert_fused(plan_of(target, [linear]), hazards.images(3))) == 0
     rectified = make_branch(target, source, (0, before_norm), rectify=True)
-    assert n_norms(assert_fused(plan_of(target, [rectified]), zoo.images(3))) == 1, "behind a ReLU it must stay"
+    assert n_norms(assert_fused(plan_of(target, [rectified]), hazards.images(3))) == 1, "behind a ReLU it must stay"
 
 
 def convolutions(fused) -> int:
@@ -129,33 +129,33 @@ def convolutions(fused) -> int:
     [({}, True), ({"stride": 2}, True), ({"padding": 1}, False), ({"kernel": 3, "padding": 1}, False)],
 )
 def test_adapters_are_folded_where_that_is_exact(settings, folded):
-    target, source = small("Residual"), Network(zoo.build(lambda: Bottleneck(**settings)))
+    target, source = small("Residual"), Network(hazards.build(lambda: Bottleneck(**settings)))
     into = next(cut.index for cut in source.cuts if cut.name == "first")
     plan = plan_of(target, [make_branch(target, source, (1, into))])
-    assert (convolutions(assert_fused(plan, zoo.images(3))) == 0) == folded
+    assert (convolutions(assert_fused(plan, hazards.images(3))) == 0) == folded
     rectified = plan_of(target, [make_branch(target, source, (1, into), rectify=True)])
-    assert convolutions(assert_fused(rectified, zoo.images(3))) == 1
+    assert convolutions(assert_fused(rectified, hazards.images(3))) == 1
 
 
 def test_a_linear_layer_behind_a_vector_is_folded():
     target, source = small("Residual"), small("HiddenLayerHead")
     flat = next(cut.index for cut in source.cuts if cut.kind == "vector")
     plan = plan_of(target, [make_branch(target, source, (len(target.cuts) - 1, flat))])
-    assert_fused(plan, zoo.images(3))
+    assert_fused(plan, hazards.images(3))
 
 
 def test_adapters_of_one_geometry_are_one_convolution():
     target, source = small("Residual"), small("Plain")
     settings = [((1, 2), False), ((1, 2), True), ((1, 3), True), ((0, 2), False)]
     branches = [make_branch(target, source, places, rectify, seed=n) for n, (places, rectify) in enumerate(settings)]
-    fused = assert_fused(plan_of(target, branches), zoo.images(3))
+    fused = assert_fused(plan_of(target, branches), hazards.images(3))
     assert [stem.places for stem in fused.stems] == [(0, 1, 2), (3,)]
 
 
 def test_convolutions_work_channels_last_where_they_can():
     target = small("Residual")
     parts = [folded_part(0, make_branch(target, small("Plain"), (0, into)).stitched) for into in (0, 3)]
-    bottleneck = Network(zoo.build(Bottleneck))
+    bottleneck = Network(hazards.build(Bottleneck))
     into = next(cut.index for cut in bottleneck.cuts if cut.name == "first")
     parts.append(folded_part(0, make_branch(target, bottleneck, (1, into)).stitched))
     assert [part.channels_last for part in parts] == [True, True, False], "the last one has no convolution left"
@@ -179,7 +179,7 @@ def test_zeros_for_removed_channels_come_from_the_convolution_where_that_costs_n
     target, source = small("Residual"), reference("zoo:resnet20")
     into = next(one.index for one in source.cuts if one.name == cut)
     branch = thinned(make_branch(target, source, (0, into)), n_kept)
-    fused = assert_fused(plan_of(target, [branch]), zoo.images(3))
+    fused = assert_fused(plan_of(target, [branch]), hazards.images(3))
     assert n_filled(branch.stitched.body) >= 2
     # 2/5 of 32 channels are 13, which fit one register instead of two; 3/5 are 19.
     assert n_filled(fused.bodies[0]) == n_left
@@ -192,11 +192,11 @@ def n_filled(body) -> int:
 @pytest.mark.parametrize("n_images", [1, 2])
 def test_maps_of_several_images_lie_channels_last_in_the_clones(n_images):
     target, source = small("Residual"), small("Plain")
-    fused = assert_fused(plan_of(target, [make_branch(target, source, (1, 2))]), zoo.images(n_images))
+    fused = assert_fused(plan_of(target, [make_branch(target, source, (1, 2))]), hazards.images(n_images))
     given = []
     fused.bodies[0].register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     with torch.no_grad():
-        fused(zoo.images(n_images))
+        fused(hazards.images(n_images))
     assert given[0].is_contiguous() == (n_images == 1)
 
 
@@ -213,7 +213,7 @@ def test_heads_of_every_kind_calibrated_or_not_and_the_base_priority():
         for n_new in (1, 3)
         for scalars in (Scalars(), Scalars(0.7, (0.5,) * n_new), Scalars(0.7, None, rivals(n_new + 2, source)))
     ]
-    fused = assert_fused(plan_of(target, branches, base_priority=1.5), zoo.images(4))
+    fused = assert_fused(plan_of(target, branches, base_priority=1.5), hazards.images(4))
     assert len(fused.heads) == 2, "one batch for each number of classes"
 
 
@@ -295,4 +295,4 @@ def test_a_wrong_rule_would_be_noticed(stage, net, monkeypatch):
 def test_clones_made_by_hand_can_be_attached():
     target, source = small("Residual"), small("Plain")
     net = pnc.attach(target.module, make_clone(target, source, "x"))
-    assert net(zoo.images(2)).shape == (2, 7)
+    assert net(hazards.images(2)).shape == (2, 7)

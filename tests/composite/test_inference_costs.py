@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import hazards
 import pnc
-import zoo
 from handmade import Bottleneck, Network, make_clone
 from pnc.bench.random_lives import make_stage
 from pnc.graph.recording import info, record
@@ -115,10 +115,10 @@ def test_the_fused_form_executes_no_norm_of_a_clone_and_fewer_kernels(stage, net
 
 
 def test_an_adapter_folded_into_a_convolution_saves_its_macs():
-    target, source = Network(zoo.build(zoo.Residual)), Network(zoo.build(Bottleneck))
+    target, source = Network(hazards.build(hazards.Residual)), Network(hazards.build(Bottleneck))
     into = next(cut.index for cut in source.cuts if cut.name == "first")
     net = pnc.attach(target.module, make_clone(target, source, "x", places=(1, into)))
-    x = zoo.images(N_IMAGES)
+    x = hazards.images(N_IMAGES)
     adapter, merged = 9 * 4 * 6 * 64 + 6 * 4 * 64, 9 * 4 * 4 * 64
     fused = net.fused()
     assert kernels(lambda: fused(x))["convolution"] == kernels(lambda: net(x))["convolution"] - 1

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import hazards
 import pnc
-import zoo
 from pnc.bench import random_lives
 from pnc.bench.random_lives import ACTIONS, BASE, GROUPS, Life
 from pnc.clones.branch import Scalars
@@ -315,7 +315,7 @@ def test_inference_mode_leaves_nothing_behind(stage, logits):
 
 
 def test_data_parallel_with_one_device_and_a_refusal_of_more(stage, net, logits):
-    assert same(zoo.data_parallel(net), stage.images, logits)
+    assert same(hazards.data_parallel(net), stage.images, logits)
     with pytest.raises(InputError, match="cannot be spread over several devices by DataParallel"):
         net._replicate_for_data_parallel()
 

@@ -1,4 +1,4 @@
-"""Cut points, heads and parts: exact at every cut of every network of the zoo, and correctly described."""
+"""Cut points, heads and parts: exact at every cut of every network of `hazards`, and correctly described."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import zoo
+import hazards
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
 from pnc.foundation.tensor_bits import same_bits
@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def recording_of(factory):
-    return record(zoo.build(factory), zoo.images(2))
+    return record(hazards.build(factory), hazards.images(2))
 
 
 def named(recording):
@@ -39,16 +39,16 @@ def run(recording, start, outputs, x):
 # -------------------------------------------------------------------------------------------------------------- extract
 
 
-@pytest.mark.parametrize("name", zoo.REPRODUCED)
+@pytest.mark.parametrize("name", hazards.REPRODUCED)
 def test_prefix_then_suffix_is_the_network_at_every_cut(name):
-    network = zoo.build(zoo.REPRODUCED[name])
+    network = hazards.build(hazards.REPRODUCED[name])
     before = take_snapshot(network)
-    recording = record(network, zoo.images(2))
+    recording = record(network, hazards.images(2))
     cuts = cut_points(recording)
     assert cuts[0].name == INPUT
     assert [cut.index for cut in cuts] == list(range(len(cuts)))
     for size in (2, 5) if name == "SqueezedBatch" else (1, 5):
-        x = zoo.images(size, seed=size)
+        x = hazards.images(size, seed=size)
         kept = x.clone()
         with torch.no_grad():
             expected = recording.module(x.clone())
@@ -66,11 +66,11 @@ def test_prefix_then_suffix_is_the_network_at_every_cut(name):
 
 
 def test_outputs_come_in_the_order_asked_for_and_one_alone_as_a_tensor():
-    recording = recording_of(zoo.Residual)
-    x = zoo.images(2)
+    recording = recording_of(hazards.Residual)
+    x = hazards.images(2)
     cuts = named(recording)
     logits, features, again = run(recording, None, [LOGITS, cuts["layers_0_relu_1"], "layers_0_relu_1"], x)
-    assert logits.shape == (2, zoo.N_CLASSES)
+    assert logits.shape == (2, hazards.N_CLASSES)
     assert same_bits(features, again)
     middle, end = run(recording, cuts["layers_0_relu_1"], ["layers_1_conv1", LOGITS], features)
     assert middle.shape == (2, 6, 4, 4)
@@ -79,18 +79,18 @@ def test_outputs_come_in_the_order_asked_for_and_one_alone_as_a_tensor():
 
 
 def test_tapped_tensor_has_the_value_from_before_it_is_overwritten():
-    recording = recording_of(zoo.OverwrittenCuts)
-    x = zoo.images(3)
+    recording = recording_of(hazards.OverwrittenCuts)
+    x = hazards.images(3)
     with torch.no_grad():
-        stem = zoo.build(zoo.OverwrittenCuts).eval().stem(x)
+        stem = hazards.build(hazards.OverwrittenCuts).eval().stem(x)
         tap, _ = run(recording, None, ["stem_2", LOGITS], x)
     assert same_bits(tap, stem)
 
 
 def test_suffix_takes_tensors_in_another_memory_layout():
-    recording = recording_of(zoo.VisionTransformer)
+    recording = recording_of(hazards.VisionTransformer)
     cut = named(recording)["transpose"]
-    tokens = run(recording, None, [cut], zoo.images(4))
+    tokens = run(recording, None, [cut], hazards.images(4))
     assert not tokens.is_contiguous()
     found = run(recording, cut, [LOGITS], tokens.contiguous())
     # Another layout may use other kernels, so the bits may differ.
@@ -98,8 +98,8 @@ def test_suffix_takes_tensors_in_another_memory_layout():
 
 
 def test_parts_share_the_weights_and_can_be_copied():
-    network = zoo.build(zoo.Residual)
-    recording = record(network, zoo.images(2))
+    network = hazards.build(hazards.Residual)
+    recording = record(network, hazards.images(2))
     cut = named(recording)["layers_0_relu_1"]
     suffix = extract(recording, cut, [LOGITS])
     copied = copy.deepcopy(suffix)
@@ -113,11 +113,11 @@ def test_parts_share_the_weights_and_can_be_copied():
     assert all(info(node) == info(twin) for node, twin in zip(suffix.graph.nodes, copied.graph.nodes, strict=True))
 
 
-@pytest.mark.parametrize("factory", [zoo.VisionTransformer, zoo.Windows])
+@pytest.mark.parametrize("factory", [hazards.VisionTransformer, hazards.Windows])
 def test_suffix_can_be_exported(factory):
     recording = recording_of(factory)
     cut = candidate_cuts(recording)[1]
-    suffix, features = extract(recording, cut, [LOGITS]), run(recording, None, [cut], zoo.images(5))
+    suffix, features = extract(recording, cut, [LOGITS]), run(recording, None, [cut], hazards.images(5))
     batch = {0: torch.export.Dim("batch", min=1, max=64)}
     exported = torch.export.export(suffix, (features,), dynamic_shapes=(batch,)).module()
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_suffix_can_be_exported(factory):
 
 
 def test_unknown_and_undetermined_outputs_are_refused():
-    recording = recording_of(zoo.Residual)
+    recording = recording_of(hazards.Residual)
     with pytest.raises(InputError, match="no tensor named 'layer9'; its cut points: input, stem_0, stem_1"):
         extract(recording, None, ["layer9"])
     with pytest.raises(InputError, match="layers_0_conv1 cannot be computed from layers_1_relu_1 alone"):
@@ -167,11 +167,11 @@ def test_candidates_are_spread_over_the_depth(limit):
 
 def test_limit_is_checked():
     with pytest.raises(InputError, match="limit: expected at least 2 .* got 1"):
-        candidate_cuts(recording_of(zoo.Plain), limit=1)
+        candidate_cuts(recording_of(hazards.Plain), limit=1)
 
 
 def test_of_a_chain_without_multiplications_only_the_last_is_a_candidate():
-    recording = recording_of(zoo.Residual)
+    recording = recording_of(hazards.Residual)
     assert {"stem_0", "stem_1", "stem_2", "layers_1_add", "layers_1_relu_1"} <= named(recording).keys()
     assert [cut.name for cut in candidate_cuts(recording)] == [
         INPUT,
@@ -202,7 +202,7 @@ def test_a_map_is_cut_before_it_is_padded_for_the_next_layer():
 
 
 def test_tokens_and_their_prefix():
-    recording = recording_of(zoo.VisionTransformer)
+    recording = recording_of(hazards.VisionTransformer)
     cuts = named(recording)
     facts = {name: (cut.kind, cut.shape, cut.channel_dim, cut.n_prefix_tokens) for name, cut in cuts.items()}
     assert facts["patches"] == ("map", (8, 2, 2), 1, 0)
@@ -214,7 +214,7 @@ def test_tokens_and_their_prefix():
     assert [cut.name for cut in candidate_cuts(recording)] == [INPUT, "add", "add_1", "norm"]
 
 
-class LateTokens(zoo.VisionTransformer):
+class LateTokens(hazards.VisionTransformer):
     """The class token is removed for some layers, then put before a register token."""
 
     def forward(self, x):
@@ -228,7 +228,7 @@ def test_prefix_tokens_are_followed_through_slices():
     cuts = named(recording_of(LateTokens))
     assert cuts["cat_1"].n_prefix_tokens == 2
 
-    class WithoutTokens(zoo.VisionTransformer):
+    class WithoutTokens(hazards.VisionTransformer):
         def forward(self, x):
             return self.head(self.tokens(x)[:, 2:].mean(1))
 
@@ -237,7 +237,7 @@ def test_prefix_tokens_are_followed_through_slices():
 
 
 def test_class_tokens_alone_are_a_grid():
-    class TwoTokens(zoo.VisionTransformer):
+    class TwoTokens(hazards.VisionTransformer):
         def forward(self, x):
             tokens = self.tokens(x)[:, :2]
             return self.head(F.layer_norm(tokens, (8,)).mean(1))
@@ -249,12 +249,12 @@ def test_class_tokens_alone_are_a_grid():
 
 
 def test_maps_with_the_channels_last():
-    cuts = named(recording_of(zoo.ChannelsLastMaps))
+    cuts = named(recording_of(hazards.ChannelsLastMaps))
     assert (cuts["permute"].kind, cuts["permute"].shape, cuts["permute"].channel_dim) == ("map", (8, 8, 4), 3)
     assert (cuts["add"].channel_dim, cuts["permute_1"].channel_dim) == (3, 1)
 
 
-class PermutingModule(zoo.ChannelsLastMaps):
+class PermutingModule(hazards.ChannelsLastMaps):
     """As many channels as rows, so that shapes alone do not show which is which."""
 
     class Permute(nn.Module):
@@ -267,8 +267,8 @@ class PermutingModule(zoo.ChannelsLastMaps):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.last, self.first = zoo.stem(8), self.Permute(0, 2, 3, 1), self.Permute(0, -1, 1, 2)
-        self.conv, self.tail = nn.Conv2d(8, 8, 3, padding=1), zoo.tail(8)
+        self.stem, self.last, self.first = hazards.stem(8), self.Permute(0, 2, 3, 1), self.Permute(0, -1, 1, 2)
+        self.conv, self.tail = nn.Conv2d(8, 8, 3, padding=1), hazards.tail(8)
 
     def middle(self, x):
         return self.first(self.last(x).relu())
@@ -280,26 +280,26 @@ def test_channels_are_followed_through_modules_that_permute():
 
 
 def test_windows_in_front_of_which_the_batch_is_folded_are_no_cut_points():
-    cuts = named(recording_of(zoo.Windows))
+    cuts = named(recording_of(hazards.Windows))
     assert list(cuts) == [INPUT, "stem_0", "stem_1", "stem_2", "permute", "reshape_2", "conv", "tail_0", "tail_1"]
 
 
 def test_nothing_inside_of_a_residual_block_is_a_cut_point():
-    names = named(recording_of(zoo.Residual))
+    names = named(recording_of(hazards.Residual))
     assert not any(name.startswith(("layers_0_conv", "layers_1_norm")) for name in names)
-    assert named(recording_of(zoo.SqueezeExcite)).keys() == {
+    assert named(recording_of(hazards.SqueezeExcite)).keys() == {
         *(INPUT, "stem_0", "stem_1", "stem_2", "mul", "conv", "tail_0", "tail_1")
     }
 
 
 def test_in_place_activation_is_a_cut_point_and_so_is_what_it_overwrites():
-    cuts = named(recording_of(zoo.OverwrittenCuts))
+    cuts = named(recording_of(hazards.OverwrittenCuts))
     assert {"stem_2", "sub", "clamp"} <= cuts.keys()
     assert "setitem" not in cuts
 
 
 def test_costs_grow_towards_the_output():
-    for factory in (zoo.Residual, zoo.VisionTransformer, zoo.SharedModules):
+    for factory in (hazards.Residual, hazards.VisionTransformer, hazards.SharedModules):
         recording = recording_of(factory)
         cuts = cut_points(recording)
         nodes = [info(node) for node in recording.module.graph.nodes]
@@ -314,8 +314,8 @@ class FewCuts(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.one, self.two = zoo.stem(), nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(4, 8, 1)
-        self.wide, self.head = nn.Linear(512, 64), nn.Linear(64, zoo.N_CLASSES)
+        self.stem, self.one, self.two = hazards.stem(), nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(4, 8, 1)
+        self.wide, self.head = nn.Linear(512, 64), nn.Linear(64, hazards.N_CLASSES)
 
     def forward(self, x):
         x = self.stem(x)
@@ -352,14 +352,14 @@ HEADS = {
 
 @pytest.mark.parametrize("name", HEADS)
 def test_head_with_its_weights(name):
-    network = zoo.build(zoo.REPRODUCED[name])
-    recording = record(network, zoo.images(2))
+    network = hazards.build(hazards.REPRODUCED[name])
+    recording = record(network, hazards.images(2))
     head = find_head(recording)
     assert (head.features.name, head.features.kind, head.module) == HEADS[name]
     layer = network.get_submodule(head.module)
-    assert same_bits(head.weight, layer.weight.detach().reshape(zoo.N_CLASSES, head.n_features))
+    assert same_bits(head.weight, layer.weight.detach().reshape(hazards.N_CLASSES, head.n_features))
     assert same_bits(head.bias, layer.bias.detach())
-    x = zoo.images(3)
+    x = hazards.images(3)
     features, logits = run(recording, None, [head.features, LOGITS], x)
     pooled = features.flatten(2).mean(2) if head.features.kind == "map" else features
     # The head may pool after its layer, which changes the order of summation.
@@ -367,12 +367,12 @@ def test_head_with_its_weights(name):
 
 
 def test_head_made_of_functions_has_no_module():
-    recording = recording_of(zoo.HeadWithoutBias)
+    recording = recording_of(hazards.HeadWithoutBias)
     head = find_head(recording)
     assert (head.features.name, head.module, head.weight, head.bias) == ("amax", None, None, None)
 
 
-class ActivationAfterHead(zoo.ConvolutionHead):
+class ActivationAfterHead(hazards.ConvolutionHead):
     def forward(self, x):
         return self.pool(self.head(self.stem(x)).relu()).flatten(1)
 
@@ -383,7 +383,7 @@ def test_layer_whose_output_is_not_the_logits_lends_no_weights():
 
 
 def test_two_heads_on_one_tensor_have_it_for_features():
-    head = find_head(recording_of(zoo.Distilled))
+    head = find_head(recording_of(hazards.Distilled))
     assert (head.features.name, head.features.kind, head.module) == ("norm", "tokens", None)
     assert head.n_features == 8
 
@@ -391,7 +391,7 @@ def test_two_heads_on_one_tensor_have_it_for_features():
 class TwoBranches(nn.Module):
     def __init__(self):
         super().__init__()
-        self.one, self.two = zoo.Plain(), zoo.VisionTransformer()
+        self.one, self.two = hazards.Plain(), hazards.VisionTransformer()
 
     def forward(self, x):
         return self.one(x) + self.two(x)
@@ -401,8 +401,8 @@ def test_heads_on_several_branches_have_the_logits_for_features():
     recording = recording_of(TwoBranches)
     head = find_head(recording)
     assert isinstance(head.features, CutPoint)
-    assert (head.features.kind, head.features.shape, head.module) == ("vector", (zoo.N_CLASSES,), None)
-    x = zoo.images(3)
+    assert (head.features.kind, head.features.shape, head.module) == ("vector", (hazards.N_CLASSES,), None)
+    x = hazards.images(3)
     features, logits = run(recording, None, [head.features, LOGITS], x)
     assert same_bits(features, logits)
     assert [cut.name for cut in candidate_cuts(recording)] == [INPUT]

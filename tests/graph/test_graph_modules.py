@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-import zoo
+import hazards
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.nodes import info
 from pnc.graph.recording import record
@@ -27,7 +27,7 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pickled_graph_is_the_same_and_nothing_is_traced(name, monkeypatch):
-    module = record(zoo.build(zoo.REPRODUCED[name]), zoo.images(2)).module
+    module = record(hazards.build(hazards.REPRODUCED[name]), hazards.images(2)).module
     monkeypatch.setattr(fx.Tracer, "trace", None)
     call, data = nn.Module.__call__, pickle.dumps(module)
     calls = []
@@ -37,7 +37,7 @@ def test_a_pickled_graph_is_the_same_and_nothing_is_traced(name, monkeypatch):
     finally:
         sys.setprofile(None)
     assert set(calls) == {call}
-    x = zoo.images(5, seed=5)
+    x = hazards.images(5, seed=5)
     twice = pickle.loads(pickle.dumps(again))  # noqa: S301 - our own bytes
     for other in (again, copy.deepcopy(again), twice):
         with torch.no_grad():
@@ -50,8 +50,8 @@ def test_a_pickled_graph_is_the_same_and_nothing_is_traced(name, monkeypatch):
 
 
 def test_a_recording_touches_no_module_but_its_networks():
-    network, call, seen = zoo.build(zoo.Residual), nn.Module.__call__, []
+    network, call, seen = hazards.build(hazards.Residual), nn.Module.__call__, []
     network.stem.register_forward_hook(lambda *given: seen.append(nn.Module.__call__))
-    record(network, zoo.images(2))
+    record(network, hazards.images(2))
     assert set(seen) == {call}
     assert "_compiled_call_impl" not in vars(network.stem)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import zoo
+import hazards
 from pnc.foundation.errors import RecordingError
 from pnc.foundation.tensor_bits import same_bits
 from pnc.graph.recording import record
@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 
-class Middle(zoo.Around):
+class Middle(hazards.Around):
     """A network with a function in its middle."""
 
     def __init__(self, function):
@@ -161,17 +161,17 @@ WORKED_WITH = {
 @pytest.mark.parametrize("name", READ)
 def test_reading_a_size_that_depends_on_the_images_is_refused(name):
     what, function = READ[name]
-    network = zoo.build(lambda: Middle(function))
+    network = hazards.build(lambda: Middle(function))
     with pytest.raises(RecordingError, match=rf"reads values that depend on the images \({what} .* depends on them"):
-        record(network, zoo.images(4))
+        record(network, hazards.images(4))
 
 
 @pytest.mark.parametrize("name", WORKED_WITH)
 def test_tensors_of_such_sizes_are_recorded_exactly(name):
-    network = zoo.build(lambda: Middle(WORKED_WITH[name])).eval()
-    recording = record(network, zoo.images(4))
+    network = hazards.build(lambda: Middle(WORKED_WITH[name])).eval()
+    recording = record(network, hazards.images(4))
     for factor in (0.1, 1, 3):
-        x = factor * zoo.images(5, seed=5)
+        x = factor * hazards.images(5, seed=5)
         with torch.no_grad():
             assert same_bits(recording.module(x.clone()), network(x)), factor
 
@@ -181,9 +181,9 @@ def test_a_layer_that_reads_sizes_in_its_own_forward_runs_as_it_is():
         def forward(self, x):
             return x * x[x > 0.5].numel()
 
-    network = zoo.build(lambda: Middle(lambda self, x: self.layer(x)))
+    network = hazards.build(lambda: Middle(lambda self, x: self.layer(x)))
     network.layer = Layer()
-    recording, x = record(network.eval(), zoo.images(4)), zoo.images(5, seed=5)
+    recording, x = record(network.eval(), hazards.images(4)), hazards.images(5, seed=5)
     with torch.no_grad():
         assert same_bits(recording.module(x), network(x))
 
@@ -228,16 +228,16 @@ LEAVES = {
 @pytest.mark.parametrize("name", LEAVES)
 def test_a_layer_that_hands_on_what_it_reads_is_refused(name):
     layer, use = LEAVES[name]
-    network = zoo.build(lambda: Middle(lambda self, x: use(self.leaf(x), x, self.leaf)))
+    network = hazards.build(lambda: Middle(lambda self, x: use(self.leaf(x), x, self.leaf)))
     network.leaf = Leaf(layer)
     with pytest.raises(RecordingError, match="reads values that depend on the images"):
-        record(network.eval(), zoo.images(4))
+        record(network.eval(), hazards.images(4))
 
 
 def test_a_layer_whose_results_are_tensors_may_read():
-    network = zoo.build(lambda: Middle(lambda self, x: self.leaf(x)[0]))
+    network = hazards.build(lambda: Middle(lambda self, x: self.leaf(x)[0]))
     network.leaf = Leaf(lambda self, x: (x * x[x > 0.5].numel(), x.mean().item() * torch.ones(1)))
-    recording, x = record(network.eval(), zoo.images(4)), zoo.images(5, seed=5)
+    recording, x = record(network.eval(), hazards.images(4)), hazards.images(5, seed=5)
     with torch.no_grad():
         assert same_bits(recording.module(x), network(x))
 
@@ -256,6 +256,6 @@ def test_an_operator_of_another_library_is_asked_for_its_shape():
         return torch.empty_like(x)
 
     with pytest.raises(RecordingError, match="numel in the network, of a tensor whose size depends on them"):
-        record(zoo.build(lambda: Middle(lambda self, x: x * some(x).numel())), zoo.images(4))
-    record(zoo.build(lambda: Middle(lambda self, x: x * same(x).shape[1])), zoo.images(4))
-    record(zoo.build(lambda: Middle(lambda self, x: x * some(x).sum())), zoo.images(4))
+        record(hazards.build(lambda: Middle(lambda self, x: x * some(x).numel())), hazards.images(4))
+    record(hazards.build(lambda: Middle(lambda self, x: x * same(x).shape[1])), hazards.images(4))
+    record(hazards.build(lambda: Middle(lambda self, x: x * some(x).sum())), hazards.images(4))

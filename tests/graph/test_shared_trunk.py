@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-import zoo
+import hazards
 from pnc.graph.classifier import find_head
 from pnc.graph.cut_points import INPUT, cut_points, extract
 from pnc.graph.recording import record
@@ -35,26 +35,26 @@ class Small(nn.Module):
 
 
 def shared(target, source):
-    recordings = [record(network, zoo.images(2)) for network in (target, source)]
+    recordings = [record(network, hazards.images(2)) for network in (target, source)]
     return shared_cut(*recordings), recordings
 
 
-@pytest.mark.parametrize("name", zoo.REPRODUCED)
+@pytest.mark.parametrize("name", hazards.REPRODUCED)
 def test_a_copy_shares_everything_up_to_the_last_cut_before_the_features(name):
-    network = zoo.build(zoo.REPRODUCED[name])
-    recording = record(network, zoo.images(2))
+    network = hazards.build(hazards.REPRODUCED[name])
+    recording = record(network, hazards.images(2))
     before = cut_points(recording)[: find_head(recording).features.index]
     last = before[-1] if before[-1].n_macs else before[0]
     assert shared_cut(recording, recording) == (last, last)
 
 
 def test_another_head_is_no_part_of_the_trunk():
-    source = zoo.build(Small)
+    source = hazards.build(Small)
     target = copy.deepcopy(source)
     target.fc = nn.Linear(6, 9)
     (in_target, in_source), recordings = shared(target, source)
     assert (in_target.name, in_source.name) == ("act2", "act2")
-    images = zoo.images(7, seed=3)
+    images = hazards.images(7, seed=3)
     with torch.no_grad():
         tensors = [extract(recording, None, ["act2"])(images) for recording in recordings]
     assert torch.equal(*tensors)
@@ -74,7 +74,7 @@ def test_another_head_is_no_part_of_the_trunk():
     ],
 )
 def test_the_trunk_ends_where_weights_statistics_or_settings_differ(change, last):
-    source = zoo.build(Small)
+    source = hazards.build(Small)
     target = copy.deepcopy(source)
     with torch.no_grad():
         change(target)
@@ -83,12 +83,12 @@ def test_the_trunk_ends_where_weights_statistics_or_settings_differ(change, last
 
 
 def test_networks_of_other_kinds_share_the_input_alone():
-    (in_target, in_source), _ = shared(zoo.build(Small), zoo.build(lambda: resnet((3, 8, 8), 5, 3)))
+    (in_target, in_source), _ = shared(hazards.build(Small), hazards.build(lambda: resnet((3, 8, 8), 5, 3)))
     assert in_target.name == in_source.name == INPUT
 
 
 def test_cuts_of_other_names_are_the_same_place():
-    source = zoo.build(Small)
+    source = hazards.build(Small)
     wrapped = nn.Sequential(copy.deepcopy(source))
     wrapped[0].fc = nn.Linear(6, 3)
     (in_target, in_source), _ = shared(wrapped, source)

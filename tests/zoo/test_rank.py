@@ -19,7 +19,7 @@ from pnc.models.model_specs import build_model
 from pnc.zoo import rank as ranking_module
 from pnc.zoo.processes import ProcessWorker
 from pnc.zoo.question import ask
-from pnc.zoo.quick_look import Sources
+from pnc.zoo.quick_look import Look, Sources
 from pnc.zoo.ranking import predicted
 from pnc.zoo.units import WorkerLost
 
@@ -203,20 +203,42 @@ def test_damaged_entries_are_left_out_and_an_empty_zoo_has_no_best(tmp_path: Pat
         _ = ranking.best
 
 
+def with_probabilities(look: Look, accuracy: float, base: list[float], new: list[float]) -> Look:
+    return replace(look, accuracy=accuracy, base_probabilities=tuple(base), new_probabilities=tuple(new))
+
+
 def test_with_few_sources_predictions_are_held_out_accuracies(found: pnc.Ranking) -> None:
     looks = [one.look for one in found.ranked]
-    assert predicted(looks[:2]) == [one.accuracy for one in looks[:2]]
-    assert predicted([replace(looks[0], probability=0.5)] * 5) == [pytest.approx(looks[0].accuracy)] * 5
+    assert predicted(looks[:3]) == [one.accuracy for one in looks[:3]]
+    assert predicted([looks[0]] * 5) == [pytest.approx(looks[0].accuracy)] * 5
 
 
-def test_predictions_lie_between_the_accuracy_and_the_line(found: pnc.Ranking) -> None:
-    look = found.best.look
-    on_a_line = [replace(look, accuracy=0.1 + one, probability=one) for one in (0.2, 0.4, 0.6, 0.8)]
-    assert predicted(on_a_line) == pytest.approx([one.accuracy for one in on_a_line])
-    off = [*on_a_line, replace(look, accuracy=0.8, probability=0.5)]  # .12 above the line through all, .2 above these
-    assert predicted(off)[-1] == pytest.approx(0.64 + (0.8 - 0.64) / 2)
-    falling = [replace(look, accuracy=1 - one, probability=one) for one in (0.2, 0.4, 0.6, 0.8)]
-    assert predicted(falling) == pytest.approx([(0.5 + one.accuracy) / 2 for one in falling])
+def test_predictions_lie_on_a_line_over_what_sources_know(found: pnc.Ranking) -> None:
+    known = (0.2, 0.4, 0.6, 0.8)
+    looks = [with_probabilities(found.best.look, 0.1 + x, [x**2], [x**2] * 2) for x in known]
+    assert predicted(looks) == pytest.approx([0.1 + x for x in known])
+    off = [*looks, with_probabilities(found.best.look, 0.9, [0.25], [0.25] * 2)]  # .3 too many right by chance
+    assert predicted(off) == pytest.approx([0.1 + x + 0.06 for x in (*known, 0.5)])
+    falling = [with_probabilities(found.best.look, 1 - x, [x**2], [x**2]) for x in known]
+    assert predicted(falling) == pytest.approx([0.5] * 4)
+    new_only = [with_probabilities(found.best.look, 0.1 + x, [], [x**2] * 2) for x in known]
+    assert predicted(new_only) == pytest.approx([0.1 + x for x in known])
+
+
+def test_images_on_which_knowledge_shows_count_more(found: pnc.Ranking) -> None:
+    """On a quarter of the images sources differ by what they know, on the others by chance."""
+    knows = torch.linspace(0.3, 0.9, 8)
+    right = {"predicted": 0, "mean": 0}
+    for seed in range(20):
+        chance = 0.1 * torch.randn(8, 80, generator=torch.Generator().manual_seed(seed))
+        rows = torch.cat([knows[:, None] + chance[:, :20], 0.5 + chance[:, 20:]], 1).clamp(0, 1).square()
+        looks = [
+            with_probabilities(found.best.look, 0.3 + x / 3, row[::2], row[1::2])
+            for x, row in zip(knows.tolist(), rows.tolist(), strict=True)
+        ]
+        for key, found_order in (("predicted", torch.tensor(predicted(looks))), ("mean", rows.mean(1))):
+            right[key] += int((found_order.diff() > 0).sum())
+    assert right["predicted"] > right["mean"] + 5
 
 
 @pytest.mark.parametrize(

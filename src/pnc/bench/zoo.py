@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from pnc.bench.bench import Bench, Row, Rows
 from pnc.bench.killed_workers import PROCESSES, rank_and_kill
 from pnc.bench.result_files import Cells
 from pnc.bench.transfer_scores import leep, logme, nearest_mean
-from pnc.bench.zoo_networks import CIFAR10, CIFAR100, FASHION, MNIST, Images
+from pnc.bench.zoo_networks import CIFAR10, CIFAR100, FASHION, MNIST, N_TEST, Images
 from pnc.bench.zoo_report import CLONE, KILLED, LOOK, RANK, SUPPORT, claims, markdown
+from pnc.clones.clone import Clone
 from pnc.composite.composite import attach
 from pnc.composite.evaluation import evaluate
-from pnc.data.image_set import class_subset
+from pnc.data.image_set import ImageSet, class_subset, draw_images, select
 from pnc.data.support import Support, draw_support
 from pnc.method.held_out import image_outcome
 from pnc.method.pipeline import clone
@@ -30,6 +32,8 @@ from pnc.zoo.ranking import Ranking
 
 KEYS = ("query", "part", "source")
 MEMORY = 2**30
+TIMED_EVERY = 8
+"""Every how many sources a clone is timed, beside the ranking."""
 N_TOP = 3
 """If only some sources are cloned from, these many are the best ones by their look, and the others are drawn."""
 
@@ -75,9 +79,8 @@ class _Case:
 
     def __init__(self, query: Query, zoo: Zoo, target: LoadedModel, images: Images) -> None:
         self.query, self.zoo, self.target = query, zoo, target
-        names = [*target.classes, *query.classes]
-        self.test = class_subset(images.test, names)
         self.support: Support = draw_support(images.unseen, query.classes, target.classes, *SUPPORT)
+        self.fresh, self.halves = _tested_on(images, query.classes, target.classes)
 
     @cached_property
     def question(self) -> Question:
@@ -114,7 +117,7 @@ class _Case:
             return image_outcome(right, labels, question.groups, question.n_base).average[0]
 
         return {
-            **found.facts(),
+            **found.summary(),
             "seconds": seconds,
             "logme": logme(seen.features, labels),
             "logme_both": logme(both, labels),
@@ -125,7 +128,21 @@ class _Case:
         }
 
     def clone(self, source: str, source_classes: Sequence[str]) -> Row:
-        """Clone from a source in closed form, and measure the composite on test images."""
+        """Clone from a source in closed form, and measure the composite on images that no network has seen."""
+        made, seconds = self._cloned(source, source_classes)
+        composite = attach(self.target.module, made)
+        halves = [evaluate(composite, half) for half in self.halves]
+        return {
+            "base_accuracy": fmean(half.base_accuracy for half in halves),
+            "new_accuracy": fmean(half.new_accuracy for half in halves),
+            "average_accuracy": fmean(half.average_accuracy for half in halves),
+            "half_accuracies": [half.average_accuracy for half in halves],
+            "fresh_accuracy": evaluate(composite, self.fresh).average_accuracy,
+            "seconds": seconds,
+        }
+
+    def _cloned(self, source: str, source_classes: Sequence[str]) -> tuple[Clone, float]:
+        """Clone from a source in closed form; the clone, and the processor's seconds."""
         module = self.zoo.load(source, self.question.input_shape).module
         started = time.process_time()
         made = clone(
@@ -137,27 +154,30 @@ class _Case:
             base_classes=self.target.classes,
             effort="seconds",
         )
-        seconds = time.process_time() - started
-        found = evaluate(attach(self.target.module, made), self.test)
-        return {
-            "base_accuracy": found.base_accuracy,
-            "new_accuracy": found.new_accuracy,
-            "average_accuracy": found.average_accuracy,
-            "seconds": seconds,
-        }
+        return made, time.process_time() - started
 
-    def rank(self) -> Row:
-        """Rank the zoo, in this process; also measure what loading all sources takes, which cloning from them needs."""
+    def rank(self, number: int) -> Row:
+        """Rank the zoo, in this process; also time what loading all sources takes, and cloning from some.
+
+        All in the same minute: how fast a processor is depends on what else runs.
+
+        Args:
+            number: Of the query: others are timed for each.
+        """
         started = time.process_time()
         for name in self.zoo.names:
             self.zoo.load(name, self.question.input_shape)
         loading, started = time.process_time() - started, time.process_time()
         ranking = self.ranking(1)
+        seconds = time.process_time() - started
+        classes = {one.name: one.source_classes for one in ranking.ranked}
+        timed = sorted(classes)[number % min(TIMED_EVERY, len(classes)) :: TIMED_EVERY]
         return {
             "order": [one.name for one in ranking.ranked],
             "predicted": [one.predicted for one in ranking.ranked],
-            "seconds": time.process_time() - started,
+            "seconds": seconds,
             "loading_seconds": loading,
+            "clone_seconds": fmean(self._cloned(name, classes[name])[1] for name in timed),
         }
 
     def ranking(self, workers: int, ray_address: str | None = None) -> Ranking:
@@ -220,7 +240,7 @@ def bench(
 
         for number, query in enumerate(queries):
             looks = {name: add(query, LOOK, name, partial(of, query, LOOK, name)) for name in zoo.names}
-            ranking = add(query, RANK, "", partial(of, query, RANK))
+            ranking = add(query, RANK, "", partial(of, query, RANK, number))
             for way in ways if number == 0 else ():
                 add(query, KILLED, way, partial(of, query, KILLED, way))
             for name in [ranking["order"][0], *_drawn(looks, n_each, seed=number)]:
@@ -237,6 +257,25 @@ def bench(
         return {**settings, "rows": [{key: row[key] for key in row if key != "source_classes"} for row in rows]}
 
     return Bench("zoo", KEYS, settings, measure, claims, markdown, facts)
+
+
+def _tested_on(images: Images, new: Sequence[str], base: Sequence[str]) -> tuple[ImageSet, list[ImageSet]]:
+    """Images that neither a network nor the support has: as many as the support, and two equal parts of all others.
+
+    There are few test images of each class, so images that no network was trained on are taken too, if the support
+    leaves them. The draw begins with the support.
+    """
+    n_each = min(N_TEST, *images.unseen.counts().values())
+    drawn = draw_images(
+        images.unseen, new, base, n_each, n_each, torch.Generator().manual_seed(0)
+    )  # begins as supports
+    place = torch.arange(len(drawn)) % n_each
+    taken = torch.where(drawn.labels < len(base), SUPPORT[1], SUPPORT[0])
+    fresh = select(drawn, ((place >= taken) & (place < 2 * taken)).nonzero().flatten())
+    rest, test = select(drawn, (place >= 2 * taken).nonzero().flatten()), class_subset(images.test, drawn.classes)
+    both = ImageSet(torch.cat([test.images, rest.images]), torch.cat([test.labels, rest.labels]), drawn.classes)
+    ordered = [(both.labels == label).nonzero().flatten() for label in range(len(both.classes))]
+    return fresh, [select(both, torch.cat([rows[half::2] for rows in ordered])) for half in (0, 1)]
 
 
 def _drawn(looks: Mapping[str, Row], number: int, seed: int) -> list[str]:

@@ -201,7 +201,7 @@ def rank_sources(
 ) -> None:
     """Rank the networks of a zoo by the accuracy that a clone of the requested classes would have.
 
-    Looks at every network on a few images of the training split, and scans the best ones as `pnc clone` does.
+    Looks at every network on a few images of the training split, and scans the best ones.
     """
     asked = ModelOptions("target", target, target_weights, target_classes, device)
     check_outputs({"json": json_path, "resume": resume}, [asked.file, data_file(data)])

@@ -155,8 +155,7 @@ def build_model(
 ) -> LoadedModel:
     """Build a network with random weights, determined by `seed`; the global random state does not change.
 
-    Nothing is downloaded but, for ``hf:ID``, the config. Reference networks are tried without memory first, on images
-    of any size.
+    Nothing is downloaded but, for ``hf:ID``, the config. Reference networks are built without memory first.
 
     Args:
         spec: As for `load_model`.
@@ -193,7 +192,7 @@ def _built(
                 tried = _build_zoo(request)
             if like is not None:
                 check_fit(tried.module, like)
-            n_outputs = _check_outputs(tried)
+            n_outputs = len(tried.classes)  # and it takes images of any size
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the accelerators
         model = _SCHEMES[scheme](request)
         if scheme != "zoo":
@@ -351,7 +350,7 @@ _SCHEMES: dict[str, Callable[[_Request], LoadedModel]] = {
 def _check_outputs(model: LoadedModel) -> int:
     """Run the network once: if it cannot take its images, say so now; the number of its outputs."""
     like = like_images(model.module)
-    images = torch.zeros(2, *model.input_shape, dtype=like.dtype, device=like.device)  # perhaps on the meta device
+    images = torch.zeros(2, *model.input_shape, dtype=like.dtype, device=like.device)
     try:
         with torch.no_grad():
             output = model.module(images)

@@ -10,7 +10,7 @@ from pnc.foundation.file_writing import check_place, path_text, write_file
 from pnc.foundation.tensor_files import canonical_json
 
 _FORMAT = "pnc-zoo-looks"
-_VERSION = 1
+_VERSION = 2
 
 
 class KnownLooks:

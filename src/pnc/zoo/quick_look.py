@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pnc.foundation.errors import InputError
 from pnc.method.head_fitting import HeadSamples
-from pnc.method.held_out import Judged, head_of_classes, image_outcome, judge
+from pnc.method.held_out import Judged, Outcome, head_of_classes, image_outcome, judge
 from pnc.method.task import Network, read_network
 from pnc.zoo.model_zoo import Zoo
 from pnc.zoo.output_names import outputs_by_name, renamed, stand_ins
@@ -32,12 +32,14 @@ class Look:
         source_classes: Names of its outputs for `pnc.clone`: the requested classes have an output each.
         accuracy: Share of held-out images classified correctly, the mean of base and new ones.
         standard_error: Of this share, from the number of images.
-        probability: Mean probability of the right class, over the same images: far less noisy than a count.
+        probability: Mean probability of the right class, over the same images.
         log_loss: Their log-loss, in nats.
         n_macs: Multiply-accumulates that the clone adds to the target's for an image.
         macs_share: The same as a share of the whole source's.
         n_params: Parameters that run for it.
         n_images: Number of images of the support that were looked at.
+        base_probabilities: Held-out probability of the right class, of each base image.
+        new_probabilities: The same of each image of a requested class. Both are in the same order for every source.
         position: Names of the cuts where the clone leaves the target and enters the source, after a scan; None before,
             for the whole source.
     """
@@ -53,17 +55,23 @@ class Look:
     macs_share: float
     n_params: int
     n_images: int
+    base_probabilities: tuple[float, ...]
+    new_probabilities: tuple[float, ...]
     position: tuple[str, str] | None = None
 
     def facts(self) -> dict[str, Any]:
         """Return the look as JSON values."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
+    def summary(self) -> dict[str, Any]:
+        """Return the facts without those of single images."""
+        return {key: value for key, value in self.facts().items() if not key.endswith("_probabilities")}
+
 
 def look_from(facts: Mapping[str, Any]) -> Look:
     """Make a look again from its `facts`, perhaps read from JSON."""
-    position = facts["position"]
-    return Look(**{**facts, "source_classes": tuple(facts["source_classes"]), "position": position and tuple(position)})
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
+    return Look(**given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,20 +177,23 @@ def look_of(name: str, network: Network, seen: Seen, question: Question) -> Look
     """Judge what was seen of a source."""
     judged = judged_of(question, seen)
 
-    def averaged(values: Tensor) -> tuple[float, float]:
-        return image_outcome(values, question.labels, question.groups, question.n_base).average
+    def averaged(values: Tensor) -> Outcome:
+        return image_outcome(values, question.labels, question.groups, question.n_base)
 
-    (accuracy, error), features = averaged(judged.correct), network.head.features
+    (accuracy, error), features = averaged(judged.correct).average, network.head.features
+    likely = averaged(judged.log_likelihoods.double().exp())
     return Look(
         name=name,
         named=seen.named,
         source_classes=renamed(network.classes, seen.outputs, question.classes),
         accuracy=accuracy,
         standard_error=error,
-        probability=averaged(judged.log_likelihoods.double().exp())[0],
-        log_loss=-averaged(judged.log_likelihoods)[0],
+        probability=likely.average[0],
+        log_loss=-averaged(judged.log_likelihoods).average[0],
         n_macs=features.n_macs,
         macs_share=features.n_macs / max(network.n_macs, 1),
         n_params=features.n_params,
         n_images=question.n_images,
+        base_probabilities=tuple(likely.values[likely.is_base].tolist()),
+        new_probabilities=tuple(likely.values[~likely.is_base].tolist()),
     )

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from pnc.foundation.class_names import listed
 from pnc.foundation.errors import InputError
 from pnc.zoo.quick_look import Look
 
 LEAST_FITTED = 4
-"""With fewer sources, held-out accuracies are not smoothed."""
+"""With fewer sources there is nothing to compare, and predictions are held-out accuracies."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Ranking:
 
     def facts(self) -> dict[str, Any]:
         """Return the ranking as JSON values."""
-        rows = [{**one.look.facts(), "predicted": one.predicted} for one in self.ranked]
+        rows = [{**one.look.summary(), "predicted": one.predicted} for one in self.ranked]
         own = {key: value for key, value in vars(self).items() if key not in ("ranked", "left_out")}
         return {**own, "classes": list(self.classes), "ranked": rows, "left_out": dict(self.left_out)}
 
@@ -99,9 +101,11 @@ class Ranking:
 def predicted(looks: Sequence[Look]) -> list[float]:
     """Predict the accuracy of a clone from each source.
 
-    Counts of right and wrong answers on a few dozen images are noisy: .05 and more. The mean probability of the right
-    class orders sources more reliably, but is no accuracy. So the accuracies of all sources are regressed on it, and
-    each source gets the mean of its own accuracy and of the value of the line.
+    A few dozen images say little about one source: counts of right answers are off by .05 and more. But the same images
+    were shown to all sources, and some of these know the classes. What they have in common is found as the first
+    principal component of the probabilities of the right class, sources by images: the images on which knowledge shows
+    count more, the others less. How far a source lies along it is its knowledge. Held-out accuracies are regressed on
+    it, over all sources, and each gets the value of the line.
 
     Args:
         looks: At the same images.
@@ -109,9 +113,27 @@ def predicted(looks: Sequence[Look]) -> list[float]:
     own = [one.accuracy for one in looks]
     if len(looks) < LEAST_FITTED:
         return own
-    xs = [one.probability for one in looks]
+    xs = _knowledge(looks)
     x_mean, y_mean = fmean(xs), fmean(own)
     spread = sum((x - x_mean) ** 2 for x in xs)
     slope = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, own, strict=True)) / max(spread, 1e-12)
-    line = (min(1.0, max(0.0, y_mean + max(0.0, slope) * (x - x_mean))) for x in xs)
-    return [(a + b) / 2 for a, b in zip(own, line, strict=True)]
+    return [min(1.0, max(0.0, y_mean + max(0.0, slope) * (x - x_mean))) for x in xs]
+
+
+def _knowledge(looks: Sequence[Look]) -> list[float]:
+    """Each source's share of what distinguishes them most, see `predicted`; the mean over sources is zero.
+
+    Square roots of probabilities, since their noise is about the same everywhere. Base and new images have equal
+    weight, as in the average accuracy.
+    """
+    kinds = [torch.tensor(kind, dtype=torch.float64) for kind in zip(*map(_probabilities, looks), strict=True)]
+    weights = torch.cat([torch.full((kind.shape[1],), 1 / max(kind.shape[1], 1)) for kind in kinds]).double()
+    rows = torch.cat(kinds, 1).sqrt()
+    rows = (rows - rows.mean(0)) * weights.sqrt()
+    left, sizes, right = torch.linalg.svd(rows, full_matrices=False)
+    found: list[float] = (left[:, 0] * sizes[0] * (right[0] @ weights.sqrt())).tolist()
+    return found
+
+
+def _probabilities(look: Look) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return look.base_probabilities, look.new_probabilities
