@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import load_all_checks
-from schemathesis.specs.openapi.checks import positive_data_acceptance
+from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
 from pnc.serving.limits import Limits
 from running_server import TOKEN, deployment, image_bytes, running
@@ -34,6 +34,12 @@ FAST = settings(
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 
 
+def excluded(case):
+    """The checks that do not hold for a request. A query has no types: an empty text is sent as a list of one."""
+    is_a_list_as_sent = "clones" in (case.query or {}) and case.query["clones"] in ("", None, [""], [None])
+    return [*NOT_IN_A_SCHEMA, negative_data_rejection] if is_a_list_as_sent else NOT_IN_A_SCHEMA
+
+
 def ask(api, kind: settings) -> int:
     """Ask every operation what fits its schema, and what does not if it takes anything."""
     count = 0
@@ -47,7 +53,7 @@ def ask(api, kind: settings) -> int:
             def one(case):
                 nonlocal count
                 count += 1
-                case.call_and_validate(headers=HEADERS, excluded_checks=NOT_IN_A_SCHEMA, timeout=10)
+                case.call_and_validate(headers=HEADERS, excluded_checks=excluded(case), timeout=10)
 
             one()
     return count

@@ -57,6 +57,13 @@ REFUSED = [
     (b"[1]", {"content-type": "application/json"}, 422, 'expected {"image": BASE64}'),
     (b'{"images": []}', {"content-type": "application/json"}, 422, "has no image"),
     (b'{"images": [1]}', {"content-type": "application/json"}, 422, 'expected {"image": BASE64}'),
+    (
+        json.dumps({"image": encoded(IMAGE), "images": [encoded(IMAGE)]}).encode(),
+        {"content-type": "application/json"},
+        422,
+        'expected {"image": BASE64}',
+    ),
+    (b'{"image": []}', {"content-type": "application/json"}, 422, 'expected {"image": BASE64}'),
     (b'{"image": "?"}', {"content-type": "application/json"}, 422, "not base64"),
     (json.dumps({"images": [encoded(IMAGE)] * 5}).encode(), {"content-type": "application/json"}, 413, "at most 4"),
     (b"x", BOUNDARY, 422, "the form cannot be read"),

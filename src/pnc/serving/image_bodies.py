@@ -99,8 +99,9 @@ def _json_images(body: bytes) -> list[Upload]:
         facts = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise Refusal(UNUSABLE, f"the body is not JSON; {_JSON_HINT}") from error
-    one_or_more = facts.get("images", facts.get("image")) if isinstance(facts, dict) else None
-    texts = [one_or_more] if isinstance(one_or_more, str) else one_or_more
+    if not isinstance(facts, dict) or ("image" in facts) == ("images" in facts):  # both: which one is meant?
+        raise Refusal(UNUSABLE, _JSON_HINT)
+    texts = facts["images"] if "images" in facts else [facts["image"]]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise Refusal(UNUSABLE, _JSON_HINT)
     encoded = [text.partition(",")[2] if text.startswith("data:") else text for text in texts]
