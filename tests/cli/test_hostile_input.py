@@ -231,6 +231,7 @@ def test_ctrl_c_while_the_command_loads_is_one_line(files, tmp_path, module):
         stderr=subprocess.PIPE,
         env=environment(PYTHONPATH=path, WAIT_AT=module, TELL=str(there)),
         pass_fds=[there],
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs ignore it
     )
     os.close(there)
     with os.fdopen(here, "rb", buffering=0) as told:
