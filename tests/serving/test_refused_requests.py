@@ -178,6 +178,37 @@ def test_slow_and_broken_clients_block_nobody(server):
     assert server.server.admission.n_bytes == server.server.admission.n_requests == 0
 
 
+def test_a_second_head_has_its_time_too(server):
+    whole = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    one = connected(server, whole)
+    assert one.recv(1000).startswith(b"HTTP/1.1 200")
+    for part in (b"GET /heal", b"th HTTP/1.1\r\nX: "):
+        one.sendall(part)
+        time.sleep(0.1)
+    assert one.recv(1000) == b""
+    one.close()
+
+
+def test_a_head_without_end_is_refused(server):
+    one = connected(server, b"GET /health HTTP/1.1\r\nHost: x\r\nX: ")
+    with pytest.raises(OSError):  # noqa: PT011 - reset or broken pipe, as the system likes
+        for _ in range(1000):
+            one.sendall(b"x" * 10_000)
+    one.close()
+    assert server.post(IMAGE).status_code == 200
+
+
+def test_a_body_that_goes_on_after_its_refusal_is_cut_off(server):
+    one = connected(server, b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\nx")
+    assert one.recv(1000).startswith(b"HTTP/1.1 413")
+    start = time.monotonic()
+    with pytest.raises(OSError):  # noqa: PT011
+        while time.monotonic() - start < 10:
+            one.sendall(b"x")
+            time.sleep(0.05)
+    one.close()
+
+
 def test_a_client_that_keeps_its_connection_is_not_closed(server):
     with httpx.Client() as client:
         for _ in range(3):

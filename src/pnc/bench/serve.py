@@ -141,7 +141,9 @@ def _throughput(stage: _Stage, cells: Cells, progress: Progress | None) -> None:
         WHOLE: whole_words(stage.target, stage.source, len(stage.clones)),
     }
     with ExitStack() as stack:
-        servers = {case: stack.enter_context(served(words, wanted.wait_ms)) for case, words in commands.items()}
+        servers = {
+            case: stack.enter_context(served(words, wanted.wait_ms, wanted.batch)) for case, words in commands.items()
+        }
         for number in missing:
             for case, server in servers.items():
                 _report(progress, f"throughput, {case}", number, wanted.rounds)
@@ -166,7 +168,7 @@ def _same(stage: _Stage, cells: Cells, progress: Progress | None) -> None:
         return
     net, images = stage.composite(*range(len(stage.clones))), stage.tensors()
     fused = net.fused()
-    with served(stage.words(*range(len(stage.clones))), 0.0) as server:
+    with served(stage.words(*range(len(stage.clones)))) as server:
         for cell, batch in zip(wanted, SAME_BATCHES, strict=True):
             _report(progress, "answers compared", SAME_BATCHES.index(batch), len(SAME_BATCHES))
             different, largest, n_images = 0, 0.0, 0
@@ -199,7 +201,10 @@ def _churn(stage: _Stage, cells: Cells, progress: Progress | None) -> None:
         return
     known, name = _expected(stage), stage.clones[1].name
     process = 1 + max((cells[cell]["process"] for cell in chunks if cell in cells), default=-1)
-    with served(stage.words(0), stage.wanted.wait_ms) as server, Client(server.url, TOKEN, patience=60) as client:
+    with (
+        served(stage.words(0), stage.wanted.wait_ms, stage.wanted.batch) as server,
+        Client(server.url, TOKEN, patience=60) as client,
+    ):
         _cycles(client, name, stage.files[1], 10)
         for cell in missing:
             _report(progress, "clones come and go", cell["round"], total)
@@ -245,7 +250,7 @@ def _uploads(stage: _Stage, cells: Cells, progress: Progress | None) -> None:
     if not missing:
         return
     images, clones = images_as_files(stage.pixels[:4]), [path.read_bytes() for path in stage.files[1:3]]
-    with served(stage.words(0), 0.0) as server:
+    with served(stage.words(0)) as server:
         for cell in missing:
             _report(progress, "mutated uploads", cell["round"], total)
             first = cell["round"] * CHUNK_UPLOADS

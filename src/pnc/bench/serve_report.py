@@ -22,7 +22,9 @@ class Wanted:
         connections: Clients at a time.
         cycles: How often a clone is attached and detached.
         uploads: Mutated ones.
-        wait_ms: Of the servers.
+        batch: Images that a server computes at a time; with half the connections, one half is computed while the
+            other is read.
+        wait_ms: Time that an image waits for others.
         max_macs: Bound on the multiply-accumulates of each clone, as a share of the source's.
     """
 
@@ -31,6 +33,7 @@ class Wanted:
     connections: int = 32
     cycles: int = 1000
     uploads: int = 10_000
+    batch: int = 16
     wait_ms: float = 5.0
     max_macs: float = 0.25
 
@@ -107,10 +110,11 @@ def markdown(rows: Rows, setting: Setting, wanted: Wanted) -> str:
             "",
             f"Medians over {wanted.rounds} rounds; in each, every server is asked for {wanted.seconds:g} s by "
             f"{wanted.connections} connections, one after the other. Each is `pnc serve` with one thread for the "
-            f"network and `--wait-ms {wanted.wait_ms:g}`; `{WHOLE}`: the same server with the target and four whole "
-            "sources. The load comes from another process on the same machine. One image in each request, as PNG. "
-            "`cpu_ms`: processor time of the whole server for one image, which other work changes less than "
-            "images per second.",
+            f"network, `--batch {wanted.batch}` and `--wait-ms {wanted.wait_ms:g}`; `{WHOLE}`: the same server with "
+            "the target and four whole sources. With more connections than fit into a batch, a server reads the next "
+            "images while it computes. The load comes from another process on the same machine. One image in each "
+            "request, as PNG. `cpu_ms`: processor time of the whole server for one image, which other work changes "
+            "less than images per second.",
             "",
             table(
                 ("server", *columns),

@@ -47,10 +47,10 @@ class Process:
 
 
 @contextmanager
-def served(words: Sequence[str], wait_ms: float) -> Iterator[Process]:
+def served(words: Sequence[str], wait_ms: float = 0.0, batch: int = Limits.batch) -> Iterator[Process]:
     """Run `python -m WORDS`, a server on a free port with one thread, within the block."""
     environment = {**os.environ, "PNC_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *words, "--wait-ms", str(wait_ms)]
+    command = [sys.executable, "-m", *words, "--batch", str(batch), "--wait-ms", str(wait_ms)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
     try:
         assert process.stdout is not None
@@ -97,7 +97,8 @@ def main(words: Sequence[str]) -> None:
     classes = [f"{name} of source {number + 1}" for number in range(len(copies)) for name in source.classes]
     net = SideBySide(target.module, *copies).eval()
     deployment.current = ServedSet(1, net, (*target.classes, *classes), ())
-    limits = Limits(wait_ms=float(words[words.index("--wait-ms") + 1]))
+    batch, wait_ms = (words[words.index(option) + 1] for option in ("--batch", "--wait-ms"))
+    limits = Limits(int(batch), float(wait_ms))
     server = Server(deployment, limits, TOKEN)
     run(server, "127.0.0.1", 0, lambda host, port: print(f"http://{host}:{port}: serving", flush=True))  # noqa: T201
 

@@ -352,6 +352,7 @@ def measure_serving(
     connections: Annotated[int, typer.Option(help="Clients at a time.", min=1)] = 32,
     cycles: Annotated[int, typer.Option(help="How often a clone is attached and detached, in fifties.", min=0)] = 1000,
     uploads: Annotated[int, typer.Option(help="Number of mutated uploads.", min=0)] = 10_000,
+    batch: Annotated[int, typer.Option(help="Images that a server computes at a time.", min=1)] = 16,
     wait_ms: Annotated[float, typer.Option(help="Time that an image waits for others.", min=0)] = 5.0,
     max_macs: Annotated[
         float, typer.Option(help="Bound on the MACs of each clone, as a share of the source's.")
@@ -364,5 +365,5 @@ def measure_serving(
     Takes half an hour on two cores, which should have nothing else to do; existing rows are not measured again.
     """
     pair = PairOptions(source, target, data, support, flip, data_name)
-    wanted = serve_report.Wanted(rounds, seconds, connections, cycles, uploads, wait_ms, max_macs)
+    wanted = serve_report.Wanted(rounds, seconds, connections, cycles, uploads, batch, wait_ms, max_macs)
     run_bench(context, lambda: serve.bench(pair.load(), wanted), out / "serve.json", 1, pair.files)

@@ -20,7 +20,7 @@ from pnc.serving.limits import MIB, Limits
 from pnc.serving.watched_folder import WatchedFolder
 
 _TOKEN = "PNC_TOKEN"
-_EXTRA = ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "PIL")
+_EXTRA = ("fastapi", "uvicorn", "httptools", "python_multipart", "prometheus_client", "PIL")
 _LIMITS = Limits()
 
 

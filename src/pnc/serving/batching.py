@@ -36,6 +36,7 @@ class _Job:
     images: Tensor
     names: Sequence[str | None]
     wanted: frozenset[str] | None
+    arrived: float
     answer: "asyncio.Future[Answer]"
 
 
@@ -85,7 +86,8 @@ class Batcher:
         """
         if self._closed:
             raise Refusal(BUSY, "the server is stopping; try another one", 1)
-        job = _Job(images, names, wanted, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        job = _Job(images, names, wanted, loop.time(), loop.create_future())
         self._jobs.append(job)
         self._n_images += len(images)
         self._some.set()
@@ -114,12 +116,12 @@ class Batcher:
                     job.answer.set_result(answer)
 
     async def _filled(self) -> None:
-        """Wait until a batch is full, or for as long as its first image may wait."""
-        if self._n_images >= self._limits.batch or not self._limits.wait_ms or self._closed:
+        """Wait until a batch is full, or its first image has waited long enough, also for the batch before."""
+        if self._n_images >= self._limits.batch or self._closed:
             return
         self._full.clear()
         try:
-            async with asyncio.timeout(self._limits.wait_ms / 1000):
+            async with asyncio.timeout_at(self._jobs[0].arrived + self._limits.wait_ms / 1000):
                 await self._full.wait()
         except TimeoutError:
             return

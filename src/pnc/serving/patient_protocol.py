@@ -1,39 +1,59 @@
-"""HTTP connections that are closed if the head of a request does not arrive in time.
+"""HTTP connections that are closed if the head of a request does not arrive in time, or is too long.
 
 uvicorn closes connections that are idle between requests, but waits for ever for the first request and for the rest of
-a head.
+a head, and its parser in C, httptools, holds a head of any length.
 """
 
+import asyncio
 from typing import Any
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEAD_BYTES = 1 << 16
 
 
-class PatientProtocol(H11Protocol):
-    """uvicorn's protocol, with a limit on the time that a client may take for a head."""
+class PatientProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, with limits on the time that a client may take for a head, and on its length."""
 
     seconds = 20.0
 
     def connection_made(self, transport: Any) -> None:
-        """Start to look at the connection."""
+        """Wait for the first head."""
         super().connection_made(transport)
-        self._seen: object = self
-        self._timer = self.loop.call_later(self.seconds, self._look)
+        self._awaits_head, self._n_bytes = True, 0
+        self._timer: asyncio.TimerHandle | None = self.loop.call_later(self.seconds, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop to look at it."""
-        self._timer.cancel()
+        """Stop to wait."""
+        self._stop()
         super().connection_lost(exc)
 
-    def _look(self) -> None:
-        """Close the connection if it has waited for the same head since the last look."""
-        waits = self.conn.their_state is h11.IDLE and self.timeout_keep_alive_task is None
-        if self.cycle is None or (waits and self._seen is self.cycle):
-            self.transport.close()
-            return
-        self._seen = self.cycle if waits else self
-        self._timer = self.loop.call_later(self.seconds, self._look)
+    def data_received(self, data: bytes) -> None:
+        """Read on; the time counts from the first byte of a head, and of a body that nobody reads any more."""
+        if self._timer is None and (self._awaits_head or self.cycle.response_complete):
+            self._timer = self.loop.call_later(self.seconds, self.transport.close)
+        if self._awaits_head:
+            self._n_bytes += len(data)
+        super().data_received(data)
+        if self._awaits_head and self._n_bytes > HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"The head of a request may have {HEAD_BYTES} bytes.")
+
+    def on_headers_complete(self) -> None:
+        """The head is here."""
+        self._stop()
+        self._awaits_head = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The body is here: what follows is another head."""
+        self._stop()
+        self._awaits_head, self._n_bytes = True, 0
+        super().on_message_complete()
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 def patient_protocol(seconds: float) -> type[PatientProtocol]:

@@ -48,7 +48,7 @@ def uvicorn_server(server: Server, host: str, port: int, announce: Callable[[str
         host=host,
         port=port,
         http=patient_protocol(server.limits.body_seconds),
-        loop="asyncio",
+        loop="auto",  # uvloop where it is installed
         ws="none",
         lifespan="on",
         access_log=False,

@@ -52,7 +52,7 @@ def connected(address: str) -> Iterator[int]:
             )
         except (ConnectionError, ValueError) as error:
             raise InputError(f"ray_address: {address!r} cannot be used ({str(error).splitlines()[0]})") from error
-        resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        resources: Mapping[str, float] = ray.cluster_resources()
         yield int(resources.get("CPU", 1))
     finally:
         ray.shutdown()
