@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 
 from pnc.bench.bench import Row, Rows
 from pnc.bench.result_files import Claim, at_least, at_most, table
@@ -43,7 +43,7 @@ def claims(rows: Rows) -> list[Claim]:
     found: list[Claim] = []
     by_case = {case: _of(rows, "throughput", case) for case in (ALONE, CLONES, WHOLE)}
     if by_case[WHOLE]:
-        batch = min(fmean(row["mean_batch"] for row in one) for one in by_case.values())
+        batch = min(median(row["mean_batch"] for row in one) for one in by_case.values())
         found += [
             at_least("throughput with 4 clones, share of the target's", 0.8, _ratio(by_case[CLONES], by_case[ALONE])),
             at_least("throughput with 4 clones over that of 5 networks", 3, _ratio(by_case[CLONES], by_case[WHOLE])),
