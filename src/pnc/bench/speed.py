@@ -17,7 +17,7 @@ KEYS = ("part", "case", "form")
 HALF_MACS = 0.755
 """Bound on a composite's multiply-accumulates at density .5, as a share of both networks': density counts what can be
 removed, and some channels cannot."""
-MOST_PASSES = 10
+MOST_PASSES = 4
 """Bound on the work of the closed form, in passes of the support through both networks; one is the least."""
 
 

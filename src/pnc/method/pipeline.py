@@ -164,7 +164,8 @@ def clone(
         precision=precision,
     )
     with closing(task):
-        removal = _checked(task, removal, max_base_drop, refine, strategy)
+        removal = _checked(task, removal, max_base_drop, strategy)
+        check_whole_source(task, uses_gradient(removal, refine, strategy == "sequential"))
         usefulness(task)  # warns before the work
         if strategy == "sequential":
             return fit_sequential(
@@ -186,16 +187,12 @@ def clone(
         return chosen
 
 
-def _checked(
-    task: CloneTask, removal: Removal, max_base_drop: float | None, refine: bool, strategy: Strategy
-) -> Removal:
-    """Refuse what this task cannot do, before the work; without a gradient, return the removal that needs none."""
+def _checked(task: CloneTask, removal: Removal, max_base_drop: float | None, strategy: Strategy = "scan") -> Removal:
+    """Refuse what this task has too few images for; without a gradient, return the removal that needs none."""
     if max_base_drop is not None:
         check_promise(max_base_drop, n_images(task, base=True))
     check_enough(task, removal.density, strategy)
-    removal = without_gradient(task, removal)
-    check_whole_source(task, uses_gradient(removal, refine, strategy == "sequential"))
-    return removal
+    return without_gradient(task, removal)
 
 
 def _scan_and_choose(maker: Maker, removal: Removal, prefer: Prefer, max_macs: float | None) -> Clone:
@@ -256,13 +253,10 @@ def fit(
     check_effort("minutes", "balanced", removal, refine, "scan")
     check_outputs(name, None, progress)
     check_task(task)
-    check_enough(task, removal.density, "scan")
     if not isinstance(fitted, CrossFitted):
         raise InputError(f"fitted: expected adapters, found.adapter(position) of a scan; got {type(fitted).__name__}")
-    if max_base_drop is not None:
-        check_promise(max_base_drop, n_images(task, base=True))
+    removal = _checked(task, replace(removal, density=removal.fixed_density), max_base_drop)
     usefulness(task)
-    removal = without_gradient(task, replace(removal, density=removal.fixed_density))
     check_gradient(task, fitted.adapter.source_cut, uses_gradient(removal, refine))
     maker = Maker(task, max_bytes, max_base_drop, refine, name, steps, progress)
     return maker.make(fitted, removal)[0]
