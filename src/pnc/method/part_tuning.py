@@ -1,12 +1,11 @@
 """Tune: trains a part's own weights to reproduce the source's answers on random views of images.
 
-The source answers for any image, so no label is needed: a batch is drawn from the images of the support (unlabelled
-ones too) and cropped at random, every other one is mixed in pairs, and the source gives its answers. Two steps use them
-(data echoing: Choi et al., 2019, arXiv:1907.05550): less work, and as good a part. First the part is tuned without the
-fold that scores the clone, and a copy is kept for the score; the last steps use all images. Then the change of every
-weight is rounded to what a file stores, and BatchNorm statistics are recomputed, before the head is fitted: so the
-clone in memory is the same as the one in the file. On processors with bfloat16, networks run in it meanwhile; weights,
-losses and statistics are float32.
+The source answers for any image, so no label is needed: each step draws images of the support (unlabelled ones too),
+crops them at random, mixes half of the batches in pairs, and asks the source for its answers. First the part is tuned
+without the fold that scores the clone, and a copy is kept for the score; the last steps use all images. Then the change
+of every weight is rounded to what a file stores, and BatchNorm statistics are recomputed, before the head is fitted: so
+the clone in memory is the same as the one in the file. On processors with bfloat16, networks run in it meanwhile;
+weights, losses and statistics are float32.
 """
 
 import copy
@@ -49,10 +48,6 @@ CROP = 1 / 8
 """Largest shift of a crop, as a share of an image's height and width: 4 pixels of 32."""
 MIXED = 0.5
 """Share of the batches whose images are mixed in pairs."""
-N_ECHOES = 2
-"""Steps that use a batch."""
-N_SHUFFLED = 8
-"""Batches that are held at a time and come in random order, so that a batch does not follow itself."""
 N_STATISTICS = 2_000
 """At most this many images for the statistics of BatchNorm layers."""
 
@@ -153,21 +148,6 @@ def _made(
     return module, adapter, deltas
 
 
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """A batch of `n` views.
-
-    Attributes:
-        n: Their number.
-        seen: The target's tensor at the adapter, for those of this process.
-        wanted: The source's answers to all of them.
-    """
-
-    n: int
-    seen: Tensor
-    wanted: Answers
-
-
 class _Path:
     """The training of one part with its adapter, in several stretches.
 
@@ -207,9 +187,9 @@ class _Path:
         optimizer = torch.optim.Adam(self._leaves, LEARNING_RATES[self._tune] * share)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
         with training_norms(self._part, self._task.team):
-            for batch, _ in zip(self._batches(images), range(n_steps), strict=False):
+            for rows, _ in zip(_draws(len(images), self._generator), range(n_steps), strict=False):
                 optimizer.zero_grad()
-                self._loss(batch).backward()
+                self._loss(_views(images[rows], self._generator)).backward()
                 self._task.team.sum_gradients(self._leaves)
                 optimizer.step()
                 decay.step()
@@ -217,31 +197,19 @@ class _Path:
                 if self._progress is not None:
                     self._progress("tuning the part", self._done, N_STEPS)
 
-    def _batches(self, images: Images) -> Iterator[_Batch]:
-        """Yield batches of views endlessly, each `N_ECHOES` times."""
-        draws = _draws(len(images), self._generator)
-        while True:
-            made = [self._answered(_views(images[next(draws)], self._generator)) for _ in range(N_SHUFFLED)]
-            for _ in range(N_ECHOES):
-                yield from (made[place] for place in torch.randperm(N_SHUFFLED, generator=self._generator).tolist())
-
-    @torch.no_grad()
-    def _answered(self, images: Tensor) -> _Batch:
-        """Run a batch through source and prefix; each process of the team runs a part of it."""
+    @torch.enable_grad()
+    def _loss(self, images: Tensor) -> Tensor:
+        """Return the loss of one batch; each process of the team runs a part of it."""
         task, n = self._task, len(images)
         place = task.team.part(n)
         with task.autocast():
             wanted = self._aim.answers(images[place])
-            seen = self._prefix(to_device(images[place], task.target.device))
+            with torch.no_grad():
+                seen = self._prefix(to_device(images[place], task.target.device))
+            outputs = functional_call(self._part, self._parameters(), (self._adapter(seen),))
         rows = torch.arange(n)[place]
-        return _Batch(n, seen, Answers(*(task.team.gather(one, rows, n) for one in (wanted.features, wanted.logits))))
-
-    @torch.enable_grad()
-    def _loss(self, batch: _Batch) -> Tensor:
-        """Return the loss of a batch."""
-        with self._task.autocast():
-            outputs = functional_call(self._part, self._parameters(), (self._adapter(batch.seen),))
-        return self._aim.loss(self._task.team.whole(outputs.float(), batch.n), batch.wanted)
+        whole = (task.team.gather(one, rows, n) for one in (wanted.features, wanted.logits))
+        return self._aim.loss(task.team.whole(outputs.float(), n), Answers(*whole))
 
     def _parameters(self) -> dict[str, Tensor]:
         changed = {
