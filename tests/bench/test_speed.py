@@ -80,15 +80,17 @@ def test_everything_stands_side_by_side_and_is_measured_once(folder, monkeypatch
 
 def test_claims_are_about_what_was_measured():
     assert speed.claims([]) == []
+    macs = {"n_macs": 700, "once_macs": 100}
     job = [
-        {"part": "job", "case": f"seed {seed}", "form": form, "seconds": seconds}
+        {"part": "job", "case": f"seed {seed}", "form": form, "seconds": seconds, **macs}
         for seed, pairs in enumerate(
             [((job_times.CLOSED, 2.0), (job_times.SEQUENTIAL, 22.0)), ((job_times.CLOSED, 1.0),)]
         )
         for form, seconds in pairs
     ]
-    (faster,) = speed.claims(job)
+    faster, passes = speed.claims(job)
     assert (faster.value, faster.holds) == (11, True)
+    assert (passes.value, passes.holds) == (7, False)
     fields = {"part": "latency", "of_whole": 0.9, "of_target": 1.2, "n_macs": 70}
     names = [(latency.WHOLE, 100), ("density 0.5", 70), (latency.PLUMBING, 51)]
     rows = [{**fields, "case": "one clone, batch 1", "form": form, "n_macs": n} for form, n in names]
