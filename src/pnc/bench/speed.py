@@ -14,7 +14,7 @@ from pnc.method.task import Progress
 
 PARTS = ("latency", "life", "job")
 KEYS = ("part", "case", "form")
-HALF_MACS = 0.755
+MACS_AT_HALF = 0.755
 """Bound on a composite's multiply-accumulates at density .5, as a share of both networks': density counts what can be
 removed, and some channels cannot."""
 MOST_PASSES = 4
@@ -91,7 +91,7 @@ def _latency_claims(rows: Rows) -> list[Claim]:
                     found.append(at_most(words, 0.85, half["of_whole"]))
                     share = half["n_macs"] / made[case, WHOLE]["n_macs"]
                     words = f"{kind} at density {density}, batch {batch}: MACs, likewise"
-                    found.append(at_most(words, HALF_MACS, share))
+                    found.append(at_most(words, MACS_AT_HALF, share))
             for form in ("16 clones", f"16 clones, {ALIGNED_SINGLES}"):
                 all_of_them = made.get((many, form + suffix))
                 if all_of_them:

@@ -116,7 +116,7 @@ class Batcher:
                     job.answer.set_result(answer)
 
     async def _filled(self) -> None:
-        """Wait until a batch is full, or its first image has waited long enough, also for the batch before."""
+        """Wait until a batch is full, or its first image has waited `wait_ms` since it arrived."""
         if self._n_images >= self._limits.batch or self._closed:
             return
         self._full.clear()
