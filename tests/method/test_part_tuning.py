@@ -10,6 +10,7 @@ from pnc.foundation.network_state import differences, take_snapshot
 from pnc.method import part_tuning
 from pnc.method.held_out import unscored
 from pnc.method.localization.aim import Aim
+from pnc.method.localization.inner_tensors import InnerTensors
 from pnc.method.localization.localizer import localize
 from pnc.method.part_tuning import tune_part
 
@@ -65,7 +66,8 @@ def test_the_scored_copy_has_not_seen_its_fold(monkeypatch):
         found = pnc.scan(task)
         fitted = found.adapter(next(p for p in found.positions if p.is_exact))
         part = localize(task, fitted.adapter, 0.5, "taylor")
-        monkeypatch.setattr(part_tuning, "Aim", lambda task: Aim(unscored(task)))  # scales are those of all images
+        # variances are those of all images
+        monkeypatch.setattr(part_tuning, "InnerTensors", lambda task, *given: InnerTensors(unscored(task), *given))
         parts.append((part.masks, tune_part(task, fitted, part, "weights").part))
     (mask, one), (other_mask, two) = parts
     assert torch.equal(mask.flat, other_mask.flat)

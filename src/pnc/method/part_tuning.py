@@ -27,7 +27,8 @@ from pnc.graph.cut_points import extract
 from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.file_size import tuned_bytes
 from pnc.method.held_out import unscored
-from pnc.method.localization.aim import Aim, Answers
+from pnc.method.localization.aim import Answers
+from pnc.method.localization.inner_tensors import InnerTensors
 from pnc.method.localization.norms import batch_norms, reestimate_statistics, training_norms
 from pnc.method.settings import Tune
 from pnc.method.source_part import SourcePart
@@ -46,6 +47,8 @@ LAST_RATE = 0.5
 RANK = 4
 CROP = 1 / 8
 """Largest shift of a crop, as a share of an image's height and width: 4 pixels of 32."""
+INNER_WEIGHT = 0.5
+"""Weight of the distance between tensors inside the part and inside the source."""
 MIXED = 0.5
 """Share of the batches whose images are mixed in pairs."""
 N_STATISTICS = 2_000
@@ -106,7 +109,7 @@ def tune_part(
     seen = unscored(task)
     kept = steps.get(_STEP)
     if kept is None:
-        path = _Path(task, fitted.adapter, part.module, tune, progress)
+        path = _Path(task, fitted.adapter, part, tune, progress)
         n_scored = round(SCORED_SHARE * N_STEPS) if seen is not task else 0
         kept = {}
         if n_scored:
@@ -160,12 +163,14 @@ class _Path:
     """
 
     def __init__(
-        self, task: CloneTask, adapter: Adapter, part: fx.GraphModule, tune: str, progress: Progress | None
+        self, task: CloneTask, adapter: Adapter, part: SourcePart, tune: str, progress: Progress | None
     ) -> None:
         task = replace(task, precision="bfloat16") if _has_bfloat16(task.source.device) else task
-        self._task, self._part, self._tune, self._progress = task, own_copy(part), tune, progress
+        self._task, self._tune, self._progress = task, tune, progress
         self._generator = torch.Generator().manual_seed(task.seed)
-        self._aim = Aim(task.within(8 * task.source.head.features.n_channels))
+        few = task.within(8 * task.source.head.features.n_channels)
+        self._inner = InnerTensors(few, adapter.source_cut, part)
+        self._part, self._aim = self._inner.module, self._inner.aim
         self._prefix = extract(task.target.recording, None, [adapter.target_cut])
         self._adapter, self._done = copy.deepcopy(adapter), 0
         of_adapter = [buffer for buffer in self._adapter.buffers() if buffer.numel()]
@@ -206,10 +211,11 @@ class _Path:
             wanted = self._aim.answers(images[place])
             with torch.no_grad():
                 seen = self._prefix(to_device(images[place], task.target.device))
-            outputs = functional_call(self._part, self._parameters(), (self._adapter(seen),))
+            outputs, *inner = functional_call(self._part, self._parameters(), (self._adapter(seen),))
         rows = torch.arange(n)[place]
         whole = (task.team.gather(one, rows, n) for one in (wanted.features, wanted.logits))
-        return self._aim.loss(task.team.whole(outputs.float(), n), Answers(*whole))
+        loss = self._aim.loss(task.team.whole(outputs.float(), n), Answers(*whole))
+        return loss + INNER_WEIGHT * self._inner.distance(inner, wanted, n)
 
     def _parameters(self) -> dict[str, Tensor]:
         changed = {

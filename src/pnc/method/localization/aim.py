@@ -1,5 +1,6 @@
 """The loss of localization and tuning: how far a part's outputs are from the source's own answers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from pnc.clones.position_grids import pool
 from pnc.composite.layer_folding import folded
 from pnc.data.image_store import to_device
-from pnc.graph.cut_points import LOGITS, extract
+from pnc.graph.cut_points import LOGITS, CutPoint, extract
 from pnc.method.discriminants import fit_discriminants
 from pnc.method.task import CloneTask
 
@@ -27,14 +28,16 @@ class Answers:
     Attributes:
         features: Penultimate features, pooled, (N, D_s).
         logits: Logits of the cloned classes, (N, K_new).
+        inner: Tensors inside the source, each (N, ...).
     """
 
     features: Tensor
     logits: Tensor
+    inner: tuple[Tensor, ...] = ()
 
     def select(self, rows: Tensor) -> "Answers":
         """Keep the given rows."""
-        return Answers(self.features[rows], self.logits[rows])
+        return Answers(self.features[rows], self.logits[rows], tuple(tensor[rows] for tensor in self.inner))
 
 
 class Aim:
@@ -48,16 +51,17 @@ class Aim:
 
     Args:
         task: Gives the source; variances and discriminants are those of its support.
+        inner: Cut points of the source, whose tensors the answers hold too.
 
     Attributes:
-        support: The source's answers to the support.
+        support: The source's answers to the support, without inner tensors.
     """
 
-    def __init__(self, task: CloneTask) -> None:
+    def __init__(self, task: CloneTask, inner: Sequence[CutPoint] = ()) -> None:
         self._features, self._device = task.source.head.features, task.source.device
-        self._teacher = folded(extract(task.source.recording, None, [self._features, LOGITS]))
+        self._teacher = folded(extract(task.source.recording, None, [self._features, LOGITS, *inner]))
         self._cloned = task.source_ids
-        found, _ = task.run(self._answers, task.source.device)
+        found, _ = task.run(lambda images: self._answers(images)[:2], task.source.device)
         self.support = Answers(*found)
         self._scale = _above_zero(self.support.features.var(0, correction=0)).sqrt()
         self._logit_scale = _above_zero(self.support.logits.var(0, correction=0)).mean().sqrt()
@@ -70,12 +74,12 @@ class Aim:
     def answers(self, images: Tensor) -> Answers:
         """Return the source's answers to any images (B, C, H, W), in float32."""
         with torch.no_grad():
-            features, logits = self._answers(to_device(images, self._device))
-        return Answers(features.float(), logits.float())
+            features, logits, *inner = self._answers(to_device(images, self._device))
+        return Answers(features.float(), logits.float(), tuple(tensor.float() for tensor in inner))
 
-    def _answers(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = self._teacher(images)
-        return pool(features, self._features), logits[:, self._cloned]
+    def _answers(self, images: Tensor) -> tuple[Tensor, ...]:
+        features, logits, *inner = self._teacher(images)
+        return pool(features, self._features), logits[:, self._cloned], *inner
 
     def loss(self, outputs: Tensor, wanted: Answers) -> Tensor:
         """Return the mean loss of a batch of outputs; `wanted` are the source's answers to the same images."""
