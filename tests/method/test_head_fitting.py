@@ -84,10 +84,14 @@ def log_loss(logits: torch.Tensor, samples: HeadSamples) -> float:
     return float(F.cross_entropy(logits, samples.labels))
 
 
+def held_out_odds(samples: HeadSamples) -> torch.Tensor:
+    return head_fitting._odds(samples, head_fitting._fold_heads(samples))
+
+
 def fitted_alone(samples: HeadSamples) -> torch.Tensor:
     """The composite's held-out logits from fitted scores alone, before mixing."""
     level = samples.base_logits.logsumexp(1, keepdim=True)
-    return torch.cat([samples.base_logits, head_fitting._held_out_odds(samples) + level], 1)
+    return torch.cat([samples.base_logits, held_out_odds(samples) + level], 1)
 
 
 def test_stacking_keeps_the_networks_own_logits_if_discriminants_are_useless():
@@ -151,8 +155,7 @@ def test_each_sample_is_judged_by_scores_that_were_fitted_without_its_fold() -> 
     held_out = samples.folds == 2
     labels = samples.labels.clone()
     labels[held_out] = labels[held_out].flip(0)  # as many of each class, so that the weights are the same
-    odds = head_fitting._held_out_odds(samples)
-    with_others = head_fitting._held_out_odds(replace(samples, labels=labels))
+    odds, with_others = held_out_odds(samples), held_out_odds(replace(samples, labels=labels))
     # the regressions share their step sizes, so other folds affect this one slightly
     torch.testing.assert_close(odds[held_out], with_others[held_out], atol=0.05, rtol=0.05)
     assert float((odds - with_others)[~held_out].abs().max()) > 0.5
@@ -166,3 +169,14 @@ def test_with_one_fold_the_discriminants_cannot_be_judged_and_are_left_out():
     assert stacking.class_weight[1] > 0
     alone = choose_stacking(replace(samples, own_logits=torch.zeros(5, N_NEW)))
     assert alone.class_weight[0] > 0
+
+
+def test_the_same_heads_give_the_same_logits_on_the_same_features_and_follow_other_ones():
+    samples = informed(draw(), own=1.0, fitted=1.0)
+    stacking = choose_stacking(samples)
+    assert torch.equal(stacking.on(samples).logits, stacking.logits)
+    noisy = replace(samples, clone_features=torch.randn_like(samples.clone_features))
+    other = stacking.on(noisy)
+    assert torch.equal(other.odds_weight, stacking.odds_weight)
+    assert torch.equal(other.logits[:, : samples.n_base], stacking.logits[:, : samples.n_base])
+    assert log_loss(other.logits, samples) > log_loss(stacking.logits, samples) + 0.1

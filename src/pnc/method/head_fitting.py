@@ -1,7 +1,7 @@
 """Heads fitted on the support."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -118,19 +118,26 @@ class Stacking:
         class_weight: (2,), as in `StackedHead`.
         logits: The composite's held-out logits, (N, K_base + K_new): scores are fitted without the sample's fold.
         n_base: K_base.
+        fold_heads: Weight and bias of the scores fitted without each fold, (F, K, D) and (F, K).
     """
 
     odds_weight: Tensor
     class_weight: Tensor
     logits: Tensor
     n_base: int
+    fold_heads: tuple[Tensor, Tensor]
+
+    def on(self, samples: HeadSamples) -> "Stacking":
+        """Return the same heads with their logits on other features of the same samples."""
+        logits = _stacked_logits(samples, _odds(samples, self.fold_heads), self.odds_weight, self.class_weight)
+        return replace(self, logits=logits)
 
     def lowered(self, nats: float) -> "Stacking":
         """Return the same with log-odds of new against base lowered by so many nats."""
-        n_base, logits, odds = self.n_base, self.logits.clone(), self.odds_weight.clone()
-        logits[:, n_base:] -= nats
+        logits, odds = self.logits.clone(), self.odds_weight.clone()
+        logits[:, self.n_base :] -= nats
         odds[3] -= nats
-        return Stacking(odds, self.class_weight, logits, n_base)
+        return replace(self, odds_weight=odds, logits=logits)
 
 
 def choose_stacking(samples: HeadSamples) -> Stacking:
@@ -151,7 +158,8 @@ def choose_stacking(samples: HeadSamples) -> Stacking:
     n_base, is_new = samples.n_base, samples.labels >= samples.n_base
     base, own = samples.base_logits.double(), samples.own_logits.double()
     level = base.logsumexp(1, keepdim=True)
-    fitted = _held_out_odds(samples).double()
+    heads = _fold_heads(samples)
+    fitted = _odds(samples, heads)
     odds, classes = odds_terms(fitted, own, level), torch.stack([fitted, own], 2)
     if int(samples.folds.max()) == 0 and bool(own.any()):
         odds[:, 0], classes[:, :, 0] = 0, 0
@@ -164,8 +172,15 @@ def choose_stacking(samples: HeadSamples) -> Stacking:
         made.append((odds_weight, class_weight, odds_cost + class_cost))
     likely = torch.tensor([-cost for *_, cost in made]).double().softmax(0)
     odds_weight, class_weight = (sum(p * one[i] for p, one in zip(likely, made, strict=True)) for i in (0, 1))
-    mixed = mixed_logits(fitted, own, level, odds_weight, class_weight)
-    return Stacking(odds_weight, class_weight, torch.cat([base, mixed], 1), n_base)
+    logits = _stacked_logits(samples, fitted, odds_weight, class_weight)
+    return Stacking(odds_weight, class_weight, logits, n_base, heads)
+
+
+def _stacked_logits(samples: HeadSamples, fitted: Tensor, odds_weight: Tensor, class_weight: Tensor) -> Tensor:
+    """Return the composite's logits, given the `fitted` log-odds of new classes (N, K_new)."""
+    base, own = samples.base_logits.double(), samples.own_logits.double()
+    level = base.logsumexp(1, keepdim=True)
+    return torch.cat([base, mixed_logits(fitted, own, level, odds_weight, class_weight)], 1)
 
 
 def balanced_weights(labels: Tensor, n_base: int) -> Tensor:
@@ -254,17 +269,22 @@ def fit_scores(samples: HeadSamples) -> DiscriminantHead:
     return head
 
 
-def _held_out_odds(samples: HeadSamples) -> Tensor:
-    """Return held-out log-odds of each new class against the base, (N, K_new); with a single fold none is held out."""
-    n_folds, n_base = int(samples.folds.max()) + 1, samples.n_base
+def _fold_heads(samples: HeadSamples) -> tuple[Tensor, Tensor]:
+    """Fit scores without each fold in turn; with a single fold, on all samples."""
+    n_folds = int(samples.folds.max()) + 1
     others = 1 - F.one_hot(samples.folds, n_folds) if n_folds > 1 else torch.ones(len(samples.folds), 1)
-    weight, bias = _regressions(samples, others)
+    return _regressions(samples, others)
+
+
+def _odds(samples: HeadSamples, fold_heads: tuple[Tensor, Tensor]) -> Tensor:
+    """Return log-odds of each new class against the base by the head of each sample's fold, (N, K_new), float64."""
+    n_base = samples.n_base
     odds = torch.empty(len(samples.folds), samples.n_classes - n_base)
-    for fold in range(n_folds):
+    for fold, (weight, bias) in enumerate(zip(*fold_heads, strict=True)):
         rows = samples.folds == fold
-        scores = F.linear(_features(samples)[rows], weight[fold], bias[fold])
+        scores = F.linear(_features(samples)[rows], weight, bias)
         odds[rows] = scores[:, n_base:] - scores[:, :n_base].logsumexp(1, keepdim=True)
-    return odds
+    return odds.double()
 
 
 def _regressions(samples: HeadSamples, taking_part: Tensor) -> tuple[Tensor, Tensor]:

@@ -143,6 +143,13 @@ class Judged:
         """Log-probability of each sample's class when held out, (N,)."""
         return -F.cross_entropy(self.logits, self.labels, reduction="none")
 
+    def on(self, samples: HeadSamples) -> "Judged":
+        """Return the same heads, judged on other features of the same samples."""
+        if self.stacking is None:
+            return judge(samples)
+        stacking = self.stacking.on(samples)
+        return Judged(stacking, stacking.logits, samples.labels)
+
     def lowered(self, nats: float) -> "Judged":
         """Return the same with all new logits lowered by so many nats; only with base samples."""
         assert self.stacking is not None

@@ -5,12 +5,16 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from pnc.clones.clone import Clone
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.assembly import assembled
 from pnc.method.base_drop_bound import least_priority
+from pnc.method.head_fitting import HeadSamples
 from pnc.method.held_out import (
+    Judged,
     Outcome,
     base_drop_facts,
     fit_head,
@@ -98,17 +102,7 @@ class Maker:
         seen = task.within(
             16 * (task.source.head.features.n_channels + task.target.head.features.n_channels), share=0.5
         )
-        scanned = fitted.samples if len(seen.samples.labels) == len(task.samples.labels) else None
-        if scanned is not None and made.part.masks is None and made.fitted is fitted:
-            samples = scanned
-        else:
-            (samples,) = run_parts(seen, [(made.fitted, made.part.module)], self.progress)
-        judged, others = judge(samples), []
-        if made.part.held_out is not None:
-            whole = fitted, source_body(task, fitted.adapter.source_cut)
-            wanted = [(made.scored, made.part.held_out), *([whole] if scanned is None else [])]
-            behind = run_parts(seen, wanted, self.progress)
-            others = [judge(one) for one in (behind[0], scanned or behind[1])]
+        samples, judged, others = self._judged(seen, fitted, made)
         if self.max_base_drop is not None:
             labels, groups = samples.labels, seen.samples.groups
             nats = least_priority(judged.logits, labels, groups, task.n_base, self.max_base_drop)
@@ -121,6 +115,38 @@ class Maker:
         facts |= base_drop_facts(samples, judged, seen)
         adapter = copy.deepcopy(made.fitted.adapter)
         return assembled(task, adapter, made.part, head, outcome, gain_error, self.name, facts), outcome
+
+    def _judged(self, task: CloneTask, fitted: CrossFitted, made: _Trained) -> tuple[HeadSamples, Judged, list[Judged]]:
+        """Judge the heads behind a part.
+
+        A part that imitates the source from its input on has nearly the source's own features. Its heads are fitted on
+        the source's, since its own are closer to these on the images that it was tuned on than on others.
+
+        Returns:
+            The samples that its head is fitted on; the part; and if some fold scores it, the part made without this
+            fold, and the whole source.
+        """
+        part = made.part
+        imitates = part.deltas is not None and fitted.adapter.is_identity
+        runs: dict[str, tuple[CrossFitted, nn.Module]] = {}
+        if part.masks is not None or made.fitted is not fitted:
+            runs["part"] = made.fitted, part.module
+        if part.held_out is not None:
+            runs["unseen"] = made.scored, part.held_out
+        found = {}
+        if fitted.samples is not None and len(fitted.samples.labels) == len(task.samples.labels):
+            found["whole"] = fitted.samples
+        else:
+            runs["whole"] = fitted, source_body(self.task, fitted.adapter.source_cut)
+        if runs:
+            found |= dict(zip(runs, run_parts(task, list(runs.values()), self.progress), strict=True))
+        own = found.get("part", found["whole"])
+        if "unseen" not in found and not imitates:
+            return own, judge(own), []
+        whole = judge(found["whole"])
+        part_heads = whole.on if imitates else judge
+        others = [part_heads(found["unseen"]), whole] if "unseen" in found else []
+        return found["whole"] if imitates else own, part_heads(own), others
 
     def _trained(self, fitted: CrossFitted, part: SourcePart, removal: Removal, steps: Steps) -> _Trained:
         """Tune the adapter or the part by gradient, as asked for."""

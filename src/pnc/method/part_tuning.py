@@ -1,11 +1,15 @@
 """Tune: trains a part's own weights to reproduce the source's answers on random views of images.
 
 The source answers for any image, so no label is needed: each step draws images of the support (unlabelled ones too),
-crops them at random, mixes half of the batches in pairs, and asks the source for its answers. First the part is tuned
-without the fold that scores the clone, and a copy is kept for the score; the last steps use all images. Then the change
-of every weight is rounded to what a file stores, and BatchNorm statistics are recomputed, before the head is fitted: so
-the clone in memory is the same as the one in the file. On processors with bfloat16, networks run in it meanwhile;
-weights, losses and statistics are float32.
+crops them at random, mixes half of the batches in pairs, and asks the source for its answers, and for its tensors at a
+few places inside.
+
+BatchNorm layers begin with the statistics of each batch. Then their running statistics are recomputed and stay, and the
+weights adapt to them at a low rate. First the part is tuned without the fold that scores the clone, and a copy is kept
+for the score; the last steps use all images. Then the change of every weight is rounded to what a file stores, before
+the head is fitted: so the clone in memory is the same as the one in the file.
+
+On processors with bfloat16, networks run in it meanwhile; weights, losses and statistics are float32.
 """
 
 import copy
@@ -37,17 +41,21 @@ from pnc.method.task import CloneTask, Progress
 Distilled = Literal["weights", "low-rank"]
 """Parameters tuned here; the localizer tunes norms."""
 
-N_STEPS = 1200
+N_STEPS = 900
 SCORED_SHARE = 2 / 3
 """Share of the steps without the scored fold; then the part is copied for the score, and the rest uses all images."""
+BATCH_STATISTICS_SHARE = 1 / 2
+"""Share of the steps in which BatchNorm layers use the statistics of each batch."""
 BATCH_SIZE = 64
 LEARNING_RATES: Mapping[str, float] = {"weights": 2e-3, "low-rank": 3e-3}
 LAST_RATE = 0.5
 """Share of the learning rate with which the steps on all images begin."""
+FIXED_RATE = 0.1
+"""Likewise of those with fixed statistics."""
 RANK = 4
 CROP = 1 / 8
 """Largest shift of a crop, as a share of an image's height and width: 4 pixels of 32."""
-INNER_WEIGHT = 0.5
+INNER_WEIGHT = 2.0
 """Weight of the distance between tensors inside the part and inside the source."""
 MIXED = 0.5
 """Share of the batches whose images are mixed in pairs."""
@@ -110,18 +118,19 @@ def tune_part(
     kept = steps.get(_STEP)
     if kept is None:
         path = _Path(task, fitted.adapter, part, tune, progress)
-        n_scored = round(SCORED_SHARE * N_STEPS) if seen is not task else 0
         kept = {}
-        if n_scored:
-            path.walk(seen.samples.images, n_scored, 1.0)
+        rate, is_scored = path.settle(seen), seen is not task
+        n_scored = round(SCORED_SHARE * N_STEPS) if is_scored else 0
+        if is_scored:
+            path.walk(seen.samples.images, n_scored - path.n_done, rate)
             kept |= path.result("scored")
-        path.walk(task.samples.images, N_STEPS - n_scored, LAST_RATE if n_scored else 1.0)
+        path.walk(task.samples.images, N_STEPS - path.n_done, rate * (LAST_RATE if is_scored else 1.0))
         kept |= path.result("final")
         steps.keep(_STEP, kept)
-    module, adapter, deltas = _made(task, fitted.adapter, part.module, kept, "final")
+    module, adapter, deltas = _made(fitted.adapter, part.module, kept, "final")
     held_out, scored = None, adapter
     if seen is not task:
-        held_out, scored, _ = _made(seen, fitted.adapter, part.module, kept, "scored")
+        held_out, scored, _ = _made(fitted.adapter, part.module, kept, "scored")
     n_folds = len(fitted.held_out)
     return Tuned(
         replace(part, module=module, deltas=deltas, held_out=held_out),
@@ -131,24 +140,27 @@ def tune_part(
 
 
 def _made(
-    task: CloneTask, adapter: Adapter, part: fx.GraphModule, kept: Mapping[str, Tensor], which: str
+    adapter: Adapter, part: fx.GraphModule, kept: Mapping[str, Tensor], which: str
 ) -> tuple[fx.GraphModule, Adapter, Deltas]:
-    """Rebuild part, adapter and deltas from the training's result; statistics are those of `task`'s images."""
+    """Rebuild part, adapter and deltas from the training's result."""
     module, adapter = own_copy(part), copy.deepcopy(adapter)
     own = {name.partition("/")[2]: tensor for name, tensor in kept.items() if name.startswith(f"{which}/")}
-    for name, buffer in adapter.named_buffers():
-        if buffer.numel():
-            buffer.copy_(own[f"adapter.{name}"])
+    for prefix, buffers in (("adapter", _adapter_buffers(adapter)), ("norms", _norm_buffers(module))):
+        for name, buffer in buffers.items():
+            buffer.copy_(own[f"{prefix}.{name}"])
     deltas = deltas_of({name: tensor for name, tensor in own.items() if "." not in name})
     merge(module, deltas)
-    if batch_norms(module):
-        task = task.reduced(N_STATISTICS)
-        prefix = extract(task.target.recording, None, [adapter.target_cut])
-        with torch.no_grad(), task.autocast():
-            seen = (images for _, images in task.samples.batches(task.batch_size) if len(images) > 1)
-            inputs = (adapter(prefix(to_device(images, task.target.device))) for images in seen)
-            reestimate_statistics(module, inputs, task.team)
     return module, adapter, deltas
+
+
+def _adapter_buffers(adapter: Adapter) -> dict[str, Tensor]:
+    return {name: buffer for name, buffer in adapter.named_buffers() if buffer.numel()}
+
+
+def _norm_buffers(part: fx.GraphModule) -> dict[str, Tensor]:
+    """The running statistics of a part."""
+    layers = enumerate(batch_norms(part))
+    return {f"{i}.{name}": buffer for i, layer in layers for name, buffer in layer.named_buffers(recurse=False)}
 
 
 class _Path:
@@ -172,8 +184,8 @@ class _Path:
         self._inner = InnerTensors(few, adapter.source_cut, part)
         self._part, self._aim = self._inner.module, self._inner.aim
         self._prefix = extract(task.target.recording, None, [adapter.target_cut])
-        self._adapter, self._done = copy.deepcopy(adapter), 0
-        of_adapter = [buffer for buffer in self._adapter.buffers() if buffer.numel()]
+        self._adapter, self.n_done = copy.deepcopy(adapter), 0
+        of_adapter = _adapter_buffers(self._adapter).values()
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
         self._values: dict[str, Tensor] = {}
         for name, before in self._part.named_parameters():
@@ -187,20 +199,43 @@ class _Path:
         factors = [factor for pair in self._factors.values() for factor in pair]
         self._leaves = [leaf.requires_grad_() for leaf in (*self._values.values(), *factors, *of_adapter)]
 
+    def settle(self, task: CloneTask) -> float:
+        """Train on the images of `task` with batch statistics, then fix the statistics to those of its images.
+
+        Without BatchNorm layers nothing is done.
+
+        Returns:
+            The share of the learning rate with which to go on.
+        """
+        if not batch_norms(self._part):
+            return 1.0
+        with training_norms(self._part, self._task.team):
+            self.walk(task.samples.images, round(BATCH_STATISTICS_SHARE * N_STEPS), 1.0)
+        settled = own_copy(self._part)
+        few = task.reduced(N_STATISTICS)
+        with torch.no_grad(), task.autocast():
+            for name, value in self._parameters().items():
+                settled.get_parameter(name).copy_(value)
+            batches = (images for _, images in few.samples.batches(few.batch_size) if len(images) > 1)
+            inputs = (self._adapter(self._prefix(to_device(images, few.target.device))) for images in batches)
+            reestimate_statistics(settled, inputs, self._task.team)
+            for name, buffer in _norm_buffers(settled).items():
+                _norm_buffers(self._part)[name].copy_(buffer)
+        return FIXED_RATE
+
     def walk(self, images: Images, n_steps: int, share: float) -> None:
         """Train for `n_steps` on views of the images, from a share of the learning rate down to zero."""
         optimizer = torch.optim.Adam(self._leaves, LEARNING_RATES[self._tune] * share)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-        with training_norms(self._part, self._task.team):
-            for rows, _ in zip(_draws(len(images), self._generator), range(n_steps), strict=False):
-                optimizer.zero_grad()
-                self._loss(_views(images[rows], self._generator)).backward()
-                self._task.team.sum_gradients(self._leaves)
-                optimizer.step()
-                decay.step()
-                self._done += 1
-                if self._progress is not None:
-                    self._progress("tuning the part", self._done, N_STEPS)
+        for rows, _ in zip(_draws(len(images), self._generator), range(n_steps), strict=False):
+            optimizer.zero_grad()
+            self._loss(_views(images[rows], self._generator)).backward()
+            self._task.team.sum_gradients(self._leaves)
+            optimizer.step()
+            decay.step()
+            self.n_done += 1
+            if self._progress is not None:
+                self._progress("tuning the part", self.n_done, N_STEPS)
 
     @torch.enable_grad()
     def _loss(self, images: Tensor) -> Tensor:
@@ -213,8 +248,8 @@ class _Path:
                 seen = self._prefix(to_device(images[place], task.target.device))
             outputs, *inner = functional_call(self._part, self._parameters(), (self._adapter(seen),))
         rows = torch.arange(n)[place]
-        whole = (task.team.gather(one, rows, n) for one in (wanted.features, wanted.logits))
-        loss = self._aim.loss(task.team.whole(outputs.float(), n), Answers(*whole))
+        features, logits = (task.team.gather(one, rows, n) for one in (wanted.features, wanted.logits))
+        loss = self._aim.loss(task.team.whole(outputs.float(), n), Answers(features, logits))
         return loss + INNER_WEIGHT * self._inner.distance(inner, wanted, n)
 
     def _parameters(self) -> dict[str, Tensor]:
@@ -226,13 +261,14 @@ class _Path:
         return {**self._values, **changed}
 
     def result(self, which: str) -> dict[str, Tensor]:
-        """Return the current adapter and deltas, by name."""
+        """Return the current adapter, statistics and deltas, by name."""
         if self._factors:
             deltas = low_rank_deltas(self._part, self._factors, self._values, RANK)
         else:
             deltas = rounded_deltas(self._part, self._values)
-        of_adapter = {f"adapter.{name}": buffer for name, buffer in self._adapter.named_buffers() if buffer.numel()}
-        found = {**deltas.tensors, **of_adapter}
+        of_adapter = {f"adapter.{name}": buffer for name, buffer in _adapter_buffers(self._adapter).items()}
+        of_norms = {f"norms.{name}": buffer for name, buffer in _norm_buffers(self._part).items()}
+        found = {**deltas.tensors, **of_adapter, **of_norms}
         return {f"{which}/{name}": tensor.detach().clone() for name, tensor in found.items()}
 
 

@@ -61,8 +61,8 @@ class Aim:
         self._features, self._device = task.source.head.features, task.source.device
         self._teacher = folded(extract(task.source.recording, None, [self._features, LOGITS, *inner]))
         self._cloned = task.source_ids
-        found, _ = task.run(lambda images: self._answers(images)[:2], task.source.device)
-        self.support = Answers(*found)
+        (features, logits), _ = task.run(lambda images: self._answers(images)[:2], task.source.device)
+        self.support = Answers(features, logits)
         self._scale = _above_zero(self.support.features.var(0, correction=0)).sqrt()
         self._logit_scale = _above_zero(self.support.logits.var(0, correction=0)).mean().sqrt()
         discriminants = _discriminants(self.support.features, task.samples.labels)
