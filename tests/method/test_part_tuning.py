@@ -78,6 +78,31 @@ def test_the_scored_copy_has_not_seen_its_fold(monkeypatch):
     assert all(same) and not all(different)
 
 
+def test_statistics_stay_once_they_are_fixed():
+    task, fitted, part = thinned()
+    tuned = tune_part(task, fitted, part, "weights").part
+    held_out = dict(tuned.held_out.named_buffers())
+    changed = 0
+    for name, buffer in tuned.module.named_buffers():
+        assert torch.equal(buffer, held_out[name])
+        changed += not torch.equal(buffer, part.module.get_buffer(name))
+    assert changed
+    weights = zip(tuned.module.parameters(), tuned.held_out.parameters(), strict=True)
+    assert not all(torch.equal(one, other) for one, other in weights), "the last steps used all images"
+
+
+def test_a_part_that_imitates_the_source_has_the_head_of_the_whole_source():
+    task, fitted, _ = thinned()
+    whole, part, untuned = (
+        pnc.fit(task, fitted, **settings)
+        for settings in ({}, {"density": 0.5, "tune": "weights"}, {"density": 0.5, "tune": "none"})
+    )
+    state = whole.branch.head.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in part.branch.head.state_dict().items())
+    assert not all(torch.equal(state[name], tensor) for name, tensor in untuned.branch.head.state_dict().items())
+    assert part.recipe["score"] != whole.recipe["score"]
+
+
 def test_adapters_are_tuned_along_with_the_part():
     task, found = scanned()
     fitted = found.adapter(min((p for p in found.positions if not p.is_exact), key=lambda p: p.n_macs))
