@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from pnc.channels.channel_masks import ChannelMasks
 from pnc.channels.channel_spaces import Channels, channel_spaces
 from pnc.channels.compaction import kept_flags, own_copy
+from pnc.data.image_store import Images
 from pnc.graph.candidate_cuts import candidate_cuts
 from pnc.graph.cut_points import CutPoint
 from pnc.graph.nodes import info
@@ -18,8 +19,8 @@ from pnc.method.task import CloneTask
 
 N_CUTS = 3
 """At most this many cut points, spread evenly over a part's multiply-accumulates; the last is at its end."""
-N_IMAGES = 256
-"""At most this many images for the variances."""
+N_IMAGES, BATCH_SIZE = 256, 32
+"""At most this many images for the variances, and how many are run at a time."""
 
 
 class InnerTensors:
@@ -43,9 +44,7 @@ class InnerTensors:
         self.module, found = with_inner_outputs(part.module, cuts, left)
         self._left = [left.get(cut.name) for cut in found]
         self.aim = Aim(task, found)
-        n = len(task.samples.images)
-        wanted = self.aim.answers(task.samples.images[torch.arange(0, n, -(-n // N_IMAGES))])
-        self._variances = [max(float(tensor.var()), 1e-12) for tensor in self._on_kept(wanted)]
+        self._variances = self._measured(task.samples.images)
 
     def distance(self, found: Sequence[Tensor], wanted: Answers, n: int) -> Tensor:
         """Return the squared distance in units of the variance, the mean over cut points and a batch of n images.
@@ -60,6 +59,17 @@ class InnerTensors:
         for one, other, variance in pairs:
             total = total + (one.float() - other).square().mean() / variance
         return total * (len(wanted.logits) / n / max(1, len(found)))
+
+    def _measured(self, images: Images) -> list[float]:
+        """Return the variances of the source's inner tensors; they are large, so a few images are run at a time."""
+        rows = torch.arange(0, len(images), -(-len(images) // N_IMAGES))
+        sums = torch.zeros(3, len(self._left), dtype=torch.float64)
+        for some in rows.split(BATCH_SIZE):
+            for place, tensor in enumerate(self._on_kept(self.aim.answers(images[some]))):
+                both = tensor.sum(dtype=torch.float64), tensor.square().sum(dtype=torch.float64)
+                sums[:, place] += torch.tensor([*map(float, both), tensor.numel()], dtype=torch.float64)
+        mean, square = sums[:2] / sums[2]
+        return [max(float(variance), 1e-12) for variance in square - mean.square()]
 
     def _on_kept(self, answers: Answers) -> list[Tensor]:
         return [_select(tensor, left) for tensor, left in zip(answers.inner, self._left, strict=True)]
