@@ -5,7 +5,7 @@ import torch
 
 import pnc
 from channel_zoo import CASES
-from digits import NEW, pair, support
+from digits import BASE, NEW, pair, support
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import compact, mask_segment
 from pnc.graph.classifier import find_head
@@ -76,3 +76,16 @@ def test_inner_tensors_have_the_channels_that_are_said_to_be_kept(name):
         if (channels := left.get(cut.name)) is not None:
             other = other.index_select(channels.dim, channels.units)
         torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9, msg=lambda m, cut=cut: f"{cut.name}: {m}")
+
+
+def test_nothing_is_compared_if_the_part_should_forget_other_classes():
+    nets = pair()
+    some = NEW[:2]
+    images = pnc.draw_support(pnc.load_data("digits", "train"), some, BASE, n_new=8, n_base=3)
+    task = pnc.prepare_task(nets.source.module, nets.target.module, images, classes=some, **nets.names())
+    found = pnc.scan(task)
+    adapter = found.adapter(next(p for p in found.positions if p.is_exact)).adapter
+    inner = InnerTensors(task, adapter.source_cut, localize(task, adapter, 0.5, "taylor"))
+    (output,) = inner.module(images.images[:5])
+    assert len(output) == 5
+    assert float(inner.distance([], inner.aim.answers(images.images[:5]), 5)) == 0

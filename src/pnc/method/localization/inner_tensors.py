@@ -26,7 +26,8 @@ N_IMAGES, BATCH_SIZE = 256, 32
 class InnerTensors:
     """Tensors at cut points inside a part of the source, to be compared with the source's own.
 
-    A part that has lost channels is compared on those that it keeps.
+    A part that has lost channels is compared on those that it keeps. If only some of the source's classes are cloned,
+    nothing is compared: the part should forget the others, inside too.
 
     Args:
         task: Gives the source, and images for the variances.
@@ -39,7 +40,8 @@ class InnerTensors:
     """
 
     def __init__(self, task: CloneTask, start: CutPoint, part: SourcePart) -> None:
-        cuts = candidate_cuts(task.source.recording, N_CUTS + 1, start)[1:]
+        is_all = len(task.source_ids) == len(task.source.classes)
+        cuts = candidate_cuts(task.source.recording, N_CUTS + 1, start)[1:] if is_all else ()
         left = kept_channels(source_body(task, start), part.masks, cuts)
         self.module, found = with_inner_outputs(part.module, cuts, left)
         self._left = [left.get(cut.name) for cut in found]
