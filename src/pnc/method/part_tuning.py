@@ -12,6 +12,7 @@ the head is fitted: so the clone in memory is the same as the one in the file.
 On processors with bfloat16, networks run in it meanwhile; weights, losses and statistics are float32.
 """
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -117,15 +118,18 @@ def tune_part(
     seen = unscored(task)
     kept = steps.get(_STEP)
     if kept is None:
-        path = _Path(task, fitted.adapter, part, tune, progress)
-        kept = {}
-        rate, is_scored = path.settle(seen), seen is not task
-        n_scored = round(SCORED_SHARE * N_STEPS) if is_scored else 0
+        path, is_scored = _Path(task, fitted.adapter, part, tune, progress), seen is not task
+        kept, rate = {}, 1.0
+        if path.can_fix_statistics:
+            path.walk(seen.samples.images, round(BATCH_STATISTICS_SHARE * N_STEPS), rate)
+            path.fix_statistics(seen)
+            rate = FIXED_RATE
         if is_scored:
-            path.walk(seen.samples.images, n_scored - path.n_done, rate)
-            kept |= path.result("scored")
-        path.walk(task.samples.images, N_STEPS - path.n_done, rate * (LAST_RATE if is_scored else 1.0))
-        kept |= path.result("final")
+            path.walk(seen.samples.images, round(SCORED_SHARE * N_STEPS) - path.n_done, rate)
+            kept |= path.result("scored", seen)
+            rate *= LAST_RATE
+        path.walk(task.samples.images, N_STEPS - path.n_done, rate)
+        kept |= path.result("final", task)
         steps.keep(_STEP, kept)
     module, adapter, deltas = _made(fitted.adapter, part.module, kept, "final")
     held_out, scored = None, adapter
@@ -184,7 +188,7 @@ class _Path:
         self._inner = InnerTensors(few, adapter.source_cut, part)
         self._part, self._aim = self._inner.module, self._inner.aim
         self._prefix = extract(task.target.recording, None, [adapter.target_cut])
-        self._adapter, self.n_done = copy.deepcopy(adapter), 0
+        self._adapter, self._is_fixed, self.n_done = copy.deepcopy(adapter), False, 0
         of_adapter = _adapter_buffers(self._adapter).values()
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
         self._values: dict[str, Tensor] = {}
@@ -199,43 +203,48 @@ class _Path:
         factors = [factor for pair in self._factors.values() for factor in pair]
         self._leaves = [leaf.requires_grad_() for leaf in (*self._values.values(), *factors, *of_adapter)]
 
-    def settle(self, task: CloneTask) -> float:
-        """Train on the images of `task` with batch statistics, then fix the statistics to those of its images.
+    @property
+    def can_fix_statistics(self) -> bool:
+        """Whether statistics of BatchNorm layers may be fixed before the training is over.
 
-        Without BatchNorm layers nothing is done.
-
-        Returns:
-            The share of the learning rate with which to go on.
+        Not if only some of the source's classes are cloned: on the few images of these, the part would forget the
+        others without the noise of batch statistics, but no longer know its own on other images.
         """
-        if not batch_norms(self._part):
-            return 1.0
-        with training_norms(self._part, self._task.team):
-            self.walk(task.samples.images, round(BATCH_STATISTICS_SHARE * N_STEPS), 1.0)
-        settled = own_copy(self._part)
-        few = task.reduced(N_STATISTICS)
-        with torch.no_grad(), task.autocast():
-            for name, value in self._parameters().items():
-                settled.get_parameter(name).copy_(value)
-            batches = (images for _, images in few.samples.batches(few.batch_size) if len(images) > 1)
-            inputs = (self._adapter(self._prefix(to_device(images, few.target.device))) for images in batches)
-            reestimate_statistics(settled, inputs, self._task.team)
-            for name, buffer in _norm_buffers(settled).items():
-                _norm_buffers(self._part)[name].copy_(buffer)
-        return FIXED_RATE
+        return bool(batch_norms(self._part)) and len(self._task.source_ids) == len(self._task.source.classes)
+
+    def fix_statistics(self, task: CloneTask) -> None:
+        """Fix the statistics of BatchNorm layers to those of the task's images."""
+        self._is_fixed = True
+        for name, buffer in self._statistics(task, self._deltas()).items():
+            _norm_buffers(self._part)[name].copy_(buffer)
+
+    @torch.no_grad()
+    def _statistics(self, task: CloneTask, deltas: Deltas) -> dict[str, Tensor]:
+        """Compute the statistics of the current part, with its changes rounded, on the task's images."""
+        part, few = own_copy(self._part), task.reduced(N_STATISTICS)
+        merge(part, deltas)
+        if batch_norms(part):
+            with task.autocast():
+                batches = (images for _, images in few.samples.batches(few.batch_size) if len(images) > 1)
+                inputs = (self._adapter(self._prefix(to_device(images, few.target.device))) for images in batches)
+                reestimate_statistics(part, inputs, self._task.team)
+        return _norm_buffers(part)
 
     def walk(self, images: Images, n_steps: int, share: float) -> None:
         """Train for `n_steps` on views of the images, from a share of the learning rate down to zero."""
         optimizer = torch.optim.Adam(self._leaves, LEARNING_RATES[self._tune] * share)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-        for rows, _ in zip(_draws(len(images), self._generator), range(n_steps), strict=False):
-            optimizer.zero_grad()
-            self._loss(_views(images[rows], self._generator)).backward()
-            self._task.team.sum_gradients(self._leaves)
-            optimizer.step()
-            decay.step()
-            self.n_done += 1
-            if self._progress is not None:
-                self._progress("tuning the part", self.n_done, N_STEPS)
+        norms = contextlib.nullcontext() if self._is_fixed else training_norms(self._part, self._task.team)
+        with norms:
+            for rows, _ in zip(_draws(len(images), self._generator), range(n_steps), strict=False):
+                optimizer.zero_grad()
+                self._loss(_views(images[rows], self._generator)).backward()
+                self._task.team.sum_gradients(self._leaves)
+                optimizer.step()
+                decay.step()
+                self.n_done += 1
+                if self._progress is not None:
+                    self._progress("tuning the part", self.n_done, N_STEPS)
 
     @torch.enable_grad()
     def _loss(self, images: Tensor) -> Tensor:
@@ -260,16 +269,19 @@ class _Path:
         }
         return {**self._values, **changed}
 
-    def result(self, which: str) -> dict[str, Tensor]:
-        """Return the current adapter, statistics and deltas, by name."""
-        if self._factors:
-            deltas = low_rank_deltas(self._part, self._factors, self._values, RANK)
-        else:
-            deltas = rounded_deltas(self._part, self._values)
+    def result(self, which: str, task: CloneTask) -> dict[str, Tensor]:
+        """Return the current adapter, statistics and deltas, by name; statistics that are not fixed are the task's."""
+        deltas = self._deltas()
+        norms = _norm_buffers(self._part) if self._is_fixed else self._statistics(task, deltas)
         of_adapter = {f"adapter.{name}": buffer for name, buffer in _adapter_buffers(self._adapter).items()}
-        of_norms = {f"norms.{name}": buffer for name, buffer in _norm_buffers(self._part).items()}
+        of_norms = {f"norms.{name}": buffer for name, buffer in norms.items()}
         found = {**deltas.tensors, **of_adapter, **of_norms}
         return {f"{which}/{name}": tensor.detach().clone() for name, tensor in found.items()}
+
+    def _deltas(self) -> Deltas:
+        if self._factors:
+            return low_rank_deltas(self._part, self._factors, self._values, RANK)
+        return rounded_deltas(self._part, self._values)
 
 
 def _has_bfloat16(device: torch.device) -> bool:
