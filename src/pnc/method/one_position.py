@@ -119,15 +119,16 @@ class Maker:
     def _judged(self, task: CloneTask, fitted: CrossFitted, made: _Trained) -> tuple[HeadSamples, Judged, list[Judged]]:
         """Judge the heads behind a part.
 
-        A part that imitates the source from its input on has nearly the source's own features. Its heads are fitted on
-        the source's, since its own are closer to these on the images that it was tuned on than on others.
+        A part that imitates the source from its input on, with all its classes, has nearly the source's own features.
+        Its heads are fitted on the source's, since its own are closer to these on the images that it was tuned on than
+        on others.
 
         Returns:
             The samples that its head is fitted on; the part; and if some fold scores it, the part made without this
             fold, and the whole source.
         """
         part = made.part
-        imitates = part.deltas is not None and fitted.adapter.is_identity
+        imitates = part.deltas is not None and fitted.adapter.is_identity and task.clones_all
         runs: dict[str, tuple[CrossFitted, nn.Module]] = {}
         if part.masks is not None or made.fitted is not fitted:
             runs["part"] = made.fitted, part.module

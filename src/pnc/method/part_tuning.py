@@ -210,7 +210,7 @@ class _Path:
         Not if only some of the source's classes are cloned: on the few images of these, the part would forget the
         others without the noise of batch statistics, but no longer know its own on other images.
         """
-        return bool(batch_norms(self._part)) and len(self._task.source_ids) == len(self._task.source.classes)
+        return bool(batch_norms(self._part)) and self._task.clones_all
 
     def fix_statistics(self, task: CloneTask) -> None:
         """Fix the statistics of BatchNorm layers to those of the task's images."""

@@ -163,6 +163,11 @@ class CloneTask:
         self.samples.images.close()
 
     @property
+    def clones_all(self) -> bool:
+        """Whether all classes that the source knows are cloned, so that a part of it need not forget any."""
+        return len(self.source_ids) == len(self.source.classes)
+
+    @property
     def source_ids(self) -> list[int]:
         """Indices of the new classes among the source's outputs."""
         return [self.source.classes.index(name) for name in self.new_classes]

@@ -40,8 +40,7 @@ class InnerTensors:
     """
 
     def __init__(self, task: CloneTask, start: CutPoint, part: SourcePart) -> None:
-        is_all = len(task.source_ids) == len(task.source.classes)
-        cuts = candidate_cuts(task.source.recording, N_CUTS + 1, start)[1:] if is_all else ()
+        cuts = candidate_cuts(task.source.recording, N_CUTS + 1, start)[1:] if task.clones_all else ()
         left = kept_channels(source_body(task, start), part.masks, cuts)
         self.module, found = with_inner_outputs(part.module, cuts, left)
         self._left = [left.get(cut.name) for cut in found]
