@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import pnc
-from digits import NEW, pair, support
+from digits import BASE, NEW, pair, support
+from pnc.data.image_set import class_subset
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
 from pnc.method import part_tuning
@@ -168,3 +169,22 @@ def test_few_images_fill_a_batch():
         rows = next(draws)
         assert len(rows) == part_tuning.BATCH_SIZE
         assert set(rows.bincount().tolist()) <= {12, 13, 14}
+
+
+def test_a_part_that_forgets_classes_has_a_head_of_its_own():
+    """Its features differ from the source's, so the head of the whole source would not fit."""
+    nets, some = pair(), NEW[:2]
+    images = pnc.draw_support(pnc.load_data("digits", "train"), some, BASE, n_new=20, n_base=5)
+    task = pnc.prepare_task(nets.source.module, nets.target.module, images, classes=some, **nets.names())
+    found = pnc.scan(task)
+    fitted = found.adapter(next(p for p in found.positions if p.is_exact))
+    whole, part = pnc.fit(task, fitted), pnc.fit(task, fitted, density=0.5, tune="weights")
+    heads = (made.branch.head.discriminants.weight for made in (whole, part))
+    assert not torch.equal(*heads)
+    test = class_subset(pnc.load_data("digits", "test"), [*BASE, *some])
+    accuracies = []
+    for made in (whole, part):
+        net = pnc.attach(nets.target.module, made)
+        accuracies.append(pnc.evaluate(net, test).average_accuracy)
+        net.detach(made.name)
+    assert accuracies[1] > accuracies[0] - 0.05
