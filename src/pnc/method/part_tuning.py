@@ -1,13 +1,15 @@
 """Tune: trains a part's own weights to reproduce the source's answers on random views of images.
 
 The source answers for any image, so no label is needed: each step draws images of the support (unlabelled ones too),
-crops them at random, mixes half of the batches in pairs, and asks the source for its answers, and for its tensors at a
-few places inside.
+crops them at random, mixes half of the batches in pairs, and asks the source for its answers. If all of the source's
+classes are cloned, it is also asked for its tensors at a few places inside.
 
-BatchNorm layers begin with the statistics of each batch. Then their running statistics are recomputed and stay, and the
-weights adapt to them at a low rate. First the part is tuned without the fold that scores the clone, and a copy is kept
-for the score; the last steps use all images. Then the change of every weight is rounded to what a file stores, before
-the head is fitted: so the clone in memory is the same as the one in the file.
+BatchNorm layers begin with the statistics of each batch. If all classes are cloned, their running statistics are then
+recomputed and stay, and the weights adapt to them at a low rate.
+
+First the part is tuned without the fold that scores the clone, and a copy is kept for the score; the last steps use all
+images. Then the change of every weight is rounded to what a file stores, before the head is fitted: so the clone in
+memory is the same as the one in the file.
 
 On processors with bfloat16, networks run in it meanwhile; weights, losses and statistics are float32.
 """
@@ -52,7 +54,7 @@ LEARNING_RATES: Mapping[str, float] = {"weights": 2e-3, "low-rank": 3e-3}
 LAST_RATE = 0.5
 """Share of the learning rate with which the steps on all images begin."""
 FIXED_RATE = 0.1
-"""Likewise of those with fixed statistics."""
+"""Share of the learning rate with which the steps with fixed statistics begin."""
 RANK = 4
 CROP = 1 / 8
 """Largest shift of a crop, as a share of an image's height and width: 4 pixels of 32."""
