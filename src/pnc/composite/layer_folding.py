@@ -3,6 +3,7 @@
 import copy
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from pnc.clones.position_grids import grid_size
 from pnc.composite.direct_calls import called_directly, flattened, reusing_memory
 from pnc.graph.nodes import info
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _LANES = 16
 """Channels that a processor computes at once."""
@@ -62,7 +63,7 @@ def _fold(body: fx.GraphModule, given: Tensor) -> "_Layers":
     with torch.no_grad():
         ShapeProp(body).propagate(given)
     layers = _Layers(body)
-    _fold_norms(body, layers)
+    _fold_norms(body)
     _fold_fills(body, layers)
     body.delete_all_unused_submodules()
     body.recompile()
@@ -118,15 +119,26 @@ def _is_norm(layer: nn.Module | None) -> bool:
     return type(layer) in _NORMS and cast(nn.BatchNorm2d, layer).running_mean is not None
 
 
-def _fold_norms(body: fx.GraphModule, layers: _Layers) -> None:
-    """Fold each BatchNorm into the layer before it if nothing else reads that layer's result."""
+def norms_after_layers(body: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Module, fx.Node, nn.Module]]:
+    """List each BatchNorm with the layer before it, if nothing else reads that layer's result: node, layer, both twice.
+
+    Layers that are called more than once, have hooks or a replaced `forward` are left out.
+    """
+    layers = _Layers(body)
     for node in list(body.graph.nodes):
         norm = layers.of(node)
-        source = node.all_input_nodes[0] if _is_norm(norm) else None
-        if source is None or len(source.users) > 1:
+        if norm is None or not _is_norm(norm):
             continue
+        source = node.all_input_nodes[0]
         layer = layers.of(source)
-        if type(layer) in _CONVOLUTIONS:
+        if layer is not None and len(source.users) == 1:
+            yield source, layer, node, norm
+
+
+def _fold_norms(body: fx.GraphModule) -> None:
+    """Fold each BatchNorm into the convolution or linear layer before it."""
+    for source, layer, node, norm in norms_after_layers(body):
+        if type(layer) in CONVOLUTIONS:
             fused: nn.Module = fuse_conv_bn_eval(_double(layer), _double(norm))
         elif type(layer) is nn.Linear and len(source.meta["tensor_meta"].shape) == 2:
             fused = fuse_linear_bn_eval(_double(layer), _double(norm))
@@ -134,7 +146,7 @@ def _fold_norms(body: fx.GraphModule, layers: _Layers) -> None:
             continue
         weight = cast(nn.Conv2d, layer).weight
         body.set_submodule(str(source.target), fused.to(weight.device, weight.dtype))
-        _bypass(node, source)
+        bypass(node, source)
 
 
 def _fold_fills(body: fx.GraphModule, layers: _Layers) -> None:
@@ -158,7 +170,7 @@ def _fold_fills(body: fx.GraphModule, layers: _Layers) -> None:
             setattr(wide, name, nn.Parameter(full, requires_grad=False))
         body.set_submodule(str(source.target), wide)
         source.meta.update(node.meta)
-        _bypass(node, source)
+        bypass(node, source)
 
 
 def _double(layer: Any) -> Any:
@@ -166,7 +178,8 @@ def _double(layer: Any) -> Any:
     return copy.deepcopy(layer).double()
 
 
-def _bypass(node: fx.Node, source: fx.Node) -> None:
+def bypass(node: fx.Node, source: fx.Node) -> None:
+    """Let what reads a node read `source` in its place."""
     node.replace_all_uses_with(source)
     node.graph.erase_node(node)
 
@@ -201,7 +214,7 @@ def _fold_into_adapter(part: FoldedPart, layers: _Layers) -> bool:
         return False
     adapter.weight, adapter.bias = weight.to(adapter.weight.dtype), bias.to(adapter.bias.dtype)
     given.meta["tensor_meta"] = node.meta["tensor_meta"]
-    _bypass(node, given)
+    bypass(node, given)
     return True
 
 

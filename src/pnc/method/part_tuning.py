@@ -35,6 +35,7 @@ from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.file_size import tuned_bytes
 from pnc.method.held_out import unscored
 from pnc.method.localization.aim import Answers
+from pnc.method.localization.fixed_norms import FixedNorms
 from pnc.method.localization.inner_tensors import InnerTensors
 from pnc.method.localization.norms import batch_norms, reestimate_statistics, training_norms
 from pnc.method.settings import Tune
@@ -190,7 +191,8 @@ class _Path:
         self._inner = InnerTensors(few, adapter.source_cut, part)
         self._part, self._aim = self._inner.module, self._inner.aim
         self._prefix = extract(task.target.recording, None, [adapter.target_cut])
-        self._adapter, self._is_fixed, self.n_done = copy.deepcopy(adapter), False, 0
+        self._adapter, self.n_done = copy.deepcopy(adapter), 0
+        self._fixed: FixedNorms | None = None
         of_adapter = _adapter_buffers(self._adapter).values()
         self._factors: dict[str, tuple[Tensor, Tensor]] = {}
         self._values: dict[str, Tensor] = {}
@@ -216,9 +218,9 @@ class _Path:
 
     def fix_statistics(self, task: CloneTask) -> None:
         """Fix the statistics of BatchNorm layers to those of the task's images."""
-        self._is_fixed = True
         for name, buffer in self._statistics(task, self._deltas()).items():
             _norm_buffers(self._part)[name].copy_(buffer)
+        self._fixed = FixedNorms(self._part)
 
     @torch.no_grad()
     def _statistics(self, task: CloneTask, deltas: Deltas) -> dict[str, Tensor]:
@@ -234,9 +236,9 @@ class _Path:
 
     def walk(self, images: Images, n_steps: int, share: float) -> None:
         """Train for `n_steps` on views of the images, from a share of the learning rate down to zero."""
-        optimizer = torch.optim.Adam(self._leaves, LEARNING_RATES[self._tune] * share)
+        optimizer = torch.optim.Adam(self._leaves, LEARNING_RATES[self._tune] * share, fused=True)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
-        norms = contextlib.nullcontext() if self._is_fixed else training_norms(self._part, self._task.team)
+        norms = contextlib.nullcontext() if self._fixed else training_norms(self._part, self._task.team)
         with norms:
             for rows, _ in zip(_draws(len(images), self._generator), range(n_steps), strict=False):
                 optimizer.zero_grad()
@@ -257,11 +259,21 @@ class _Path:
             wanted = self._aim.answers(images[place])
             with torch.no_grad():
                 seen = self._prefix(to_device(images[place], task.target.device))
-            outputs, *inner = functional_call(self._part, self._parameters(), (self._adapter(seen),))
+            outputs, *inner = self._outputs(self._adapter(seen))
         rows = torch.arange(n)[place]
         features, logits = (task.team.gather(one, rows, n) for one in (wanted.features, wanted.logits))
         loss = self._aim.loss(task.team.whole(outputs.float(), n), Answers(features, logits))
         return loss + INNER_WEIGHT * self._inner.distance(inner, wanted, n)
+
+    def _outputs(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run the part with the current parameters: its output and its inner tensors."""
+        module, parameters = self._part, self._parameters()
+        if self._fixed is not None:
+            module, parameters = self._fixed.module, self._fixed.merged(parameters)
+        elif inputs.device.type == "cpu" and torch.get_num_threads() > 1:
+            inputs = inputs.contiguous()  # BatchNorm's gradients in channels_last take longer with every thread
+        outputs: tuple[Tensor, ...] = functional_call(module, parameters, (inputs,))
+        return outputs
 
     def _parameters(self) -> dict[str, Tensor]:
         changed = {
@@ -274,7 +286,7 @@ class _Path:
     def result(self, which: str, task: CloneTask) -> dict[str, Tensor]:
         """Return the current adapter, statistics and deltas, by name; statistics that are not fixed are the task's."""
         deltas = self._deltas()
-        norms = _norm_buffers(self._part) if self._is_fixed else self._statistics(task, deltas)
+        norms = _norm_buffers(self._part) if self._fixed else self._statistics(task, deltas)
         of_adapter = {f"adapter.{name}": buffer for name, buffer in _adapter_buffers(self._adapter).items()}
         of_norms = {f"norms.{name}": buffer for name, buffer in norms.items()}
         found = {**deltas.tensors, **of_adapter, **of_norms}
