@@ -1,3 +1,5 @@
+import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -6,7 +8,15 @@ import torch
 import pnc
 from digits import NEW, pair, support
 from pnc.foundation.errors import InputError
-from pnc.method.density_choice import DENSITIES, LEAST_DENSITY, LOSS, Candidate, joint_front, smallest_good
+from pnc.method.density_choice import (
+    DENSITIES,
+    LEAST_DENSITY,
+    LOSS_ERROR,
+    Candidate,
+    expected_loss,
+    joint_front,
+    smallest_good,
+)
 from pnc.method.held_out import Outcome
 from pnc.method.localization.localizer import localize
 
@@ -27,9 +37,9 @@ def test_estimated_macs_are_those_of_the_clone():
         body_macs = one.macs_share * task.source.n_macs - one.position.n_macs
         assert clone.recipe["macs_share"] <= one.macs_share + 1e-12  # sums in another order
         whole = found.front()[-1].score
-        assert one.estimate <= whole - LOSS * (1 / one.density - 1) + 1e-12
+        assert one.estimate <= whole - expected_loss(one.density) + 1e-12
         if one.position is found.front()[-1]:
-            assert one.estimate == pytest.approx(whole - LOSS * (1 / one.density - 1))
+            assert one.estimate == pytest.approx(whole - expected_loss(one.density))
         assert body_macs <= 0
 
 
@@ -40,6 +50,24 @@ def test_nothing_on_the_front_beats_another():
         assert cheap.macs_share < dear.macs_share and cheap.estimate < dear.estimate
     best = found.front()[-1]
     assert (front[-1].position, front[-1].density, front[-1].estimate) == (best, 1.0, best.score)
+
+
+def test_below_density_1_a_position_is_worth_what_tuning_makes_of_it(monkeypatch):
+    task, found = scanned()
+    best = found.front()[-1]
+    far = replace(best, n_macs=best.n_macs - task.source.n_macs // 10)
+    monkeypatch.setattr(type(found), "front", lambda self, max_bytes: (far, best))
+    for nats, error, tuned in ((0.01, 0.0, 0.3 * 0.01**2), (0.1, 0.02, 0.3 * 0.11**2), (10.0, 0.0, 5.0)):
+        against = {far: (nats, error), best: (0.0, 0.0)}
+        monkeypatch.setattr(type(found), "loss_against", lambda self, one, other, against=against: against[one])
+        for tunes in (True, False):
+            made = joint_front(task, found, tunes=tunes)
+            assert {one.position for one in made} == {far, best}
+            for one in made:
+                untuned = 0.5 * (nats + error / 2)
+                own = 0 if one.position is best else tuned if tunes and one.density < 1 else untuned
+                assert one.estimate == pytest.approx(best.score - own - expected_loss(one.density))
+                assert one.error == pytest.approx(math.hypot(LOSS_ERROR, own))
 
 
 def test_a_bound_that_no_position_meets_is_met_by_a_lower_density():
@@ -91,14 +119,16 @@ def choice(front, prefer, scores, monkeypatch):
 
 
 def test_the_cheapest_clone_that_measures_as_good_as_the_best_is_chosen(monkeypatch):
-    front = [Candidate(None, d, d, 0.9 - LOSS * (1 / d - 1)) for d in (0.15, 0.35, 0.5, 0.7, 1.0)]
+    front = [Candidate(None, d, d, 0.9 - expected_loss(d)) for d in (0.15, 0.2, 0.5, 0.7, 1.0)]
     as_good = {one.macs_share: 0.9 for one in front}
-    for prefer, share in (("accuracy", 1.0), ("balanced", 0.5), ("small", 0.15)):
+    for prefer, share in (("accuracy", 1.0), ("balanced", 0.5), ("small", 0.2)):
         recipe, made = choice(front, prefer, as_good, monkeypatch)
         assert made == ([1.0] if prefer == "accuracy" else [1.0, share])
         assert recipe["prefer"] == prefer and [row[3] for row in recipe["front"]].count(True) == len(made)
     recipe, made = choice(front, "balanced", {**as_good, 0.5: 0.85}, monkeypatch)
     assert (made, recipe["score"]) == ([1.0, 0.5, 0.7], 0.9)
+    recipe, made = choice([replace(one, error=0.1) for one in front], "balanced", {**as_good, 0.5: 0.89}, monkeypatch)
+    assert made == [1.0, 0.5, 0.7], "a measured loss counts for more if the expected one is uncertain"
     recipe, made = choice(front, "balanced", {**as_good, 0.5: 0.85, 0.7: 0.85}, monkeypatch)
     assert (made, recipe["score"]) == ([1.0, 0.5, 0.7], 0.9), "the whole part is taken"
 

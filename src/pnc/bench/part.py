@@ -1,11 +1,11 @@
 """Parts beside whole sources: what a clone loses and saves at each density and tuning, and by its own choice."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 
@@ -21,15 +21,17 @@ from pnc.composite.metrics import measure_logits
 from pnc.data.image_set import class_subset, relabel
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
+from pnc.method.density_choice import TOLERANCES
 from pnc.method.pipeline import clone, fit
 from pnc.method.positions import Scan, scan
-from pnc.method.settings import Effort, Tune
+from pnc.method.settings import Tune
 from pnc.method.task import CloneTask, Progress, prepare_task
 
 KEYS = ("pair", "classes", "support", "form", "seed")
-WHOLE, DEFAULT, SECONDS = "whole", "default", "seconds"
+WHOLE, DEFAULT, SECONDS, SMALL = "whole", "default", "seconds", "small"
 """Forms beside those that name density and tuning, such as "0.5 weights": the whole source behind the position that the
-scan chooses, `pnc.clone` as it is, and in closed form."""
+scan chooses, `pnc.clone` as it is, in closed form, and where it may lose two points."""
+_OF_CLONE: Mapping[str, Mapping[str, Any]] = {DEFAULT: {}, SECONDS: {"effort": "seconds"}, SMALL: {"prefer": "small"}}
 FEW = 2
 """Classes up to which a clone is of few."""
 UNLIKE = " from "
@@ -113,9 +115,8 @@ class _Case:
             task = prepare_task(source, target, self._support, **arguments)
             self._scanned = task, scan(task)
         task, found = self._scanned
-        if form in (DEFAULT, SECONDS):
-            effort: Effort = "seconds" if form == SECONDS else "minutes"
-            return clone(source, target, self._support, effort=effort, **arguments), task
+        if form in _OF_CLONE:
+            return clone(source, target, self._support, **arguments, **_OF_CLONE[form]), task
         fitted = found.adapter(found.choose())
         if form == WHOLE:
             return fit(task, fitted), task
@@ -136,7 +137,8 @@ def claims(rows: Rows) -> list[Claim]:
             if form == WHOLE or not pairs:
                 continue
             lost = [b["average"] - a["average"] for a, b in pairs]
-            bound = allowed_loss(pair, support, few, max(a["macs_share"] for a, _ in pairs))
+            dearest = max(a["macs_share"] for a, _ in pairs)
+            bound = TOLERANCES["small"] if form == SMALL else allowed_loss(pair, support, few, dearest)
             found.append(over_seeds(f"{name}: {form} loses against the whole source", "<=", bound, lost))
             off = [(a["score"] - a["average"]) - (b["score"] - b["average"]) for a, b in pairs]
             far = abs(fmean(off))
@@ -169,8 +171,9 @@ def parse_forms(text: str) -> list[str]:
     for form in forms:
         density, _, tune = form.partition(" ")
         is_part = tune in get_args(Tune) and density.replace(".", "", 1).isdecimal() and 0 < float(density) <= 1
-        if form not in (WHOLE, DEFAULT, SECONDS) and not is_part:
-            raise InputError(f"forms: expected {WHOLE}, {DEFAULT}, {SECONDS}, or such as '0.5 weights'; got {form!r}")
+        if form not in (WHOLE, *_OF_CLONE) and not is_part:
+            names = ", ".join((WHOLE, *_OF_CLONE))
+            raise InputError(f"forms: expected {names}, or such as '0.5 weights'; got {form!r}")
     return forms
 
 
@@ -190,9 +193,9 @@ def markdown(rows: Rows) -> str:
     lines = [
         "Means over seeds. average: accuracy over base and new classes, on all test images. score: what the clone's "
         "recipe promises. MACs: added, as a share of the source's. bytes: of the thin file. seconds: from two loaded "
-        "networks on for `default` and `seconds` (as `pnc.clone` is called), from the scan's result on for the others. "
-        "not cloned: accuracy of the source alone, with the part in place of its own, on its classes that were not "
-        "cloned.",
+        "networks on for `default`, `seconds` and `small` (as `pnc.clone` is called), from the scan's result on for the "
+        "others. not cloned: accuracy of the source alone, with the part in place of its own, on its classes that were "
+        "not cloned.",
     ]
     header = ("form", "seeds", *(column.replace("_", " ") for column in COLUMNS))
     for pair, classes, support in dict.fromkeys((row["pair"], row["classes"], row["support"]) for row in rows):

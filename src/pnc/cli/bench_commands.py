@@ -140,7 +140,8 @@ def measure_parts(
     data: Data,
     pair: Annotated[str, typer.Option(help="Name of the two networks in the results.")],
     forms: Annotated[
-        str, typer.Option(help="Clones to make: whole, default, seconds, or density with tuning as in '0.5 weights'.")
+        str,
+        typer.Option(help="Clones to make: whole, default, seconds, small, or such as '0.5 weights'."),
     ] = "whole,0.5 weights,0.3 weights,0.15 weights,default,seconds",
     some: Classes = None,
     support: Sizes = "100/20",

@@ -1,5 +1,6 @@
 """Chooses position and density together: estimates many clones, and makes the few that may be chosen."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,15 +17,17 @@ TOLERANCES: Mapping[str, float] = {"accuracy": 0.0, "balanced": 0.005, "small": 
 """Accuracy that may be given up for lower cost."""
 DENSITIES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15)
 LEAST_DENSITY = 0.1
-LOSS = 0.003
-"""Accuracy that a tuned part of density 1/2 loses; at other densities in proportion to 1 / density - 1, see
+LOSS, LOSS_POWER = 0.003, 1.2
+"""Accuracy that a tuned part of density 1/2 loses; at density d it is (1/d - 1) ** `LOSS_POWER` times as much, see
 docs/method.md. Clones are measured too, but on few images this figure is the better estimate of a small loss."""
 LOSS_ERROR = 0.004
-"""Standard error of that figure."""
+"""Standard error of what a part of density 1/2 loses."""
 LEAST_ERROR = 0.006
 """Least standard error of a measured loss: supports differ by that much, see results/part.md."""
 SLOPE = 0.5
 """Accuracy lost per nat of held-out log-loss, between positions."""
+TUNED_SLOPE = 0.3
+"""Accuracy lost per squared nat, once a position's adapter and part are tuned: small differences vanish."""
 N_ERRORS = 0.5
 """Standard errors of a position's log-loss that count against it, so that few images do not choose a bad one."""
 N_TRIED = 2
@@ -40,16 +43,23 @@ class Candidate:
         density: Share of the prunable multiply-accumulates of the part to keep.
         macs_share: Added multiply-accumulates as a share of the source's.
         estimate: Estimated score.
+        error: Standard error of what it is expected to lose: that of a part's loss, and all that the position loses.
     """
 
     position: Position
     density: float
     macs_share: float
     estimate: float
+    error: float = LOSS_ERROR
+
+
+def expected_loss(density: float) -> float:
+    """Return the accuracy that a tuned part is expected to lose against the whole one."""
+    return float(LOSS * (1 / density - 1) ** LOSS_POWER)
 
 
 def joint_front(
-    task: CloneTask, found: Scan, max_macs: float | None = None, max_bytes: int | None = None
+    task: CloneTask, found: Scan, max_macs: float | None = None, max_bytes: int | None = None, *, tunes: bool = True
 ) -> tuple[Candidate, ...]:
     """Estimate positions at several densities, without making any clone.
 
@@ -59,6 +69,7 @@ def joint_front(
         max_macs: Bound on the added MACs as a share of the source's; a position above it is also tried at the density
             that just meets it.
         max_bytes: Bound on the size of the thin file at full density.
+        tunes: Whether parts below density 1 are tuned together with their adapters.
     Returns:
         The candidates that no other one beats in both estimate and added MACs, cheapest first.
     Raises:
@@ -66,8 +77,8 @@ def joint_front(
     """
     made = [
         one
-        for position, estimate in _worth(task, found, max_bytes)
-        for one in _densities(task, position, estimate, max_macs)
+        for position, best, nats in _worth(task, found, max_bytes)
+        for one in _densities(task, position, best, nats, max_macs, tunes)
     ]
     if not made:
         raise InputError(
@@ -81,32 +92,38 @@ def joint_front(
     return tuple(front)
 
 
-def _worth(task: CloneTask, found: Scan, max_bytes: int | None) -> list[tuple[Position, float]]:
-    """Return the positions of the scan's front, each with its estimated score at full density.
+def _worth(task: CloneTask, found: Scan, max_bytes: int | None) -> list[tuple[Position, float, float]]:
+    """Return the positions of the scan's front, each with the best one's score and its own log-loss above the best.
 
-    Accuracy on few images is noisy, so the estimate is the score of the best log-loss, less a share of the difference
-    in log-loss and of the error of this difference.
+    Accuracy on few images is noisy, so the best score is that of the best log-loss, and a part of the error of the
+    difference in log-loss is added to it.
     """
     if not task.has_base:  # the effect of an adapter on base images is unknown
-        return [(found.choose(max_bytes=max_bytes), found.choose(max_bytes=max_bytes).score)]
+        chosen = found.choose(max_bytes=max_bytes)
+        return [(chosen, chosen.score, 0.0)]
     front = found.front(max_bytes)
     n_images = max((position.n_images for position in front), default=0)
     front = tuple(position for position in front if position.n_images == n_images)
     worth = []
     for position in front:
-        loss, error = found.loss_against(position, front[-1])
-        worth.append((position, front[-1].score - SLOPE * max(0.0, loss + N_ERRORS * error)))
+        nats, error = found.loss_against(position, front[-1])
+        worth.append((position, front[-1].score, max(0.0, nats + N_ERRORS * error)))
     return worth
 
 
-def _densities(task: CloneTask, position: Position, estimate: float, max_macs: float | None) -> list[Candidate]:
+def _densities(
+    task: CloneTask, position: Position, best: float, nats: float, max_macs: float | None, tunes: bool
+) -> list[Candidate]:
     body = source_body(task, position.source_cut)
     costs = Costs(body, channel_spaces(body))
     full, source = position.n_macs, task.source.n_macs
 
     def candidate(density: float) -> Candidate:
         share = (full - costs.most + costs.bound(density)) / source
-        return Candidate(position, density, share, estimate - LOSS * (1 / density - 1))
+        own = SLOPE * nats
+        if tunes and density < 1:
+            own = min(own, TUNED_SLOPE * nats**2)
+        return Candidate(position, density, share, best - own - expected_loss(density), math.hypot(LOSS_ERROR, own))
 
     densities = list(DENSITIES) if costs.most > costs.least else [1.0]
     if max_macs is not None and costs.most > costs.least:
@@ -139,7 +156,8 @@ def smallest_good(
     chosen = best
     for candidate in [one for one in good if one is not best][:N_TRIED]:
         made[candidate] = make(candidate)
-        loss, error = _shrunk(best.estimate - candidate.estimate, *made[best][1].minus(made[candidate][1]))
+        measured, its_error = made[best][1].minus(made[candidate][1])
+        loss, error = _shrunk(best.estimate - candidate.estimate, candidate.error, measured, its_error)
         if loss <= TOLERANCES[prefer] + N_ERRORS * error:
             chosen = candidate
             break
@@ -156,7 +174,7 @@ def smallest_good(
     return replace(clone, recipe={**clone.recipe, "prefer": prefer, "front": listed})
 
 
-def _shrunk(expected: float, measured: float, error: float) -> tuple[float, float]:
+def _shrunk(expected: float, expected_error: float, measured: float, error: float) -> tuple[float, float]:
     """Combine the expected and the measured loss of accuracy; also return the standard error."""
-    weight = LOSS_ERROR**2 / (LOSS_ERROR**2 + max(error, LEAST_ERROR) ** 2)
-    return expected + weight * (measured - expected), LOSS_ERROR * (1 - weight) ** 0.5
+    weight = expected_error**2 / (expected_error**2 + max(error, LEAST_ERROR) ** 2)
+    return expected + weight * (measured - expected), expected_error * (1 - weight) ** 0.5

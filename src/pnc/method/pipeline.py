@@ -205,7 +205,8 @@ def _scan_and_choose(maker: Maker, removal: Removal, prefer: Prefer, max_macs: f
     def make(one: Candidate) -> tuple[Clone, Outcome]:
         return maker.make(found.adapter(one.position), replace(removal, density=one.density))
 
-    return smallest_good(joint_front(maker.task, found, max_macs, maker.max_bytes), prefer, make)
+    tunes = removal.tune not in ("norms", "none") and maker.max_bytes is None
+    return smallest_good(joint_front(maker.task, found, max_macs, maker.max_bytes, tunes=tunes), prefer, make)
 
 
 @undisturbed()
