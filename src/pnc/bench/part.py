@@ -194,8 +194,8 @@ def markdown(rows: Rows) -> str:
         "Means over seeds. average: accuracy over base and new classes, on all test images. score: what the clone's "
         "recipe promises. MACs: added, as a share of the source's. bytes: of the thin file. seconds: from two loaded "
         "networks on for `default`, `seconds` and `small` (as `pnc.clone` is called), from the scan's result on for "
-        "the others. not cloned: accuracy of the source alone, with the part in place of its own, on its classes that were "
-        "not cloned.",
+        "the others. not cloned: accuracy of the source alone, with the part in place of its own, on its classes that "
+        "were not cloned.",
     ]
     header = ("form", "seeds", *(column.replace("_", " ") for column in COLUMNS))
     for pair, classes, support in dict.fromkeys((row["pair"], row["classes"], row["support"]) for row in rows):
