@@ -75,7 +75,5 @@ def test_what_is_claimed_is_the_loss_against_the_whole_source_on_the_same_suppor
 
 @pytest.mark.parametrize("forms", ["half", "0.5", "2 weights", "0.5 all", "whole,"])
 def test_other_forms_are_refused(forms):
-    with pytest.raises(
-        InputError, match="forms: expected whole, default, seconds, small, or such as '0.5 weights'"
-    ):
+    with pytest.raises(InputError, match="forms: expected whole, default, seconds, small, or such as '0.5 weights'"):
         part.parse_forms(forms)
