@@ -52,12 +52,18 @@ def test_nothing_on_the_front_beats_another():
     assert (front[-1].position, front[-1].density, front[-1].estimate) == (best, 1.0, best.score)
 
 
+def fitted(best, n_macs):
+    """Return a position with a fitted adapter and another cost."""
+    assert best.is_exact
+    return replace(best, n_macs=round(n_macs), adapter_error=0.1)
+
+
 def test_below_density_1_a_position_is_worth_what_tuning_makes_of_it(monkeypatch):
     task, found = scanned()
     best = found.front()[-1]
-    far = replace(best, n_macs=best.n_macs - task.source.n_macs // 10)
+    far = fitted(best, 0.8 * best.n_macs)
     monkeypatch.setattr(type(found), "front", lambda self, max_bytes: (far, best))
-    for nats, error, tuned in ((0.01, 0.0, 0.3 * 0.01**2), (0.1, 0.02, 0.3 * 0.11**2), (10.0, 0.0, 5.0)):
+    for nats, error, tuned in ((0.002, 0.0, 0.001), (0.1, 0.0, 0.005), (0.2, 0.02, 0.3 * 0.21**2), (10.0, 0.0, 5.0)):
         against = {far: (nats, error), best: (0.0, 0.0)}
         monkeypatch.setattr(type(found), "loss_against", lambda self, one, other, against=against: against[one])
         for tunes in (True, False):
@@ -68,6 +74,16 @@ def test_below_density_1_a_position_is_worth_what_tuning_makes_of_it(monkeypatch
                 own = 0 if one.position is best else tuned if tunes and one.density < 1 else untuned
                 assert one.estimate == pytest.approx(best.score - own - expected_loss(one.density))
                 assert one.error == pytest.approx(math.hypot(LOSS_ERROR, own))
+
+
+def test_a_fitted_adapter_must_save_clearly_more_than_an_exact_position(monkeypatch):
+    task, found = scanned()
+    best = found.front()[-1]
+    monkeypatch.setattr(type(found), "loss_against", lambda self, one, other: (0.0, 0.0))
+    for saved, kept in ((0.05, False), (0.15, True)):
+        other = fitted(best, (1 - saved) * best.n_macs)
+        monkeypatch.setattr(type(found), "front", lambda self, max_bytes, other=other: (other, best))
+        assert any(one.position is other and one.density == 1 for one in joint_front(task, found)) == kept
 
 
 def test_a_bound_that_no_position_meets_is_met_by_a_lower_density():

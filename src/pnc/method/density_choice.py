@@ -26,8 +26,11 @@ LEAST_ERROR = 0.006
 """Least standard error of a measured loss: supports differ by that much, see results/part.md."""
 SLOPE = 0.5
 """Accuracy lost per nat of held-out log-loss, between positions."""
-TUNED_SLOPE = 0.3
-"""Accuracy lost per squared nat, once a position's adapter and part are tuned: small differences vanish."""
+TUNED_SLOPE, TUNED_LEAST = 0.3, 0.005
+"""Accuracy lost per squared nat, once a position's adapter and part are tuned: small differences vanish, down to the
+least loss, as the head is then fitted on features of images that the part was tuned on."""
+CLEARLY = 1.1
+"""A position with a fitted adapter must be cheaper by this factor than one without, which is exact on any image."""
 N_ERRORS = 0.5
 """Standard errors of a position's log-loss that count against it, so that few images do not choose a bad one."""
 N_TRIED = 2
@@ -71,7 +74,8 @@ def joint_front(
         max_bytes: Bound on the size of the thin file at full density.
         tunes: Whether parts below density 1 are tuned together with their adapters.
     Returns:
-        The candidates that no other one beats in both estimate and added MACs, cheapest first.
+        The candidates that no other one beats in both estimate and added MACs, cheapest first; those with a fitted
+        adapter must be clearly cheaper than exact ones.
     Raises:
         InputError: no combination is within the bounds.
     """
@@ -85,9 +89,11 @@ def joint_front(
             f"max_macs={max_macs}, max_bytes={max_bytes}: no position is within these bounds, even at density "
             f"{LEAST_DENSITY}; allow more"
         )
+    exact = [one for one in made if one.position.is_exact]
     front: list[Candidate] = []
     for one in sorted(made, key=lambda c: (c.macs_share, -c.estimate)):
-        if not front or one.estimate > front[-1].estimate:
+        is_beaten = any(o.estimate >= one.estimate and o.macs_share < CLEARLY * one.macs_share for o in exact)
+        if (one in exact or not is_beaten) and (not front or one.estimate > front[-1].estimate):
             front.append(one)
     return tuple(front)
 
@@ -122,7 +128,7 @@ def _densities(
         share = (full - costs.most + costs.bound(density)) / source
         own = SLOPE * nats
         if tunes and density < 1:
-            own = min(own, TUNED_SLOPE * nats**2)
+            own = min(own, max(TUNED_LEAST, TUNED_SLOPE * nats**2))
         return Candidate(position, density, share, best - own - expected_loss(density), math.hypot(LOSS_ERROR, own))
 
     densities = list(DENSITIES) if costs.most > costs.least else [1.0]
