@@ -24,6 +24,8 @@ LOSS_ERROR = 0.004
 """Standard error of what a part of density 1/2 loses."""
 LEAST_ERROR = 0.006
 """Least standard error of a measured loss: supports differ by that much, see results/part.md."""
+SURPRISE = 2.0
+"""Standard errors of both by which more must be lost than expected for the measured loss alone to count."""
 SLOPE = 0.5
 """Accuracy lost per nat of held-out log-loss, between positions."""
 TUNED_SLOPE, TUNED_LEAST = 0.3, 0.005
@@ -181,6 +183,12 @@ def smallest_good(
 
 
 def _shrunk(expected: float, expected_error: float, measured: float, error: float) -> tuple[float, float]:
-    """Combine the expected and the measured loss of accuracy; also return the standard error."""
-    weight = expected_error**2 / (expected_error**2 + max(error, LEAST_ERROR) ** 2)
+    """Combine the expected and the measured loss of accuracy; also return the standard error.
+
+    If much more is lost than expected, this is another kind of network than the expectation is from.
+    """
+    error = max(error, LEAST_ERROR)
+    if measured - expected > SURPRISE * math.hypot(expected_error, error):
+        return measured, error
+    weight = expected_error**2 / (expected_error**2 + error**2)
     return expected + weight * (measured - expected), expected_error * (1 - weight) ** 0.5
