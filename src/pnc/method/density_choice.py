@@ -29,8 +29,8 @@ SURPRISE = 2.0
 SLOPE = 0.5
 """Accuracy lost per nat of held-out log-loss, between positions."""
 TUNED_SLOPE, TUNED_LEAST = 0.3, 0.005
-"""Accuracy lost per squared nat, once a position's adapter and part are tuned: small differences vanish, down to the
-least loss, as the head is then fitted on features of images that the part was tuned on."""
+"""Accuracy lost per squared nat once a position's adapter and part are tuned, and the least that is lost: the head is
+then fitted on features of images that the part was tuned on."""
 CLEARLY = 1.1
 """A position with a fitted adapter must be cheaper by this factor than one without, which is exact on any image."""
 N_ERRORS = 0.5
