@@ -110,9 +110,11 @@ class PairOptions:
         return PUBLIC in (self.source, self.target)
 
     def _network(self, options: ModelOptions, input_shape: tuple[int, int, int]) -> LoadedModel:
-        """Load one network; beside the public one, which takes images of any size, the other one resizes them, too."""
+        """Load one network. Beside the public one, which resizes its images, the other one does so too."""
         if options.spec == PUBLIC:
-            return public_network(input_shape)
+            public = public_network(input_shape)
+            public.module.to(read_device(options.device))
+            return public
         model = load_network(options, input_shape=input_shape)
         return resized(model, input_shape) if self._has_public else model
 

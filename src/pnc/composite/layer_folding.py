@@ -120,8 +120,9 @@ def _is_norm(layer: nn.Module | None) -> bool:
 
 
 def norms_after_layers(body: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Module, fx.Node, nn.Module]]:
-    """List each BatchNorm with the layer before it, if nothing else reads that layer's result: node, layer, both twice.
+    """Yield each BatchNorm and the layer before it, if nothing else reads that layer's result.
 
+    A layer's node and the layer come first, then the norm's node and the norm.
     Layers that are called more than once, have hooks or a replaced `forward` are left out.
     """
     layers = _Layers(body)
