@@ -23,9 +23,9 @@ from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
 from pnc.method.density_choice import TOLERANCES
 from pnc.method.pipeline import clone, fit
-from pnc.method.positions import Scan, scan
+from pnc.method.positions import scan
 from pnc.method.settings import Tune
-from pnc.method.task import CloneTask, Progress, prepare_task
+from pnc.method.task import Progress, prepare_task
 
 KEYS = ("pair", "classes", "support", "form", "seed")
 WHOLE, DEFAULT, SECONDS, SMALL = "whole", "default", "seconds", "small"
@@ -76,13 +76,15 @@ class _Case:
         shown = [name for name in setting.source.classes if name in setting.test.classes]
         self._own_test = relabel(class_subset(setting.test, shown), setting.source.classes)
         self._target_logits = logits_of(setting.target.module, self._test.images)
-        self._scanned: tuple[CloneTask, Scan] | None = None
+        source, target = setting.source.module, setting.target.module
+        self._task = prepare_task(source, target, self._support, **setting.arguments(classes, seed))
+        self._found = scan(self._task)
 
     def row(self, form: str) -> Row:
         """Make one clone, measure it, and check what is promised."""
         target = self._setting.target.module
         before, start = take_snapshot(target), time.perf_counter()
-        made, task = self._clone(form)
+        made = self._clone(form)
         seconds = time.perf_counter() - start
         net = attach(target, made)
         logits = logits_of(net, self._test.images)
@@ -101,27 +103,23 @@ class _Case:
             "tune": made.recipe.get("tune"),
             "bytes": n_bytes,
             "seconds": seconds,
-            "not_cloned": masked_source_accuracy(task, made, self._own_test)["not_cloned"],
+            "not_cloned": masked_source_accuracy(self._task, made, self._own_test)["not_cloned"],
             "position": f"{made.target_cut.name} > {made.source_cut.name}",
             "base_logits_equal": torch.equal(logits[:, : self._target_logits.shape[1]], self._target_logits),
             "removed_equal": torch.equal(logits_of(net, some), self._target_logits[: len(some)]),
             "target_unchanged": not differences(target, before),
         }
 
-    def _clone(self, form: str) -> tuple[Clone, CloneTask]:
-        source, target = self._setting.source.module, self._setting.target.module
-        arguments = self._setting.arguments(self._classes, self._seed)
-        if self._scanned is None:
-            task = prepare_task(source, target, self._support, **arguments)
-            self._scanned = task, scan(task)
-        task, found = self._scanned
+    def _clone(self, form: str) -> Clone:
         if form in _OF_CLONE:
-            return clone(source, target, self._support, **arguments, **_OF_CLONE[form]), task
-        fitted = found.adapter(found.choose())
+            source, target = self._setting.source.module, self._setting.target.module
+            arguments = self._setting.arguments(self._classes, self._seed)
+            return clone(source, target, self._support, **arguments, **_OF_CLONE[form])
+        fitted = self._found.adapter(self._found.choose())
         if form == WHOLE:
-            return fit(task, fitted), task
+            return fit(self._task, fitted)
         density, tune = form.split()
-        return fit(task, fitted, density=float(density), tune=cast(Tune, tune)), task
+        return fit(self._task, fitted, density=float(density), tune=cast(Tune, tune))
 
 
 def claims(rows: Rows) -> list[Claim]:
