@@ -1,7 +1,9 @@
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+from torch import nn
 
 import pnc
 from digits import BASE, NEW, pair, support
@@ -13,6 +15,7 @@ from pnc.method.held_out import unscored
 from pnc.method.localization.aim import Aim
 from pnc.method.localization.inner_tensors import InnerTensors
 from pnc.method.localization.localizer import localize
+from pnc.method.localization.training_precision import training_autocast
 from pnc.method.part_tuning import tune_part
 
 
@@ -111,6 +114,30 @@ def test_adapters_are_tuned_along_with_the_part():
     assert not torch.equal(tuned.fitted.adapter.weight, fitted.adapter.weight)
     assert not torch.equal(tuned.fitted.adapter.weight, tuned.scored.adapter.weight)
     assert tuned.fitted.adapter.weight.grad is None and not tuned.fitted.adapter.weight.requires_grad
+
+
+def test_grouped_convolutions_are_trained_in_float32():
+    task = replace(thinned()[0], precision="bfloat16")
+    maps, weight = torch.rand(2, 4, 8, 8), torch.rand(4, 1, 3, 3, requires_grad=True)
+    with training_autocast(task):
+        inner = torch.conv2d(maps, torch.rand(4, 4, 1, 1))
+        outputs = [
+            nn.Conv2d(4, 4, 3, groups=2)(inner),
+            torch.conv2d(inner, weight, groups=4),
+            nn.functional.conv2d(inner, weight, None, 1, 0, 1, 4),
+        ]
+    assert inner.dtype == torch.bfloat16
+    assert [output.dtype for output in outputs] == [torch.float32] * 3
+    outputs[1].sum().backward()
+    assert weight.grad.dtype == torch.float32
+
+
+def test_the_source_answers_in_batches_of_the_task():
+    task = thinned()[0]
+    few, images = replace(task, batch_size=7), task.samples.images[:20]
+    one, two = (Aim(each).answers(images) for each in (task, few))
+    assert torch.allclose(one.features, two.features, atol=1e-5) and len(two.features) == 20
+    assert torch.allclose(one.logits, two.logits, atol=1e-4)
 
 
 def test_the_default_tuning_depends_on_the_allowed_bytes():

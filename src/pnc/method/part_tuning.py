@@ -38,6 +38,7 @@ from pnc.method.localization.aim import Answers
 from pnc.method.localization.fixed_norms import FixedNorms
 from pnc.method.localization.inner_tensors import InnerTensors
 from pnc.method.localization.norms import batch_norms, reestimate_statistics, training_norms
+from pnc.method.localization.training_precision import in_training_precision, training_autocast
 from pnc.method.settings import Tune
 from pnc.method.source_part import SourcePart
 from pnc.method.task import CloneTask, Progress
@@ -184,7 +185,7 @@ class _Path:
     def __init__(
         self, task: CloneTask, adapter: Adapter, part: SourcePart, tune: str, progress: Progress | None
     ) -> None:
-        task = replace(task, precision="bfloat16") if _has_bfloat16(task.source.device) else task
+        task = in_training_precision(task)
         self._task, self._tune, self._progress = task, tune, progress
         self._generator = torch.Generator().manual_seed(task.seed)
         few = task.within(8 * task.source.head.features.n_channels)
@@ -255,7 +256,7 @@ class _Path:
         """Return the loss of one batch; each process of the team runs a part of it."""
         task, n = self._task, len(images)
         place = task.team.part(n)
-        with task.autocast():
+        with training_autocast(task):
             wanted = self._aim.answers(images[place])
             with torch.no_grad():
                 seen = self._prefix(to_device(images[place], task.target.device))
@@ -296,13 +297,6 @@ class _Path:
         if self._factors:
             return low_rank_deltas(self._part, self._factors, self._values, RANK)
         return rounded_deltas(self._part, self._values)
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 itself: training then takes two thirds of the time."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
 
 
 def _draws(n: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -60,7 +60,7 @@ class Aim:
     def __init__(self, task: CloneTask, inner: Sequence[CutPoint] = ()) -> None:
         self._features, self._device = task.source.head.features, task.source.device
         self._teacher = folded(extract(task.source.recording, None, [self._features, LOGITS, *inner]))
-        self._cloned = task.source_ids
+        self._cloned, self._batch_size = task.source_ids, task.batch_size
         (features, logits), _ = task.run(lambda images: self._answers(images)[:2], task.source.device)
         self.support = Answers(features, logits)
         self._scale = _above_zero(self.support.features.var(0, correction=0)).sqrt()
@@ -74,8 +74,9 @@ class Aim:
     def answers(self, images: Tensor) -> Answers:
         """Return the source's answers to any images (B, C, H, W), in float32."""
         with torch.no_grad():
-            features, logits, *inner = self._answers(to_device(images, self._device))
-        return Answers(features.float(), logits.float(), tuple(tensor.float() for tensor in inner))
+            found = [self._answers(to_device(some, self._device)) for some in images.split(self._batch_size)]
+        features, logits, *inner = (torch.cat(tensors).float() for tensors in zip(*found, strict=True))
+        return Answers(features, logits, tuple(inner))
 
     def _answers(self, images: Tensor) -> tuple[Tensor, ...]:
         features, logits, *inner = self._teacher(images)
