@@ -120,6 +120,44 @@ def test_norms_are_folded_also_into_the_adapter():
     assert n_norms(assert_fused(plan_of(target, [rectified]), hazards.images(3))) == 1, "behind a ReLU it must stay"
 
 
+class PaddedConv(nn.Conv2d):
+    """A convolution that is called as a function, since it pads its input with a layer of its own."""
+
+    def __init__(self, *sizes, **settings) -> None:
+        super().__init__(*sizes, **settings)
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
+
+    def forward(self, x):
+        return F.conv2d(self.pad(x), self.weight, self.bias, self.stride, groups=self.groups)
+
+
+def test_norms_are_folded_into_convolutions_that_are_called_as_functions():
+    torch.manual_seed(0)
+    layers = [PaddedConv(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), PaddedConv(8, 8, 2, groups=8, bias=False)]
+    net = nn.Sequential(*layers, nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    target, source = small("Residual"), Network(net)
+    before = {name: tensor.clone() for name, tensor in source.module.state_dict().items()}
+    whole = make_branch(target, source, (0, 0))
+    fused = assert_fused(plan_of(target, [whole]), hazards.images(3))
+    assert n_norms(whole) == 2 and n_norms(fused) == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in source.module.state_dict().items())
+    n_held = sum(tensor.numel() for body in fused.bodies for tensor in body.parameters())
+    assert n_held < 1.2 * sum(tensor.numel() for tensor in net[:5].parameters()), "no weight is held twice"
+
+
+def test_a_convolution_with_a_bias_that_is_no_parameter_stays_as_it_is():
+    class Shifted(PaddedConv):
+        def forward(self, x):
+            return F.conv2d(self.pad(x), self.weight, bias=self.shift)
+
+    torch.manual_seed(0)
+    conv = Shifted(3, 8, 2, bias=False)
+    conv.register_buffer("shift", torch.randn(8))
+    net = nn.Sequential(conv, nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    whole = make_branch(target := small("Residual"), Network(net), (0, 0))
+    assert n_norms(assert_fused(plan_of(target, [whole]), hazards.images(3))) == 1
+
+
 def convolutions(fused) -> int:
     return n_called(fused, torch.conv2d) + sum(isinstance(part, nn.Conv2d) for part in fused.modules())
 

@@ -21,6 +21,7 @@ from pnc.graph.nodes import info
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CONV2D = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _LANES = 16
 """Channels that a processor computes at once."""
 
@@ -62,6 +63,7 @@ def _fold(body: fx.GraphModule, given: Tensor) -> "_Layers":
     """Fold norms in place. Returns the remaining layers; `given` is an example of the input."""
     with torch.no_grad():
         ShapeProp(body).propagate(given)
+    _make_layers(body)
     layers = _Layers(body)
     _fold_norms(body)
     _fold_fills(body, layers)
@@ -134,6 +136,41 @@ def norms_after_layers(body: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Modul
         layer = layers.of(source)
         if layer is not None and len(source.users) == 1:
             yield source, layer, node, norm
+
+
+def _make_layers(body: fx.GraphModule) -> None:
+    """Make convolutions that are called as functions into layers of the same weights, so that norms can be folded."""
+    for node in list(body.graph.nodes):
+        if node.op != "call_function" or node.target is not torch.conv2d:
+            continue
+        given = {**dict(zip(_CONV2D, node.args, strict=False)), **node.kwargs}
+        image, own_weight, own_bias = (given.pop(name, None) for name in _CONV2D[:3])
+        weight, bias = (_constant(body, given_as) for given_as in (own_weight, own_bias))
+        if weight is None or (bias is None) != (own_bias is None):
+            continue
+        settings = {name: value for name, value in given.items() if value is not None}
+        n_in = weight.shape[1] * settings.get("groups", 1)
+        layer = nn.Conv2d(
+            n_in, len(weight), (weight.shape[2], weight.shape[3]), **settings, bias=bias is not None, device="meta"
+        )
+        layer.weight, layer.bias = weight, bias
+        name = f"{node.name}_layer"
+        body.add_submodule(name, layer.eval())
+        with body.graph.inserting_before(node):
+            made = body.graph.call_module(name, (image,))
+        made.meta = dict(node.meta)
+        constants = [used for used in node.all_input_nodes if used.op == "get_attr"]
+        bypass(node, made)
+        for unused in (used for used in constants if not used.users):
+            body.graph.erase_node(unused)
+            if all(other.target != unused.target for other in body.graph.nodes):
+                delattr(body, str(unused.target))
+
+
+def _constant(body: fx.GraphModule, given: object) -> nn.Parameter | None:
+    """The parameter that a node of a flattened graph stands for, if it does."""
+    found = getattr(body, str(given.target)) if isinstance(given, fx.Node) and given.op == "get_attr" else None
+    return found if isinstance(found, nn.Parameter) else None
 
 
 def _fold_norms(body: fx.GraphModule) -> None:
