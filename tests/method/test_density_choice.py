@@ -14,6 +14,7 @@ from pnc.method.density_choice import (
     LOSS_ERROR,
     Candidate,
     _shrunk,
+    at_density,
     expected_loss,
     joint_front,
     smallest_good,
@@ -108,10 +109,36 @@ def test_a_bound_that_no_position_meets_is_met_by_a_lower_density():
 
 def test_impossible_bounds_are_refused():
     task, found = scanned()
-    with pytest.raises(InputError, match="no position is within these bounds, even at density 0.1; allow more"):
+    with pytest.raises(InputError, match="max_macs=1e-09: the cheapest clone, at density [0-9.]+, adds 0.* or give a"):
         joint_front(task, found, max_macs=1e-9)
-    with pytest.raises(InputError, match="max_bytes=10"):
+    with pytest.raises(InputError, match="max_bytes=10: the smallest file is estimated at up to [0-9]+ bytes; allow"):
         joint_front(task, found, max_bytes=10)
+
+
+def test_a_part_whose_file_would_be_too_large_loses_no_channels():
+    task, found = scanned()
+    room = min(position.n_bytes for position in found.front())
+    assert {one.density for one in joint_front(task, found, max_bytes=room)} == {1.0}
+    assert len({one.density for one in joint_front(task, found, max_bytes=room + 10_000)}) > 1
+
+
+def test_a_fixed_density_counts_against_the_bound_on_macs():
+    task, found = scanned()
+    whole = next(p for p in found.positions if p.is_exact)
+    kept = at_density(task, found, 0.3, 0.5)
+    assert whole in kept.positions and whole.macs_share > 0.5
+    for position in kept.positions:
+        part = localize(task, found.adapter(position).adapter, 0.3, "taylor")
+        assert part.masks is not None, "a density must have an effect"
+    with pytest.raises(InputError, match="max_macs=0.001: at density 0.3 the cheapest position adds 0.* lower density"):
+        at_density(task, found, 0.3, 0.001)
+
+
+def test_a_density_without_effect_is_told():
+    task, found = scanned()
+    last = replace(found, positions=(min(found.positions, key=lambda position: position.n_macs),))
+    with pytest.warns(pnc.PNCWarning, match="density=0.3 has no effect: no channel of the source can be removed"):
+        assert at_density(task, last, 0.3, None).positions == last.positions
 
 
 class Made:

@@ -159,6 +159,23 @@ def test_the_default_tuning_depends_on_the_allowed_bytes():
     assert "tune" not in pnc.fit(task, fitted).recipe, "the source itself has nothing to tune"
 
 
+@pytest.mark.parametrize("tune", ["weights", "low-rank", "norms", "none", None])
+def test_a_file_larger_than_allowed_is_refused_before_the_work(tune, tmp_path, monkeypatch):
+    task, fitted, _ = thinned()
+    with monkeypatch.context() as patch:
+        patch.setattr(part_tuning, "N_STEPS", 2)
+        made = pnc.fit(task, fitted, density=0.5, tune=tune or "none", method="taylor")
+    n_bytes = pnc.save(made, tmp_path / "clone")
+    monkeypatch.setattr(part_tuning._Path, "walk", None)
+    with pytest.raises(
+        InputError, match="max_bytes=.*: the file of a part of density 0.* is estimated at up to"
+    ) as told:
+        pnc.fit(task, fitted, density=0.5, tune=tune, method="taylor", max_bytes=n_bytes - 1)
+    assert ("tune=" in str(told.value)) == (tune is not None)
+    estimate = int(str(told.value).partition("up to ")[2].split()[0])
+    assert n_bytes <= estimate < n_bytes + 4000
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -166,6 +183,8 @@ def test_the_default_tuning_depends_on_the_allowed_bytes():
         ({"tune": "weights", "refine": True}, "refine: tune='weights' already tunes the adapter"),
         ({"effort": "hours"}, "effort: expected one of seconds, minutes; got 'hours'"),
         ({"prefer": "big"}, "prefer: expected one of accuracy, balanced, small; got 'big'"),
+        ({"prefer": "small", "density": 0.5}, "prefer: 'small' chooses the density, which density=0.5 fixes"),
+        ({"prefer": "accuracy", "effort": "seconds"}, "prefer: 'accuracy' chooses .* which effort='seconds' fixes"),
         ({"effort": "seconds", "tune": "norms"}, "'seconds' is closed form only, but tune='norms' trains"),
         ({"effort": "seconds", "method": "gates"}, "but method='gates' trains by gradient; drop one"),
         ({"strategy": "sequential", "tune": "weights"}, "tune: strategy='sequential' tunes only"),

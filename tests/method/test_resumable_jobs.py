@@ -124,7 +124,7 @@ def test_another_kind_of_file_is_refused_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "steps.safetensors"
     write_tensors(path, {"x": torch.ones(1)}, {"format": "other"})
     before = path.read_bytes()
-    with pytest.raises(pnc.InputError, match="resume: .* holds 'other', not the steps of a clone; choose another path"):
+    with pytest.raises(pnc.InputError, match="resume: .* holds 'other', not the steps of a clone; delete it, or"):
         Steps(path, "a")
     assert path.read_bytes() == before
     with pytest.raises(pnc.InputError, match=r"resume: expected a path that ends in \.safetensors"):
@@ -132,7 +132,7 @@ def test_another_kind_of_file_is_refused_and_kept(tmp_path: Path) -> None:
     with pytest.raises(pnc.InputError, match="resume: there is no folder"):
         Steps(tmp_path / "missing" / "steps.safetensors")
     path.write_bytes(before[:-1])
-    with pytest.raises(pnc.FileFormatError):
+    with pytest.raises(pnc.FileFormatError, match="resume: .* is damaged; delete it to start again, or"):
         Steps(path, "a")
 
 

@@ -105,6 +105,13 @@ def masks_within(costs: Costs, ranking: Mapping[str, Tensor], n_macs: int, round
     return ChannelMasks({s.name: kept[s.start : s.start + s.size].clone() for s in spaces.spaces})
 
 
+def least_macs(costs: Costs, round_to: int) -> int:
+    """The cost of the fewest channels that can stay in multiples of a number; see `masks_within`."""
+    ranking = {space.name: torch.zeros(space.size, dtype=torch.float64) for space in costs.spaces.spaces}
+    blocks = _Blocks(costs.spaces, ranking, round_to)
+    return costs.n_macs(blocks.kept(blocks.first))
+
+
 def best_within(costs: Costs, ranking: Mapping[str, Tensor], n_macs: int) -> Tensor:
     """Kept flags (n_units,) as in `masks_within`, but faster: unchecked, and without filling up the budget."""
     blocks = _Blocks(costs.spaces, ranking, round_to=1)

@@ -116,9 +116,10 @@ def check_clones(values: Sequence[object]) -> None:
     """Refuse an empty list, and anything in it that is not a clone, such as a path."""
     if not values:
         raise InputError("clones: give at least one")
-    wrong = next((one for one in values if not isinstance(one, Clone)), None)
-    if wrong is None:
+    foreign = [one for one in values if not isinstance(one, Clone)]
+    if not foreign:
         return
+    wrong = foreign[0]
     hint = "; write *clones" if isinstance(wrong, list | tuple) else ""
     hint = f"; read the file first: pnc.load({str(wrong)!r})" if isinstance(wrong, str | Path) else hint
     raise InputError(

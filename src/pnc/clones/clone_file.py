@@ -74,6 +74,8 @@ def save(clone: Clone, path: str | Path, kind: FileKind = "thin") -> int:
     """
     if kind not in get_args(FileKind):
         raise InputError(f"kind: expected {' or '.join(get_args(FileKind))}, got {kind!r}")
+    if not isinstance(clone, Clone):
+        raise InputError(f"clone: expected what pnc.clone or pnc.load returns; got {type(clone).__name__}")
     check_file_name(path)
     tensors = {name: _short(name, tensor) for name, tensor in fitted_tensors(clone.branch).items() if tensor.numel()}
     if clone.branch.scalars.is_identity:  # a file without scalars means the same

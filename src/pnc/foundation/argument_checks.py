@@ -42,6 +42,7 @@ def check_share(value: object, argument: str, of: str, or_else: str = "") -> Non
         return
     percent = is_number and not _is_huge(value) and 1 < value <= 100  # type: ignore[operator]
     hint = f" (percent? write {value / 100:g})" if percent else ""  # type: ignore[operator]
+    hint = hint if is_number or value is None else f" (write a Python number, not {type(value).__name__})"
     raise InputError(f"{argument}: expected a share of {of}, above 0 and at most 1{or_else}; got {came(value)}{hint}")
 
 

@@ -37,10 +37,16 @@ class Steps:
         check_steps_path(path)
         exists = path.exists()
         if exists:
-            tensors, facts = read_tensors(path)
+            try:
+                tensors, facts = read_tensors(path)
+            except FileFormatError as error:
+                raise FileFormatError(
+                    f"resume: {path} is damaged; delete it to start again, or choose another path"
+                ) from error
             if facts.get("format") != FORMAT:
                 raise InputError(
-                    f"resume: {path} holds {facts.get('format')!r}, not the steps of a clone; choose another path"
+                    f"resume: {path} holds {facts.get('format')!r}, not the steps of a clone; delete it, or choose "
+                    "another path"
                 )
             if facts.get("identity") == identity:
                 self._found = _steps(path, tensors, facts.get("steps"))

@@ -1,15 +1,17 @@
 """Chooses position and density together: estimates many clones, and makes the few that may be chosen."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.mac_budget import Costs
 from pnc.clones.clone import Clone
-from pnc.foundation.errors import InputError
+from pnc.foundation.errors import InputError, PNCWarning
+from pnc.method.file_size import statistics_bytes
 from pnc.method.held_out import Outcome, source_body
-from pnc.method.positions import Position, Scan
+from pnc.method.positions import Position, Scan, too_small
 from pnc.method.settings import Prefer
 from pnc.method.task import CloneTask
 
@@ -73,7 +75,7 @@ def joint_front(
         found: Its scan; the positions of its front are combined with densities.
         max_macs: Bound on the added MACs as a share of the source's; a position above it is also tried at the density
             that just meets it.
-        max_bytes: Bound on the size of the thin file at full density.
+        max_bytes: Bound on the size of the thin file, which a part with removed channels makes larger.
         tunes: Whether parts below density 1 are tuned together with their adapters.
     Returns:
         The candidates that no other one beats in both estimate and added MACs, cheapest first; those with a fitted
@@ -81,15 +83,20 @@ def joint_front(
     Raises:
         InputError: no combination is within the bounds.
     """
+    worth = _worth(task, found, max_bytes)
+    if not worth and max_bytes is not None:
+        raise too_small(max_bytes, min(position.n_bytes for position in found.positions))
+    parts = [_Part(task, position, max_bytes) for position, _, _ in worth]
     made = [
         one
-        for position, best, nats in _worth(task, found, max_bytes)
-        for one in _densities(task, position, best, nats, max_macs, tunes)
+        for part, (_, best, nats) in zip(parts, worth, strict=True)
+        for one in part.candidates(best, nats, max_macs, tunes)
     ]
     if not made:
+        share, density = min((part.share(part.least_density), part.least_density) for part in parts)
         raise InputError(
-            f"max_macs={max_macs}, max_bytes={max_bytes}: no position is within these bounds, even at density "
-            f"{LEAST_DENSITY}; allow more"
+            f"max_macs={max_macs}: the cheapest clone{_within(max_bytes)}, at density {density:g}, adds {share:.3f} of "
+            f"the source's MACs; allow as much, or give a lower density"
         )
     exact = [one for one in made if one.position.is_exact]
     front: list[Candidate] = []
@@ -119,27 +126,72 @@ def _worth(task: CloneTask, found: Scan, max_bytes: int | None) -> list[tuple[Po
     return worth
 
 
-def _densities(
-    task: CloneTask, position: Position, best: float, nats: float, max_macs: float | None, tunes: bool
-) -> list[Candidate]:
-    body = source_body(task, position.source_cut)
-    costs = Costs(body, channel_spaces(body))
-    full, source = position.n_macs, task.source.n_macs
+def at_density(task: CloneTask, found: Scan, density: float, max_macs: float | None) -> Scan:
+    """Keep the positions of a scan where a density below 1 has an effect, and is within the bound on added MACs.
 
-    def candidate(density: float) -> Candidate:
-        share = (full - costs.most + costs.bound(density)) / source
-        own = SLOPE * nats
-        if tunes and density < 1:
-            own = min(own, max(TUNED_LEAST, TUNED_SLOPE * nats**2))
-        return Candidate(position, density, share, best - own - expected_loss(density), math.hypot(LOSS_ERROR, own))
+    Raises:
+        InputError: none is within the bound.
+    """
+    parts = [_Part(task, position) for position in found.positions]
+    if not any(part.is_prunable for part in parts):
+        warnings.warn(
+            f"density={density} has no effect: no channel of the source can be removed", PNCWarning, stacklevel=3
+        )
+    else:
+        parts = [part for part in parts if part.is_prunable]
+    within = [part.position for part in parts if max_macs is None or part.share(density) <= max_macs]
+    if not within:
+        cheapest = min(part.share(density) for part in parts)
+        raise InputError(
+            f"max_macs={max_macs}: at density {density:g} the cheapest position adds {cheapest:.3f} of the source's "
+            "MACs; allow as much, or give a lower density"
+        )
+    return replace(found, positions=tuple(within))
 
-    densities = list(DENSITIES) if costs.most > costs.least else [1.0]
-    if max_macs is not None and costs.most > costs.least:
-        room = max_macs * source - (full - costs.most) - costs.least
-        if LEAST_DENSITY <= (exact := room / (costs.most - costs.least)) < 1:
-            densities.append(exact)
-    made = [candidate(density) for density in densities]
-    return [one for one in made if max_macs is None or one.macs_share <= max_macs]
+
+class _Part:
+    """The source's part behind a position, and what it costs at any density.
+
+    Args:
+        task: Gives the source.
+        position: Where the part begins.
+        max_bytes: Bound on the size of the thin file; a part that would exceed it loses no channels.
+    """
+
+    def __init__(self, task: CloneTask, position: Position, max_bytes: int | None = None) -> None:
+        body = source_body(task, position.source_cut)
+        self._costs, self._source, self.position = Costs(body, channel_spaces(body)), task.source.n_macs, position
+        fits = max_bytes is None or position.n_bytes + statistics_bytes(body) <= max_bytes
+        self.is_prunable = fits and self._costs.most > self._costs.least
+
+    @property
+    def least_density(self) -> float:
+        """The lowest density that is tried."""
+        return LEAST_DENSITY if self.is_prunable else 1.0
+
+    def share(self, density: float) -> float:
+        """Added multiply-accumulates as a share of the source's."""
+        return (self.position.n_macs - self._costs.most + self._costs.bound(density)) / self._source
+
+    def candidates(self, best: float, nats: float, max_macs: float | None, tunes: bool) -> list[Candidate]:
+        """Estimate the part at several densities, given the best position's score and its own log-loss above that."""
+        densities = list(DENSITIES) if self.is_prunable else [1.0]
+        if max_macs is not None and self.is_prunable:
+            room = max_macs * self._source - (self.position.n_macs - self._costs.most) - self._costs.least
+            if LEAST_DENSITY <= (exact := room / (self._costs.most - self._costs.least)) < 1:
+                densities.append(exact)
+        made = []
+        for density in densities:
+            own = SLOPE * nats
+            if tunes and density < 1:
+                own = min(own, max(TUNED_LEAST, TUNED_SLOPE * nats**2))
+            score, error = best - own - expected_loss(density), math.hypot(LOSS_ERROR, own)
+            made.append(Candidate(self.position, density, self.share(density), score, error))
+        return [one for one in made if max_macs is None or one.macs_share <= max_macs]
+
+
+def _within(max_bytes: int | None) -> str:
+    return "" if max_bytes is None else f" within max_bytes={max_bytes}"
 
 
 def smallest_good(

@@ -31,7 +31,11 @@ def thin_bytes(task: CloneTask, adapter: Adapter) -> int:
     return 4 * adapter.n_params + n_head + DIGEST_BYTES * n_tensors + n_operations + n_names + FACTS_BYTES
 
 
+def statistics_bytes(part: nn.Module) -> int:
+    """Upper bound on the bytes that a part's own statistics add to a thin file; it has them if channels are removed."""
+    return sum(4 * buffer.numel() + NAME_BYTES for buffer in part.buffers())
+
+
 def tuned_bytes(task: CloneTask, adapter: Adapter, part: nn.Module, rank: int | None) -> int:
     """Upper bound on the bytes of a thin file of a tuned part: with low-rank deltas, or with None codes for all."""
-    n_statistics = sum(4 * buffer.numel() + NAME_BYTES for buffer in part.buffers())
-    return thin_bytes(task, adapter) + n_statistics + delta_bytes(part, rank)
+    return thin_bytes(task, adapter) + statistics_bytes(part) + delta_bytes(part, rank)

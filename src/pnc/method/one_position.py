@@ -25,6 +25,7 @@ from pnc.method.held_out import (
     source_body,
 )
 from pnc.method.localization.localizer import localize
+from pnc.method.localization.norms import batch_norms
 from pnc.method.part_tuning import tune_part, what_to_tune
 from pnc.method.refinement import refined
 from pnc.method.settings import Removal
@@ -159,5 +160,5 @@ class Maker:
         if is_tuned := what_to_tune(task, fitted.adapter, part, removal.tune, self.max_bytes):
             done = tune_part(task, fitted, part, is_tuned, steps, self.progress)
             return _Trained(done.part, done.fitted, done.scored, {"tune": is_tuned})
-        is_norms = removal.tune == "norms" and part.masks is not None
+        is_norms = removal.tune == "norms" and part.masks is not None and bool(batch_norms(part.module))
         return _Trained(part, fitted, fitted, {"tune": "norms"} if is_norms else {})

@@ -29,10 +29,11 @@ from pnc.channels.compaction import own_copy
 from pnc.clones.adapter import Adapter
 from pnc.clones.deltas import Deltas, deltas_of, low_rank_deltas, merge, rank_of, rounded_deltas
 from pnc.data.image_store import Images, to_device
+from pnc.foundation.errors import InputError
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.graph.cut_points import extract
 from pnc.method.adapter_fitting import CrossFitted
-from pnc.method.file_size import tuned_bytes
+from pnc.method.file_size import statistics_bytes, thin_bytes, tuned_bytes
 from pnc.method.held_out import unscored
 from pnc.method.localization.aim import Answers
 from pnc.method.localization.fixed_norms import FixedNorms
@@ -88,16 +89,32 @@ class Tuned:
 def what_to_tune(
     task: CloneTask, adapter: Adapter, part: SourcePart, tune: Tune | None, max_bytes: int | None
 ) -> Distilled | None:
-    """Return what to tune of a part, or None: as `tune` says; by default, below density 1, what fits `max_bytes`."""
+    """Return what to tune of a part, or None: as `tune` says; by default, below density 1, what fits `max_bytes`.
+
+    Raises:
+        InputError: the thin file would be larger than `max_bytes`.
+    """
     if part.masks is None and (adapter.is_identity or tune is None):
         return None  # the part is the source itself, or close to it
+    tried: tuple[Distilled | None, ...] = ("weights", "low-rank", None)
     if tune is not None:
-        return tune if tune == "weights" or tune == "low-rank" else None
-    kinds: tuple[tuple[Distilled, int | None], ...] = ("weights", None), ("low-rank", RANK)
-    for kind, rank in kinds:
-        if max_bytes is None or tuned_bytes(task, adapter, part.module, rank) <= max_bytes:
+        tried = (tune if tune == "weights" or tune == "low-rank" else None,)
+    for kind in tried:
+        n_bytes = _bytes_with(task, adapter, part, kind)
+        if max_bytes is None or n_bytes <= max_bytes:
             return kind
-    return None
+    how = "" if tune is None else f" with tune={tune!r}"
+    way_out = "give density=1" if tune is None or tried == (None,) else "leave tune out"
+    raise InputError(
+        f"max_bytes={max_bytes}: the file of a part of density {part.density:.3g}{how} is estimated at up to {n_bytes} "
+        f"bytes; allow as many, or {way_out}"
+    )
+
+
+def _bytes_with(task: CloneTask, adapter: Adapter, part: SourcePart, tune: Distilled | None) -> int:
+    if tune is None:
+        return thin_bytes(task, adapter) + statistics_bytes(part.module)
+    return tuned_bytes(task, adapter, part.module, RANK if tune == "low-rank" else None)
 
 
 def tune_part(

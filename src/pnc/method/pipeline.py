@@ -23,7 +23,7 @@ from pnc.foundation.tensor_files import canonical_json
 from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.assembly import n_images
 from pnc.method.base_drop_bound import check_promise
-from pnc.method.density_choice import Candidate, joint_front, smallest_good
+from pnc.method.density_choice import Candidate, at_density, joint_front, smallest_good
 from pnc.method.gradients import check_gradient, check_whole_source, uses_gradient, without_gradient
 from pnc.method.held_out import Outcome
 from pnc.method.one_position import Maker
@@ -181,7 +181,11 @@ def clone(
             settings = {**vars(removal), "max_macs": max_macs, "max_bytes": max_bytes}
             steps = Steps(Path(resume), _identity(task, settings), team)
         maker = Maker(task, max_bytes, max_base_drop, refine, name, steps, progress)
-        chosen = _scan_and_choose(maker, removal, prefer, max_macs)
+        try:
+            chosen = _scan_and_choose(maker, removal, prefer, max_macs)
+        except InputError:
+            steps.finish()  # with these arguments no later run continues
+            raise
         steps.finish()
         _log.info("%s: held-out score %.3f", chosen.name, chosen.recipe["score"])
         return chosen
@@ -200,6 +204,8 @@ def _scan_and_choose(maker: Maker, removal: Removal, prefer: Prefer, max_macs: f
     _log.info("scanning positions")
     found = scan(maker.task, progress=maker.progress)
     if removal.density != "auto":
+        if removal.density < 1:
+            found, max_macs = at_density(maker.task, found, removal.density, max_macs), None
         return maker.make(found.adapter(found.choose(max_macs, maker.max_bytes)), removal)[0]
 
     def make(one: Candidate) -> tuple[Clone, Outcome]:

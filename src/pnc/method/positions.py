@@ -194,14 +194,15 @@ class Scan:
             cheapest = min(p.macs_share for p in allowed)
             allowed = [p for p in allowed if p.macs_share <= max_macs]
             if not allowed:
-                raise InputError(f"max_macs={max_macs}: the cheapest position adds {cheapest:.3f} of the source's MACs")
+                raise InputError(
+                    f"max_macs={max_macs}: the cheapest position adds {cheapest:.3f} of the source's MACs; allow as "
+                    "much, or give a density below 1 when cloning"
+                )
         if max_bytes is not None:
             smallest = min(p.n_bytes for p in allowed)
             allowed = [p for p in allowed if p.n_bytes <= max_bytes]
             if not allowed:
-                raise InputError(
-                    f"max_bytes={max_bytes}: the smallest file of such a clone needs up to {smallest} bytes"
-                )
+                raise too_small(max_bytes, smallest)
         exact = [p for p in allowed if p.is_exact]
         if exact and (not has_base or self.exact_first):
             return min(exact, key=lambda p: p.n_macs)
@@ -317,6 +318,11 @@ def _finalists(
     ranked = sorted(positions, key=lambda pair: (positions[pair].log_loss, positions[pair].n_macs))
     losses = [(pair, *outcomes[ranked[0]].minus(outcomes[pair])) for pair in ranked]
     return [pair for pair, loss, error in losses if loss <= N_ERRORS_FINAL * error + ROUNDING][:N_FINALISTS]
+
+
+def too_small(max_bytes: int, smallest: int) -> InputError:
+    """The error for a bound that no file meets; `smallest` is the estimate for the smallest one."""
+    return InputError(f"max_bytes={max_bytes}: the smallest file is estimated at up to {smallest} bytes; allow as many")
 
 
 def shortlist(

@@ -128,6 +128,11 @@ def check_effort(effort: str, prefer: str, removal: Removal, refine: bool, strat
     check_choice(effort, "effort", get_args(Effort))
     check_choice(prefer, "prefer", get_args(Prefer))
     tune = removal.tune
+    if prefer != "balanced":
+        given = [f"density={removal.density}"] if removal.density != "auto" else []
+        given += [f"effort={effort!r}"] if effort == "seconds" else []
+        if given:
+            raise InputError(f"prefer: {prefer!r} chooses the density, which {given[0]} fixes; leave one of them out")
     if refine and tune in ("weights", "low-rank"):
         raise InputError(f"refine: tune={tune!r} already tunes the adapter; leave one of them out")
     if strategy == "sequential" and tune is not None:

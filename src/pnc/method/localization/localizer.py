@@ -5,6 +5,7 @@ and norms by gradient behind the adapter, where the clone will run, and tunes th
 learns ranks on the source alone, as the paper does in our reading (`paper_surrogate`).
 """
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -14,8 +15,9 @@ from torch import Tensor, fx
 from pnc.channels.channel_masks import ChannelMasks
 from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.compaction import compact, own_copy
-from pnc.channels.mac_budget import Costs, masks_within
+from pnc.channels.mac_budget import Costs, least_macs, masks_within
 from pnc.clones.adapter import Adapter
+from pnc.foundation.errors import InputError
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.graph.cut_points import LOGITS, extract
 from pnc.method.held_out import source_body, unscored
@@ -85,6 +87,7 @@ def localize(
         return SourcePart(
             modules[0], masks, costs.density(masks.flat), held_out=modules[1] if len(modules) > 1 else None
         )
+    check_rounding(costs, density, round_to)
     choice = _Choice(seen, adapter, body, costs, progress)
     with task.autocast():
         ranking, learned = choice.ranking(density, method)
@@ -102,6 +105,22 @@ def localize(
         own |= {f"1.{name}": tensor for name, tensor in held_out.state_dict().items()}
     steps.keep(_STEP, {"masks": torch.frombuffer(bytearray(masks.to_bytes()), dtype=torch.uint8), **own})
     return SourcePart(module, masks, costs.density(masks.flat), held_out=held_out)
+
+
+def check_rounding(costs: Costs, density: float, round_to: int) -> None:
+    """Refuse, before channels are ranked, multiples of so many channels that a density does not allow them.
+
+    Raises:
+        InputError: the message names the lowest density that allows them.
+    """
+    least = least_macs(costs, round_to)
+    if least > costs.bound(density):
+        lowest = math.ceil(1000 * (least - costs.least) / (costs.most - costs.least)) / 1000
+        way_out = f", or a density of at least {lowest:g}" if lowest < 1 else ""
+        raise InputError(
+            f"round_to={round_to}: at density {density:g} not even so few channels can stay; use a smaller "
+            f"number{way_out}"
+        )
 
 
 class _Choice:
