@@ -99,7 +99,7 @@ def clone(
         density: Share of the prunable multiply-accumulates of the source's part to keep, in (0, 1]. "auto" chooses it
             together with the position, as `prefer` says; with `effort="seconds"` it means 1.
         prefer: Accuracy that an automatic density may give up for lower cost: "accuracy" none, "balanced" about half a
-            point, "small" about two.
+            point, "small" about two. With a fixed density or `effort="seconds"` only the default is taken.
         effort: "minutes", or "seconds" for closed form only, without training by gradient.
         max_macs: Bound on the added MACs as a share of the source's.
         max_base_drop: Bound on the accuracy that base images may lose, in (0, 1), such as 0.02: the new logits are
