@@ -83,7 +83,7 @@ NUMBERS = [
     (["--memory", "inf"], "memory"),
     (["--device", "gpu"], "--device: 'gpu' cannot be used here (torch calls it cuda)"),
     (["--device", "cuda:99"], "--device: 'cuda:99' cannot be used here"),
-    (["--name", "a\nb"], "name must be printable text"),
+    (["--name", "a\nb"], "name: expected printable text"),
     (["--strategy", "sequential", "--refine"], "--strategy: 'sequential' does not support"),
 ]
 

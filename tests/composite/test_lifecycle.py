@@ -120,7 +120,7 @@ def test_names_and_classes_that_clash_can_be_renamed(stage, net, logits):
     with pytest.raises(ClassNameError, match="given twice"):
         stage.clones[1].renamed(classes={"elk": "fox"})
     assert stage.clones[1].renamed(classes={"elk": "fox", "fox": "elk"}).classes == ("fox", "elk")
-    with pytest.raises(InputError, match="name must be printable text"):
+    with pytest.raises(InputError, match="name: expected printable text"):
         dog.renamed(name="")
     both = pnc.attach(stage.target, dog, dog.renamed("b", {"dog": "wolf"}))
     assert both.classes == (*BASE, "dog", "wolf")

@@ -159,6 +159,16 @@ def test_the_default_tuning_depends_on_the_allowed_bytes():
     assert "tune" not in pnc.fit(task, fitted).recipe, "the source itself has nothing to tune"
 
 
+@pytest.mark.filterwarnings("ignore::pnc.PNCWarning")  # the source knows nothing
+def test_without_batch_norms_no_norms_are_tuned():
+    nets = pair()
+    hidden = nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU()
+    source = nn.Sequential(nn.Flatten(), *hidden, nn.Linear(16, len(nets.source.classes)))
+    settings = {"density": 0.5, "method": "taylor", "tune": "norms"}
+    made = pnc.clone(source, nets.target.module, support(), **settings, **nets.names())
+    assert made.masks is not None and "tune" not in made.recipe
+
+
 @pytest.mark.parametrize("tune", ["weights", "low-rank", "norms", "none", None])
 def test_a_file_larger_than_allowed_is_refused_before_the_work(tune, tmp_path, monkeypatch):
     task, fitted, _ = thinned()

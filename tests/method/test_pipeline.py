@@ -150,7 +150,7 @@ def test_the_callers_torch_settings_change_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["", "a\nb", "n" * 1001])
 def test_names_must_be_printable(name):
-    with pytest.raises(InputError, match="name must be printable"):
+    with pytest.raises(InputError, match="name: expected printable"):
         clone(name=name)
 
 

@@ -130,7 +130,7 @@ def test_files_are_called_by_their_clones_names():
     with pytest.raises(pnc.FileFormatError, match="the file of 'dog' is") as error:
         deployment().attach("dog", b"x" * 200)
     assert not re.search(r"/tmp|pnc-serve-", str(error.value))
-    with pytest.raises(pnc.InputError, match="name must be printable text"):
+    with pytest.raises(pnc.InputError, match="name: expected printable text"):
         deployment().attach("a\nb", clone_file("dog"))
 
 

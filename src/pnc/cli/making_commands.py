@@ -166,7 +166,7 @@ def clone_classes(
         check_strategy(strategy, bounds, refine)
         check_effort(effort, prefer, removal, refine, strategy)
         check_name(name)
-        check_file_name(out)
+        check_file_name(out, "out")
         images = load_data(data, "train")
         unlabelled = None if background is None else _background_images(background)
         models = [load_network(one, input_shape=images.input_shape) for one in asked]

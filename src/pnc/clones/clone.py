@@ -109,7 +109,7 @@ class Clone:
 def check_name(name: str | None) -> None:
     """Refuse a clone's name that no file can hold; None stands for the default name."""
     if name is not None and not is_name(name):
-        raise InputError(f"name must be printable text of at most {MAX_TEXT} characters; got {name!r:.100}")
+        raise InputError(f"name: expected printable text of 1 to {MAX_TEXT} characters; got {name!r:.100}")
 
 
 def check_clones(values: Sequence[object]) -> None:
@@ -127,16 +127,16 @@ def check_clones(values: Sequence[object]) -> None:
     )
 
 
-def check_file_name(path: str | Path) -> None:
-    """Refuse the suffix of another format, by which other programs would misread the file.
+def check_file_name(path: str | Path, argument: str = "path") -> None:
+    """Refuse the suffix of another format, by which other programs would misread the file; `argument` names the path.
 
     Raises:
         InputError: the message gives the name with the right suffix.
     """
-    checked_path(path, "path")
+    checked_path(path, argument)
     path = Path(path)
     if path.suffix.lower() in _FOREIGN_SUFFIXES:
         raise InputError(
-            f"out: clone files are safetensors, and {path.name} looks like another format; "
+            f"{argument}: clone files are safetensors, and {path.name} looks like another format; "
             f"write {path.with_suffix('.safetensors').name}"
         )
