@@ -36,6 +36,8 @@ FEW = 2
 """Classes up to which a clone is of few."""
 UNLIKE = " from "
 """In the names of pairs of different architectures: target from source."""
+RESNETS = "CIFAR-10 (JPEG), ResNet-20s"
+"""The pair for which bounds on the size of files were asked for."""
 COLUMNS = ("base", "new", "average", "score", "macs_share", "density", "bytes", "seconds", "not_cloned")
 
 
@@ -149,6 +151,10 @@ def claims(rows: Rows) -> list[Claim]:
             if others and form != SECONDS:
                 words = f"{name}: {form}, accuracy of the masked source on classes not cloned"
                 found.append(over_seeds(words, "<=", 0.1, others))
+    for form, bound in (("0.5 weights", 180_000), ("0.5 low-rank", 60_000)):
+        sizes = [row["bytes"] for row in rows if row["form"] == form and row["pair"] == RESNETS]
+        if sizes:
+            found.append(over_seeds(f"{RESNETS}: bytes of the file, {form}", "<=", bound, [float(max(sizes))]))
     promises = ("base_logits_equal", "removed_equal", "target_unchanged")
     broken = sum(not row[promise] for row in rows for promise in promises)
     found.append(over_seeds("cells in which a promise about the target is broken", "<=", 0, [float(broken)]))
