@@ -77,3 +77,14 @@ def test_what_is_claimed_is_the_loss_against_the_whole_source_on_the_same_suppor
 def test_other_forms_are_refused(forms):
     with pytest.raises(InputError, match="forms: expected whole, default, seconds, small, or such as '0.5 weights'"):
         part.parse_forms(forms)
+
+
+def test_the_largest_file_of_the_residual_networks_is_bounded():
+    rows = [
+        {**row("0.5 low-rank", 0.7, 0.7, 0.5, seed), "pair": part.RESNETS, "bytes": n_bytes}
+        for seed, n_bytes in enumerate((55_000, 61_000))
+    ]
+    claim = next(one for one in part.claims(rows) if "bytes of the file, 0.5 low-rank" in one.claim)
+    assert not claim.holds
+    rows[1]["bytes"] = 60_000
+    assert next(one for one in part.claims(rows) if "bytes of the file, 0.5 low-rank" in one.claim).holds
