@@ -94,8 +94,9 @@ def joint_front(
     ]
     if not made:
         share, density = min((part.share(part.least_density), part.least_density) for part in parts)
+        also = "" if max_bytes is None else f" within max_bytes={max_bytes}"
         raise InputError(
-            f"max_macs={max_macs}: the cheapest clone{_within(max_bytes)}, at density {density:g}, adds {share:.3f} of "
+            f"max_macs={max_macs}: the cheapest clone{also}, at density {density:g}, adds {share:.3f} of "
             f"the source's MACs; allow as much, or give a lower density"
         )
     exact = [one for one in made if one.position.is_exact]
@@ -188,10 +189,6 @@ class _Part:
             score, error = best - own - expected_loss(density), math.hypot(LOSS_ERROR, own)
             made.append(Candidate(self.position, density, self.share(density), score, error))
         return [one for one in made if max_macs is None or one.macs_share <= max_macs]
-
-
-def _within(max_bytes: int | None) -> str:
-    return "" if max_bytes is None else f" within max_bytes={max_bytes}"
 
 
 def smallest_good(
