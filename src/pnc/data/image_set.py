@@ -191,6 +191,8 @@ def draw_images(
 
 def check_labels(labels: Tensor, n_images: int, n_classes: int) -> None:
     """Raise an `InputError` unless `labels` has one id below `n_classes` for each image."""
+    if isinstance(labels, Tensor) and labels.dim() == 1 and len(labels) != n_images:
+        raise InputError(f"labels: there are {len(labels)} for {n_images} images; give one for each image")
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != (n_images,):
         came = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise InputError(f"labels: expected one int64 id per image, shape ({n_images},), got {came}")
