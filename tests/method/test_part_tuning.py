@@ -186,6 +186,17 @@ def test_a_file_larger_than_allowed_is_refused_before_the_work(tune, tmp_path, m
     assert n_bytes <= estimate < n_bytes + 4000
 
 
+def test_a_whole_part_behind_a_fitted_adapter_needs_no_room_for_statistics():
+    task, found = scanned()
+    position = min((p for p in found.positions if not p.is_exact), key=lambda p: p.n_macs)
+    fitted = found.adapter(position)
+    for settings in ({"tune": "none"}, {"refine": True}):
+        assert pnc.fit(task, fitted, max_bytes=position.n_bytes, **settings).masks is None
+    _, exact, _ = thinned()
+    with pytest.raises(InputError, match="max_bytes=100: the file of a part"):
+        pnc.fit(task, exact, density=0.5, method="taylor", refine=True, max_bytes=100)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

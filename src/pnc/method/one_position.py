@@ -153,11 +153,12 @@ class Maker:
     def _trained(self, fitted: CrossFitted, part: SourcePart, removal: Removal, steps: Steps) -> _Trained:
         """Tune the adapter or the part by gradient, as asked for."""
         task = self.task
+        is_tuned = what_to_tune(task, fitted.adapter, part, removal.tune, self.max_bytes)
         if self.refine:
             found = refined(task, fitted, part.module, steps, self.progress)
             facts = {"refine": {"gain": found.gain, "steps": found.n_steps}}
             return _Trained(part, found.fitted, found.fitted, facts)
-        if is_tuned := what_to_tune(task, fitted.adapter, part, removal.tune, self.max_bytes):
+        if is_tuned:
             done = tune_part(task, fitted, part, is_tuned, steps, self.progress)
             return _Trained(done.part, done.fitted, done.scored, {"tune": is_tuned})
         is_norms = removal.tune == "norms" and part.masks is not None and bool(batch_norms(part.module))

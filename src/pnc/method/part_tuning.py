@@ -114,7 +114,7 @@ def what_to_tune(
 
 def _bytes_with(task: CloneTask, adapter: Adapter, part: SourcePart, tune: Distilled | None) -> int:
     if tune is None:
-        return thin_bytes(task, adapter) + statistics_bytes(part.module)
+        return thin_bytes(task, adapter) + (0 if part.masks is None else statistics_bytes(part.module))
     return tuned_bytes(task, adapter, part.module, RANK if tune == "low-rank" else None)
 
 

@@ -87,7 +87,7 @@ def localize(
         return SourcePart(
             modules[0], masks, costs.density(masks.flat), held_out=modules[1] if len(modules) > 1 else None
         )
-    check_rounding(costs, density, round_to)
+    _check_rounding(costs, density, round_to)
     choice = _Choice(seen, adapter, body, costs, progress)
     with task.autocast():
         ranking, learned = choice.ranking(density, method)
@@ -107,11 +107,11 @@ def localize(
     return SourcePart(module, masks, costs.density(masks.flat), held_out=held_out)
 
 
-def check_rounding(costs: Costs, density: float, round_to: int) -> None:
-    """Refuse, before channels are ranked, multiples of so many channels that a density does not allow them.
+def _check_rounding(costs: Costs, density: float, round_to: int) -> None:
+    """Refuse multiples of a number of channels so large that even the fewest exceed the density.
 
     Raises:
-        InputError: the message names the lowest density that allows them.
+        InputError: the message names the lowest density that has room for them.
     """
     least = least_macs(costs, round_to)
     if least > costs.bound(density):
