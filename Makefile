@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes: a test takes one core. The tests of a file share what it makes, so they stay together.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test docs check clean
@@ -11,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/pnc demo --report build/demo-report.html
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 docs: $(VENV)/.test
 	$(BIN)/python -m sphinx -q -n -W --keep-going -c docs -d build/doctrees . build/site
@@ -21,7 +23,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -248,8 +248,8 @@ class _Path:
         merge(part, deltas)
         if batch_norms(part):
             with task.autocast():
-                batches = (images for _, images in few.samples.batches(few.batch_size) if len(images) > 1)
-                inputs = (self._adapter(self._prefix(to_device(images, few.target.device))) for images in batches)
+                batches = few.samples.batches(few.batch_size)
+                inputs = (self._adapter(self._prefix(to_device(images, few.target.device))) for _, images in batches)
                 reestimate_statistics(part, inputs, self._task.team)
         return _norm_buffers(part)
 

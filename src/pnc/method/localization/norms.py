@@ -34,21 +34,21 @@ def reestimate_statistics(segment: nn.Module, batches: Iterable[Tensor], team: T
 
     Args:
         segment: Only its BatchNorm buffers change.
-        batches: Inputs (B, ...), B >= 2; the same in every process.
+        batches: Inputs (B, ...), the same in every process; a single sample, such as the last of a fold, is left out.
         team: Processes that share the batches.
     Raises:
-        InputError: there is no batch, or a batch has a single sample.
+        InputError: there is no batch of two samples or more.
     """
     n_batches = 0
     with _averaging(batch_norms(segment)), torch.no_grad():
         for batch in batches:
             if len(batch) < 2:
-                raise InputError("batches: statistics need at least 2 samples per batch, got a batch of 1")
+                continue
             if team.is_mine(n_batches):
                 segment(batch)
             n_batches += 1
         if n_batches == 0:
-            raise InputError("batches: expected at least one batch of inputs, got none")
+            raise InputError("batches: expected at least one batch of 2 or more inputs, got none")
         if team.size > 1:
             _average(batch_norms(segment), len(range(team.rank, n_batches, team.size)), n_batches, team)
 
