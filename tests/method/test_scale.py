@@ -7,11 +7,9 @@ import pytest
 import pnc
 from digits import NEW, pair, support
 from pnc.clones.adapter import Stitched
-from pnc.graph.candidate_cuts import candidate_cuts
 from pnc.graph.cut_points import LOGITS, extract
 from pnc.method import adapter_moments, held_out, positions, ridge
 from pnc.method.adapter_fitting import AdapterFitter
-from pnc.method.positions import shortlist
 from pnc.method.ridge import PENALTIES
 
 
@@ -99,16 +97,8 @@ def test_each_sample_is_seen_twice_by_the_target_once_by_the_source_and_once_by_
 def test_twice_the_samples_are_twice_the_runs_and_no_more_factorizations(monkeypatch):
     (_, few), (_, many) = (counted(monkeypatch, prepared(8 * k, 4 * k), max_cuts=3) for k in (1, 2))
     assert many.target_samples == 2 * few.target_samples and many.source_samples == 2 * few.source_samples
-    assert many.part_samples / few.part_samples == pytest.approx(2, rel=0.35)  # another runner-up may be as good
+    assert many.part_samples / few.part_samples == pytest.approx(2, rel=0.35)  # another target cut may be as good
     assert many.factorizations <= 1.35 * few.factorizations
-
-
-def test_the_number_of_pairs_run_grows_linearly_with_the_cuts():
-    source, target = (candidate_cuts(network.recording) for network in (prepared().source, prepared().target))
-    errors = {(t.name, s.name): 0.5 for t in target for s in source}  # the worst case: all are equally good
-    for n in (2, len(source)):
-        assert len(shortlist(target, source[:n], errors)) == 2 * n
-        assert len(shortlist(target, source[:n], errors, runner_up=0)) == n
 
 
 def test_pairs_are_ranked_on_a_part_if_the_moments_of_all_do_not_fit(monkeypatch):

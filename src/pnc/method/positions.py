@@ -1,8 +1,8 @@
 """Scan: scores positions, pairs of cuts where a clone can leave the target and enter the source.
 
 Two passes of the support through both networks score them in closed form: the first gathers the moments from which the
-adapter of every pair is solved; the second runs the rest of the source behind the adapters of the promising pairs, fits
-the head and measures it on held-out folds.
+adapter of every pair is solved; the second runs the rest of the source behind the best adapter for each of its cuts,
+fits the head and measures it on held-out folds.
 """
 
 import math
@@ -28,7 +28,6 @@ from pnc.method.task import CloneTask, Progress, check_task
 MAX_CUTS = 12
 MAX_SHOWN = 15
 """Positions that `print(scan)` shows."""
-RUNNER_UP = 1.1
 FITTED_IMAGES = 10_000
 """At most this many images fit the adapters: they already give all rows that a regression needs."""
 SCORED_IMAGES = 2_000
@@ -227,7 +226,7 @@ def scan(
         task: From `prepare_task`.
         max_cuts: Cuts to try in each network, spread over its depth in MACs, from the last one up to which both
             networks are the same: the input, unless they share a trunk.
-        exhaustive: Score every pair of cuts, not only the promising ones.
+        exhaustive: Score every pair of cuts, not only the best one for each source cut.
         progress: Called after each batch.
     Raises:
         InputError: an argument is out of range.
@@ -249,8 +248,7 @@ def scan(
     fitter = adapter_fitter(task, *cuts)
     if fitter.n_bytes(task.samples.n_folds) > task.memory and not exhaustive:
         errors = ranked_pairs(task, *cuts, progress)
-        # One target cut for each source cut: in networks this large, every further pair takes minutes.
-        chosen = shortlist(*cuts, errors, runner_up=0)
+        chosen = shortlist(*cuts, errors)
         fitter = adapter_fitter(task, *cuts, chosen)
     gather_moments(task, fitter, *cuts, "fitting adapters", progress)
     if chosen is None:
@@ -326,22 +324,10 @@ def too_small(max_bytes: int, smallest: int) -> InputError:
 
 
 def shortlist(
-    target_cuts: Sequence[CutPoint],
-    source_cuts: Sequence[CutPoint],
-    errors: Mapping[tuple[str, str], float],
-    runner_up: float = RUNNER_UP,
+    target_cuts: Sequence[CutPoint], source_cuts: Sequence[CutPoint], errors: Mapping[tuple[str, str], float]
 ) -> list[tuple[CutPoint, CutPoint]]:
-    """Choose the pairs of cuts worth running; their number grows linearly with the number of cuts.
-
-    The source cut decides the cost of a position. Each is paired with the target cut whose adapter misses least, and
-    with the next one if its error is at most `runner_up` times as large.
-    """
-    chosen = []
-    for s in source_cuts:
-        ranked = sorted(target_cuts, key=lambda t: errors[t.name, s.name])
-        bound = runner_up * errors[ranked[0].name, s.name]
-        chosen += [(t, s) for t in ranked[:2] if t is ranked[0] or errors[t.name, s.name] <= bound]
-    return chosen
+    """Pair each source cut, which decides the cost of a position, with the target cut whose adapter misses least."""
+    return [(min(target_cuts, key=lambda t: errors[t.name, s.name]), s) for s in source_cuts]
 
 
 def _undominated(
