@@ -154,6 +154,26 @@ def test_names_must_be_printable(name):
         clone(name=name)
 
 
+def test_a_score_counts_labelled_base_images_only():
+    nets, given = pair(), support()
+    answers = {}
+    for name, labels in (
+        ("right", given.labels),
+        ("wrong", torch.where(given.labels < 5, 4 - given.labels, given.labels)),
+    ):
+        task = pnc.prepare_task(
+            nets.source.module,
+            nets.target.module,
+            (given.images, [given.names[label] for label in labels]),
+            classes=None,
+            background=class_subset(load_data("digits"), BASE).images[:100],
+            **nets.names(),
+        )
+        answers[name] = {position.names: position.score for position in pnc.scan(task, max_cuts=2).positions}
+    for position, score in answers["wrong"].items():  # only the middle class of five is right where labels are mirrored
+        assert score < answers["right"][position] - 0.2
+
+
 def test_background_images_do_the_work_of_base_samples():
     given = support(n_base=0)
     labels = [given.names[label] for label in given.labels]

@@ -135,7 +135,7 @@ def test_background_images_become_what_the_target_sees_in_them():
     given = support(n_base=0)
     unlabelled = class_subset(load_data("digits"), BASE).images[:100]
     task = prepare(support=(given.images, [given.names[label] for label in given.labels]), background=unlabelled)
-    assert task.n_background == len(unlabelled)
+    assert int(task.background.sum()) == len(unlabelled)
     assert len(task.samples.labels) == len(given.labels) + len(unlabelled)
     base = task.samples.labels < 5
     with torch.no_grad():

@@ -44,13 +44,13 @@ def assembled(
     n_macs = adapter.n_macs + sum(info(node).n_macs for node in part.module.graph.nodes)
     base_score, new_score = (_share(outcome.of(base=is_base)) for is_base in (True, False))
     scores = [score for score in (base_score, new_score) if score is not None]
-    useful = usefulness(task)
+    useful, n_background = usefulness(task), len(task.samples.groups[task.background].unique())
     recipe = {
         "density": part.density,
         "flip": bool(len(task.samples.groups) > int(task.samples.groups.max()) + 1),
         "macs_share": n_macs / task.source.n_macs,
-        "n_background_samples": task.n_background,
-        "n_base_samples": n_images(task, base=True) - task.n_background,
+        "n_background_samples": n_background,
+        "n_base_samples": n_images(task, base=True) - n_background,
         "n_new_samples": n_images(task, base=False),
         "score": sum(scores) / len(scores),
         "seed": task.seed,

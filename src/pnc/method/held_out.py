@@ -193,6 +193,19 @@ def outcome_of(measured: Tensor, task: CloneTask, rows: Tensor | None = None) ->
     return image_outcome(measured, labels, groups, task.n_base)
 
 
+def counts_for_score(task: CloneTask) -> Tensor:
+    """Which samples a score counts, (N,) bool: not those that the target labelled, if others show base classes."""
+    given = ~task.background
+    shows_base = bool((given & (task.samples.labels < task.n_base)).any())
+    return given if shows_base else torch.ones_like(given)
+
+
+def score_of(correct: Tensor, task: CloneTask, rows: Tensor | None = None) -> Outcome:
+    """Average which samples were right, (N,), image by image, over those that count and are in `rows`, (N,) bool."""
+    counted = counts_for_score(task) if rows is None else counts_for_score(task) & rows
+    return outcome_of(correct[counted], task, counted)
+
+
 def image_outcome(measured: Tensor, labels: Tensor, groups: Tensor, n_base: int) -> Outcome:
     """As `outcome_of`, for samples given by their labels and by the numbers of the images that they show, (M,) each."""
     images, index = groups.unique(return_inverse=True)
@@ -222,11 +235,11 @@ def outcome_of_part(part: Judged, unseen: Judged, whole: Judged, task: CloneTask
     """
     rows = task.samples.folds == SCORED_FOLD
     likely, without, own = (one.log_likelihoods.double().exp() for one in (part, unseen, whole))
-    right, sure = outcome_of(whole.correct, task), outcome_of(own, task)
+    right, sure = score_of(whole.correct, task), score_of(own, task)
     wrong = max(1 - right.average[0], 1 / len(right.values))
     scale = min(1.0, wrong / max(1 - sure.average[0], 1e-9))
-    gain, error = outcome_of(scale * (likely - without)[rows], task, rows).average
-    return outcome_of(whole.correct.double() + scale * (likely - own) - max(0.0, gain), task), error
+    gain, error = score_of(scale * (likely - without), task, rows).average
+    return score_of(whole.correct.double() + scale * (likely - own) - max(0.0, gain), task), error
 
 
 def base_drop_facts(samples: HeadSamples, judged: Judged, task: CloneTask) -> dict[str, float]:

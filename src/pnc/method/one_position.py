@@ -19,9 +19,9 @@ from pnc.method.held_out import (
     base_drop_facts,
     fit_head,
     judge,
-    outcome_of,
     outcome_of_part,
     run_parts,
+    score_of,
     source_body,
 )
 from pnc.method.localization.localizer import localize
@@ -109,7 +109,7 @@ class Maker:
             nats = least_priority(judged.logits, labels, groups, task.n_base, self.max_base_drop)
             judged, *others = (one.lowered(nats) for one in (judged, *others))
             facts |= {"base_priority": nats, "max_base_drop": self.max_base_drop}
-        outcome, gain_error = outcome_of(judged.correct, seen), 0.0
+        outcome, gain_error = score_of(judged.correct, seen), 0.0
         if others:
             outcome, gain_error = outcome_of_part(judged, others[0], others[1], seen)
         head = fit_head(task, samples, judged)

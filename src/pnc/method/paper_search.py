@@ -30,7 +30,7 @@ from pnc.graph.candidate_cuts import candidate_cuts
 from pnc.graph.cut_points import CutPoint, extract
 from pnc.method.assembly import assembled
 from pnc.method.gradients import check_whole_source, uses_gradient
-from pnc.method.held_out import Outcome, outcome_of, own_head, source_body
+from pnc.method.held_out import Outcome, counts_for_score, outcome_of, own_head, source_body
 from pnc.method.localization.localizer import localize
 from pnc.method.positions import MAX_CUTS
 from pnc.method.refinement import Schedule, Views, bounded, refining_loss, train, views
@@ -170,10 +170,11 @@ class _Place:
         if part.masks is not None:
             behind = Stitched(adapter, part.module, features)
             ((adapter, head),) = train(behind, head, data, refining_loss, schedule, generator)
-        unseen = self._views.select(held_out)
+        scored = held_out & counts_for_score(task)
+        unseen = self._views.select(scored)
         correct = _logits(Stitched(adapter, part.module, features), head, unseen, task.batch_size).argmax(1)
-        hits = correct.cpu() == task.samples.labels[held_out]
-        return Trained(adapter, part, head, learning_rate, outcome_of(hits, task, held_out))
+        hits = correct.cpu() == task.samples.labels[scored]
+        return Trained(adapter, part, head, learning_rate, outcome_of(hits, task, scored))
 
     def _start(self, generator: torch.Generator) -> tuple[Adapter, Head]:
         task = self._task

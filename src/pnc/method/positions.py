@@ -21,7 +21,7 @@ from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.adapter_moments import adapter_fitter, gather_moments, ranked_pairs
 from pnc.method.file_size import thin_bytes
 from pnc.method.head_fitting import HeadSamples
-from pnc.method.held_out import Outcome, judge, outcome_of, run_parts, source_body
+from pnc.method.held_out import Outcome, judge, outcome_of, run_parts, score_of, source_body
 from pnc.method.settings import Bounds
 from pnc.method.task import CloneTask, Progress, check_task
 
@@ -62,7 +62,7 @@ class Position:
         n_params: Parameters of the adapter and of the source's part.
         n_bytes: Upper estimate of the thin file's size, which excludes the source's weights.
         macs_share: `n_macs` as a share of the whole source's.
-        n_images: Number of images of the support that these were measured on.
+        n_images: Number of images of the support that `log_loss` was measured on.
     """
 
     target_cut: CutPoint
@@ -286,7 +286,7 @@ def _scored(
         for pair, samples in found.items():
             judged = judge(samples)
             outcomes[pair] = outcome_of(judged.log_likelihoods, scored)
-            score, likelihood = outcome_of(judged.correct, scored), outcomes[pair]
+            score, likelihood = score_of(judged.correct, scored), outcomes[pair]
             positions[pair] = _position(task, adapters[pair], score, likelihood, samples)
             if len(samples.labels) == len(task.samples.labels):
                 seen[pair] = replace(adapters[pair], samples=samples)
@@ -357,7 +357,7 @@ def _position(
         n_params=adapter.n_params + features.n_params - source_cut.n_params,
         n_bytes=thin_bytes(task, adapter),
         macs_share=n_macs / task.source.n_macs,
-        n_images=len(hits.values),
+        n_images=len(likelihoods.values),
     )
 
 

@@ -24,7 +24,7 @@ from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.graph.cut_points import LOGITS, CutPoint, extract
 from pnc.method.adapter_fitting import CrossFitted
 from pnc.method.head_fitting import HeadSamples
-from pnc.method.held_out import features_seen, fit_head, judge, outcome_of, run_parts
+from pnc.method.held_out import features_seen, fit_head, judge, run_parts, score_of
 from pnc.method.task import CloneTask, Progress
 
 
@@ -233,4 +233,4 @@ def held_out_quality(task: CloneTask, samples: HeadSamples) -> tuple[float, floa
     losses = F.cross_entropy(judged.logits, judged.labels, reduction="none")
     kinds = [losses[rows] for rows in (is_base, ~is_base) if rows.any()]
     loss = sum(float(kind.mean()) for kind in kinds) / len(kinds)
-    return outcome_of(judged.correct, task).average[0], loss
+    return score_of(judged.correct, task).average[0], loss

@@ -84,7 +84,7 @@ class CloneTask:
         samples: The support, base classes first.
         seed: Seed of every random choice.
         batch_size: Images that go through a network at a time.
-        n_background: Number of base images that the target labelled.
+        n_given: Number of images that came with labels; the target labelled those with a higher number.
         memory: Bytes of the support that may be held at a time, without those of a batch.
         team: The processes that share the work.
         precision: Precision in which networks run; sums and solutions are float32 or more.
@@ -97,7 +97,7 @@ class CloneTask:
     samples: Samples
     seed: int
     batch_size: int
-    n_background: int = 0
+    n_given: int
     memory: int = MEMORY
     team: Team = ALONE
     precision: Precision = "float32"
@@ -152,6 +152,11 @@ class CloneTask:
             f"CloneTask({few_names(self.new_classes)} of {len(self.source.classes)} source classes, for a target of "
             f"{self.n_base}; support of {n_new} new and {n_base} base images)"
         )
+
+    @property
+    def background(self) -> Tensor:
+        """Which samples the target labelled, (N,) bool."""
+        return self.samples.groups >= self.n_given
 
     @property
     def _batch_size(self) -> int:
@@ -308,7 +313,7 @@ def prepare_task(
         samples=samples_of(store, torch.cat([labels, *seen]), len(names.base), flip, seed),
         seed=seed,
         batch_size=batch_size,
-        n_background=len(store) - n_given,
+        n_given=n_given,
         memory=memory,
         team=team,
         precision=precision,

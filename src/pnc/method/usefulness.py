@@ -70,7 +70,8 @@ def _checked(task: CloneTask) -> Usefulness:
     """
     part = _each_image_once(task.reduced(N_IMAGES))
     labels = part.samples.labels
-    new, base = labels[labels >= task.n_base] - task.n_base, labels[labels < task.n_base]
+    is_base = (labels < task.n_base) & ~part.background
+    new, base = labels[labels >= task.n_base] - task.n_base, labels[is_base]
     wanted = task.source_ids
     logits = _logits(part, task.source, labels >= task.n_base)
     several = len(wanted) > 1
@@ -82,8 +83,8 @@ def _checked(task: CloneTask) -> Usefulness:
     tried = []
     if n_choices > 1:
         tried.append(("source", answers == truth, "new", n_choices, "source_classes"))
-    if len(base) and task.n_base > 1 and not task.n_background:
-        right = _logits(part, task.target, labels < task.n_base).argmax(1) == base
+    if len(base) and task.n_base > 1:
+        right = _logits(part, task.target, is_base).argmax(1) == base
         tried.append(("target", right, "base", task.n_base, "base_classes"))
     swapped = len(tried) == 2 and all(_is_poor(right, 1 / n) for _, right, _, n, _ in tried)
     doubts += [_at_chance(*one) for one in tried if swapped or _fails(one[1], 1 / one[3])]
