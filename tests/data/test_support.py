@@ -202,6 +202,14 @@ def test_too_few_images_are_refused(n_samples: int, message: str) -> None:
         sample_per_class(image_set([0, 0, 1], ("ant", "bee")), n_samples, "first")
 
 
+def test_a_draw_of_too_many_images_names_the_number_that_is_too_large() -> None:
+    data = image_set([0, 0, 1], ("ant", "bee"))
+    with pytest.raises(InputError, match="n_new: asked for 2 images of class 'bee', which has 1"):
+        draw_support(data, ["bee"], ["ant"], 2, 1)
+    with pytest.raises(InputError, match="n_base: asked for 3 images of class 'ant', which has 2"):
+        draw_support(data, ["bee"], ["ant"], 1, 3)
+
+
 def test_a_random_draw_needs_a_generator() -> None:
     with pytest.raises(InputError, match="generator: a random draw needs one"):
         sample_per_class(image_set([0], ("ant",)), 1)

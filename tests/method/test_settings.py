@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pnc
-from pnc.foundation.argument_checks import check_choice, check_finite
+from pnc.foundation.argument_checks import check_choice, check_finite, check_share
 from pnc.foundation.errors import InputError
 from pnc.method import task as task_file
 from pnc.method.settings import Bounds, Removal
@@ -150,3 +150,9 @@ def test_numbers_and_choices_of_any_kind_give_one_line():
     check_finite(0.5, "lr")
     with pytest.raises(InputError, match=r"expected one of one, two; got \['one'\]$"):
         check_choice(["one"], "number", ["one", "two"])
+
+
+def test_a_share_just_above_one_is_no_percentage():
+    with pytest.raises(InputError) as error:
+        check_share(1.0000001, "max_macs", "the source's multiply-accumulates")
+    assert "percent" not in str(error.value)

@@ -114,6 +114,7 @@ def sample_per_class(
     n_samples: int | None,
     pick: Literal["first", "last", "random"] = "random",
     generator: torch.Generator | None = None,
+    argument: str = "n_samples",
 ) -> ImageSet:
     """Return `n_samples` images of every class (None: all), grouped by class in the order of `data.classes`.
 
@@ -122,11 +123,12 @@ def sample_per_class(
         n_samples: Images per class, at least 1.
         pick: The first or last images of each class, or a draw without replacement.
         generator: Random generator of the draw; needed for "random" unless all images are taken.
+        argument: Name of `n_samples` in the error message.
 
     Raises:
         InputError: a class has fewer images than that; the message says how many it has.
     """
-    chosen = [_pick(data, class_id, n_samples, pick, generator) for class_id in range(len(data.classes))]
+    chosen = [_pick(data, class_id, n_samples, pick, generator, argument) for class_id in range(len(data.classes))]
     return select(data, torch.cat(chosen))
 
 
@@ -136,13 +138,22 @@ def hold_back(data: ImageSet, n_samples: int) -> tuple[ImageSet, ImageSet]:
     Raises:
         InputError: a class has fewer images than that.
     """
-    last = torch.cat([_pick(data, class_id, n_samples, "last", None) for class_id in range(len(data.classes))])
+    last = torch.cat(
+        [_pick(data, class_id, n_samples, "last", None, "n_samples") for class_id in range(len(data.classes))]
+    )
     kept = torch.ones(len(data), dtype=torch.bool)
     kept[last] = False
     return select(data, kept.nonzero().flatten()), select(data, last)
 
 
-def _pick(data: ImageSet, class_id: int, n_samples: int | None, pick: str, generator: torch.Generator | None) -> Tensor:
+def _pick(
+    data: ImageSet,
+    class_id: int,
+    n_samples: int | None,
+    pick: str,
+    generator: torch.Generator | None,
+    argument: str,
+) -> Tensor:
     indices = (data.labels == class_id).nonzero().flatten()
     name = data.classes[class_id]
     if n_samples is None and len(indices):
@@ -150,7 +161,7 @@ def _pick(data: ImageSet, class_id: int, n_samples: int | None, pick: str, gener
     if n_samples is None or n_samples < 1 or len(indices) < n_samples:
         wanted = "at least one image" if n_samples is None else f"{n_samples} images"
         raise InputError(
-            f"n_samples: asked for {wanted} of class {name!r}, which has {len(indices)}; ask for 1 to that many"
+            f"{argument}: asked for {wanted} of class {name!r}, which has {len(indices)}; ask for 1 to that many"
         )
     if pick == "random":
         if generator is None:
@@ -182,9 +193,9 @@ def draw_images(
     base_classes = check_class_names(base_classes, "base_classes") if base_classes else ()
     names = check_class_names([*base_classes, *new_classes], "new_classes and base_classes")
     class_ids(new_classes if n_base == 0 else names, data.classes, "new_classes and base_classes")
-    parts = [sample_per_class(class_subset(data, new_classes), n_new, "random", generator)]
+    parts = [sample_per_class(class_subset(data, new_classes), n_new, "random", generator, "n_new")]
     if base_classes and n_base != 0:
-        parts.insert(0, sample_per_class(class_subset(data, base_classes), n_base, "random", generator))
+        parts.insert(0, sample_per_class(class_subset(data, base_classes), n_base, "random", generator, "n_base"))
     parts = [relabel(part, names) for part in parts]
     return ImageSet(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]), names)
 

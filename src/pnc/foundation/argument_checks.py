@@ -40,7 +40,7 @@ def check_share(value: object, argument: str, of: str, or_else: str = "") -> Non
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number and 0 < value <= 1:  # type: ignore[operator]  # false for NaN
         return
-    percent = is_number and not _is_huge(value) and 1 < value <= 100  # type: ignore[operator]
+    percent = is_number and not _is_huge(value) and 1.5 <= value <= 100  # type: ignore[operator]
     hint = f" (percent? write {value / 100:g})" if percent else ""  # type: ignore[operator]
     hint = hint if is_number or value is None else f" (write a Python number, not {type(value).__name__})"
     raise InputError(f"{argument}: expected a share of {of}, above 0 and at most 1{or_else}; got {came(value)}{hint}")
