@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from digits import network
@@ -17,10 +18,10 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(folder, forms, support="20/5"):
+def run(folder, forms, support="20/5", *more):
     words = ["part", "--source", folder / "s.safetensors", "--target", folder / "t.safetensors", "--data", "digits"]
     words += ["--support", support, "--no-flip", "--seeds", 1, "--out", folder, "--pair", "digits", "--forms", forms]
-    words += ["--some", "5,7"]
+    words += ["--some", "5,7", *more]
     return CliRunner().invoke(bench, list(map(str, words)), catch_exceptions=False)
 
 
@@ -37,6 +38,24 @@ def test_parts_stand_beside_the_whole_source_and_rows_are_made_once(folder, monk
     monkeypatch.setattr(part, "fit", None)
     assert run(folder, "whole").exit_code == 0
     assert json.loads((folder / "part.json").read_text())["rows"] == facts["rows"]
+
+
+def test_unlabelled_images_are_others_than_those_of_the_support(folder, monkeypatch):
+    given = []
+    prepare = part.prepare_task
+
+    def watched(source, target, support, *, background, **arguments):
+        given.append((support, background))
+        return prepare(source, target, support, background=background, **arguments)
+
+    monkeypatch.setattr(part, "prepare_task", watched)
+    assert run(folder, "whole", "20/5", "--unlabelled", 3).exit_code == 0
+    ((support, background),) = given
+    assert len(background) == 5 * 3
+    both = torch.cat([support.images, background]).flatten(1)
+    assert len(both.unique(dim=0)) == len(both)
+    (made,) = json.loads((folder / "part.json").read_text())["rows"]
+    assert made["support"] == "20/5 and 3 unlabelled"
 
 
 def row(form, average, score, macs, seed=0, support="100/20"):

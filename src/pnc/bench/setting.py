@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from pnc.composite.batched_logits import logits_of
-from pnc.data.image_set import ImageSet, class_subset, relabel
+from pnc.data.image_set import ImageSet, class_subset, draw_images, images_as_float, relabel
 from pnc.data.support import Support, draw_support
+from pnc.foundation.errors import InputError
 from pnc.models.model_specs import LoadedModel
 
 
@@ -26,6 +27,7 @@ class Setting:
         n_new: Support images per new class; None for all.
         n_base: Per base class.
         flip: Mirror images may be used, by all methods.
+        n_unlabelled: More images per base class, without their labels, that clones are made with.
         n_test: Test images per class, if not all are used; a label of `test`, which is reduced already.
         batch_size: Images that go through a network at a time while a clone is made; at most, when it is measured.
         given: How the command line named the networks, for the results.
@@ -39,6 +41,7 @@ class Setting:
     n_new: int | None
     n_base: int | None
     flip: bool
+    n_unlabelled: int = 0
     n_test: int | None = None
     batch_size: int = 128
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -55,8 +58,9 @@ class Setting:
 
     @property
     def support(self) -> str:
-        """Images per new / per base class."""
-        return "/".join("all" if number is None else str(number) for number in (self.n_new, self.n_base))
+        """Images per new / per base class, and unlabelled ones per base class."""
+        sizes = "/".join("all" if number is None else str(number) for number in (self.n_new, self.n_base))
+        return f"{sizes} and {self.n_unlabelled} unlabelled" if self.n_unlabelled else sizes
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -77,7 +81,18 @@ class Setting:
     def arguments(self, classes: Sequence[str], seed: int) -> dict[str, Any]:
         """Arguments of `clone` and `prepare_task`, except networks and support."""
         names = {"classes": classes, "source_classes": self.source.classes, "base_classes": self.target.classes}
-        return {**names, "flip": self.flip, "seed": seed, "batch_size": self.batch_size}
+        background = self._unlabelled(classes, seed) if self.n_unlabelled else None
+        return {**names, "background": background, "flip": self.flip, "seed": seed, "batch_size": self.batch_size}
+
+    def _unlabelled(self, classes: Sequence[str], seed: int) -> Tensor:
+        """Draw images of the base classes that are not in the support of this seed."""
+        if self.n_base is None:
+            raise InputError("n_unlabelled: the support has all images of the base classes; give it fewer")
+        base, generator = self.target.classes, torch.Generator().manual_seed(seed)
+        n_base = self.n_base + self.n_unlabelled  # a smaller draw is the beginning of a larger one
+        drawn = draw_images(self.train, classes, base, self.n_new, n_base, generator)
+        places = torch.arange(len(base) * n_base)
+        return images_as_float(drawn.images[places[places % n_base >= self.n_base]])
 
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
         """Run a network on images (N, C, H, W); return its logits (N, K) on the CPU."""

@@ -145,6 +145,9 @@ def measure_parts(
     ] = "whole,0.5 weights,0.3 weights,0.15 weights,default,seconds",
     some: Classes = None,
     support: Sizes = "100/20",
+    unlabelled: Annotated[
+        int, typer.Option(help="More images of each base class, without labels, that parts are tuned on too.", min=0)
+    ] = 0,
     flip: Mirror = True,
     seeds: Seeds = 3,
     data_name: DataName = None,
@@ -155,7 +158,7 @@ def measure_parts(
 
     Takes a minute or two for each row; rows of all pairs are in one part.jsonl, and are not measured again.
     """
-    options = PairOptions(source, target, data, support, flip, data_name)
+    options = PairOptions(source, target, data, support, flip, data_name, n_unlabelled=unlabelled)
     wanted = part.parse_forms(forms)
 
     def make() -> Bench:

@@ -66,6 +66,7 @@ class PairOptions:
     data_name: str | None = None
     n_test: int | None = None
     device: str = "cpu"
+    n_unlabelled: int = 0
 
     @property
     def networks(self) -> tuple[ModelOptions, ModelOptions]:
@@ -100,6 +101,7 @@ class PairOptions:
             n_new=n_new,
             n_base=n_base,
             flip=self.flip,
+            n_unlabelled=self.n_unlabelled,
             n_test=self.n_test,
             batch_size=SMALL_BATCH if self._has_public else Setting.batch_size,
             given={"source": self.source, "target": self.target},
