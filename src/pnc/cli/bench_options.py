@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pnc.bench.bench import Bench, Rows
-from pnc.bench.public_network import PUBLIC, SMALL_BATCH, public_network, resized
+from pnc.bench.public_network import IMAGE_SIZE, PUBLIC, SMALL_BATCH, public_network, resized
 from pnc.bench.result_files import Cells, Claim, write_results
 from pnc.bench.setting import Setting
 from pnc.cli.arguments import (
@@ -28,12 +28,15 @@ from pnc.cli.output import progress, say
 from pnc.data.image_set import sample_per_class
 from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError
+from pnc.foundation.specs import split_spec
 from pnc.models.model_specs import LoadedModel
 
 SourceFile = Annotated[
     str,
     typer.Option(
-        "--source", help="The network that knows the new classes: a file of `pnc pretrain`, or efficientnet-lite0."
+        "--source",
+        help="The network that knows the new classes: a file of `pnc pretrain`, or efficientnet-lite0 (?size=96 for "
+        "smaller images than 128x128).",
     ),
 ]
 TargetFile = Annotated[
@@ -83,7 +86,7 @@ class PairOptions:
     def load(self) -> Setting:
         """Check all options, then load the networks and images."""
         check_different(*self.networks)
-        check_trained(*(one for one in self.networks if one.spec != PUBLIC))
+        check_trained(*(one for one in self.networks if not _is_public(one.spec)))
         read_device(self.device)
         n_new, n_base = parse_support(self.support)
         if not n_new or not n_base:
@@ -109,16 +112,29 @@ class PairOptions:
 
     @property
     def _has_public(self) -> bool:
-        return PUBLIC in (self.source, self.target)
+        return _is_public(self.source) or _is_public(self.target)
 
     def _network(self, options: ModelOptions, input_shape: tuple[int, int, int]) -> LoadedModel:
         """Load one network. Beside the public one, which resizes its images, the other one does so too."""
-        if options.spec == PUBLIC:
-            public = public_network(input_shape)
+        if _is_public(options.spec):
+            public = public_network(input_shape, _public_size(options.spec, options.role))
             public.module.to(read_device(options.device))
             return public
         model = load_network(options, input_shape=input_shape)
         return resized(model, input_shape) if self._has_public else model
+
+
+def _is_public(spec: str) -> bool:
+    return spec.partition("?")[0] == PUBLIC
+
+
+def _public_size(spec: str, argument: str) -> int:
+    """Read the image size of the public network."""
+    given = split_spec(spec, argument)[2]
+    size = given.pop("size", str(IMAGE_SIZE))
+    if given or not size.isdecimal() or int(size) < 32:
+        raise InputError(f"{argument}: expected {PUBLIC}, or {PUBLIC}?size=N with N of at least 32; got {spec!r}")
+    return int(size)
 
 
 def run_bench(
