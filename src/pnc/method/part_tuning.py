@@ -326,9 +326,9 @@ def _draws(is_new: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
         generator: Of the draws.
     """
     if 2 * int(is_new.sum()) >= len(is_new):
-        yield from _equally_often(torch.arange(len(is_new)), BATCH_SIZE, generator)
+        return _equally_often(torch.arange(len(is_new)), BATCH_SIZE, generator)
     kinds = (_equally_often(rows.nonzero().flatten(), BATCH_SIZE // 2, generator) for rows in (is_new, ~is_new))
-    yield from map(torch.cat, zip(*kinds, strict=True))
+    return map(torch.cat, zip(*kinds, strict=True))
 
 
 def _equally_often(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
