@@ -28,7 +28,7 @@ from torch.func import functional_call
 from pnc.channels.compaction import own_copy
 from pnc.clones.adapter import Adapter
 from pnc.clones.deltas import Deltas, deltas_of, low_rank_deltas, merge, rank_of, rounded_deltas
-from pnc.data.image_store import to_device
+from pnc.data.image_store import Images, to_device
 from pnc.foundation.errors import InputError
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.graph.cut_points import extract
@@ -143,14 +143,14 @@ def tune_part(
         path, is_scored = _Path(task, fitted.adapter, part, tune, progress), seen is not task
         kept, rate = {}, 1.0
         if path.can_fix_statistics:
-            path.walk(seen, round(BATCH_STATISTICS_SHARE * N_STEPS), rate)
+            path.walk(seen.samples.images, round(BATCH_STATISTICS_SHARE * N_STEPS), rate)
             path.fix_statistics(seen)
             rate = FIXED_RATE
         if is_scored:
-            path.walk(seen, round(SCORED_SHARE * N_STEPS) - path.n_done, rate)
+            path.walk(seen.samples.images, round(SCORED_SHARE * N_STEPS) - path.n_done, rate)
             kept |= path.result("scored", seen)
             rate *= LAST_RATE
-        path.walk(task, N_STEPS - path.n_done, rate)
+        path.walk(task.samples.images, N_STEPS - path.n_done, rate)
         kept |= path.result("final", task)
         steps.keep(_STEP, kept)
     module, adapter, deltas = _made(fitted.adapter, part.module, kept, "final")
@@ -253,14 +253,13 @@ class _Path:
                 reestimate_statistics(part, inputs, self._task.team)
         return _norm_buffers(part)
 
-    def walk(self, task: CloneTask, n_steps: int, share: float) -> None:
-        """Train for `n_steps` on views of a task's images, from a share of the learning rate down to zero."""
-        images, is_new = task.samples.images, task.samples.labels >= task.n_base
+    def walk(self, images: Images, n_steps: int, share: float) -> None:
+        """Train for `n_steps` on views of the images, from a share of the learning rate down to zero."""
         optimizer = torch.optim.Adam(self._leaves, LEARNING_RATES[self._tune] * share, fused=True)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
         norms = contextlib.nullcontext() if self._fixed else training_norms(self._part, self._task.team)
         with norms:
-            for rows, _ in zip(_draws(is_new, self._generator), range(n_steps), strict=False):
+            for rows, _ in zip(_draws(len(images), self._generator), range(n_steps), strict=False):
                 optimizer.zero_grad()
                 self._loss(_views(images[rows], self._generator)).backward()
                 self._task.team.sum_gradients(self._leaves)
@@ -318,27 +317,14 @@ class _Path:
         return rounded_deltas(self._part, self._values)
 
 
-def _draws(is_new: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
-    """Draw row numbers endlessly, a batch at a time: at least half of each batch shows new classes.
-
-    Args:
-        is_new: Whether a row shows one, (N,) bool.
-        generator: Of the draws.
-    """
-    if 2 * int(is_new.sum()) >= len(is_new):
-        return _equally_often(torch.arange(len(is_new)), BATCH_SIZE, generator)
-    kinds = (_equally_often(rows.nonzero().flatten(), BATCH_SIZE // 2, generator) for rows in (is_new, ~is_new))
-    return map(torch.cat, zip(*kinds, strict=True))
-
-
-def _equally_often(rows: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Draw some of the rows endlessly, `size` at a time, each equally often."""
+def _draws(n: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Draw row numbers below n endlessly, a batch at a time, each equally often."""
     left = torch.empty(0, dtype=torch.int64)
     while True:
-        while len(left) < size:
-            left = torch.cat([left, rows[torch.randperm(len(rows), generator=generator)]])
-        yield left[:size]
-        left = left[size:]
+        while len(left) < BATCH_SIZE:
+            left = torch.cat([left, torch.randperm(n, generator=generator)])
+        yield left[:BATCH_SIZE]
+        left = left[BATCH_SIZE:]
 
 
 def _views(images: Tensor, generator: torch.Generator) -> Tensor:
