@@ -146,7 +146,7 @@ def measure_parts(
     some: Classes = None,
     support: Sizes = "100/20",
     unlabelled: Annotated[
-        int, typer.Option(help="More images of each base class, without labels, that parts are tuned on too.", min=0)
+        int, typer.Option(help="More images of each base class, without labels, to clone with.", min=0)
     ] = 0,
     flip: Mirror = True,
     seeds: Seeds = 3,
