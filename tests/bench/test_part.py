@@ -56,6 +56,8 @@ def test_unlabelled_images_are_others_than_those_of_the_support(folder, monkeypa
     assert len(both.unique(dim=0)) == len(both)
     (made,) = json.loads((folder / "part.json").read_text())["rows"]
     assert made["support"] == "20/5 and 3 unlabelled"
+    with pytest.raises(InputError, match="unlabelled: 5000 per class, but beside the support some have [0-9]+ left"):
+        run(folder, "whole", "20/5", "--unlabelled", 5000)
 
 
 def row(form, average, score, macs, seed=0, support="100/20"):

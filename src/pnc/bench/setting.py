@@ -87,8 +87,12 @@ class Setting:
     def _unlabelled(self, classes: Sequence[str], seed: int) -> Tensor:
         """Draw images of the base classes that are not in the support of this seed."""
         if self.n_base is None:
-            raise InputError("n_unlabelled: the support has all images of the base classes; give it fewer")
+            raise InputError("unlabelled: the support has all images of the base classes; give it fewer")
         base, generator = self.target.classes, torch.Generator().manual_seed(seed)
+        counts = self.train.counts()
+        most = min(counts[name] for name in base) - self.n_base
+        if self.n_unlabelled > most:
+            raise InputError(f"unlabelled: {self.n_unlabelled} per class, but beside the support some have {most} left")
         n_base = self.n_base + self.n_unlabelled  # a smaller draw is the beginning of a larger one
         drawn = draw_images(self.train, classes, base, self.n_new, n_base, generator)
         places = torch.arange(len(base) * n_base)
