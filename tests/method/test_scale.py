@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 import pytest
+from torch.testing import assert_close
 
 import pnc
 from digits import NEW, pair, support
@@ -52,7 +53,7 @@ def counted(monkeypatch, task, **settings):
 
     def watched(recording, start, outputs):
         part = extract(recording, start, outputs)
-        if start is None or LOGITS in outputs:
+        if LOGITS in outputs or len(outputs) > 1:
             name = "target_samples" if recording is task.target.recording else "source_samples"
             part.register_forward_pre_hook(counting(lambda *_: None, name, of=lambda _, inputs: len(inputs[0])))
         return part
@@ -78,20 +79,45 @@ def held_bytes(fitter):
     return total
 
 
-def test_each_sample_is_seen_twice_by_the_target_once_by_the_source_and_once_by_each_part(monkeypatch):
+def test_each_sample_is_seen_twice_by_the_target_once_by_the_source_and_once_by_each_adapters_part(monkeypatch):
     task = prepared()
     n, n_folds = len(task.samples.labels), task.samples.n_folds
     found, counts = counted(monkeypatch, task, max_cuts=3)
     assert (counts.target_samples, counts.source_samples) == (2 * n, n)
-    assert counts.part_samples == n * len(found.positions)
-    assert counts.part_runs == n_folds * len(found.positions)  # one batch for each fold
+    n_run = len(found.positions) - 1  # what the whole source does is known from the first pass
+    assert counts.part_samples == n * n_run
+    assert counts.part_runs == n_folds * n_run  # one batch for each fold
     (fitter,) = counts.fitters
     same = [one for one in found.positions if found.adapter(one).adapter.is_identity]  # from input to input
     assert len(same) == 1
-    solved = (len(found.positions) - 1) * (n_folds + 1)
+    solved = (len({cut for _, cut in found.adapter_errors}) - 1) * (n_folds + 1)  # one target cut for each source cut
     measured = len(fitter._regressions) * n_folds * len(PENALTIES)
     assert counts.factorizations == solved + measured
     assert held_bytes(fitter) == fitter.n_bytes(n_folds)
+
+
+def test_mirror_images_fit_adapters_but_do_not_score_positions(monkeypatch):
+    task = prepared(flip=True)
+    n = len(task.samples.labels)
+    found, counts = counted(monkeypatch, task, max_cuts=3)
+    assert (counts.target_samples, counts.source_samples) == (n + n // 2, n)
+    assert counts.part_samples == n // 2 * (len(found.positions) - 1)
+    samples = {found.adapter(one).adapter.is_identity: found.adapter(one).samples for one in found.positions}
+    assert samples[False] is None, "heads are fitted on mirror images too"
+    assert len(samples[True].labels) == n
+
+
+def test_what_is_known_of_the_whole_source_is_what_running_it_gives():
+    task = prepared(flip=True)
+    found = pnc.scan(task, max_cuts=3)
+    (whole,) = (found.adapter(one) for one in found.positions if one.is_exact)
+    (run,) = held_out.run_parts(task, [(whole, held_out.source_body(task, whole.adapter.source_cut))])
+    assert_close(vars(whole.samples), vars(run))
+    judged = held_out.judge(run.select(~task.samples.is_copy))
+    (position,) = (one for one in found.positions if one.is_exact)
+    assert position.log_loss == pytest.approx(
+        -held_out.outcome_of(judged.log_likelihoods, task.without_copies).average[0]
+    )
 
 
 def test_twice_the_samples_are_twice_the_runs_and_no_more_factorizations(monkeypatch):
@@ -122,12 +148,16 @@ def test_the_best_positions_of_a_first_round_are_scored_again_on_all_images(monk
     whole = pnc.scan(task)
     monkeypatch.setattr(positions, "ROUND_MACS", 0)
     monkeypatch.setattr(positions, "FIRST_IMAGES", 50)
+    monkeypatch.setattr(positions, "N_FINALISTS", 2)
     found, counts = counted(monkeypatch, task)
     n = len(task.samples.labels)
     again = [p for p in found.positions if p.n_images == n]
     assert 1 <= len(again) <= positions.N_FINALISTS
     assert {p.n_images for p in found.positions} == {50, n}
-    assert counts.part_samples == 50 * len(found.positions) + (n - 50) * len(again)  # no image twice
+    adapted = [p for p in found.positions if not p.is_exact]
+    assert counts.part_samples == 50 * len(adapted) + (n - 50) * len(
+        [p for p in again if p in adapted]
+    )  # no image twice
     scores = {p.names: p.score for p in whole.positions}
     assert all(p.score == scores[p.names] for p in again)
     assert found.choose() in again

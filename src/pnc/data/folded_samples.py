@@ -33,6 +33,14 @@ class Samples:
         """Number of folds; 1 if nothing can be held out."""
         return int(self.folds.max()) + 1
 
+    @property
+    def is_copy(self) -> Tensor:
+        """Which rows show an image that an earlier row shows, (N,) bool, such as mirror images."""
+        n_images = int(self.groups.max()) + 1
+        rows = torch.arange(len(self.groups))
+        first = torch.full((n_images,), len(rows)).scatter_reduce_(0, self.groups, rows, "amin")
+        return first[self.groups] != rows
+
     def batches(self, size: int) -> Iterator[tuple[int, Tensor]]:
         """Fold and images (B, C, H, W), in order: batches of at most `size` images, each from one fold."""
         for fold, rows in self.rows(size):

@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import torch
 
+from pnc.clones.position_grids import pool
 from pnc.data.image_store import to_device
 from pnc.graph.cut_points import LOGITS, CutPoint, extract
 from pnc.method.adapter_fitting import N_ROWS, AdapterFitter
-from pnc.method.held_out import batches
+from pnc.method.head_fitting import HeadSamples
+from pnc.method.held_out import batches, features_seen, head_samples
 from pnc.method.task import CloneTask, Progress
 
 RANKED_IMAGES, RANKED_ROWS, RANKED_OUTPUTS = 100, 8_000, 64
@@ -49,26 +51,41 @@ def gather_moments(
     source_cuts: Sequence[CutPoint],
     what: str,
     progress: Progress | None,
-) -> None:
+    *,
+    keeps_samples: bool = False,
+) -> HeadSamples | None:
     """Run the support through both networks and give the fitter the tensors at all cuts.
 
     At the first cut of each, such as the input, both networks have the same tensor: the source starts there.
+
+    Returns:
+        With `keeps_samples`, the samples to fit heads on behind the whole source from there on.
     """
-    target_taps = extract(task.target.recording, None, [*target_cuts, LOGITS])
-    source_taps = extract(task.source.recording, source_cuts[0], [*source_cuts, LOGITS])
+    seen, own = features_seen(task), task.source.head.features
+    target_taps = extract(task.target.recording, None, [*target_cuts, seen, LOGITS])
+    source_taps = extract(task.source.recording, source_cuts[0], [*source_cuts, own])
+    rows, kept = [], []
     done = 0
-    for number, fold, _, images in batches(task, [*target_cuts, *source_cuts], what, progress, with_first=True):
+    for number, fold, place, images in batches(task, [*target_cuts, *source_cuts], what, progress, with_first=True):
         for _ in range(done, number):
             fitter.skip()
         done = number + 1
         with torch.no_grad(), task.autocast():
             here = to_device(images, task.target.device)
-            target_tensors = target_taps(here)
-            source_tensors = source_taps(target_tensors[0])
+            *target_tensors, features, logits = target_taps(here)
+            *source_tensors, own_features = source_taps(target_tensors[0])
         fitter.update(
             fold,
-            {cut.name: tensor for cut, tensor in zip(target_cuts, target_tensors, strict=False)},
-            {cut.name: tensor for cut, tensor in zip(source_cuts, source_tensors, strict=False)},
+            {cut.name: tensor for cut, tensor in zip(target_cuts, target_tensors, strict=True)},
+            {cut.name: tensor for cut, tensor in zip(source_cuts, source_tensors, strict=True)},
             counted=task.team.is_mine(number),
         )
+        if keeps_samples and task.team.is_mine(number):
+            columns = pool(features, seen), logits, pool(own_features, own)
+            rows.append(torch.arange(place.start, place.stop))
+            kept.append([column.float().cpu() for column in columns])
     fitter.share(task.team, task.samples.n_folds)
+    if not keeps_samples:
+        return None
+    own_rows, n_rows = torch.cat(rows), len(task.samples.labels)
+    return head_samples(task, *(task.team.gather(torch.cat(one), own_rows, n_rows) for one in zip(*kept, strict=True)))

@@ -219,11 +219,12 @@ def smallest_good(
             chosen = candidate
             break
     clone = made[chosen][0]
+    shift = made[best][0].recipe["score"] - best.estimate  # the scan's heads were fitted without mirror images
     listed = [
         [
             round(one.macs_share, 4),
             round(one.density, 4),
-            round(made[one][0].recipe["score"] if one in made else one.estimate, 4),
+            round(made[one][0].recipe["score"] if one in made else one.estimate + shift, 4),
             one in made,
         ]
         for one in front

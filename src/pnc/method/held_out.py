@@ -84,7 +84,6 @@ def run_parts(
     Raises:
         InputError: there are no base samples, and the source's logits are not a linear map of its pooled features.
     """
-    own = own_head(task)
     cuts = list(dict.fromkeys(fitted.adapter.target_cut for fitted, _ in parts))
     seen = features_seen(task)
     trunk = extract(task.target.recording, None, [*cuts, seen, LOGITS])
@@ -100,22 +99,34 @@ def run_parts(
             for (fitted, body), collected in zip(parts, clone_features, strict=True):
                 stitched = Stitched(fitted.held_out[fold], body, task.source.head.features)
                 collected.append(stitched(at_cut[fitted.adapter.target_cut]).float().cpu())
-    n_samples, own_places = len(task.samples.labels), torch.cat(places)
-    target_rows, logit_rows, *made = (
-        task.team.gather(torch.cat(rows), own_places, n_samples)
-        for rows in (target_features, base_logits, *clone_features)
-    )
-    samples = HeadSamples(
-        target_features=target_rows,
-        clone_features=torch.empty(0),
-        base_logits=logit_rows,
-        own_logits=torch.empty(0),
+    rows = torch.cat(places)
+    columns = (target_features, base_logits, *clone_features)
+    seen_rows, logit_rows, *made = (task.team.gather(torch.cat(one), rows, len(task.samples.labels)) for one in columns)
+    return [head_samples(task, seen_rows, logit_rows, one) for one in made]
+
+
+def head_samples(task: CloneTask, target_features: Tensor, base_logits: Tensor, clone_features: Tensor) -> HeadSamples:
+    """Return the samples to fit heads on: all rows of the task, on the CPU.
+
+    Args:
+        task: Gives labels, folds and the source's own classifier.
+        target_features: Of the target at `features_seen`, pooled, (N, D_t).
+        base_logits: The target's logits, (N, K_base).
+        clone_features: The pooled features of a part of the source, (N, D_s).
+    Raises:
+        InputError: there are no base samples, and the source's logits are not a linear map of its pooled features.
+    """
+    own = own_head(task)
+    return HeadSamples(
+        target_features=target_features,
+        clone_features=clone_features,
+        base_logits=base_logits,
+        own_logits=F.linear(clone_features, own.weight, own.bias),
         labels=task.samples.labels,
         folds=task.samples.folds,
         n_classes=task.n_base + len(task.new_classes),
         few=task.has_few_images,
     )
-    return [replace(samples, clone_features=rows, own_logits=F.linear(rows, own.weight, own.bias)) for rows in made]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,14 +1,16 @@
 """Scan: scores positions, pairs of cuts where a clone can leave the target and enter the source.
 
-Two passes of the support through both networks score them in closed form: the first gathers the moments from which the
-adapter of every pair is solved; the second runs the rest of the source behind the best adapter for each of its cuts,
-fits the head and measures it on held-out folds.
+Two passes of the support score them in closed form: the first, through both networks, gathers the moments from which
+the adapter of every pair is solved; the second, without mirror images, runs the rest of the source behind the best
+adapter for each of its cuts, fits the head and measures it on held-out folds.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import Tensor
 
 from pnc.clones.adapter import Adapter
 from pnc.foundation.argument_checks import check_flag, check_whole
@@ -55,7 +57,8 @@ class Position:
         target_cut: The clone reads the target's tensor here.
         source_cut: The clone is the source from here on.
         adapter_error: Held-out share of the variance of the source's tensor that the adapter misses.
-        score: Average accuracy on held-out support; without base samples, accuracy among the new classes only.
+        score: Average accuracy on held-out support, by a head fitted without mirror images; without base samples,
+            accuracy among the new classes only.
         standard_error: Standard error of `score`, from the number of held-out samples.
         log_loss: Log-loss on the same samples, in nats, with equal weight on base and new ones.
         n_macs: Multiply-accumulates added to the target per sample, without the head.
@@ -243,14 +246,18 @@ def scan(
     target_cuts = candidate_cuts(task.target.recording, max_cuts, shared[0])
     source_cuts = candidate_cuts(task.source.recording, max_cuts, shared[1])
     cuts = target_cuts, source_cuts
+    n_scored = len(source_cuts) * (len(target_cuts) if exhaustive else 1)
+    scored = task.within(4 * n_scored * task.source.head.features.n_channels).reduced(SCORED_IMAGES).without_copies
     whole, task = task, task.reduced(FITTED_IMAGES)
+    originals = ~task.samples.is_copy
+    are_scored = int(originals.sum()) == len(scored.samples.labels)
     chosen = None
     fitter = adapter_fitter(task, *cuts)
     if fitter.n_bytes(task.samples.n_folds) > task.memory and not exhaustive:
         errors = ranked_pairs(task, *cuts, progress)
         chosen = shortlist(*cuts, errors)
         fitter = adapter_fitter(task, *cuts, chosen)
-    gather_moments(task, fitter, *cuts, "fitting adapters", progress)
+    known = gather_moments(task, fitter, *cuts, "fitting adapters", progress, keeps_samples=are_scored)
     if chosen is None:
         chosen = [(t, s) for t in target_cuts for s in source_cuts]
         errors = {(t.name, s.name): fitter.error(t, s) for t, s in chosen}
@@ -259,53 +266,63 @@ def scan(
     if not exhaustive:
         adapters = _undominated(task, adapters)
     del fitter  # its moments take the most memory
-    scored = _scored(whole, adapters, source_cuts, progress)
-    return Scan(*scored, errors, whole.has_few_images, shared[1].n_macs / task.source.n_macs)
+    exact = target_cuts[0].name, source_cuts[0].name
+    run = {} if known is None else {exact: known.select(originals)}
+    positions, seen, outcomes = _scored(scored, adapters, run, progress)
+    if known is not None:
+        seen[exact] = known
+    n_whole = len(whole.samples.labels)
+    adapters |= {p: replace(adapters[p], samples=one) for p, one in seen.items() if len(one.labels) == n_whole}
+    return Scan(positions, adapters, outcomes, errors, whole.has_few_images, shared[1].n_macs / task.source.n_macs)
 
 
 def _scored(
     task: CloneTask,
     adapters: Mapping[tuple[str, str], CrossFitted],
-    source_cuts: Sequence[CutPoint],
+    known: Mapping[tuple[str, str], HeadSamples],
     progress: Progress | None,
-) -> tuple[tuple[Position, ...], dict[tuple[str, str], CrossFitted], dict[tuple[str, str], Outcome]]:
-    """Score positions, best first; if that takes long, all on a part of the support and only the best on the rest.
+) -> tuple[tuple[Position, ...], dict[tuple[str, str], HeadSamples], dict[tuple[str, str], Outcome]]:
+    """Score positions, best first; if that takes long, all on a part of the images and only the best on the rest.
 
-    The returned adapters keep the head's samples behind them, if these are the whole support.
+    Args:
+        task: With the images that score the positions.
+        adapters: Of the positions to score.
+        known: Samples behind positions that need not be run.
+        progress: Called after each batch.
+    Returns:
+        Positions, the samples behind them, and the log-likelihoods of the images.
     """
-    bodies = {s: source_body(task, s) for s in source_cuts}
     positions: dict[tuple[str, str], Position] = {}
     outcomes: dict[tuple[str, str], Outcome] = {}
-    seen = dict(adapters)
+    seen: dict[tuple[str, str], HeadSamples] = {}
+    bodies = {cut: source_body(task, cut) for cut in {one.adapter.source_cut for one in adapters.values()}}
 
-    def run(part: CloneTask, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], HeadSamples]:
-        parts = [(adapters[pair], bodies[adapters[pair].adapter.source_cut]) for pair in pairs]
-        return dict(zip(pairs, run_parts(part, parts, progress), strict=True))
+    def run(pairs: Iterable[tuple[str, str]], rows: Tensor | None = None) -> dict[tuple[str, str], HeadSamples]:
+        part = task if rows is None else replace(task, samples=task.samples.select(rows))
+        found = {pair: known[pair] if rows is None else known[pair].select(rows) for pair in pairs if pair in known}
+        others = [pair for pair in pairs if pair not in found]
+        parts = [(adapters[pair], bodies[adapters[pair].adapter.source_cut]) for pair in others]
+        return found | (dict(zip(others, run_parts(part, parts, progress), strict=True)) if parts else {})
 
     def score(scored: CloneTask, found: Mapping[tuple[str, str], HeadSamples]) -> None:
+        seen.update(found)
         for pair, samples in found.items():
             judged = judge(samples)
             outcomes[pair] = outcome_of(judged.log_likelihoods, scored)
             score, likelihood = score_of(judged.correct, scored), outcomes[pair]
             positions[pair] = _position(task, adapters[pair], score, likelihood, samples)
-            if len(samples.labels) == len(task.samples.labels):
-                seen[pair] = replace(adapters[pair], samples=samples)
 
-    pairs = list(adapters)
-    whole = task.within(4 * len(pairs) * task.source.head.features.n_channels).reduced(SCORED_IMAGES)
-    n_rows = len(whole.samples.labels)
-    n_macs = sum(_added_macs(task, one.adapter) for one in adapters.values()) * n_rows
-    n_images = len(whole.samples.groups.unique())
+    n_macs = sum(_added_macs(task, one.adapter) for one in adapters.values()) * len(task.samples.labels)
+    n_images = len(task.samples.groups.unique())
     n_first = max(FIRST_IMAGES, n_images * ROUND_MACS // 4 // max(n_macs, 1))
-    if n_macs <= ROUND_MACS or len(pairs) <= N_FINALISTS or n_first >= n_images:
-        score(whole, run(whole, pairs))
+    if n_macs <= ROUND_MACS or len(adapters) <= N_FINALISTS or n_first >= n_images:
+        score(task, run(adapters))
     else:
-        rows = whole.samples.spread(n_first, task.n_base)
-        first, rest = (replace(whole, samples=whole.samples.select(part)) for part in (rows, ~rows))
-        found = run(first, pairs)
-        score(first, found)
-        finalists = run(rest, _finalists(positions, outcomes))
-        score(whole, {pair: found[pair].joined(samples, rows) for pair, samples in finalists.items()})
+        rows = task.samples.spread(n_first, task.n_base)
+        first = run(adapters, rows)
+        score(replace(task, samples=task.samples.select(rows)), first)
+        rest = run(_finalists(positions, outcomes), ~rows)
+        score(task, {pair: first[pair].joined(samples, rows) for pair, samples in rest.items()})
     return tuple(sorted(positions.values(), key=lambda p: (p.log_loss, p.n_macs))), seen, outcomes
 
 
@@ -333,10 +350,11 @@ def shortlist(
 def _undominated(
     task: CloneTask, adapters: Mapping[tuple[str, str], CrossFitted]
 ) -> dict[tuple[str, str], CrossFitted]:
-    """Leave out positions that cost more than one with an identity adapter: they cannot be better."""
+    """Leave out positions that cost as much as one with an identity adapter (to a tenth of the source's cost)."""
     costs = {pair: _added_macs(task, fitted.adapter) for pair, fitted in adapters.items()}
-    bound = min((costs[pair] for pair, fitted in adapters.items() if fitted.adapter.is_identity), default=math.inf)
-    return {pair: fitted for pair, fitted in adapters.items() if costs[pair] <= bound}
+    exact = [pair for pair, fitted in adapters.items() if fitted.adapter.is_identity]
+    bound = min((costs[pair] - COST_STEP * task.source.n_macs for pair in exact), default=math.inf)
+    return {pair: fitted for pair, fitted in adapters.items() if pair in exact or costs[pair] <= bound}
 
 
 def _position(

@@ -124,6 +124,11 @@ class CloneTask:
             return self
         return replace(self, samples=self.samples.select(self.samples.spread(n_images, self.n_base)))
 
+    @property
+    def without_copies(self) -> "CloneTask":
+        """The task without copies of its images, such as mirror images."""
+        return replace(self, samples=self.samples.select(~self.samples.is_copy))
+
     @torch.no_grad()
     def run(
         self, function: Callable[[Tensor], tuple[Tensor, ...]], device: torch.device

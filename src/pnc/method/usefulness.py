@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -68,7 +68,7 @@ def _checked(task: CloneTask) -> Usefulness:
     A network is doubted if it is correct no more often than by chance, and so rarely that a useful network would hardly
     be. With very few samples this cannot be told, and nothing is doubted.
     """
-    part = _each_image_once(task.reduced(N_IMAGES))
+    part = task.reduced(N_IMAGES).without_copies
     labels = part.samples.labels
     is_base = (labels < task.n_base) & ~part.background
     new, base = labels[labels >= task.n_base] - task.n_base, labels[is_base]
@@ -98,14 +98,6 @@ def _checked(task: CloneTask) -> Usefulness:
             f"{spread:.2g}): weights? preprocessing?"
         )
     return Usefulness(score, tuple(doubts))
-
-
-def _each_image_once(task: CloneTask) -> CloneTask:
-    """Return the same task without copies of its images, such as mirror images."""
-    groups = task.samples.groups
-    first = torch.zeros(len(groups), dtype=torch.bool)
-    first[[int((groups == group).nonzero()[0]) for group in groups.unique()]] = True
-    return replace(task, samples=task.samples.select(first))
 
 
 def _logits(task: CloneTask, network: Network, rows: Tensor) -> Tensor:
