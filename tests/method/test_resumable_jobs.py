@@ -18,7 +18,7 @@ from pnc.bench.result_files import Cells
 from pnc.foundation.process_team import Team
 from pnc.foundation.resumable_steps import Steps
 from pnc.foundation.tensor_files import write_tensors
-from pnc.method import refinement
+from pnc.method import part_tuning, positions, refinement
 from pnc.method.localization import localizer
 from pnc.method.positions import Position, Scan
 from pnc.method.refinement import Schedule
@@ -40,6 +40,7 @@ def make(nets: Any, out: Path, resume: Path | None, progress: Any = None, **sett
         patch.setattr(localizer, "NORMS_STEPS", 4)
         patch.setattr(refinement, "SCHEDULE", Schedule(0.001, 6, 3))
         patch.setattr(Scan, "choose", costliest_with_an_adapter)
+        patch.setattr(positions, "COST_STEP", 0.0)  # so that such a position is scored
         made = pnc.clone(nets.source.module, nets.target.module, support(), **nets.names(), **given)
     pnc.save(made, out)
 
@@ -94,6 +95,34 @@ def test_a_clone_killed_again_and_again_is_that_of_an_undisturbed_run(tmp_path: 
     make(nets, folder / "clone.safetensors", folder / "steps.safetensors")
     assert [path.name for path in folder.iterdir()] == ["clone.safetensors"]
     assert (folder / "clone.safetensors").read_bytes() == straight.read_bytes()
+
+
+class Stopped(Exception):
+    """Raised by a test to end a job."""
+
+
+def test_a_part_that_was_tuned_is_not_tuned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(part_tuning, "N_STEPS", 6)
+    nets, resume, seen = pair(), tmp_path / "steps.safetensors", []
+
+    def progress(what: str, done: int, n: int) -> None:
+        if "tuning the part" in seen and what != seen[-1]:
+            raise Stopped
+        seen.append(what)
+
+    def made(**settings: Any) -> pnc.Clone:
+        names = {"classes": NEW, **nets.names()}
+        return pnc.clone(nets.source.module, nets.target.module, support(), density=0.5, **names, **settings)
+
+    with pytest.raises(Stopped):
+        made(resume=resume, progress=progress)
+    done = []
+    again = made(resume=resume, progress=lambda what, *_: done.append(what))
+    assert "tuning the part" in seen and "tuning the part" not in done
+    assert not resume.exists()
+    for clone, name in ((again, "again"), (made(), "whole")):
+        pnc.save(clone, tmp_path / name)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_steps_of_other_arguments_are_not_used(tmp_path: Path) -> None:

@@ -101,10 +101,10 @@ def _steps(path: Path, tensors: Mapping[str, Tensor], names: object) -> dict[str
         raise FileFormatError(f"resume: the metadata of {path} is damaged: it has no list of steps; remove the file")
     found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
     for name, tensor in tensors.items():
-        step, _, key = name.rpartition("/")
-        if step not in found:
+        step = max((step for step in found if name.startswith(f"{step}/")), key=len, default=None)
+        if step is None:
             raise FileFormatError(f"resume: {path} is damaged: {name[:80]!r} is in no listed step; remove the file")
-        found[step][key] = tensor
+        found[step][name.removeprefix(f"{step}/")] = tensor
     return found
 
 
