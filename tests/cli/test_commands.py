@@ -435,7 +435,7 @@ EVAL = f"eval {{f}}/all.safetensors {NETWORKS} --data digits "
         ),
         (f"eval {{f}}/all.safetensors {NETWORKS} --data folder:{{f}}/images?channels=3", "images are 3x8x8"),
         (f"predict {{d}}/no.png --clone {{f}}/all.safetensors {NETWORKS}", "there is no file .*no.png"),
-        (f"predict {{t}} --clone {{f}}/all.safetensors {NETWORKS}", "not a readable image"),
+        (f"predict {{t}} --clone {{f}}/all.safetensors {NETWORKS}", "pnc: images: "),
         (f"predict {{f}}/images/test/0/0.png {NETWORKS}", "clone"),
         ("inspect {d}/no", "there is no file"),
         ("verify {d}/no --target {t}", "file: there is no file"),

@@ -1,5 +1,6 @@
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,8 +49,24 @@ def test_nothing_is_lowered_if_no_image_is_lost():
 def test_a_bound_that_needs_more_images_is_refused_with_both_ways_out():
     text = "are too few to verify that; give at least 49 (labelled, or as background), or allow 0.091 or more"
     with pytest.raises(InputError, match=re.escape(text)):
-        check_promise(0.02, 10)
-    check_promise(0.02, 49)
+        check_promise(0.02, 10, 10)
+    check_promise(0.02, 49, 49)
+
+
+def test_images_that_do_not_fit_into_memory_are_counted_before_the_work():
+    text = "only 28 of 100 base images fit into memory=, too few to verify that; allow more memory, or allow 0.034 or"
+    with pytest.raises(InputError, match=re.escape(text)):
+        check_promise(0.02, 100, 28)
+    nets, data = pair(), support(60, 20)
+    task = pnc.prepare_task(nets.source.module, nets.target.module, data, classes=NEW, **nets.names())
+    found = pnc.scan(task, max_cuts=2)
+    with pytest.raises(InputError, match="fit into memory="):
+        pnc.fit(replace(task, memory=2**18), found.adapter(found.choose()), max_base_drop=0.02)
+
+
+def test_without_base_images_no_bound_is_offered():
+    with pytest.raises(InputError, match=r"or as background\)$"):
+        check_promise(0.2, 0, 0)
 
 
 @pytest.mark.parametrize("part", [0, 1])

@@ -10,7 +10,7 @@ from pnc.data.image_set import class_subset, select
 from pnc.data.readers import load_data
 from pnc.foundation.errors import InputError
 from pnc.foundation.network_state import differences, take_snapshot
-from pnc.method import refinement
+from pnc.method import part_tuning, refinement
 from pnc.method.refinement import Schedule
 
 
@@ -196,3 +196,26 @@ def test_background_images_do_the_work_of_base_samples():
     assert clones["with"].target_features != clones["without"].target_features
     assert clones["with"].recipe["n_background_samples"] == 100
     assert clones["with"].recipe["n_base_samples"] == 0
+
+
+def prepared(classes=NEW, n_new=8):
+    nets = pair()
+    data = support(n_new, 4, classes)
+    return pnc.prepare_task(nets.source.module, nets.target.module, data, classes=classes, **nets.names())
+
+
+@pytest.mark.parametrize(("classes", "n_new"), [(NEW, 8), (NEW, 1), (NEW[:2], 17)])
+def test_adapters_of_another_task_are_refused(classes, n_new):
+    found = pnc.scan(prepared(classes, n_new), max_cuts=2)
+    with pytest.raises(InputError, match="from the scan of another task"):
+        pnc.fit(prepared(), found.adapter(found.choose()))
+
+
+def test_densities_whose_file_would_be_too_large_are_left_out(monkeypatch):
+    monkeypatch.setattr(part_tuning, "N_STEPS", 3)
+    given = {"density": "auto", "tune": "weights", "effort": "minutes"}
+    with pytest.raises(InputError, match="estimated at up to"):
+        clone(**{**given, "density": 0.5}, max_bytes=40_000)
+    made = clone(**given, max_bytes=40_000)
+    assert not any(abs(density - 0.5) < 0.02 for _, density, _, _ in made.recipe["front"])
+    assert any(is_made for *_, is_made in made.recipe["front"])

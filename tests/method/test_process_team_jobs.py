@@ -37,7 +37,7 @@ def clones(team, nets, data):
     """Make a clone in closed form, one with gates, and a few steps of refinement."""
     localizer.GATES_STEPS = localizer.NORMS_STEPS = 3  # more steps would only let rounding errors grow
     task = prepared(nets, data, team)
-    found = pnc.scan(task, max_cuts=3, exhaustive=True)
+    found = pnc.scan(task, max_cuts=3)
     # If the adapter is exact, as at the input, gradients are only rounding errors, which Adam scales up.
     position = max((p for p in found.positions if p.adapter_error > 0.1), key=lambda p: p.n_macs)
     fitted = found.adapter(position)

@@ -18,7 +18,7 @@ from pnc.bench.result_files import Cells
 from pnc.foundation.process_team import Team
 from pnc.foundation.resumable_steps import Steps
 from pnc.foundation.tensor_files import write_tensors
-from pnc.method import part_tuning, positions, refinement
+from pnc.method import part_tuning, refinement
 from pnc.method.localization import localizer
 from pnc.method.positions import Position, Scan
 from pnc.method.refinement import Schedule
@@ -40,7 +40,6 @@ def make(nets: Any, out: Path, resume: Path | None, progress: Any = None, **sett
         patch.setattr(localizer, "NORMS_STEPS", 4)
         patch.setattr(refinement, "SCHEDULE", Schedule(0.001, 6, 3))
         patch.setattr(Scan, "choose", costliest_with_an_adapter)
-        patch.setattr(positions, "COST_STEP", 0.0)  # so that such a position is scored
         made = pnc.clone(nets.source.module, nets.target.module, support(), **nets.names(), **given)
     pnc.save(made, out)
 
@@ -95,6 +94,15 @@ def test_a_clone_killed_again_and_again_is_that_of_an_undisturbed_run(tmp_path: 
     make(nets, folder / "clone.safetensors", folder / "steps.safetensors")
     assert [path.name for path in folder.iterdir()] == ["clone.safetensors"]
     assert (folder / "clone.safetensors").read_bytes() == straight.read_bytes()
+
+
+def test_a_call_that_is_refused_leaves_the_steps_of_another_call(tmp_path: Path) -> None:
+    nets, resume = pair(), tmp_path / "steps.safetensors"
+    Steps(resume, "another job").keep("one", {"tensor": torch.ones(1)})
+    before = resume.read_bytes()
+    with pytest.raises(pnc.InputError, match="max_macs=0.0001"):
+        pnc.clone(nets.source.module, nets.target.module, support(), **nets.names(), max_macs=0.0001, resume=resume)
+    assert resume.read_bytes() == before
 
 
 class Stopped(Exception):

@@ -3,13 +3,15 @@
 from dataclasses import dataclass, field, replace
 
 import pytest
+import torch
 from torch.testing import assert_close
 
 import pnc
 from digits import NEW, pair, support
 from pnc.clones.adapter import Stitched
+from pnc.data.folded_samples import spread_rows
 from pnc.graph.cut_points import LOGITS, extract
-from pnc.method import adapter_moments, held_out, positions, ridge
+from pnc.method import adapter_moments, held_out, one_position, positions, ridge
 from pnc.method.adapter_fitting import AdapterFitter
 from pnc.method.ridge import PENALTIES
 
@@ -175,3 +177,39 @@ def test_a_large_support_is_scored_on_a_part(monkeypatch):
     assert counts.source_samples == 50
     made = pnc.fit(task, found.adapter(found.choose()))
     assert made.recipe["n_new_samples"] == 60
+
+
+def test_a_part_of_the_support_keeps_base_images_of_each_fold():
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, *([2] * 3), *([3] * 3), *([4] * 3)])
+    folds, groups = torch.tensor([0, 1, 2] * 5), torch.arange(15)
+    chosen = spread_rows(labels, groups, folds, 9, 2)
+    assert sorted(folds[chosen & (labels < 2)].tolist()) == [0, 1, 2]
+    assert chosen.sum() == 12, "and one image of each new class and fold"
+
+
+def test_the_first_round_sees_base_images_and_reads_the_same_features(monkeypatch):
+    task = prepared(8, 8)
+    monkeypatch.setattr(positions, "ROUND_MACS", 0)
+    monkeypatch.setattr(positions, "N_FINALISTS", 2)
+    whole = pnc.scan(task)
+    monkeypatch.setattr(positions, "FIRST_IMAGES", 20)  # fewer than one of each new class and fold
+    found = pnc.scan(task)
+    for pair_of_cuts, fitted in found.adapters.items():
+        if fitted.samples is not None and not fitted.adapter.is_identity:
+            assert_close(fitted.samples.target_features, whole.adapters[pair_of_cuts].samples.target_features)
+    assert {p.n_images for p in found.positions} == {30, 80}
+
+
+def test_there_is_one_round_if_the_first_takes_all_images(monkeypatch):
+    task = prepared(5, 0)
+    monkeypatch.setattr(positions, "ROUND_MACS", 0)
+    monkeypatch.setattr(positions, "N_FINALISTS", 1)
+    monkeypatch.setattr(positions, "FIRST_IMAGES", 20)  # but each new class needs one in each fold
+    assert {p.n_images for p in pnc.scan(task).positions} == {25}
+
+
+def test_little_memory_leaves_base_images_for_the_head():
+    task = replace(prepared(8, 2), memory=2**15)
+    few = one_position.head_images(task)
+    assert len(few.samples.labels) < len(task.samples.labels)
+    assert few.has_base

@@ -61,7 +61,8 @@ class Samples:
     def spread(self, n_images: int, n_base: int) -> Tensor:
         """Choose a representative subset of the images, with their copies: the same share of each class and fold.
 
-        Of every new class, at least one image of each fold is chosen, so that folds can still be held out.
+        Of every new class, and of the base classes together, at least one image of each fold is chosen, so that folds
+        can still be held out.
 
         Args:
             n_images: Approximate number of images.
@@ -76,6 +77,7 @@ def spread_rows(labels: Tensor, groups: Tensor, folds: Tensor, n_images: int, n_
     """Choose rows of samples, given by their columns: see `Samples.spread`."""
     n_folds = int(folds.max()) + 1
     images, index = groups.unique(return_inverse=True)
+    n_images = min(n_images, len(images))
     own_labels, own_folds = torch.empty_like(images), torch.empty_like(images)
     own_labels[index], own_folds[index] = labels, folds
     cells = own_labels * n_folds + own_folds
@@ -83,8 +85,13 @@ def spread_rows(labels: Tensor, groups: Tensor, folds: Tensor, n_images: int, n_
     number = torch.empty_like(cells)  # of each image within its cell
     number[order] = torch.arange(len(cells)) - (counts.cumsum(0) - counts)[cells[order]]
     places = (number.double() + 0.5) / counts[cells]
-    places[(number == 0) & (own_labels >= n_base)] = -1.0
-    n_kept = max(n_images, int((places < 0).sum()))
+    is_base = own_labels < n_base
+    needed = (number == 0) & ~is_base
+    for fold in own_folds[is_base].unique().tolist():
+        there = (is_base & (own_folds == fold)).nonzero().flatten()
+        needed[there[fold * len(there) // n_folds]] = True  # of another class in each fold
+    places[needed] = -1.0
+    n_kept = max(n_images, int(needed.sum()))
     chosen = torch.zeros(len(images), dtype=torch.bool)
     chosen[places.argsort(stable=True)[:n_kept]] = True
     return chosen[index]

@@ -72,7 +72,8 @@ def load_images(paths: Sequence[str | Path], input_shape: Sequence[int]) -> Tens
     missing = [path_text(path) for path in paths if not checked_path(path, "images").is_file()]
     if missing or not paths:
         raise InputError(f"images: there is no file {listed(missing, 3)}")
-    return decode([read_file(Path(path), "images") for path in paths], list(map(str, paths)), channels, (width, height))
+    encoded = [read_file(Path(path), "images") for path in paths]
+    return decode(encoded, list(map(str, paths)), channels, (width, height), "images")
 
 
 def read_file(path: Path, argument: str = "spec") -> bytes:
@@ -90,7 +91,11 @@ def read_file(path: Path, argument: str = "spec") -> bytes:
 
 
 def decode(
-    encoded: Sequence[bytes], names: Sequence[str], channels: int | None, size: tuple[int, int] | None
+    encoded: Sequence[bytes],
+    names: Sequence[str],
+    channels: int | None,
+    size: tuple[int, int] | None,
+    argument: str = "spec",
 ) -> Tensor:
     """Decode image files to uint8 (N, C, H, W); their headers decide what is not given.
 
@@ -102,32 +107,33 @@ def decode(
         names: What messages call each file.
         channels: 1 or 3; None for that of most images.
         size: (width, height); None for the one size that all images have.
+        argument: The argument that errors name.
     """
     pillow = required("PIL.Image", "data")
-    headers = [_opened(content, name) for content, name in zip(encoded, names, strict=True)]
+    headers = [_opened(content, name, argument) for content, name in zip(encoded, names, strict=True)]
     if not headers:
-        raise InputError("spec: the data has no rows")
+        raise InputError(f"{argument}: the data has no rows")
     if channels is None:
         channels = 1 if sum(image.mode in _GREY_MODES for image in headers) > len(headers) / 2 else 3
     turns = [_orientation(image) for image in headers]
     sizes = {image.size[:: -1 if turn >= 5 else 1] for image, turn in zip(headers, turns, strict=True)}
     if size is None and len(sizes) > 1:
         some = listed([f"{width}x{height}" for width, height in sorted(sizes)], 3)
-        raise InputError(f"spec: the images have different sizes ({some}); choose one, for example ?size=64")
+        raise InputError(f"{argument}: the images have different sizes ({some}); choose one, for example ?size=64")
     width, height = size or next(iter(sizes))
     pixels = np.empty((len(headers), height, width, channels), dtype=np.uint8)
     for index, (image, turn) in enumerate(zip(headers, turns, strict=True)):
-        with image_errors(names[index]):
+        with image_errors(names[index], argument):
             upright = image.transpose(pillow.Transpose[_TURNS[turn]]) if turn != 1 else image
             pixels[index] = fitted_pixels(upright, channels, (width, height))
         image.close()  # frees its pixels, which may be many
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def _opened(content: bytes, name: str) -> Any:
-    with image_errors(name):
+def _opened(content: bytes, name: str, argument: str) -> Any:
+    with image_errors(name, argument):
         image = required("PIL.Image", "data").open(io.BytesIO(content))
-    check_depth(image, f"spec: {name}")
+    check_depth(image, f"{argument}: {name}")
     return image
 
 
@@ -164,20 +170,23 @@ def _orientation(image: Any) -> int:
 
 
 @contextmanager
-def image_errors(name: str) -> Iterator[None]:
-    """Turn any error of decoding an image into one `InputError`, which calls the image `name`."""
+def image_errors(name: str, argument: str) -> Iterator[None]:
+    """Turn any error of decoding an image into one `InputError`, which calls the image `name`, of an argument."""
     pillow, name = required("PIL.Image", "data"), path_text(name)
     try:
         yield
     except pillow.UnidentifiedImageError as error:  # its text names an object of Python
         raise InputError(
-            f"spec: {name} is not a readable image (empty, or of no format that Pillow knows); remove or replace it"
+            f"{argument}: {name} is not a readable image (empty, or of no format that Pillow knows); remove or "
+            "replace it"
         ) from error
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
-        raise InputError(f"spec: {name} is too large to be opened safely ({error}); shrink it, or remove it") from error
+        raise InputError(
+            f"{argument}: {name} is too large to be opened safely ({error}); shrink it, or remove it"
+        ) from error
     except _DECODING_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"spec: {name} is not a readable image ({reason:.200}); remove or replace it") from error
+        raise InputError(f"{argument}: {name} is not a readable image ({reason:.200}); remove or replace it") from error
 
 
 def required(module: str, extra: str, argument: str = "spec") -> Any:

@@ -141,7 +141,7 @@ def _fitted(image: Any, input_shape: tuple[int, ...]) -> Tensor:
     if channels not in PIL_MODES:
         raise InputError(f"images: Pillow images and arrays have 1 or 3 channels, this network takes {channels}")
     check_depth(image, "images: an image")
-    with image_errors(getattr(image, "filename", None) or "an image"):
+    with image_errors(getattr(image, "filename", None) or "an image", "images"):
         upright = required("PIL.ImageOps", "data", "images").exif_transpose(image)
         pixels = np.array(fitted_pixels(upright, channels, (width, height)))  # a copy, which torch may write to
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]

@@ -42,12 +42,14 @@ class CrossFitted:
         error: Share of the variance of the source's tensor that `held_out` misses on its own folds; above 1 if it is
             worse than the mean.
         samples: Samples for fitting a head, of the whole support and the whole part, if known.
+        task_key: `CloneTask.key` of the task that it was fitted for.
     """
 
     adapter: Adapter
     held_out: tuple[Adapter, ...]
     error: float
     samples: HeadSamples | None = None
+    task_key: object = None
 
 
 class AdapterFitter:

@@ -10,18 +10,27 @@ from pnc.foundation.errors import InputError
 _ROUNDING = 1e-9
 
 
-def check_promise(max_base_drop: float, n_images: int) -> None:
+def check_promise(max_base_drop: float, n_given: int, n_kept: int) -> None:
     """Refuse a bound that cannot be verified with so few base images.
 
+    Args:
+        max_base_drop: In (0, 1).
+        n_given: Number of base images in the support and the background.
+        n_kept: How many of them fit into memory for fitting heads.
     Raises:
         InputError: there are too few; the message says how many are needed.
     """
-    if _n_allowed(max_base_drop, n_images) < 0:
-        raise InputError(
-            f"max_base_drop={max_base_drop}: {n_images} base images are too few to verify that; give at least "
-            f"{math.ceil(1 / max_base_drop - 1 - _ROUNDING)} (labelled, or as background), or allow "
-            f"{1 / (n_images + 1):.3f} or more"
+    if _n_allowed(max_base_drop, n_kept) >= 0:
+        return
+    n_needed = math.ceil(1 / max_base_drop - 1 - _ROUNDING)
+    if n_given >= n_needed:
+        problem = f"only {n_kept} of {n_given} base images fit into memory=, too few to verify that; allow more memory"
+    else:
+        problem = (
+            f"{n_given} base images are too few to verify that; give at least {n_needed} (labelled, or as background)"
         )
+    less = f", or allow {1 / (n_kept + 1):.3f} or more" if n_kept else ""
+    raise InputError(f"max_base_drop={max_base_drop}: {problem}{less}")
 
 
 def least_priority(logits: Tensor, labels: Tensor, groups: Tensor, n_base: int, max_base_drop: float) -> float:
@@ -37,15 +46,12 @@ def least_priority(logits: Tensor, labels: Tensor, groups: Tensor, n_base: int, 
         n_base: K_base.
         max_base_drop: In (0, 1).
     Returns:
-        Nats, at least 0.
-    Raises:
-        InputError: there are too few base images to verify the bound.
+        Nats, at least 0; `check_promise` says whether there are enough images.
     Source: Angelopoulos et al., Conformal Risk Control, 2022 (arXiv:2208.02814), with cross-validation instead of a
         separate calibration set.
     """
     base, labels, groups = logits[labels < n_base], labels[labels < n_base], groups[labels < n_base]
     images, places = groups.unique(return_inverse=True)
-    check_promise(max_base_drop, len(images))
     right = base[:, :n_base].argmax(1) == labels
     margins = base[:, n_base:].amax(1) - base[:, :n_base].amax(1)
     margins = torch.where(right, margins, -math.inf)

@@ -9,7 +9,7 @@ from pnc.channels.channel_spaces import channel_spaces
 from pnc.channels.mac_budget import Costs
 from pnc.clones.clone import Clone
 from pnc.foundation.errors import InputError, PNCWarning
-from pnc.method.file_size import statistics_bytes
+from pnc.method.file_size import FileTooLarge, statistics_bytes
 from pnc.method.held_out import Outcome, source_body
 from pnc.method.positions import Position, Scan, too_small
 from pnc.method.settings import Prefer
@@ -97,7 +97,7 @@ def joint_front(
         also = "" if max_bytes is None else f" within max_bytes={max_bytes}"
         raise InputError(
             f"max_macs={max_macs}: the cheapest clone{also}, at density {density:g}, adds {share:.3f} of "
-            f"the source's MACs; allow as much, or give a lower density"
+            f"the source's MACs; allow as much{', or give a lower density' if max_bytes is None else ''}"
         )
     exact = [one for one in made if one.position.is_exact]
     front: list[Candidate] = []
@@ -205,14 +205,30 @@ def smallest_good(
         make: Makes the clone of a candidate, and returns it with the held-out result of each image of the support.
     Returns:
         The clone; its recipe lists the front.
+    Raises:
+        FileTooLarge: no clone's file is within the bound.
     """
-    best = max(front, key=lambda one: one.estimate)
+    made: dict[Candidate, tuple[Clone, Outcome]] = {}
+    left_out: list[Candidate] = []
+
+    def is_made(one: Candidate) -> bool:
+        try:
+            made[one] = make(one)
+        except FileTooLarge:
+            if len(left_out) == len(front) - 1:
+                raise
+            left_out.append(one)
+        return one in made
+
+    best = next(one for one in sorted(front, key=lambda one: -one.estimate) if is_made(one))
     bound = best.estimate - TOLERANCES[prefer]
     good = sorted((one for one in front if one.estimate >= bound), key=lambda one: one.macs_share)
-    made = {best: make(best)}
     chosen = best
-    for candidate in [one for one in good if one is not best][:N_TRIED]:
-        made[candidate] = make(candidate)
+    for candidate in [one for one in good if one is not best and one not in left_out]:
+        if len(made) > N_TRIED:
+            break
+        if not is_made(candidate):
+            continue
         measured, its_error = made[best][1].minus(made[candidate][1])
         loss, error = _shrunk(best.estimate - candidate.estimate, candidate.error, measured, its_error)
         if loss <= TOLERANCES[prefer] + N_ERRORS * error:
@@ -228,6 +244,7 @@ def smallest_good(
             one in made,
         ]
         for one in front
+        if one not in left_out
     ]
     return replace(clone, recipe={**clone.recipe, "prefer": prefer, "front": listed})
 

@@ -4,9 +4,15 @@ from torch import nn
 
 from pnc.clones.adapter import Adapter
 from pnc.clones.deltas import delta_bytes
+from pnc.foundation.errors import InputError
 from pnc.graph.batch_norm_means import last_norm
 from pnc.method.held_out import features_seen
 from pnc.method.task import CloneTask
+
+
+class FileTooLarge(InputError):
+    """The file of a part is estimated to be larger than `max_bytes`."""
+
 
 DIGEST_BYTES = 16
 """Bytes of the fingerprint of one tensor."""

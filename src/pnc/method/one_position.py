@@ -35,6 +35,11 @@ from pnc.method.task import CloneTask, Progress
 _log = logging.getLogger(__name__)
 
 
+def head_images(task: CloneTask) -> CloneTask:
+    """Return the task with as many images as memory allows for fitting heads."""
+    return task.within(16 * (task.source.head.features.n_channels + task.target.head.features.n_channels), share=0.5)
+
+
 @dataclass(frozen=True, eq=False)
 class _Trained:
     """A part and its adapter after training by gradient, if there was any.
@@ -99,10 +104,7 @@ class Maker:
         )
         made = self._trained(fitted, cut_out, removal, steps)
         facts = {"adapter_error": fitted.error, "method": None if cut_out.masks is None else method, **made.facts}
-        # Heads are fitted on as many samples as memory allows; the scan may have run the same ones.
-        seen = task.within(
-            16 * (task.source.head.features.n_channels + task.target.head.features.n_channels), share=0.5
-        )
+        seen = head_images(task)
         samples, judged, others = self._judged(seen, fitted, made)
         if self.max_base_drop is not None:
             labels, groups = samples.labels, seen.samples.groups

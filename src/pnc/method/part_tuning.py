@@ -29,11 +29,10 @@ from pnc.channels.compaction import own_copy
 from pnc.clones.adapter import Adapter
 from pnc.clones.deltas import Deltas, deltas_of, low_rank_deltas, merge, rank_of, rounded_deltas
 from pnc.data.image_store import Images, to_device
-from pnc.foundation.errors import InputError
 from pnc.foundation.resumable_steps import NO_STEPS, Steps
 from pnc.graph.cut_points import extract
 from pnc.method.adapter_fitting import CrossFitted
-from pnc.method.file_size import statistics_bytes, thin_bytes, tuned_bytes
+from pnc.method.file_size import FileTooLarge, statistics_bytes, thin_bytes, tuned_bytes
 from pnc.method.held_out import unscored
 from pnc.method.localization.aim import Answers
 from pnc.method.localization.fixed_norms import FixedNorms
@@ -93,7 +92,7 @@ def what_to_tune(
     """Return what to tune of a part, or None: as `tune` says; by default, below density 1, what fits `max_bytes`.
 
     Raises:
-        InputError: the thin file would be larger than `max_bytes`.
+        FileTooLarge: the thin file would be larger than `max_bytes`.
     """
     if part.masks is None and (adapter.is_identity or tune is None):
         return None  # the part is the source itself, or close to it
@@ -104,9 +103,9 @@ def what_to_tune(
         n_bytes = _bytes_with(task, adapter, part, kind)
         if max_bytes is None or n_bytes <= max_bytes:
             return kind
-    how = "" if tune is None else f" with tune={tune!r}"
+    how = "" if tune in (None, "none") else f" with tune={tune!r}"
     way_out = "give density=1" if tune is None or tried == (None,) else "leave tune out"
-    raise InputError(
+    raise FileTooLarge(
         f"max_bytes={max_bytes}: the file of a part of density {part.density:.3g}{how} is estimated at up to {n_bytes} "
         f"bytes; allow as many, or {way_out}"
     )

@@ -26,7 +26,7 @@ from pnc.method.base_drop_bound import check_promise
 from pnc.method.density_choice import Candidate, at_density, joint_front, smallest_good
 from pnc.method.gradients import check_gradient, check_whole_source, uses_gradient, without_gradient
 from pnc.method.held_out import Outcome
-from pnc.method.one_position import Maker
+from pnc.method.one_position import Maker, head_images
 from pnc.method.paper_search import fit_sequential
 from pnc.method.positions import scan
 from pnc.method.settings import (
@@ -194,7 +194,7 @@ def clone(
 def _checked(task: CloneTask, removal: Removal, max_base_drop: float | None, strategy: Strategy = "scan") -> Removal:
     """Refuse what this task has too few images for; without a gradient, return the removal that needs none."""
     if max_base_drop is not None:
-        check_promise(max_base_drop, n_images(task, base=True))
+        check_promise(max_base_drop, n_images(task, base=True), n_images(head_images(task), base=True))
     check_enough(task, removal.density, strategy)
     return without_gradient(task, removal)
 
@@ -247,7 +247,7 @@ def fit(
         steps: Stores the results of long steps, so that a stopped job can continue.
         progress: As in `clone`.
     Raises:
-        InputError: an argument is out of range, or `fitted` is not from a scan.
+        InputError: an argument is out of range, or `fitted` is not from a scan of this task.
 
     >>> task = pnc.prepare_task(source, target, support, classes=["cat", "dog"], **names)
     >>> found = pnc.scan(task)
@@ -262,6 +262,8 @@ def fit(
     check_task(task)
     if not isinstance(fitted, CrossFitted):
         raise InputError(f"fitted: expected adapters, found.adapter(position) of a scan; got {type(fitted).__name__}")
+    if fitted.task_key is not task.key:
+        raise InputError("fitted: these adapters are from the scan of another task; scan this one: pnc.scan(task)")
     removal = _checked(task, replace(removal, density=removal.fixed_density), max_base_drop)
     usefulness(task)
     check_gradient(task, fitted.adapter.source_cut, uses_gradient(removal, refine))

@@ -204,7 +204,7 @@ class Scan:
             smallest = min(p.n_bytes for p in allowed)
             allowed = [p for p in allowed if p.n_bytes <= max_bytes]
             if not allowed:
-                raise too_small(max_bytes, smallest)
+                raise too_small(max_bytes, smallest, "" if max_macs is None else f" within max_macs={max_macs}")
         exact = [p for p in allowed if p.is_exact]
         if exact and (not has_base or self.exact_first):
             return min(exact, key=lambda p: p.n_macs)
@@ -262,7 +262,7 @@ def scan(
         chosen = [(t, s) for t in target_cuts for s in source_cuts]
         errors = {(t.name, s.name): fitter.error(t, s) for t, s in chosen}
         chosen = chosen if exhaustive else shortlist(*cuts, errors)
-    adapters = {(t.name, s.name): fitter.solve(t, s) for t, s in chosen}
+    adapters = {(t.name, s.name): replace(fitter.solve(t, s), task_key=task.key) for t, s in chosen}
     if not exhaustive:
         adapters = _undominated(task, adapters)
     del fitter  # its moments take the most memory
@@ -315,10 +315,10 @@ def _scored(
     n_macs = sum(_added_macs(task, one.adapter) for one in adapters.values()) * len(task.samples.labels)
     n_images = len(task.samples.groups.unique())
     n_first = max(FIRST_IMAGES, n_images * ROUND_MACS // 4 // max(n_macs, 1))
-    if n_macs <= ROUND_MACS or len(adapters) <= N_FINALISTS or n_first >= n_images:
+    rows = task.samples.spread(n_first, task.n_base)
+    if n_macs <= ROUND_MACS or len(adapters) <= N_FINALISTS or bool(rows.all()):
         score(task, run(adapters))
     else:
-        rows = task.samples.spread(n_first, task.n_base)
         first = run(adapters, rows)
         score(replace(task, samples=task.samples.select(rows)), first)
         rest = run(_finalists(positions, outcomes), ~rows)
@@ -335,9 +335,11 @@ def _finalists(
     return [pair for pair, loss, error in losses if loss <= N_ERRORS_FINAL * error + ROUNDING][:N_FINALISTS]
 
 
-def too_small(max_bytes: int, smallest: int) -> InputError:
-    """The error for a bound that no file meets; `smallest` is the estimate for the smallest one."""
-    return InputError(f"max_bytes={max_bytes}: the smallest file is estimated at up to {smallest} bytes; allow as many")
+def too_small(max_bytes: int, smallest: int, also: str = "") -> InputError:
+    """The error for a bound that no file meets; `smallest` is the estimate for the smallest one within `also`."""
+    return InputError(
+        f"max_bytes={max_bytes}: the smallest file{also} is estimated at up to {smallest} bytes; allow as many"
+    )
 
 
 def shortlist(
@@ -350,11 +352,10 @@ def shortlist(
 def _undominated(
     task: CloneTask, adapters: Mapping[tuple[str, str], CrossFitted]
 ) -> dict[tuple[str, str], CrossFitted]:
-    """Leave out positions that cost as much as one with an identity adapter (to a tenth of the source's cost)."""
+    """Leave out positions that cost more than one with an identity adapter: they cannot be better."""
     costs = {pair: _added_macs(task, fitted.adapter) for pair, fitted in adapters.items()}
-    exact = [pair for pair, fitted in adapters.items() if fitted.adapter.is_identity]
-    bound = min((costs[pair] - COST_STEP * task.source.n_macs for pair in exact), default=math.inf)
-    return {pair: fitted for pair, fitted in adapters.items() if pair in exact or costs[pair] <= bound}
+    bound = min((costs[pair] for pair, fitted in adapters.items() if fitted.adapter.is_identity), default=math.inf)
+    return {pair: fitted for pair, fitted in adapters.items() if costs[pair] <= bound}
 
 
 def _position(

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -89,6 +89,7 @@ class CloneTask:
         team: The processes that share the work.
         precision: Precision in which networks run; sums and solutions are float32 or more.
         has_few_images: Whether some new class has at most `FEW_IMAGES` images, so that held-out scores say little.
+        key: The same object in this task and all its reductions; another one in every other task.
     """
 
     source: Network
@@ -102,6 +103,7 @@ class CloneTask:
     team: Team = ALONE
     precision: Precision = "float32"
     has_few_images: bool = False
+    key: object = field(default_factory=object)
 
     def autocast(self) -> torch.autocast:
         """Return a context in which networks run in the task's precision."""

@@ -139,10 +139,11 @@ def decoded(
         if width * height > pixels:
             raise Refusal(TOO_LARGE, f"{one.text} has {width}x{height} pixels; send at most {pixels:,}")
     channels, height, width = input_shape
+    contents = [one.content for one in uploads]
     try:
-        images = decode([one.content for one in uploads], [one.text for one in uploads], channels, (width, height))
+        images = decode(contents, [one.text for one in uploads], channels, (width, height), "images")
     except InputError as error:
-        raise Refusal(UNUSABLE, str(error).removeprefix("spec: ")) from error
+        raise Refusal(UNUSABLE, str(error).removeprefix("images: ")) from error
     scaled = images_as_float(images)
     return scaled if normalization is None else normalization.apply(scaled)
 
@@ -156,7 +157,7 @@ def _size(upload: Upload) -> tuple[int, int]:
     """Width and height by the header."""
     pillow = required("PIL.Image", "serve", "serve")
     try:
-        with image_errors(upload.text), pillow.open(io.BytesIO(upload.content), "r", FORMATS) as image:
+        with image_errors(upload.text, "images"), pillow.open(io.BytesIO(upload.content), "r", FORMATS) as image:
             size: tuple[int, int] = image.size
     except InputError as error:
         known = ", ".join(FORMATS)

@@ -20,7 +20,7 @@ def whole_source(task: CloneTask) -> Clone:
     """From input to input: the clone is the whole source, without localization."""
     in_target, in_source = (cut_points(network.recording)[0] for network in (task.target, task.source))
     same = Adapter(in_target, in_source, is_identity=True)
-    return fit(task, CrossFitted(same, (same,) * task.samples.n_folds, 0.0))
+    return fit(task, CrossFitted(same, (same,) * task.samples.n_folds, 0.0, task_key=task.key))
 
 
 def last_position(task: CloneTask) -> Clone:
