@@ -36,6 +36,8 @@ N_REPEATS = {CLOSED: 3}
 """How often a form is timed for each seed, if more than once; noise affects the fastest form most."""
 COUNTED = (CLOSED, TUNED)
 """Forms whose operations are also counted, in an additional run."""
+LONG = (SEQUENTIAL, SEARCH)
+"""Forms whose memory is not measured: it takes another run, since the measurement slows allocations down."""
 N_STEPS = 8
 """Steps of training from scratch that are timed; the first does not count."""
 
@@ -60,13 +62,15 @@ def _row(setting: Setting, seed: int, form: str, cells: Cells) -> dict[str, Any]
     seconds: list[float] = []
     for _ in range(N_REPEATS.get(form, 1)):
         start = time.perf_counter()
-        _, peak = peak_memory(work, setting.device)
+        work()
         seconds.append(time.perf_counter() - start)
+    if form not in LONG:
+        found["peak_bytes"] = peak_memory(work, setting.device)[1]
     if form in COUNTED:
         with FlopCounterMode(display=False) as counter:
             work()
         found["n_macs"] = counter.get_total_flops() // 2
-    return {"seconds": median(seconds), "all_seconds": seconds, "peak_bytes": peak, **found}
+    return {"seconds": median(seconds), "all_seconds": seconds, **found}
 
 
 def _work(setting: Setting, seed: int, form: str, cells: Cells, found: dict[str, Any]) -> Callable[[], None]:
