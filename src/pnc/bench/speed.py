@@ -167,7 +167,7 @@ _MAKING = (
     f"`{SEARCH}`: all trainings of the search and the final one; `{TUNED}`: the final one alone. "
     f"`{job_times.SCRATCH}`: a network like the source, on all training images of its classes, estimated as the "
     "time of a step times the steps of `pnc pretrain`. `n_macs`: multiply-accumulates of the whole job, "
-    "including backward passes, according to torch's counter. `peak_bytes`: peak growth of the process, in another run, "
+    "including backward passes, according to torch's counter. `peak_bytes`: peak growth of the process in another run, "
     "except for the two longest forms."
 )
 _RUNNING = (
