@@ -89,7 +89,7 @@ def spread_rows(labels: Tensor, groups: Tensor, folds: Tensor, n_images: int, n_
     needed = (number == 0) & ~is_base
     for fold in own_folds[is_base].unique().tolist():
         there = (is_base & (own_folds == fold)).nonzero().flatten()
-        needed[there[fold * len(there) // n_folds]] = True  # of another class in each fold
+        needed[there[fold * len(there) // n_folds]] = True  # spread over the classes
     places[needed] = -1.0
     n_kept = max(n_images, int(needed.sum()))
     chosen = torch.zeros(len(images), dtype=torch.bool)

@@ -32,7 +32,6 @@ class Steps:
     def __init__(self, path: Path | None = None, identity: str = "", team: Team = ALONE) -> None:
         self._path, self._identity, self._team, self._place = path, identity, team, ""
         self._found: dict[str, dict[str, Tensor]] = {}
-        self._is_own = [False]  # whether the file is this job's, shared by copies
         if path is None:
             return
         check_steps_path(path)
@@ -51,7 +50,6 @@ class Steps:
                 )
             if facts.get("identity") == identity:
                 self._found = _steps(path, tensors, facts.get("steps"))
-                self._is_own[0] = True
         if not team.agree(torch.tensor([len(self._found), exists])):
             self._found = {}  # not all processes see the same file
 
@@ -74,11 +72,10 @@ class Steps:
             tensors = {f"{step}/{key}": tensor for step, one in self._found.items() for key, tensor in one.items()}
             facts = {"format": FORMAT, "identity": self._identity, "steps": sorted(self._found)}
             write_tensors(self._path, tensors, facts)
-        self._is_own[0] = True
 
     def finish(self) -> None:
         """Remove the file, unless it is still another job's: this one is done."""
-        if self._path is not None and self._is_own[0] and self._team.is_main:
+        if self._path is not None and self._found and self._team.is_main:
             self._path.unlink(missing_ok=True)
 
 

@@ -266,13 +266,12 @@ def scan(
     if not exhaustive:
         adapters = _undominated(task, adapters)
     del fitter  # its moments take the most memory
-    exact = target_cuts[0].name, source_cuts[0].name
-    run = {} if known is None else {exact: known.select(originals)}
-    positions, seen, outcomes = _scored(scored, adapters, run, progress)
-    if known is not None:
-        seen[exact] = known
+    whole_source = {} if known is None else {(target_cuts[0].name, source_cuts[0].name): known}
+    unmirrored = {pair: samples.select(originals) for pair, samples in whole_source.items()}
+    positions, seen, outcomes = _scored(scored, adapters, unmirrored, progress)
+    seen |= whole_source
     n_whole = len(whole.samples.labels)
-    adapters |= {p: replace(adapters[p], samples=one) for p, one in seen.items() if len(one.labels) == n_whole}
+    adapters |= {pair: replace(adapters[pair], samples=s) for pair, s in seen.items() if len(s.labels) == n_whole}
     return Scan(positions, adapters, outcomes, errors, whole.has_few_images, shared[1].n_macs / task.source.n_macs)
 
 
