@@ -77,7 +77,6 @@ def spread_rows(labels: Tensor, groups: Tensor, folds: Tensor, n_images: int, n_
     """Choose rows of samples, given by their columns: see `Samples.spread`."""
     n_folds = int(folds.max()) + 1
     images, index = groups.unique(return_inverse=True)
-    n_images = min(n_images, len(images))
     own_labels, own_folds = torch.empty_like(images), torch.empty_like(images)
     own_labels[index], own_folds[index] = labels, folds
     cells = own_labels * n_folds + own_folds
