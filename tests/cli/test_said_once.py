@@ -11,7 +11,7 @@ from test_commands import NETWORKS, Command, command, files  # noqa: F401 # fixt
 
 from pnc.cli.app import app
 from pnc.cli.examples import EXAMPLES
-from pnc.cli.said_once import COMMANDS
+from pnc.cli.said_once import COMMANDS, read_defaults
 
 EVAL = "eval {f}/five.safetensors"
 
@@ -62,6 +62,14 @@ def test_a_wrong_file_is_one_line(
     (tmp_path / "pnc.toml").write_text(text)
     assert re.search(words, command(EVAL).complaint)
     assert command("inspect {f}/five.safetensors").code == 0, "a command that reads nothing of it does not read it"
+
+
+def test_names_of_classes_may_be_a_list(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, target_classes=["ant", "bee"])
+    assert read_defaults(typer.main.get_command(app).commands)["serve"] == {"target_classes": "ant,bee"}  # type: ignore[attr-defined]
+    write(tmp_path, target_classes=["ant", "bee, or wasp"])
+    assert "target_classes: expected a text, or a list of class names without commas" in command(EVAL).complaint
 
 
 def test_quiet_leaves_errors_and_json(command: Command, tmp_path: Path) -> None:  # noqa: F811

@@ -111,6 +111,33 @@ def test_predictions_name_classes_probabilities_and_who_answered(net: pnc.Compos
     assert str(found[0]).startswith(f"{found[0].image}: {found[0].label} ({found[0].probability:.2f}), ")
 
 
+def test_a_set_of_clones_that_changes_meanwhile_does_not_change_the_answers(
+    clones: tuple[pnc.Clone, pnc.Clone],
+) -> None:
+    net, test = pnc.attach(pair().target.module, *clones), held_out_images()
+    answers, report = pnc.predict(net, test.images), pnc.evaluate(net, test)
+
+    def change(what: str, done: int, total: int) -> None:
+        if done == 64 and "low" in net.clones:
+            net.detach("low")
+
+    assert pnc.predict(net, test.images, progress=change) == answers
+    net.attach(clones[0])
+    net.detach("high")
+    net.attach(clones[1])
+    assert pnc.evaluate(net, test, progress=change) == report
+    assert net.clones == ("high",)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5])
+def test_batch_sizes_are_checked(net: pnc.Composite, batch_size: Any) -> None:
+    test = held_out_images()
+    with pytest.raises(pnc.InputError, match="batch_size: expected a whole number, at least 1"):
+        pnc.predict(net, test.images, batch_size=batch_size)
+    with pytest.raises(pnc.InputError, match="batch_size: expected a whole number, at least 1"):
+        pnc.evaluate(net, test, batch_size=batch_size)
+
+
 def test_files_pillow_images_arrays_and_tensors_are_answered_alike(net: pnc.Composite, tmp_path: Path) -> None:
     file = write_images(tmp_path, "test", ("7",), 1) / "test" / "7" / "0.png"
     array = np.array(Image.open(file))
@@ -124,9 +151,10 @@ def test_files_pillow_images_arrays_and_tensors_are_answered_alike(net: pnc.Comp
 
 def test_renamed_clones_and_the_targets_own_normalization(clones: tuple[pnc.Clone, pnc.Clone], tmp_path: Path) -> None:
     net = pnc.attach(pair().target.module, clones[1].renamed("numbers", {"7": "seven"}))
-    file = write_images(tmp_path, "test", ("7",), 1) / "test" / "7" / "0.png"
+    folder = write_images(tmp_path, "test", ("7",), 20) / "test" / "7"
+    assert ("seven", "numbers") in {(one.label, one.clone) for one in pnc.predict(net, folder)}
+    file = folder / "0.png"
     (found,) = pnc.predict(net, file)
-    assert (found.label, found.clone) == ("seven", "numbers")
     images = torch.from_numpy(np.array(Image.open(file)))[None, None].float() / 255
     (other,) = pnc.predict(net, file, normalization=pnc.Normalization(0.5, 2.0))
     assert other.probabilities == pnc.predict(net, (images - 0.5) / 2)[0].probabilities != found.probabilities

@@ -17,6 +17,7 @@ from handmade import Network, make_clone
 from pnc.clones.branch import Scalars
 from pnc.composite import export as export_file
 from pnc.composite import program_files
+from pnc.foundation.errors import InputError
 from pnc.foundation.tensor_bits import same_bits
 from pnc.models.model_specs import build_model
 
@@ -261,11 +262,50 @@ def test_the_loader_needs_no_torch(written, net):
     assert run.stdout == f"{len(net.classes)} (2, {len(net.classes)})\n"
 
 
-def test_every_clone_has_a_file_of_its_own():
+def test_every_clone_has_a_file_of_its_own(tmp_path):
     taken = {"trunk.onnx": b""}
-    for name in ("dog, frog", "dog frog", "trunk", "DOG_FROG", "../.."):
-        taken[export_file._file_name(name, taken)] = b""
-    assert list(taken)[1:] == ["dog_frog.onnx", "dog_frog_2.onnx", "trunk_2.onnx", "DOG_FROG_3.onnx", "clone.onnx"]
+    for name in ("dog, frog", "dog frog", "trunk", "DOG_FROG", "../..", "nul", "\u732b" * 120):
+        taken[export_file._file_name(name, taken, tmp_path / "new")] = b""
+    found = list(taken)[1:]
+    assert found[:5] == ["dog_frog.onnx", "dog_frog_2.onnx", "trunk_2.onnx", "DOG_FROG_3.onnx", "clone.onnx"]
+    assert found[5] == "nul_.onnx" and len(found[6].encode()) < 120
+
+
+def test_a_split_export_keeps_files_of_other_clones(stage, tmp_path):
+    for name in ("pets, dogs", "pets_dogs", "pets, dogs"):
+        made = pnc.export_split(pnc.attach(stage.target, stage.clones[0].renamed(name)), tmp_path)
+    assert [path.name for path in made.files] == ["trunk.onnx", "pets_dogs.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pets_dogs.onnx", "pets_dogs_2.onnx", "trunk.onnx"]
+    assert pnc.OnnxComposite(tmp_path / "trunk.onnx", tmp_path / "pets_dogs_2.onnx").clones == ("pets_dogs",)
+
+
+def test_arguments_of_the_composite_in_onnxruntime_are_checked(written):
+    trunk, *clones = written["split"].files
+    for wrong in ("CPUExecutionProvider", ["Foo"]):
+        with pytest.raises(InputError, match="providers: expected a list of some of .*CPUExecutionProvider"):
+            pnc.OnnxComposite(trunk, providers=wrong)
+    with pytest.raises(InputError, match="options: expected an onnxruntime.SessionOptions; got int"):
+        pnc.OnnxComposite(trunk, options=3)
+    found = pnc.OnnxComposite(trunk, *clones)
+    for nats in (float("nan"), float("inf"), "1", True, 1e300):
+        with pytest.raises(InputError, match="base_priority: expected a finite number"):
+            found.base_priority = nats
+    assert found.base_priority == 0.5
+
+
+@pytest.mark.parametrize("path", [None, "a\0b.onnx"])
+def test_what_is_no_path_is_one_line(net, path):
+    with pytest.raises(InputError, match="path: "):
+        pnc.export(net, path)
+    with pytest.raises(InputError, match="folder: "):
+        pnc.export_split(net, path)
+
+
+def test_a_folder_in_the_place_of_a_file_is_seen_before_any_file_is_written(stage, tmp_path):
+    (tmp_path / "trunk.onnx").mkdir()
+    with pytest.raises(InputError, match="folder: .*trunk.onnx, which is a folder"):
+        pnc.export_split(pnc.attach(stage.target, stage.clones[0]), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["trunk.onnx"]
 
 
 # ------------------------------------------------------------------------------------------------------ other networks

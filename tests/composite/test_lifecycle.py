@@ -1,5 +1,6 @@
 """The composite as a changing set of clones and as an ordinary module: exact, on tiny networks."""
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -107,7 +108,7 @@ def test_names_and_classes_that_clash_can_be_renamed(stage, net, logits):
     dog = stage.clones[0]
     with pytest.raises(InputError, match="'dog' is attached already; .* name="):
         net.attach(dog)
-    with pytest.raises(ClassNameError, match=r"has a class 'dog' already; attach it with rename=\{'dog': ...\}"):
+    with pytest.raises(ClassNameError, match="has a class 'dog' already; leave one of the two out"):
         net.attach(dog, name="again")
     net.attach(dog, name="again", rename={"dog": "wolf"})
     assert net.classes == (*BASE, *NEW, "wolf") and net.clones[-1] == "again"
@@ -128,6 +129,25 @@ def test_names_and_classes_that_clash_can_be_renamed(stage, net, logits):
         net.attach(dog, name="again", rename={"dog": "ant"})
 
 
+def test_arguments_of_another_type_are_named(stage, net):
+    for call in (net.detach, net.clone, net.only):
+        with (
+            pytest.raises(InputError, match="name: expected the name of a clone; got"),
+            contextlib.ExitStack() as block,
+        ):
+            found = call(["dog"])
+            block.enter_context(found)
+    with pytest.raises(InputError, match="rename: expected {old: new}; got"):
+        net.attach(stage.clones[0], name="again", rename=["dog"])
+    with pytest.raises(InputError, match="scalars: expected Scalars; got 1"):
+        net.rescale({net.clones[0]: 1})
+    with pytest.raises(InputError, match="images: expected a tensor"):
+        net(stage.images.numpy())
+    for call in (net.refresh, lambda allow_mismatch: net.attach(stage.clones[0], allow_mismatch=allow_mismatch)):
+        with pytest.raises(InputError, match="allow_mismatch: expected True or False"):
+            call(allow_mismatch="False")
+
+
 def test_base_priority_comes_off_the_new_logits_alone(stage, net, logits):
     net.base_priority = 1.5
     assert same(net, stage.images, torch.cat([stage.base, logits[:, N_BASE:] - 1.5], 1))
@@ -135,7 +155,7 @@ def test_base_priority_comes_off_the_new_logits_alone(stage, net, logits):
     net.base_priority = 0
     assert same(net, stage.images, logits)
     for wrong in (float("nan"), "1", True, None):
-        with pytest.raises(InputError, match="base_priority must be a finite number of nats"):
+        with pytest.raises(InputError, match="base_priority: expected a finite number"):
             net.base_priority = wrong
 
 

@@ -87,6 +87,15 @@ def test_a_snapshot_is_needed():
         pnc.verify(target(), target().state_dict())
 
 
+@pytest.mark.parametrize("images", [torch.rand(1, 8, 8), [1, 2]])
+def test_images_are_a_batch(stage, images):
+    net = pnc.attach(stage.target, stage.clones[0])
+    with pytest.raises(InputError, match="images: expected a tensor .N, C, H, W."):
+        net.verify(images=images)
+    with pytest.raises(InputError, match="images: expected a tensor .N, C, H, W."):
+        pnc.verify(stage.target, pnc.snapshot(stage.target), images=images)
+
+
 def test_a_composite_proves_its_base_logits_and_its_target():
     model = target()
     before = pnc.snapshot(model)

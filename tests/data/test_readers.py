@@ -308,7 +308,8 @@ def test_channels_follow_the_majority_or_the_option(tmp_path: Path, n_grey: int,
 
 def test_different_sizes_need_a_size(tmp_path: Path) -> None:
     spec = write_photos(tmp_path, [Image.new("RGB", (5, 4)), Image.new("RGB", (4, 5))])
-    with pytest.raises(InputError, match=r"have different sizes \(4x5, 5x4\); choose one, for example \?size=64"):
+    expected = r"have different sizes: 1 of 2 are 5x4, \S+\.png is 4x5; choose one, for example \?size=4"
+    with pytest.raises(InputError, match=expected):
         load_data(spec)
     assert load_data(f"{spec}?size=3").images.shape == (2, 3, 3, 3)
 

@@ -116,6 +116,41 @@ def test_the_only_tensor_that_can_be_logits_is_taken():
         assert torch.equal(net(images)[:, :3], target(images)["scores"])
 
 
+class WithLogits(small_pair.Net):
+    """Returns what classifiers of transformers return: an object with `logits`."""
+
+    def forward(self, x):
+        from types import SimpleNamespace
+
+        return SimpleNamespace(logits=super().forward(x))
+
+
+@pytest.mark.parametrize("kind", [WithLogits, Pooled])
+def test_a_composite_is_measured_whatever_the_target_returns(kind):
+    target, classes = made(kind, 3), small_pair.BASE + small_pair.NEW
+    net = pnc.attach(target, cloned(small_pair.source(), target))
+    report = pnc.evaluate(net, small_pair.support(classes))
+    assert report.base_logits_equal and report.n_images
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_weights_of_a_chosen_output_may_be_saved_with_or_without_it(wrapped, tmp_path):
+    network = made(small_pair.Net, 3)
+    (tmp_path / "nets.py").write_text(
+        "import pnc, small_pair\n"
+        "class Net(small_pair.Net):\n"
+        "    def forward(self, x): return super().forward(x), x\n"
+        "def f(): return pnc.Output(Net(3), 0)\n"
+    )
+    chosen = pnc.Output(network, 0) if wrapped else network
+    torch.save(chosen.state_dict(), tmp_path / "weights.pth")
+    spec = f"py:{tmp_path / 'nets.py'}:f"
+    found = pnc.load_model(spec, tmp_path / "weights.pth", classes=small_pair.BASE, input_shape=(1, 8, 8))
+    images = small_pair.images(3)
+    with torch.no_grad():
+        assert torch.equal(found.module(images), network(images))
+
+
 @pytest.mark.parametrize("output", [None, 1.0, True, (), ("a", None)])
 def test_what_is_no_index_or_key_is_refused(output):
     with pytest.raises(InputError, match="output: expected an index, a key, or a tuple of these"):

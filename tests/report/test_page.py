@@ -180,7 +180,7 @@ def test_a_front_that_says_what_was_chosen_is_drawn_as_it_is() -> None:
 def answered(net: pnc.Composite) -> Answers:
     test = held_out_images()
     logits, base = logits_of(net, test.images), logits_of(net.target, test.images)
-    return Answers(test.images, test.labels, logits, base, net.classes, net.classes)
+    return Answers(test.images, test.labels, logits, base, net.classes, net.classes, net.now())
 
 
 def test_matrices_count_every_image(net: pnc.Composite) -> None:
@@ -235,6 +235,15 @@ def test_what_cannot_be_reported_is_refused(
 ) -> None:
     with pytest.raises(pnc.InputError, match="files: expected one for each of 2 enabled clones, got 1"):
         pnc.write_report(net, held_out_images(), tmp_path / "r.html", files=[Path(__file__)])
+    files = [tmp_path / f"{name}.safetensors" for name in net.clones]
+    for file in files:
+        pnc.save(net.clone(file.stem), file)
+    with pytest.raises(pnc.InputError, match="files: .*give them in the order of the clones"):
+        pnc.write_report(net, held_out_images(), tmp_path / "r.html", files=files[::-1])
+    for file in files:
+        file.unlink()
+    with pytest.raises(pnc.PNCError, match="missing"):
+        pnc.write_report(net, held_out_images(), tmp_path / "r.html", files=[tmp_path / "missing"] * 2)
     with pytest.raises(pnc.InputError, match="net: expected a composite"):
         pnc.write_report(net.target, held_out_images(), tmp_path / "r.html")  # type: ignore[arg-type]
     with pytest.raises(pnc.InputError, match=r"path: a report is a page of HTML, and r\.pdf .*; write .*r\.html"):

@@ -43,6 +43,16 @@ def encoded(content):
     return base64.b64encode(content).decode()
 
 
+def png_that_claims(width, height):
+    """The beginning of a PNG file: its header, and the first bytes of its pixels."""
+    import struct
+    import zlib
+
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    header = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 100) + b"IDAT" + bytes(20)
+
+
 BOUNDARY = {"content-type": "multipart/form-data; boundary=x"}
 REFUSED = [
     (b"", {}, 422, "has no image"),
@@ -51,6 +61,7 @@ REFUSED = [
     (eps(), {}, 422, "not an image of a known format"),
     (b"x" * 50_001, {}, 413, "more than 50,000 bytes"),
     (large_png(), {}, 413, "200x200 pixels; send at most 10,000"),
+    (png_that_claims(60_000, 60_000), {}, 413, "more pixels than can be decoded safely"),
     (IMAGE, {"content-type": "text/plain"}, 415, "content type 'text/plain'"),
     (b"{", {"content-type": "application/json"}, 422, "not JSON; expected"),
     (b"[" * 40_000, {"content-type": "application/json"}, 422, "not JSON; expected"),
@@ -81,6 +92,11 @@ def test_bad_bodies_have_their_status_and_one_line(server, content, headers, sta
     assert answer.status_code == status, answer.text
     assert re.search(text, answer.json()["error"]) or text in answer.json()["error"]
     assert "\n" not in answer.json()["error"] and "Traceback" not in answer.text
+
+
+def test_an_image_may_come_as_curl_sends_it(server):
+    kind = {"content-type": "application/x-www-form-urlencoded"}
+    assert server.post(IMAGE, headers=kind).json() == server.post(IMAGE).json()
 
 
 def test_too_many_files_in_a_form_are_refused(server):

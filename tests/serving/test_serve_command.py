@@ -103,6 +103,9 @@ def run(arguments, monkeypatch, capsys):
     [
         (["--batch", "0"], "--batch"),
         (["--mean", "x"], "--mean: expected numbers separated by commas"),
+        (["--mean", ".5,.5"], "--mean: expected one number, or one for each of 1 channels"),
+        (["--max-body", "inf"], "--max-body: expected a finite number"),
+        (["--state", "short"], "--state: cannot use short: File exists; give another folder"),
         (["--watch", "nowhere"], "--watch: there is no folder nowhere"),
         (["--token-file", "short"], "--token-file: expected at least 8 printable ASCII characters"),
         (["--clone", "nets.py"], "nets.py"),

@@ -35,7 +35,7 @@ from pnc.cli.options import (
 )
 from pnc.cli.output import progress, say, show_clone, show_facts, warn
 from pnc.composite.answering import predict
-from pnc.composite.evaluation import evaluate, uncalibrated_clones, uncalibrated_warning
+from pnc.composite.evaluation import evaluate, uncalibrated_warning
 from pnc.composite.file_proof import Check, prove
 from pnc.composite.verification import UNPROVEN
 from pnc.data.readers import load_data
@@ -107,7 +107,7 @@ def predict_images(
     write_json(json_path, {"predictions": facts})
     for file, one in answers:
         say(f"{file}: {one.text(top)}")
-    warning = uncalibrated_warning(uncalibrated_clones(net))
+    warning = uncalibrated_warning(net.now().uncalibrated)
     if warning:
         warn(warning)
 

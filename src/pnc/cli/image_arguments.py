@@ -37,6 +37,8 @@ def image_files(words: Sequence[str]) -> Iterator[Mapping[Path, str]]:
 def _named(word: str, folder: Path) -> list[tuple[Path, str]]:
     if word == STANDARD_INPUT:
         return _from_standard_input(folder)
+    if not word:
+        raise InputError("images: one of the names is empty; name a file, a folder or a pattern")
     path = Path(word)
     if path.is_dir():
         inside = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in image_suffixes())

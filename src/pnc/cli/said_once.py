@@ -16,7 +16,7 @@ KEYS = (
 )
 """What it may set, each named like an option of the commands."""
 
-COMMANDS = ("clone", "scan", "eval", "predict", "calibrate", "report", "export", "verify")
+COMMANDS = ("clone", "scan", "eval", "predict", "calibrate", "report", "export", "verify", "serve")
 """The commands that read it."""
 
 
@@ -34,14 +34,21 @@ def read_defaults(commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{FILE}: cannot be read: {' '.join(str(error).split())}; mend or remove it") from error
-    values = {key.replace("-", "_"): value for key, value in given.items()}
+    values = {key.replace("-", "_"): _joined(value) for key, value in given.items()}
     for key, value in values.items():
         if key not in KEYS:
             raise InputError(f"{FILE}: {key!r} is none of {', '.join(KEYS)}; remove it")
         if not isinstance(value, int if key == "threads" else str) or isinstance(value, bool):
-            wanted = "a whole number" if key == "threads" else "a text"
+            wanted = "a whole number" if key == "threads" else "a text, or a list of class names without commas"
+            wanted = wanted if key == "threads" or key.endswith("classes") else "a text"
             raise InputError(f"{FILE}: {key}: expected {wanted}, got {value!r:.80}")
     return {name: _defaults(commands[name].params, values) for name in COMMANDS}
+
+
+def _joined(value: Any) -> Any:
+    """A list of texts without commas as the text that the command line takes; anything else as it is."""
+    is_list = isinstance(value, list) and all(isinstance(one, str) and "," not in one for one in value)
+    return ",".join(value) if is_list else value
 
 
 def _defaults(parameters: Any, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,20 @@ from typing import Annotated
 
 import typer
 
-from pnc.cli.arguments import ModelOptions, check_trained, load_network, parse_shape, read_device, use_threads
+from pnc.cli.arguments import (
+    ModelOptions,
+    check_trained,
+    load_network,
+    parse_shape,
+    read_clone_facts,
+    read_device,
+    use_threads,
+)
 from pnc.cli.options import Device, SourceNames, SourceWeights, Target, TargetNames, TargetWeights, Threads
 from pnc.cli.output import complain, say
 from pnc.data.image_files import read_file, required
 from pnc.data.normalization import Normalization
+from pnc.foundation.argument_checks import check_finite
 from pnc.foundation.errors import InputError
 from pnc.serving.deployment import Deployment
 from pnc.serving.deployment import Target as ServedTarget
@@ -61,7 +70,8 @@ def serve_clones(
     ),
     max_pixels: Annotated[int, typer.Option(help="Pixels of an image; more get 413.", min=1)] = _LIMITS.pixels,
     input_shape: Annotated[
-        str | None, typer.Option(help="Shape of the images, such as 3,32,32, if the target's file does not have it.")
+        str | None,
+        typer.Option(help="Shape of the images, such as 3,32,32, if neither the target's file nor a --clone has it."),
     ] = None,
     source_weights: SourceWeights = None,
     target_weights: TargetWeights = None,
@@ -81,6 +91,7 @@ def serve_clones(
     own = ModelOptions("target", target, target_weights, target_classes, device)
     check_trained(own, *networks)
     read_device(device)
+    check_finite(max_body, "max_body")
     limits = Limits(
         batch=batch,
         wait_ms=wait_ms,
@@ -92,7 +103,11 @@ def serve_clones(
     normalization = _normalization(mean, std)
     for path in clones or []:
         read_file(path, "clones")
-    model = load_network(own, input_shape=parse_shape(input_shape))
+    known = read_clone_facts(clones[0]) if clones else None
+    names, shape = (None, None) if known is None else (known.base_classes, known.input_shape)
+    model = load_network(own, names, parse_shape(input_shape) or shape)
+    if normalization is not None:
+        normalization.per_channel(model.input_shape[0])  # refuses a wrong number of values
     sources = [(one.spec, load_network(one, input_shape=model.input_shape).module) for one in networks]
     with use_threads(threads):
         served = ServedTarget(model.module, model.classes, model.input_shape, normalization)

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from pnc.clones.adapter import Stitched
 from pnc.clones.heads import DiscriminantHead, Head, StackedHead
+from pnc.foundation.argument_checks import came
 from pnc.foundation.errors import InputError
 from pnc.graph.nodes import info
 
@@ -111,6 +112,8 @@ class Branch(nn.Module):
             InputError: the scalars are not finite, the scale is not above 0, there is not one offset for each class, or
                 the rows of rivals do not match this clone's features and classes.
         """
+        if not isinstance(scalars, Scalars):
+            raise InputError(f"scalars: expected {Scalars.__name__}; got {came(scalars)}")
         offsets = scalars.offsets or (0.0,) * len(self.offset)
         if len(offsets) != len(self.offset):
             raise InputError(f"offsets: expected one for each of {len(self.offset)} classes; got {len(offsets)}")

@@ -188,7 +188,7 @@ def stored_body(
     """
     if manifest.part is None:
         why = "a thin file, which leaves the source's weights in the source"
-        way_out = "give the network that it was made from, or load a file saved with kind='full'"
+        way_out = "give the network that it was made from, or save the clone with kind='full'"
         if manifest.kind == "full":
             why = "a full file without the structure of the source's part"
             way_out = "give a network of the source's architecture"

@@ -9,6 +9,7 @@ from pnc.channels.channel_masks import ChannelMasks
 from pnc.clones.branch import Branch
 from pnc.clones.deltas import Deltas
 from pnc.clones.description import HeldOut, clone_lines, held_out_of
+from pnc.foundation.argument_checks import came
 from pnc.foundation.class_names import MAX_TEXT, check_class_names, class_ids, is_name
 from pnc.foundation.errors import InputError
 from pnc.foundation.file_writing import checked_path
@@ -97,6 +98,8 @@ class Clone:
             InputError: the name is empty or not printable.
         """
         check_name(name)
+        if not isinstance(classes, Mapping | None):
+            raise InputError(f"rename: expected {{old: new}}; got {came(classes)}")
         renames = dict(classes or {})
         if name is None and not renames:
             return self

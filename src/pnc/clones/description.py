@@ -19,7 +19,7 @@ class HeldOut:
         new: Accuracy on new images, among all classes; without base images, among the new ones.
         base_drop: Share of base images that the target alone gets right and new classes take away; None if it was not
             measured.
-        has_base: Whether there were base images.
+        n_base: Number of base images; 0 for none.
         is_held_out: Whether images could be held out, which takes two of every new class.
     """
 
@@ -28,18 +28,18 @@ class HeldOut:
     base: float | None
     new: float | None
     base_drop: float | None
-    has_base: bool
+    n_base: int
     is_held_out: bool
 
     def __str__(self) -> str:
         whole = f"{self.score:.3f} +- {self.standard_error:.3f}"
         if not self.is_held_out:
             whole += ", on the images that it was fitted on: with one image of a class, none can be held out"
-        if not self.has_base:
+        if not self.n_base:
             return f"{whole}, among the new classes only, without base images"
         if self.base is None or self.new is None:
             return whole
-        drop = "" if self.base_drop is None else f"; expected base drop {self.base_drop:.3f}"
+        drop = "" if self.base_drop is None else f"; base drop {self.base_drop:.3f} of {self.n_base} base images"
         return f"{whole}: base {self.base:.3f}, new {self.new:.3f}{drop}"
 
 
@@ -51,7 +51,7 @@ def held_out_of(recipe: Mapping[str, Any]) -> HeldOut:
         base=recipe.get("base_score"),
         new=recipe.get("new_score"),
         base_drop=recipe.get("expected_base_drop"),
-        has_base=recipe["n_base_samples"] + recipe.get("n_background_samples", 0) > 0,
+        n_base=recipe["n_base_samples"] + recipe.get("n_background_samples", 0),
         is_held_out=recipe.get("n_folds", 2) > 1,
     )
 

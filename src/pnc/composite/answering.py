@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -11,6 +12,7 @@ from pnc.composite.batched_logits import Progress, logits_of
 from pnc.composite.composite import Composite, check_composite
 from pnc.data.image_inputs import find_images, read_images
 from pnc.data.normalization import Normalization
+from pnc.foundation.argument_checks import check_whole
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Prediction:
 
     def top(self, n_classes: int) -> dict[str, float]:
         """The `n_classes` most probable classes, with their probabilities."""
+        check_whole(n_classes, "n_classes", 1)
         return dict(islice(self.probabilities.items(), n_classes))
 
     def __str__(self) -> str:
@@ -86,15 +89,16 @@ def predict(
     ['dog', 'dog']
     """
     check_composite(net)
+    check_whole(batch_size, "batch_size", 1)
     found = find_images(images)
-    classes = net.classes
-    owner = {name: one.name for one in net.status() for name in one.classes}
+    plan = net.now()  # one set of clones for all batches: other threads may change the composite
+    run, classes, owners = partial(net.logits, plan), plan.classes, plan.owners
     predictions: list[Prediction] = []
     for start in range(0, len(found), batch_size):
         batch = found[start : start + batch_size]
-        logits = logits_of(net, read_images(batch, net.input_shape, normalization), batch_size)
+        logits = logits_of(net, read_images(batch, net.input_shape, normalization), batch_size, run=run)
         paths = [one.path for one in batch]
-        predictions.extend(prediction_of(*one, classes, owner) for one in zip(paths, logits, strict=True))
+        predictions.extend(prediction_of(*one, classes, owners) for one in zip(paths, logits, strict=True))
         if progress is not None:
             progress("classifying", len(predictions), len(found))
     return tuple(predictions)

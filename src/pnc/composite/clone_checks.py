@@ -63,14 +63,15 @@ def check_names(clone: Clone, base_classes: tuple[str, ...], others: Iterable[Cl
     others = list(others)
     if any(other.name == clone.name for other in others):
         raise InputError(
-            f"clone: one named {clone.name!r} is attached already; detach it, or attach this one with another name="
+            f"clone: one named {clone.name!r} is attached already; detach it, or give this one another name "
+            "(in Python, name=...)"
         )
     taken = {*base_classes, *(name for other in others for name in other.classes)}
     clash = [name for name in clone.classes if name in taken]
     if clash:
         raise ClassNameError(
-            f"clone {clone.name!r}: the composite has a class {clash[0]!r} already; "
-            f"attach it with rename={{{clash[0]!r}: ...}}, or attach clone.renamed(...)"
+            f"clone {clone.name!r}: the composite has a class {clash[0]!r} already; leave one of the two out, or give "
+            "the class another name (in Python, rename={...} or clone.renamed)"
         )
     check_base_names([clone], base_classes)
 
@@ -103,7 +104,7 @@ def check_places(places: Places, clone: Clone) -> None:
         if not any(map(cut.is_same_place, allowed)):
             raise MismatchError(
                 f"clone {clone.name!r} reads {cut.name!r} with shape {cut.shape}, which this target does not have; "
-                "attach it to the one that it was made for"
+                "attach it to the one that it was made for, in the same wrapper, such as pnc.Output"
             )
     if places.n_classes != len(clone.base_classes):
         raise MismatchError(

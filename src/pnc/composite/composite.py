@@ -1,8 +1,7 @@
 """A target with clones attached: an ordinary module whose base logits equal the target's, bit for bit."""
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self, cast
@@ -18,7 +17,7 @@ from pnc.composite.fused_composite import FusedComposite
 from pnc.composite.recorded_target import RecordedTarget
 from pnc.composite.verification import Report, verify_composite
 from pnc.data.image_range import check_values
-from pnc.foundation.argument_checks import check_flag
+from pnc.foundation.argument_checks import came, check_finite, check_flag
 from pnc.foundation.class_names import unknown_name
 from pnc.foundation.errors import InputError
 from pnc.foundation.fingerprints import KnownFingerprint
@@ -98,8 +97,7 @@ class Composite(nn.Module):
 
     @base_priority.setter
     def base_priority(self, nats: float) -> None:
-        if isinstance(nats, bool) or not isinstance(nats, int | float) or not math.isfinite(nats):
-            raise InputError(f"base_priority must be a finite number of nats, 0 for none; got {nats!r}")
+        check_finite(nats, "base_priority")
         with _LOCK:
             self._base_priority = float(nats)
             self._update_plan()
@@ -144,6 +142,7 @@ class Composite(nn.Module):
             InputError: a clone with that name is attached already.
         """
         check_clones([clone])
+        check_flag(allow_mismatch, "allow_mismatch")
         clone = clone.renamed(name, rename)
         with _LOCK, torch.inference_mode(False):
             check_names(clone, self._base_classes, self._clones.values())
@@ -179,7 +178,7 @@ class Composite(nn.Module):
         with _LOCK, torch.inference_mode(False):
             if found_on is not None:
                 found_on.check_there([branch for _, branch in self._pairs()])
-            self._check_names(list(scalars))
+            self._check_names(scalars)
             self._replace(
                 [
                     (clone, branch.rescaled(scalars[clone.name]) if clone.name in scalars else branch)
@@ -222,8 +221,12 @@ class Composite(nn.Module):
             InputError: the images have another size or dtype, or are outside the target's `image_range`; `only` does
                 not have one entry per image, or names a clone that is not enabled.
         """
+        return self.logits(self._plan, images, only)
+
+    def logits(self, plan: Plan, images: Tensor, only: WantedClones | None = None) -> Tensor:
+        """Compute logits as a call does, but with the clones of a plan from `now`: one set for several calls."""
         check_values(images, self.target, "the target")
-        return self._plan.logits(images, only)
+        return plan.logits(images, only)
 
     def fused(self) -> FusedComposite:
         """Return an inference form of the clones enabled now: the same logits from fewer operations.
@@ -268,6 +271,7 @@ class Composite(nn.Module):
                 calls.
             RecordingError: the target cannot be recorded.
         """
+        check_flag(allow_mismatch, "allow_mismatch")
         with _LOCK, torch.inference_mode(False):
             recorded = RecordedTarget(self.target, self.input_shape, self._known)
             recorded.check(self._clones.values(), allow_mismatch)
@@ -312,10 +316,12 @@ class Composite(nn.Module):
         self.branches, self._clones = branches, {clone.name: clone for clone, _ in pairs}
         self._update_plan()
 
-    def _check_names(self, names: list[str] | tuple[str, ...]) -> None:
-        unknown = [name for name in names if name not in self._clones]
-        if unknown:
-            raise InputError(f"name: {unknown_name(unknown[0], self.clones, 'clone')}")
+    def _check_names(self, names: Iterable[str]) -> None:
+        for name in names:
+            if not isinstance(name, str):
+                raise InputError(f"name: expected the name of a clone; got {came(name)}")
+            if name not in self._clones:
+                raise InputError(f"name: {unknown_name(name, self.clones, 'clone')}")
 
     @contextmanager
     def _block(self, block: Block) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import dataclasses
 import textwrap
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from pnc.composite.batched_logits import Progress, logits_of
 from pnc.composite.composite import Composite, check_composite
+from pnc.composite.forward_plan import Plan
 from pnc.composite.metrics import measure_logits
 from pnc.data.image_set import ImageSet
 from pnc.data.support import as_support
+from pnc.foundation.argument_checks import check_whole
 from pnc.foundation.class_names import listed
 from pnc.foundation.errors import InputError
 
@@ -89,6 +92,7 @@ class Answers:
         target_logits: Logits of the target alone, (N, K_base).
         classes: Names of all logits.
         seen: The classes that have images.
+        plan: The set of clones that answered.
     """
 
     images: Tensor
@@ -97,6 +101,7 @@ class Answers:
     target_logits: Tensor
     classes: tuple[str, ...]
     seen: tuple[str, ...]
+    plan: Plan
 
 
 def evaluate(net: Composite, data: Any, *, batch_size: int = 64, progress: Progress | None = None) -> EvaluationReport:
@@ -117,27 +122,29 @@ def evaluate(net: Composite, data: Any, *, batch_size: int = 64, progress: Progr
     >>> report.n_images, report.base_logits_equal, report.conditional_kl
     (24, True, 0.0)
     """
-    return report_of(net, answers(net, data, batch_size, progress))
+    return report_of(answers(net, data, batch_size, progress))
 
 
-def report_of(net: Composite, found: Answers) -> EvaluationReport:
+def report_of(found: Answers) -> EvaluationReport:
     """Compute the report from the logits that `answers` collected."""
     n_base = found.target_logits.shape[1]
     return EvaluationReport(
-        clones=tuple(one.name for one in net.status() if one.enabled),
+        clones=found.plan.names,
         classes=found.classes,
         classes_without_images=tuple(name for name in found.classes if name not in found.seen),
         n_images=len(found.labels),
         **vars(measure_logits(found.logits, found.labels, found.target_logits)),
         base_logits_equal=torch.equal(found.logits[:, :n_base], found.target_logits),
-        uncalibrated=uncalibrated_clones(net),
+        uncalibrated=found.plan.uncalibrated,
     )
 
 
 def answers(net: Composite, data: Any, batch_size: int = 64, progress: Progress | None = None) -> Answers:
     """Run a composite and its target on labelled images. Arguments and errors: see `evaluate`."""
     check_composite(net)
-    classes = net.classes
+    check_whole(batch_size, "batch_size", 1)
+    plan = net.now()  # one set of clones for all batches: other threads may change the composite
+    classes = plan.classes
     if len(classes) == len(net.base_classes):
         raise InputError("net: no clone is enabled; attach one, or leave the block of disabled()")
     given = data if isinstance(data, ImageSet) else as_support(data, names=classes)
@@ -152,15 +159,9 @@ def answers(net: Composite, data: Any, batch_size: int = 64, progress: Progress 
             f"data: images of base and of new classes are needed; of {listed(classes)} "
             f"there are images of {listed(seen)} only"
         )
-    logits = logits_of(net, images, batch_size, progress, "evaluating")
+    logits = logits_of(net, images, batch_size, progress, "evaluating", partial(net.logits, plan))
     target_logits = logits_of(net.target, images, batch_size, progress, "evaluating the target alone")
-    return Answers(images, labels, logits, target_logits, classes, seen)
-
-
-def uncalibrated_clones(net: Composite) -> tuple[str, ...]:
-    """Names of the enabled clones that were never calibrated; empty if only one clone is enabled."""
-    enabled = [one for one in net.status() if one.enabled]
-    return tuple(one.name for one in enabled if not one.calibrated) if len(enabled) > 1 else ()
+    return Answers(images, labels, logits, target_logits, classes, seen, plan)
 
 
 def uncalibrated_warning(names: tuple[str, ...]) -> str:

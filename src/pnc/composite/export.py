@@ -1,9 +1,10 @@
 """Export of composites as ONNX or `.pt2`, whole or in parts, each tested before it is written."""
 
 import importlib.metadata
+import itertools
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from pnc.clones.position_grids import pool
 from pnc.composite.composite import Composite, check_composite
 from pnc.composite.forward_plan import Plan
 from pnc.composite.fused_composite import FusedComposite
-from pnc.composite.onnx_composite import FORMAT, IMAGES, LOGITS, VERSION, OnnxComposite, open_session
+from pnc.composite.onnx_composite import FORMAT, IMAGES, LOGITS, VERSION, OnnxComposite, clone_in, open_session
 from pnc.composite.program_files import (
     BATCH_SIZES,
     as_program,
@@ -29,7 +30,7 @@ from pnc.composite.program_files import (
     pt2_runner,
 )
 from pnc.foundation.errors import InputError
-from pnc.foundation.file_writing import write_file
+from pnc.foundation.file_writing import check_place, checked_path, write_file
 from pnc.foundation.fingerprints import Fingerprint, fingerprint
 from pnc.foundation.network_state import undisturbed
 from pnc.foundation.tensor_bits import dtype_name
@@ -41,6 +42,8 @@ TRUNK = "trunk.onnx"
 _TORCHSCRIPT = (".pt", ".pth", ".ts", ".torchscript")
 _CPU = ("CPUExecutionProvider",)
 _EXAMPLE_SIZE = 3
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))}
+"""Names that no file can have on Windows."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,8 @@ def export_split(net: Composite, folder: str | Path) -> Exported:
 
     Args:
         net: On the CPU, in float32.
-        folder: Created if missing. Files with the same names are replaced. Others, such as clones exported before, are
-            kept and still work if the new trunk has the tensors that they read.
+        folder: Created if missing. The trunk and files of the same clones are replaced. Others, such as clones exported
+            before, are kept and still work if the new trunk has the tensors that they read.
     Returns:
         The files and their largest difference.
     Raises:
@@ -135,7 +138,7 @@ def export_split(net: Composite, folder: str | Path) -> Exported:
             run = _Part(plan.branches[place], plan.calibrated[place])
             program = as_program(run, tuple(tensors[name].clone() for name in names))
             facts = {**_facts("clone", plan, target), **_facts_of(clone)}
-            parts[_file_name(clone.name, parts)] = onnx_bytes(program, names, ["new_logits"], facts)
+            parts[_file_name(clone.name, parts, folder)] = onnx_bytes(program, names, ["new_logits"], facts)
         together = OnnxComposite(*parts.values())
         difference = largest_difference(
             lambda images: torch.from_numpy(together(images.numpy())),
@@ -154,7 +157,7 @@ def check_export_path(path: str | Path, name: str = "path") -> Path:
     Raises:
         InputError: the suffix is another, the folder does not exist, or a package is missing.
     """
-    path = Path(path)
+    path = checked_path(path, name)
     if path.suffix in _TORCHSCRIPT:
         raise InputError(f"{name}: {path} asks for TorchScript, which torch has deprecated; use .pt2 or .onnx")
     if path.suffix not in (".onnx", ".pt2"):
@@ -173,7 +176,7 @@ def check_export_folder(folder: str | Path, name: str = "folder") -> Path:
     Raises:
         InputError: it is a file, its parent folder does not exist, or a package is missing.
     """
-    folder = Path(folder)
+    folder = checked_path(folder, name)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{name}: {folder} is a file; a split export writes several, so give a folder")
     if folder.suffix in (".onnx", ".pt2") and not folder.exists():
@@ -292,15 +295,26 @@ def _named(one: Fingerprint) -> dict[str, str]:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def _file_name(clone: str, taken: Mapping[str, object]) -> str:
-    """A file name for a clone that is valid on every file system and unique regardless of case."""
-    stem = re.sub(r"[^\w.-]+", "_", clone).strip("._")[:100] or "clone"
-    names = [f"{stem}.onnx", *(f"{stem}_{number}.onnx" for number in range(2, len(taken) + 2))]
-    return next(name for name in names if name.lower() not in {one.lower() for one in taken})
+def _file_name(clone: str, parts: Mapping[str, object], folder: Path) -> str:
+    """A file name for a clone that is valid on every file system, and that no other clone has, regardless of case."""
+    stem = re.sub(r"[^\w.-]+", "_", clone).strip("._").encode()[:100].decode(errors="ignore") or "clone"
+    stem = f"{stem}_" if stem.partition(".")[0].upper() in _DEVICES else stem
+    there = {file.name.lower(): file for file in folder.iterdir()} if folder.is_dir() else {}
+    taken = {name.lower() for name in parts}
+    taken |= {name for name, file in there.items() if name.startswith(stem.lower()) and clone_in(file) != clone}
+    return next(name for name in _names(stem) if name.lower() not in taken)
+
+
+def _names(stem: str) -> Iterator[str]:
+    yield f"{stem}.onnx"
+    for number in itertools.count(2):
+        yield f"{stem}_{number}.onnx"
 
 
 def _write_all(folder: Path, parts: Mapping[str, bytes]) -> tuple[Path, ...]:
     """Write all files beside the folder first, then move them in."""
+    for part in parts:
+        check_place(folder / part, "folder")
     try:
         with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}.pnc-") as name:
             for part, data in parts.items():

@@ -106,6 +106,17 @@ class Plan:
     clones: tuple[Clone, ...]
     watch: TargetWatch
 
+    @property
+    def owners(self) -> dict[str, str]:
+        """Name of the clone of each class that is a clone's."""
+        return {name: clone.name for clone in self.clones for name in clone.classes}
+
+    @property
+    def uncalibrated(self) -> tuple[str, ...]:
+        """Names of the clones that were never calibrated; empty if there is only one clone."""
+        names = zip(self.names, self.calibrated, strict=True)
+        return tuple(name for name, is_calibrated in names if not is_calibrated) if len(self.names) > 1 else ()
+
     def logits(self, images: Tensor, only: WantedClones | None = None) -> Tensor:
         """Compute logits (B, K_base + K_new) for images (B, C, H, W); see `Composite.forward`."""
         rows = [None] * len(self.names) if only is None else self._rows(only, images.shape[0])
@@ -185,6 +196,8 @@ class Plan:
 
 def check_like(images: Tensor, probe: Tensor) -> None:
     """Refuse images of another size or dtype than in the recording, which holds for these only."""
+    if not isinstance(images, Tensor):
+        raise InputError(f"images: expected a tensor (B, C, H, W); got {type(images).__name__}")
     if images.shape[1:] != probe.shape[1:] or images.dtype != probe.dtype:
         expected, came = (f"{tuple(one.shape[1:])} {dtype_name(one.dtype)}" for one in (probe, images))
         raise InputError(

@@ -53,7 +53,7 @@ class OnnxComposite:
         providers: Execution providers of onnxruntime, in order of preference.
         options: An `onnxruntime.SessionOptions` for all sessions, for example to set the number of threads.
     Raises:
-        InputError: onnxruntime is not installed, or a clone or class is attached already.
+        InputError: onnxruntime is not installed or lacks a provider, or a clone or class is attached already.
         FileFormatError: a file is missing or not such a part of a split export.
         MismatchError: a clone was exported for another target.
 
@@ -69,16 +69,27 @@ class OnnxComposite:
         providers: Sequence[str] = ("CPUExecutionProvider",),
         options: Any = None,
     ) -> None:
-        self._providers, self._options = list(providers), options
+        self._providers, self._options = providers, options
         self._trunk = self._open(trunk, "trunk")
         self._outputs = [output.name for output in self._trunk.session.get_outputs()]
         self._parts: tuple[
             _Part, ...
         ] = ()  # replaced, never changed in place, as a call in another thread may be reading it
-        self.base_priority: float = self._trunk.facts["base_priority"]
-        """Nats subtracted from all new logits; initially that of the exported composite."""
+        self.base_priority = self._trunk.facts["base_priority"]
         for clone in clones:
             self.attach(clone)
+
+    @property
+    def base_priority(self) -> float:
+        """Nats subtracted from all new logits; initially that of the exported composite."""
+        return self._base_priority
+
+    @base_priority.setter
+    def base_priority(self, nats: float) -> None:
+        is_number = isinstance(nats, int | float) and not isinstance(nats, bool)
+        if not is_number or not abs(nats) <= float(np.finfo(np.float32).max):
+            raise InputError(f"base_priority: expected a finite number; got {nats!r:.100}")
+        self._base_priority = float(nats)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -171,13 +182,19 @@ def open_session(file: str | Path | bytes, providers: Sequence[str], options: An
     """Open an onnxruntime session for a file or its bytes.
 
     Raises:
-        InputError: onnxruntime is not installed.
+        InputError: onnxruntime is not installed or lacks a provider, or these are no options of it.
         FileFormatError: onnxruntime cannot read it.
     """
     try:
         runtime = importlib.import_module("onnxruntime")
     except ImportError as error:
         raise InputError('the package onnxruntime is needed for this; pip install "pnc[export]"') from error
+    known = runtime.get_available_providers()
+    for one in [providers] if isinstance(providers, str) else providers:
+        if isinstance(providers, str) or one not in known:
+            raise InputError(f"providers: expected a list of some of {', '.join(known)}; got {providers!r:.100}")
+    if not isinstance(options, runtime.SessionOptions | None):
+        raise InputError(f"options: expected an onnxruntime.SessionOptions; got {type(options).__name__}")
     if options is None:
         options = runtime.SessionOptions()
         options.log_severity_level = 3  # errors only; it warns of every constant that it folds
@@ -185,6 +202,14 @@ def open_session(file: str | Path | bytes, providers: Sequence[str], options: An
         return runtime.InferenceSession(file if isinstance(file, bytes) else str(file), options, list(providers))
     except Exception as error:  # noqa: BLE001 - onnxruntime's errors have no common base class
         raise FileFormatError(f"onnxruntime cannot read {_name(file)}: {str(error).splitlines()[0]}") from error
+
+
+def clone_in(file: Path) -> str | None:
+    """Name of the clone in a file of a split export; None if it is something else."""
+    try:
+        return str(_facts_of(open_session(file, ("CPUExecutionProvider",)), file, "clone")["name"])
+    except FileFormatError:
+        return None
 
 
 def _facts_of(session: Any, file: str | Path | bytes, kind: str) -> dict[str, Any]:

@@ -115,10 +115,18 @@ def verify(target: nn.Module, before: Snapshot, *, images: Tensor | None = None)
         if not same_bits(_logits(target, before.images), before.logits):
             found.append("logits of the probe batch changed")
     if images is not None:
+        check_images(images)
         recording = record(target, images[: max(PROBE_SIZES)])
         compared["logits of the recording"], other = _compared(recording.module, target, images.split(_BATCH))
         found += [f"the recording's logits differ from the target's own on {size} images" for size in other]
     return Report(compared, tuple(found))
+
+
+def check_images(images: object) -> None:
+    """Raise an `InputError` unless these are a batch of images."""
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        got = f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise InputError(f"images: expected a tensor (N, C, H, W); got {got}")
 
 
 def verify_composite(
@@ -152,6 +160,7 @@ def verify_composite(
         n_logits, other = _compared(composite, target, batches)
         found += [f"base logits differ from the target's own on {size} images" for size in other]
         if images is not None:
+            check_images(images)
             n, other = _compared(composite, target, images.to(like_images(target)).split(_BATCH))
             n_logits += n
             found += [f"base logits differ from the target's own on {size} of the given images" for size in other]

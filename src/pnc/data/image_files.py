@@ -5,6 +5,7 @@ import io
 import stat
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -116,11 +117,15 @@ def decode(
     if channels is None:
         channels = 1 if sum(image.mode in _GREY_MODES for image in headers) > len(headers) / 2 else 3
     turns = [_orientation(image) for image in headers]
-    sizes = {image.size[:: -1 if turn >= 5 else 1] for image, turn in zip(headers, turns, strict=True)}
-    if size is None and len(sizes) > 1:
-        some = listed([f"{width}x{height}" for width, height in sorted(sizes)], 3)
-        raise InputError(f"{argument}: the images have different sizes ({some}); choose one, for example ?size=64")
-    width, height = size or next(iter(sizes))
+    sizes = [image.size[:: -1 if turn >= 5 else 1] for image, turn in zip(headers, turns, strict=True)]
+    (width, height), n_alike = Counter(sizes).most_common(1)[0]
+    if size is None and n_alike < len(sizes):
+        other = next(place for place, one in enumerate(sizes) if one != (width, height))
+        raise InputError(
+            f"{argument}: the images have different sizes: {n_alike} of {len(sizes)} are {width}x{height}, "
+            f"{path_text(names[other])} is {sizes[other][0]}x{sizes[other][1]}; choose one, for example ?size={height}"
+        )
+    width, height = size or (width, height)
     pixels = np.empty((len(headers), height, width, channels), dtype=np.uint8)
     for index, (image, turn) in enumerate(zip(headers, turns, strict=True)):
         with image_errors(names[index], argument):

@@ -210,5 +210,5 @@ def check_labels(labels: Tensor, n_images: int, n_classes: int) -> None:
     if labels.min() < 0 or labels.max() >= n_classes:
         raise InputError(
             f"labels: ids must lie in 0-{n_classes - 1} ({n_classes} class names), "
-            f"these lie in {labels.min().item()}-{labels.max().item()}"
+            f"these lie in {labels.min().item()}-{labels.max().item()}; are all classes named, in the order of the ids?"
         )

@@ -90,6 +90,9 @@ def support_labels(support: StoredSupport, classes: TaskClasses) -> Tensor:
         )
     missing = [name for name in classes.new if name not in seen]
     if missing:
-        raise InputError(f"support has no sample of {listed(missing)}; every class to clone needs at least one")
+        raise InputError(
+            f"support has no sample of {listed(missing)}; every class to clone needs at least "
+            "one; add images, or name the others in classes="
+        )
     place = torch.tensor([names.index(name) if name in names else -1 for name in support.names])
     return place[support.labels]

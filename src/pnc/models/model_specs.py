@@ -1,6 +1,6 @@
 """Networks from model specs, with their weights, the names of their outputs and the shape of their images."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from pnc.models.library_networks import (
     timm_network,
     torchvision_network,
 )
+from pnc.models.outputs import Output
 from pnc.models.preprocessing import Preprocessed, checked_shape, shape_text
 from pnc.models.python_functions import called, python_function
 from pnc.models.reference_networks import Shape, cnn, mobilenetv2, resnet, vit_tiny
@@ -121,13 +122,13 @@ def load_model(
             )
         names, shape = known if classes is None else classes, input_shape or facts.get("input_shape")
         model = _built(own, names, shape, seed=0, pretrained=False, unnamed=unnamed, like=shapes)
-        check_fit(_inner(model.module), shapes)
+        check_fit(_inner(model.module, shapes), shapes)
         built.append(model)
 
     tensors, facts = read_weights(path or Path(str(weights)), build)
     if not built:  # a file that shows its shapes by being read only
         build(tensors, facts)
-    load_tensors(_inner(built[0].module), tensors)
+    load_tensors(_inner(built[0].module, tensors), tensors)
     return replace(built[0], facts=facts)
 
 
@@ -207,9 +208,16 @@ def _built(
     return model
 
 
-def _inner(module: nn.Module) -> nn.Module:
-    """The network whose weights are in files: its preprocessing comes from the spec."""
-    return module.network if isinstance(module, Preprocessed) else module
+def _inner(module: nn.Module, names: Iterable[str] = ()) -> nn.Module:
+    """The network whose weights are in files: without `Preprocessed` around it, which comes from the spec.
+
+    Nor `Output`, unless tensors with these names belong to it: a file may hold the weights with or without it.
+    """
+    while isinstance(module, Preprocessed) or (
+        isinstance(module, Output) and not set(names) & set(module.state_dict())
+    ):
+        module = module.network
+    return module
 
 
 def save_model(model: LoadedModel, path: str | Path, facts: Mapping[str, Any]) -> None:

@@ -136,7 +136,7 @@ def collect_facts(net: Composite, data: Any, files: Sequence[str | Path] = (), b
         InputError, ClassNameError: as `pnc.evaluate`.
     """
     found = answers(net, data, batch_size)
-    evaluation = report_of(net, found)
+    evaluation = report_of(found)
     clones = [net.clone(name) for name in evaluation.clones]
     target_macs = _macs_of(net)
     pictures = tuple(_picture(clone, target_macs) for clone in clones)
@@ -145,7 +145,7 @@ def collect_facts(net: Composite, data: Any, files: Sequence[str | Path] = (), b
         answers=found,
         evaluation=evaluation,
         clones=pictures,
-        class_rows=_class_rows(net, found),
+        class_rows=_class_rows(found),
         trade=tuple(_trade(found, shift) for shift in SHIFTS),
         trade_now=_trade(found, 0.0),
         reliabilities=(
@@ -201,9 +201,9 @@ def _front(recipe: Mapping[str, Any]) -> tuple[tuple[float, float, bool], ...]:
     return tuple(sorted(points))
 
 
-def _class_rows(net: Composite, found: Answers) -> tuple[ClassRow, ...]:
+def _class_rows(found: Answers) -> tuple[ClassRow, ...]:
     n_base = found.target_logits.shape[1]
-    owner = {name: one.name for one in net.status() for name in one.classes}
+    owner = found.plan.owners
     before, after = found.target_logits.argmax(1), found.logits.argmax(1)
     rows = []
     for index, name in enumerate(found.classes):

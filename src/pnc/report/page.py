@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pnc.clones.clone_file import inspect
-from pnc.composite.composite import Composite
+from pnc.composite.composite import Composite, check_composite
 from pnc.composite.evaluation import uncalibrated_warning
+from pnc.foundation.class_names import listed
 from pnc.foundation.errors import InputError
 from pnc.foundation.file_writing import write_file
 from pnc.report.confusion import confusion
@@ -57,17 +58,26 @@ def write_report(
     """
     check_report()
     check_page_path(path, "path")
+    check_composite(net)
+    needs_source = _checked_files(net.now().names, files)
     facts = collect_facts(net, data, files, batch_size)
-    if files and len(files) != len(facts.clones):
-        raise InputError(f"files: expected one for each of {len(facts.clones)} enabled clones, got {len(files)}")
     pictures = _pictures(facts)
-    write_file(
-        path, _rendered(facts, pictures, {Path(file).name: bool(inspect(file)["needs_source"]) for file in files})
-    )
+    write_file(path, _rendered(facts, pictures, needs_source))
     if png is not None:
         Path(png).mkdir(exist_ok=True)
         for name, (draw, height, _) in pictures.items():
             write_file(Path(png) / f"{name}.png", png_of(draw, height))
+
+
+def _checked_files(names: Sequence[str], files: Sequence[str | Path]) -> dict[str, bool]:
+    """Check the files of the clones with these names; by file name, whether a file needs the source."""
+    if files and len(files) != len(names):
+        raise InputError(f"files: expected one for each of {len(names)} enabled clones, got {len(files)}")
+    inside = [inspect(file) for file in files]
+    held = [one["name"] for one in inside]
+    if set(held) == set(names) and held != list(names):
+        raise InputError(f"files: they hold {listed(held)}; give them in the order of the clones: {listed(names)}")
+    return {Path(file).name: bool(one["needs_source"]) for file, one in zip(files, inside, strict=True)}
 
 
 def check_page_path(path: str | Path, name: str) -> None:

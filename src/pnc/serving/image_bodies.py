@@ -23,7 +23,8 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SMALL_BYTES, SMALL_PIXELS = 1 << 13, 1 << 14
 """Images up to this size are decoded where they are: handing them to another thread would take longer."""
 
-_RAW = ("", "application/octet-stream", "binary/octet-stream")
+_RAW = ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
+"""Content types of an image as it is; the last one is what curl sends with --data-binary."""
 _JSON_HINT = 'expected {"image": BASE64} or {"images": [BASE64, ...]}'
 
 
@@ -160,6 +161,8 @@ def _size(upload: Upload) -> tuple[int, int]:
         with image_errors(upload.text, "images"), pillow.open(io.BytesIO(upload.content), "r", FORMATS) as image:
             size: tuple[int, int] = image.size
     except InputError as error:
+        if isinstance(error.__cause__, pillow.DecompressionBombError | pillow.DecompressionBombWarning):
+            raise Refusal(TOO_LARGE, f"{upload.text} has more pixels than can be decoded safely; shrink it") from error
         known = ", ".join(FORMATS)
         raise Refusal(UNUSABLE, f"{upload.text} is not an image of a known format; send one of {known}") from error
     return size

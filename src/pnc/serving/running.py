@@ -76,4 +76,4 @@ def run(server: Server, host: str, port: int, announce: Callable[[str, int], Non
     try:
         running.run()
     except SystemExit as error:  # uvicorn has logged why it cannot listen
-        raise InputError(f"port: cannot listen on {host}:{port}; choose another --host or --port") from error
+        raise InputError(f"host: cannot listen on {host}:{port}; choose another --host or --port") from error

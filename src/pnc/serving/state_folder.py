@@ -37,7 +37,9 @@ class StateFolder:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            raise InputError(f"state: cannot use {path_text(folder)}: {error.strerror or error}") from error
+            raise InputError(
+                f"state: cannot use {path_text(folder)}: {error.strerror or error}; give another folder"
+            ) from error
         if fcntl is not None:
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

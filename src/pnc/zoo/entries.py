@@ -88,7 +88,7 @@ def read_entry(path: Path) -> Entry:
         facts = json.loads(raw.decode()) if len(raw) <= MAX_BYTES else None
     except (OSError, ValueError, RecursionError) as error:
         raise FileFormatError(
-            f"zoo: {path_text(path)} cannot be read as JSON ({error}); add the entry again"
+            f"zoo: {path_text(path)} cannot be read as JSON ({error}); remove the entry and add it again"
         ) from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise FileFormatError(f"zoo: {path_text(path)} is no entry of a zoo; move it away")
@@ -100,7 +100,9 @@ def read_entry(path: Path) -> Entry:
     try:
         return _entry(facts, path.stem)
     except (PNCError, KeyError, TypeError, ValueError) as error:
-        raise FileFormatError(f"zoo: {path_text(path)} is damaged ({error}); add the entry again") from error
+        raise FileFormatError(
+            f"zoo: {path_text(path)} is damaged ({error}); remove the entry and add it again"
+        ) from error
 
 
 def _entry(facts: Mapping[str, Any], name: str) -> Entry:
