@@ -31,6 +31,8 @@ def test_entries_are_listed_shown_checked_and_removed(command: Command, zoo: Pat
     assert "mean 0.5, std 0.25" in command("zoo show untrained --zoo {z}", z=zoo).out
     assert command("zoo check --zoo {z}", z=zoo).out == "digits: good\nuntrained: good\n"
     (zoo / "digits.json").write_text("{}")
+    listed = command("zoo list --zoo {z}", z=zoo)
+    assert "untrained" in listed.out and "digits.json is no entry of a zoo" in listed.err
     (zoo / "stray.safetensors").write_bytes(b"")
     found = command("zoo check --zoo {z}", z=zoo)
     assert found.code == 1 and "untrained: good" in found.out and "digits: zoo: " in found.out

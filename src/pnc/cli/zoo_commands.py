@@ -36,12 +36,12 @@ from pnc.cli.options import (
     Weights,
     write_json,
 )
-from pnc.cli.output import progress, say, show_facts, show_table
+from pnc.cli.output import progress, say, show_facts, show_table, warn
 from pnc.data.image_store import GIB, MEMORY
 from pnc.data.normalization import Normalization
 from pnc.data.readers import load_data
 from pnc.foundation.class_names import listed, parse_classes
-from pnc.foundation.errors import ClassNameError, InputError
+from pnc.foundation.errors import ClassNameError, FileFormatError, InputError
 from pnc.foundation.plain_text import few_names
 from pnc.models.preprocessing import shape_text
 from pnc.zoo.entries import Entry, check_entry_name
@@ -107,9 +107,14 @@ def add_entry(
 def list_entries(zoo: Folder, json_path: Json = None) -> None:
     """List the networks of a zoo."""
     check_outputs({"json": json_path})
-    entries = Zoo(zoo).entries()
+    found, entries = Zoo(zoo), []
+    for name in found.names:
+        try:
+            entries.append(found.entry(name))
+        except FileFormatError as error:
+            warn(str(error))
     write_json(json_path, {"entries": [entry.facts() for entry in entries]})
-    if not entries:
+    if not found.names:
         say(f"{zoo} is empty; `pnc zoo add` puts networks into it")
         return
     show_table(

@@ -13,11 +13,10 @@ from pnc.foundation.errors import InputError
 
 IMAGE_KEYS = ("image", "images", "img", "pixel_values")
 LABEL_KEYS = ("label", "labels", "fine_label")
-_FROM_PAIRS = "turn a list of pairs into (torch.stack([image for image, _ in pairs]), [label for _, label in pairs])"
 
 
 def batches(data: Any) -> Iterator[tuple[Tensor, list[Any]]]:
-    """Images (B, C, H, W) and their labels, from a pair, a dictionary, a dataset or a loader.
+    """Images (B, C, H, W) and their labels, from a pair, a dictionary, a list of samples, a dataset or a loader.
 
     Raises:
         InputError: `data` is something else, or contains something other than images and labels.
@@ -25,22 +24,18 @@ def batches(data: Any) -> Iterator[tuple[Tensor, list[Any]]]:
     if isinstance(data, DataLoader):
         for images, labels in map(_pair, data):
             yield _image_batch(images), _label_list(labels)
-    elif isinstance(data, Dataset):
-        for image, label in map(_pair, _items(data)):
+    elif isinstance(data, Dataset) or (isinstance(data, tuple | list) and data and _is_sample(data[0])):
+        for image, label in map(_pair, _items(data) if isinstance(data, Dataset) else data):
             yield _image_tensor(image)[None], [label]
     elif isinstance(data, Mapping) or (isinstance(data, tuple | list) and len(data) == 2):
         images, labels = _pair(data)
         yield _image_batch(images), _label_list(labels)
     else:
         kind = f"{type(data).__module__.partition('.')[0]}.{type(data).__name__}".removeprefix("builtins.")
-        hint = ""
-        if isinstance(data, tuple | list) and data and _is_sample(data[0]):
-            hint = f"; {_FROM_PAIRS}"
-        elif hasattr(data, "with_format"):
-            hint = "; pass torch.utils.data.DataLoader(data.with_format('torch'), batch_size=64)"
+        loader = "; pass torch.utils.data.DataLoader(data.with_format('torch'), batch_size=64)"
         raise InputError(
-            "support: expected a pair (images, labels), an ImageSet, or a Dataset or DataLoader of torch.utils.data, "
-            f"got {kind}{hint}"
+            "support: expected a pair (images, labels), a list of pairs (image, label), an ImageSet, or a Dataset or "
+            f"DataLoader of torch.utils.data, got {kind}{loader if hasattr(data, 'with_format') else ''}"
         )
 
 
@@ -82,7 +77,7 @@ def _image_batch(images: Any) -> Tensor:
         if len(shapes) > 1:
             raise InputError(f"support: the images have {len(shapes)} shapes, {listed(shapes, 3)}; give all one shape")
         return torch.stack([image.detach().cpu() for image in images])
-    if isinstance(images, tuple | list) and images and not _is_sample(images):
+    if isinstance(images, tuple | list) and images:
         images = next(image for image in images if not isinstance(image, Tensor))  # for the message
     return _image_tensor(images)
 
@@ -91,9 +86,7 @@ def _image_tensor(image: Any) -> Tensor:
     if isinstance(image, Tensor):
         return image.detach().cpu()
     kind = type(image).__name__
-    if _is_sample(image):
-        way_out = _FROM_PAIRS
-    elif hasattr(image, "getpixel"):
+    if hasattr(image, "getpixel"):
         way_out = (
             "add transform=torchvision.transforms.ToTensor(), or torchvision.transforms.functional.to_tensor(image)"
         )

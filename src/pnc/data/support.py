@@ -51,11 +51,11 @@ def as_support(data: Any, names: Sequence[str] | Mapping[Any, Any] | None = None
     """Read labelled samples from any common container into a `Support`; the global random state does not change.
 
     Args:
-        data: A `Support`; an `ImageSet`; a pair (images, labels); a `Dataset` of single samples (image, label); or a
-            `DataLoader` of batches of them. Instead of a pair, a dictionary may be given that has one of the keys in
-            `IMAGE_KEYS` and one of those in `LABEL_KEYS`, as in data sets of `datasets`. Images are tensors (C, H, W),
-            uint8 (divided by 255) or floating point (used unchanged), in a batch or a list. Labels are class names,
-            ids, or one-hot rows.
+        data: A `Support`; an `ImageSet`; a pair (images, labels); a list or a `Dataset` of single samples (image,
+            label); or a `DataLoader` of batches of them. Instead of a pair, a dictionary may be given that has one of
+            the keys in `IMAGE_KEYS` and one of those in `LABEL_KEYS`, as in data sets of `datasets`. Images are tensors
+            (C, H, W), uint8 (divided by 255) or floating point (used unchanged), in a batch or a list. Labels are class
+            names, ids, or one-hot rows.
         names: Class names. If labels are ids, the name of each id, unless the data has names itself (a `Support`, an
             `ImageSet`, a dataset with `classes` or with `features` that name them). If labels are class names, the
             classes in order; by default all that occur, sorted.

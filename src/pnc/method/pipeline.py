@@ -86,9 +86,10 @@ def clone(
     Args:
         source: Classifier that knows the classes, (B, C, H, W) to (B, K).
         target: Classifier that will receive them.
-        support: A few labelled images that both networks can process: a pair (images, labels), a Dataset, a DataLoader
-            or an ImageSet. Labels are class names, or ids that count the base classes first, then the new ones. Samples
-            of base classes are optional; even of some base classes only, they help separate new classes from old ones.
+        support: A few labelled images that both networks can process: a pair (images, labels), a list of pairs (image,
+            label), a Dataset, a DataLoader or an ImageSet. Labels are class names, or ids that count the base classes
+            first, then the new ones. Samples of base classes are optional; even of some base classes only, they help
+            separate new classes from old ones.
         source_classes: Names of the source's outputs, in order.
         base_classes: Names of the target's outputs, in order.
         classes: Names of the classes to clone; None clones all of the source's that the target lacks. The support must
