@@ -180,7 +180,7 @@ def test_a_front_that_says_what_was_chosen_is_drawn_as_it_is() -> None:
 def answered(net: pnc.Composite) -> Answers:
     test = held_out_images()
     logits, base = logits_of(net, test.images), logits_of(net.target, test.images)
-    return Answers(test.images, test.labels, logits, base, net.classes, net.classes, net.now())
+    return Answers(test.images, test.labels, logits, base, net.classes, net.classes, net.now(), 0)
 
 
 def test_matrices_count_every_image(net: pnc.Composite) -> None:

@@ -33,6 +33,7 @@ class EvaluationReport:
         classes: Names of all logits.
         classes_without_images: Classes without images, about which nothing was measured.
         n_images: Number of images.
+        n_ignored: Number of further images, of classes that the composite lacks.
         base_accuracy: Accuracy on images of base classes.
         new_accuracy: Accuracy on images of new classes.
         average_accuracy: Mean of both.
@@ -48,6 +49,7 @@ class EvaluationReport:
     classes: tuple[str, ...]
     classes_without_images: tuple[str, ...]
     n_images: int
+    n_ignored: int
     base_accuracy: float
     new_accuracy: float
     average_accuracy: float
@@ -93,6 +95,7 @@ class Answers:
         classes: Names of all logits.
         seen: The classes that have images.
         plan: The set of clones that answered.
+        n_ignored: Number of further images, of classes that the composite lacks.
     """
 
     images: Tensor
@@ -102,6 +105,7 @@ class Answers:
     classes: tuple[str, ...]
     seen: tuple[str, ...]
     plan: Plan
+    n_ignored: int
 
 
 def evaluate(net: Composite, data: Any, *, batch_size: int = 64, progress: Progress | None = None) -> EvaluationReport:
@@ -133,6 +137,7 @@ def report_of(found: Answers) -> EvaluationReport:
         classes=found.classes,
         classes_without_images=tuple(name for name in found.classes if name not in found.seen),
         n_images=len(found.labels),
+        n_ignored=found.n_ignored,
         **vars(measure_logits(found.logits, found.labels, found.target_logits)),
         base_logits_equal=torch.equal(found.logits[:, :n_base], found.target_logits),
         uncalibrated=found.plan.uncalibrated,
@@ -161,7 +166,7 @@ def answers(net: Composite, data: Any, batch_size: int = 64, progress: Progress 
         )
     logits = logits_of(net, images, batch_size, progress, "evaluating", partial(net.logits, plan))
     target_logits = logits_of(net.target, images, batch_size, progress, "evaluating the target alone")
-    return Answers(images, labels, logits, target_logits, classes, seen, plan)
+    return Answers(images, labels, logits, target_logits, classes, seen, plan, int((~known).sum()))
 
 
 def uncalibrated_warning(names: tuple[str, ...]) -> str:

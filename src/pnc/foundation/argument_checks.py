@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeGuard
 
 import torch
@@ -18,6 +18,7 @@ def check_module(value: object, argument: str) -> None:
     """Raise an `InputError` unless `value` is a network; a `LoadedModel`, for example, only wraps one."""
     if not isinstance(value, nn.Module):
         hint = "; give its .module" if hasattr(value, "module") else ""
+        hint = "; load a state dict into its network, and give that" if isinstance(value, Mapping) else hint
         raise InputError(f"{argument}: expected a torch.nn.Module, got {type(value).__name__}{hint}")
 
 
