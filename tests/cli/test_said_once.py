@@ -69,7 +69,7 @@ def test_names_of_classes_may_be_a_list(command: Command, tmp_path: Path, monkey
     write(tmp_path, target_classes=["ant", "bee"])
     assert read_defaults(typer.main.get_command(app).commands)["serve"] == {"target_classes": "ant,bee"}  # type: ignore[attr-defined]
     write(tmp_path, target_classes=["ant", "bee, or wasp"])
-    assert "target_classes: expected a text, or a list of class names without commas" in command(EVAL).complaint
+    assert "target_classes: expected a text, or a list of names without commas" in command(EVAL).complaint
 
 
 def test_quiet_leaves_errors_and_json(command: Command, tmp_path: Path) -> None:  # noqa: F811

@@ -39,8 +39,8 @@ def read_defaults(commands: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if key not in KEYS:
             raise InputError(f"{FILE}: {key!r} is none of {', '.join(KEYS)}; remove it")
         if not isinstance(value, int if key == "threads" else str) or isinstance(value, bool):
-            wanted = "a whole number" if key == "threads" else "a text, or a list of class names without commas"
-            wanted = wanted if key == "threads" or key.endswith("classes") else "a text"
+            wanted = "a text, or a list of names without commas" if key.endswith("classes") else "a text"
+            wanted = "a whole number" if key == "threads" else wanted
             raise InputError(f"{FILE}: {key}: expected {wanted}, got {value!r:.80}")
     return {name: _defaults(commands[name].params, values) for name in COMMANDS}
 

@@ -113,7 +113,7 @@ class Branch(nn.Module):
                 the rows of rivals do not match this clone's features and classes.
         """
         if not isinstance(scalars, Scalars):
-            raise InputError(f"scalars: expected {Scalars.__name__}; got {came(scalars)}")
+            raise InputError(f"scalars: expected Scalars; got {came(scalars)}")
         offsets = scalars.offsets or (0.0,) * len(self.offset)
         if len(offsets) != len(self.offset):
             raise InputError(f"offsets: expected one for each of {len(self.offset)} classes; got {len(offsets)}")

@@ -1,6 +1,6 @@
 """Labelled images read batch by batch from pairs, dictionaries, datasets and loaders, and the names of their ids."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ def batches(data: Any) -> Iterator[tuple[Tensor, list[Any]]]:
         for images, labels in map(_pair, data):
             yield _image_batch(images), _label_list(labels)
     elif isinstance(data, Dataset) or (isinstance(data, tuple | list) and data and _is_sample(data[0])):
-        for image, label in map(_pair, _items(data) if isinstance(data, Dataset) else data):
+        for image, label in map(_pair, _items(data)):
             yield _image_tensor(image)[None], [label]
     elif isinstance(data, Mapping) or (isinstance(data, tuple | list) and len(data) == 2):
         images, labels = _pair(data)
@@ -47,10 +47,10 @@ def _is_sample(item: Any) -> bool:
     return isinstance(label, str | int | np.generic) or (isinstance(label, Tensor) and label.ndim == 0)
 
 
-def _items(dataset: Dataset[Any]) -> Iterable[Any]:
-    if isinstance(dataset, IterableDataset):
+def _items(dataset: Dataset[Any] | Sequence[Any]) -> Iterable[Any]:
+    if isinstance(dataset, IterableDataset | tuple | list):
         return dataset
-    if not hasattr(dataset, "__len__"):
+    if not isinstance(dataset, Sized):
         raise InputError(f"support: {type(dataset).__name__} has no length; give it __len__, or pass a DataLoader")
     return (dataset[index] for index in range(len(dataset)))
 

@@ -122,13 +122,13 @@ def load_model(
             )
         names, shape = known if classes is None else classes, input_shape or facts.get("input_shape")
         model = _built(own, names, shape, seed=0, pretrained=False, unnamed=unnamed, like=shapes)
-        check_fit(_inner(model.module, shapes), shapes)
+        check_fit(stored_network(model.module, shapes), shapes)
         built.append(model)
 
     tensors, facts = read_weights(path or Path(str(weights)), build)
     if not built:  # a file that shows its shapes by being read only
         build(tensors, facts)
-    load_tensors(_inner(built[0].module, tensors), tensors)
+    load_tensors(stored_network(built[0].module, tensors), tensors)
     return replace(built[0], facts=facts)
 
 
@@ -208,7 +208,7 @@ def _built(
     return model
 
 
-def _inner(module: nn.Module, names: Iterable[str] = ()) -> nn.Module:
+def stored_network(module: nn.Module, names: Iterable[str] = ()) -> nn.Module:
     """The network whose weights are in files: without `Preprocessed` around it, which comes from the spec.
 
     Nor `Output`, unless tensors with these names belong to it: a file may hold the weights with or without it.
@@ -238,7 +238,7 @@ def save_model(model: LoadedModel, path: str | Path, facts: Mapping[str, Any]) -
         "classes": list(model.classes),
         "input_shape": list(model.input_shape),
     }
-    write_tensors(path, _inner(model.module).state_dict(), {**facts, **own})
+    write_tensors(path, stored_network(model.module).state_dict(), {**facts, **own})
 
 
 # --------------------------------------------------------------------------------------------------- specs

@@ -11,7 +11,7 @@ from pnc.foundation.class_names import unknown_name
 from pnc.foundation.errors import InputError, MismatchError, PNCError
 from pnc.foundation.file_writing import check_place, checked_path, path_text
 from pnc.foundation.fingerprints import fingerprint
-from pnc.models.model_specs import LoadedModel, load_model, save_model
+from pnc.models.model_specs import LoadedModel, load_model, save_model, stored_network
 from pnc.models.preprocessing import Preprocessed, checked_shape
 from pnc.models.weight_files import load_tensors, read_weights
 from pnc.zoo.entries import Entry, check_entry_name, read_entry, write_entry
@@ -159,8 +159,9 @@ class Zoo:
         Raises:
             FileFormatError, MismatchError: as `load`.
         """
-        inner = module.network if isinstance(module, Preprocessed) else module
-        load_tensors(inner, read_weights(self.weights(name))[0])
+        tensors = read_weights(self.weights(name))[0]
+        inner = stored_network(module, tensors)
+        load_tensors(inner, tensors)
         _check_fingerprint(self.entry(name), inner)
 
     def check(self, name: str) -> str | None:
