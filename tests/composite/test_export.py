@@ -395,7 +395,19 @@ def failing(net, tmp_path, name="net.pt2") -> str:
 
 def test_other_logits_are_refused(net, tmp_path, monkeypatch):
     monkeypatch.setattr(program_files, "TOLERANCE", -1.0)
+    monkeypatch.setattr(program_files, "OWN_ERRORS", -1.0)
     assert "on a batch of 1 its logits differ by" in failing(net, tmp_path)
+
+
+def test_differences_as_large_as_the_composites_own_rounding_are_accepted(net, tmp_path, monkeypatch):
+    monkeypatch.setattr(program_files, "TOLERANCE", 0.0)
+    monkeypatch.setattr(program_files, "OWN_ERRORS", 100.0)
+    with net.only(net.clones[1]):
+        made = pnc.export(net, tmp_path / "net.onnx")
+    assert 0 < made.difference < TOLERANCE
+    wrong = lambda images: torch.ones(len(images), 2)  # noqa: E731
+    with pytest.raises(pnc.ExportError, match="more than 0, and those in PyTorch by 0 from exact ones"):
+        program_files.largest_difference(wrong, lambda _: torch.zeros(1, 2), lambda _: torch.zeros(1, 2), torch.ones(5))
 
 
 def test_a_split_export_that_is_refused_leaves_nothing(net, tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """Export of composites as ONNX or `.pt2`, whole or in parts, each tested before it is written."""
 
+import copy
 import importlib.metadata
 import itertools
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,7 +102,7 @@ def export(net: Composite, path: str | Path) -> Exported:
         else:
             data = pt2_bytes(program, facts)
             run = pt2_runner(data)
-        difference = largest_difference(run, plan.logits, _noise(plan, max(BATCH_SIZES), 1))
+        difference = largest_difference(run, plan.logits, _exact(net, plan), _noise(plan, max(BATCH_SIZES), 1))
     write_file(path, data)
     return Exported((path,), difference)
 
@@ -143,6 +145,7 @@ def export_split(net: Composite, folder: str | Path) -> Exported:
         difference = largest_difference(
             lambda images: torch.from_numpy(together(images.numpy())),
             plan.logits,
+            _exact(net, plan),
             _noise(plan, max(BATCH_SIZES), 1),
         )
     return Exported(_write_all(folder, parts), difference)
@@ -197,6 +200,19 @@ def _plan_of(net: Composite) -> Plan:
             f"{plan.probe.device}; export copy.deepcopy(net).cpu().float()"
         )
     return replace(plan, trunk=own_copy(plan.trunk))
+
+
+def _exact(net: Composite, plan: Plan) -> Callable[[Tensor], Tensor]:
+    """The logits of a plan of the composite in float64, on a copy of both that is made by the first call."""
+
+    @cache
+    def copied() -> Plan:
+        exact = copy.deepcopy(net).double()
+        for name in set(exact.clones) - set(plan.names):
+            exact.detach(name)
+        return exact.now()
+
+    return lambda images: copied().logits(images.double())
 
 
 # ------------------------------------------------------------------------------------------------------------ modules

@@ -25,6 +25,10 @@ BATCH_SIZES = (1, 2, 5)
 TOLERANCE = 1e-4
 """Largest accepted difference of logits, relative to the largest one or to 1: kernels differ in the order of sums."""
 
+OWN_ERRORS = 2.0
+"""If the original itself rounds more, the accepted difference is so many of its own errors in float32: other kernels
+round as much, in other directions."""
+
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -128,17 +132,23 @@ def _strip(graph: Any) -> None:
                 _strip(attribute.g)
 
 
-def largest_difference(run: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor], images: Tensor) -> float:
+def largest_difference(
+    run: Callable[[Tensor], Tensor],
+    expected: Callable[[Tensor], Tensor],
+    exact: Callable[[Tensor], Tensor],
+    images: Tensor,
+) -> float:
     """Compare an export with the original at each of `BATCH_SIZES`.
 
     Args:
         run: The export, from images to logits.
         expected: The original, from images to logits.
+        exact: The original in float64; called only if it matters.
         images: As many as the largest batch.
     Returns:
         The largest difference of a logit, relative to the largest logit or to 1.
     Raises:
-        ExportError: the export cannot be run, or differs by more than `TOLERANCE`.
+        ExportError: the export cannot be run, or differs by more than `TOLERANCE` and `OWN_ERRORS` allow.
     """
     worst = 0.0
     with torch.no_grad():
@@ -148,12 +158,15 @@ def largest_difference(run: Callable[[Tensor], Tensor], expected: Callable[[Tens
                 found = run(images[:size].contiguous())
             if found.shape != wanted.shape:
                 raise _failure(f"on a batch of {size} it gives logits {tuple(found.shape)}, not {tuple(wanted.shape)}")
-            difference = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1))
+            scale = wanted.abs().max().clamp_min(1)
+            difference = float((found - wanted).abs().max() / scale)
             if not difference <= TOLERANCE:
-                raise _failure(
-                    f"on a batch of {size} its logits differ by {difference:.2g} of the largest one, more than "
-                    f"{TOLERANCE:g}"
-                )
+                own = float((exact(images[:size]) - wanted).abs().max() / scale)
+                if not difference <= OWN_ERRORS * own:
+                    raise _failure(
+                        f"on a batch of {size} its logits differ by {difference:.2g} of the largest one, more than "
+                        f"{TOLERANCE:g}, and those in PyTorch by {own:.2g} from exact ones"
+                    )
             worst = max(worst, difference)
     return worst
 
