@@ -318,10 +318,10 @@ class Sizeless(Dataset[Any]):
         ((IMAGES, "bees"), "one for each; got str"),
         ((IMAGES, IDS[0]), "one for each; got Tensor"),
         ((IMAGES / 0, IDS), "hold NaN or infinity"),
-        (TensorDataset(IMAGES), "every item must be a pair (image, label), got tuple"),
+        (TensorDataset(IMAGES), "every item must be a pair (image, label), got tuple of 1"),
         (Pairs([]), "at least one sample, got none"),
         (Sizeless(), "Sizeless has no length"),
-        ([(torch.zeros(1, 2, 2), 0), (torch.zeros(1, 3, 3), 0)], "images must be tensors, got tuple"),
+        ([(torch.zeros(1, 2, 2), 0), (torch.zeros(1, 3, 3), 0)], "the images have several shapes"),
     ],
 )
 def test_bad_supports_are_refused(data: Any, message: str) -> None:

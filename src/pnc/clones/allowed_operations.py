@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pnc.channels.compaction import filled
-from pnc.channels.size_arguments import part_norm
+from pnc.channels.size_arguments import part_mean, part_norm
 
 _TORCH = """
 abs acos add addcdiv addcmul addmm amax amin arange argmax argmin asin atan atan2 baddbmm batch_norm bmm broadcast_to
@@ -69,7 +69,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
         ("operator", operator, _OPERATORS),
     ):
         found |= {f"{prefix}.{name}": getattr(module, name) for name in names.split() if hasattr(module, name)}
-    own = {"pnc.filled": filled, "pnc.part_norm": part_norm}
+    own = {"pnc.filled": filled, "pnc.part_mean": part_mean, "pnc.part_norm": part_norm}
     return {**found, "torch.linalg.vector_norm": torch.linalg.vector_norm, "getattr": getattr, **own}
 
 

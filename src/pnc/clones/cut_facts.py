@@ -5,10 +5,7 @@ import math
 from typing import Any, cast
 
 from pnc.clones.metadata_object import MAX_COUNT, MetadataObject
-from pnc.graph.cut_points import CutPoint
-
-_DIMS = {"vector": (1,), "tokens": (1, 2), "map": (1, 3)}
-"""Possible channel dims of each kind of cut, counting the batch dim."""
+from pnc.graph.cut_points import CHANNEL_DIMS, CutPoint
 
 
 def cut_facts(cut: CutPoint) -> dict[str, Any]:
@@ -19,10 +16,10 @@ def cut_facts(cut: CutPoint) -> dict[str, Any]:
 def read_cut(holder: MetadataObject, key: str) -> CutPoint:
     """Read the cut point at a key of an object."""
     facts = holder.object(key, tuple(field.name for field in dataclasses.fields(CutPoint)))
-    kind = facts.choice("kind", tuple(_DIMS))
+    kind = facts.choice("kind", tuple(CHANNEL_DIMS))
     shape = facts.sizes("shape", {"vector": 1, "tokens": 2, "map": 3}[kind])
     channel_dim = facts.number("channel_dim", 1, 3, whole=True)
-    if channel_dim not in _DIMS[kind] or math.prod(shape) > MAX_COUNT:
+    if channel_dim not in CHANNEL_DIMS[kind] or math.prod(shape) > MAX_COUNT:
         facts.fail(f"channel_dim {channel_dim} or shape {list(shape)} does not fit the kind {kind!r}")
     n_tokens = shape[2 - channel_dim] if kind == "tokens" else 1
     return CutPoint(

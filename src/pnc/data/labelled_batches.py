@@ -66,7 +66,8 @@ def _pair(item: Any) -> tuple[Any, Any]:
             )
         return item[found[0][0]], item[found[1][0]]
     if not isinstance(item, tuple | list) or len(item) != 2:
-        raise InputError(f"support: every item must be a pair (image, label), got {type(item).__name__}")
+        what = f"{type(item).__name__} of {len(item)}" if isinstance(item, tuple | list) else type(item).__name__
+        raise InputError(f"support: every item must be a pair (image, label), got {what}")
     return item[0], item[1]
 
 
@@ -102,6 +103,7 @@ def _label_list(labels: Any) -> list[Any]:
     if isinstance(labels, str | Mapping) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0:
         raise InputError(
             f"support: expected a sequence of labels with the images, one for each; got {type(labels).__name__}"
+            f"{'; give the loader a batch_size' if isinstance(labels, Tensor) else ''}"
         )
     return list(labels)
 

@@ -1,7 +1,7 @@
 """Where a network can be cut in two: its cut points, and the parts between them as modules."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,8 @@ LOGITS = "logits"
 """Name of the network's output in `extract`."""
 
 _KINDS: dict[int, Literal["map", "tokens", "vector"]] = {2: "vector", 3: "tokens", 4: "map"}
+CHANNEL_DIMS: Mapping[str, tuple[int, ...]] = {"vector": (1,), "tokens": (1, 2), "map": (1, 3)}
+"""Where the channels of each kind of cut may be, counting the batch dim."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ def cut_points(recording: Recording) -> tuple[CutPoint, ...]:
         shape = info(node).shape or ()
         kind = _KINDS.get(len(shape))
         channel_dim = dims.get(node, 2 if kind == "tokens" else 1)
-        if kind is None or (kind == "map" and not _is_map(shape, channel_dim, recording.input_shape)):
+        if kind is None or channel_dim not in CHANNEL_DIMS[kind]:
+            continue
+        if kind == "map" and not _is_map(shape, channel_dim, recording.input_shape):
             continue
         n_prefix_tokens = prefixes.get(node, 0) if kind == "tokens" else 0
         if kind == "tokens" and n_prefix_tokens == shape[3 - channel_dim]:

@@ -55,8 +55,9 @@ def batch_dims(node: fx.Node) -> tuple[int, ...]:
 
 def scalar_value(node: fx.Node) -> Any:
     """Value at batch size 2 of a node whose result is the batch size or a multiple of it."""
-    if node.op == "call_method":
-        return BATCH_SIZES[0]
+    if node.op == "call_method":  # of `size`
+        tensor, dim = node.args
+        return shape_of(tensor)[dim] if shape_of(tensor) else BATCH_SIZES[0]  # type: ignore[index]
     function: Callable[..., Any] = node.target  # type: ignore[assignment]
     return function(*map_arg(node.args, scalar_value))
 

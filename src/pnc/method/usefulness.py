@@ -17,6 +17,9 @@ N_IMAGES = 1000
 """At most this many images of the support are tried."""
 SURPRISE = 0.05
 """Probability below which a number of correct answers is not considered chance."""
+N_TOGETHER, MIXED = 8, 0.01
+"""So many images are run together and one of them alone; a larger difference, as a share of the largest logit, is no
+rounding."""
 HARDLY = 1e-3
 """Logits with a smaller standard deviation say nothing; a share of their size if that is above 1."""
 
@@ -97,7 +100,23 @@ def _checked(task: CloneTask) -> Usefulness:
             f"the source's logits of {names} hardly vary over your {len(new)} new samples (standard deviation "
             f"{spread:.2g}): weights? preprocessing?"
         )
+    doubts += [text for one in ((part, "source", part.source), (part, "target", part.target)) if (text := _mixes(*one))]
     return Usefulness(score, tuple(doubts))
+
+
+def _mixes(task: CloneTask, role: str, network: Network) -> str:
+    """Say that a network's answers to an image depend on the others in its batch; empty if they do not."""
+    rows = torch.zeros(len(task.samples.labels), dtype=torch.bool)
+    rows[:N_TOGETHER] = True
+    together = _logits(task, network, rows)
+    rows[1:] = False
+    gap = float((together[0] - _logits(task, network, rows)[0]).abs().max() / together.abs().max().clamp_min(1e-6))
+    if not gap > MIXED:
+        return ""
+    return (
+        f"the {role}'s answers to an image depend on the other images of its batch, by {gap:.0%} of the largest logit: "
+        "BatchNorm layers without running statistics?"
+    )
 
 
 def _logits(task: CloneTask, network: Network, rows: Tensor) -> Tensor:

@@ -132,10 +132,19 @@ class Gated(fx.Interpreter):
     Args:
         segment: The segment of `spaces`, opened.
         spaces: Its channel spaces.
+    Raises:
+        InputError: the images' values choose the rows of a tensor, so that no row belongs to a known sample.
     """
 
     def __init__(self, segment: fx.GraphModule, spaces: ChannelSpaces) -> None:
         super().__init__(segment)
+        read = {source for _, source in spaces.reads}
+        chosen = [node.name for node in segment.graph.nodes if node.name in read and not batch_dims(node)]
+        if chosen:
+            raise InputError(
+                "density: channels cannot be chosen by gradient, as the values of the images choose the rows of "
+                f"{chosen[0]}; give density=1, or effort='seconds'"
+            )
         self._spaces, self._reads = spaces, set(spaces.reads)
         self._gates = torch.empty(0)
 
