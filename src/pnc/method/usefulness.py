@@ -100,23 +100,22 @@ def _checked(task: CloneTask) -> Usefulness:
             f"the source's logits of {names} hardly vary over your {len(new)} new samples (standard deviation "
             f"{spread:.2g}): weights? preprocessing?"
         )
-    doubts += [text for one in ((part, "source", part.source), (part, "target", part.target)) if (text := _mixes(*one))]
+    doubts += [*_mixing(part, "source", part.source), *_mixing(part, "target", part.target)]
     return Usefulness(score, tuple(doubts))
 
 
-def _mixes(task: CloneTask, role: str, network: Network) -> str:
-    """Say that a network's answers to an image depend on the others in its batch; empty if they do not."""
+def _mixing(task: CloneTask, role: str, network: Network) -> list[str]:
+    """The doubt that a network's answers to an image depend on the others in its batch, if they do."""
     rows = torch.zeros(len(task.samples.labels), dtype=torch.bool)
     rows[:N_TOGETHER] = True
     together = _logits(task, network, rows)
     rows[1:] = False
     gap = float((together[0] - _logits(task, network, rows)[0]).abs().max() / together.abs().max().clamp_min(1e-6))
-    if not gap > MIXED:
-        return ""
-    return (
+    doubt = (
         f"the {role}'s answers to an image depend on the other images of its batch, by {gap:.0%} of the largest logit: "
         "BatchNorm layers without running statistics?"
     )
+    return [doubt] if gap > MIXED else []
 
 
 def _logits(task: CloneTask, network: Network, rows: Tensor) -> Tensor:
