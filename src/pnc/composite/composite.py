@@ -61,7 +61,7 @@ class Composite(nn.Module):
         self._known = known
         self._base_classes = base_classes
         self.input_shape = input_shape
-        self._clones: dict[str, Clone] = {}  # like the branches replaced, never changed: readers need no lock
+        self._clones: dict[str, Clone] = {}  # replaced, never changed in place: readers need no lock
         self._blocks: tuple[Block, ...] = ()
         self._base_priority = 0.0
         self.branches.training = self.training = False

@@ -26,8 +26,8 @@ TOLERANCE = 1e-4
 """Largest accepted difference of logits, relative to the largest one or to 1: kernels differ in the order of sums."""
 
 OWN_ERRORS = 2.0
-"""If the original itself rounds more, the accepted difference is so many of its own errors in float32: other kernels
-round as much, in other directions."""
+"""A larger difference is accepted up to so many times the original's own rounding error in float32: other kernels round
+as much, in other directions."""
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 

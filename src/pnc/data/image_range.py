@@ -25,7 +25,7 @@ def image_range(module: nn.Module) -> tuple[float, float] | None:
     if isinstance(module, nn.Sequential) and len(module):
         return image_range(module[0])
     if isinstance(module, torch.jit.ScriptModule):
-        return None  # its submodules are no dictionary
+        return None  # it keeps its submodules in another way
     for wrapped in ("_orig_mod", "module"):  # torch.compile and DataParallel
         inner = module._modules.get(wrapped) if isinstance(module, nn.Module) else None
         if inner is not None and (wrapped != "module" or len(module._modules) == 1):

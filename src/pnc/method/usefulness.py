@@ -18,8 +18,8 @@ N_IMAGES = 1000
 SURPRISE = 0.05
 """Probability below which a number of correct answers is not considered chance."""
 N_TOGETHER, MIXED = 8, 0.01
-"""So many images are run together and one of them alone; a larger difference, as a share of the largest logit, is no
-rounding."""
+"""Number of images that are run together, one of them also alone; a difference above this share of the largest logit is
+not rounding."""
 HARDLY = 1e-3
 """Logits with a smaller standard deviation say nothing; a share of their size if that is above 1."""
 
